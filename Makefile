@@ -1,0 +1,49 @@
+# Letterhead: a letter or a head? Every stage of the pipeline is a target; `make help` prints them in order.
+# EXP=name selects experiments/name.yaml; SET="key=value …" overrides single keys, for example SET="data.rows.test=100".
+EXP ?= quick
+SET ?=
+PYTHON ?= python3
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+LOCK := requirements/train.txt
+READY := .venv/.ready-$(shell sha256sum $(LOCK) 2>/dev/null | cut -c1-16)
+RUN := .venv/bin/python -m
+STAGE = --experiment "$(EXP)" --set "$(SET)"
+
+help: ## print this list
+	@echo 'make TARGET [EXP=name] [SET="key=value …"]    experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## build .venv from the lock (every target that needs it does this by itself)
+
+$(READY): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK) .venv $@
+
+data: $(READY) ## fetch models and data, make rows, Alpaca JSON and the data card
+	@$(RUN) prep.data $(STAGE)
+
+sft: data ## teach the decoder to answer with a letter (LLaMA-Factory), resuming what was cut off
+	@$(RUN) sft.train $(STAGE)
+
+eval-ckpts: sft ## score step 0 and every SFT checkpoint on test and validation rows
+	@$(RUN) eval.checkpoints $(STAGE)
+
+bench-scoring: eval-ckpts ## scoring speed and agreement against lm-evaluation-harness
+	@$(RUN) bench.scoring $(STAGE)
+
+demo: eval-ckpts ## the main job, end to end, on the embedded default
+
+smoke: $(READY) ## the same on 64 rows: minutes, for CI
+	@$(MAKE) eval-ckpts EXP=smoke SET="$(SET)"
+
+test: $(READY) ## lint, then the tests
+	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
+	@$(RUN) pytest
+
+lint: $(READY) ## lint and format in place
+	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+clean: ## remove what EXP made (data/EXP and runs/EXP); fetched models and packages stay
+	rm -rf "data/$(EXP)" "runs/$(EXP)"
+
+.PHONY: help setup data sft eval-ckpts bench-scoring demo smoke test lint clean

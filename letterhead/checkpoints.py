@@ -1,0 +1,105 @@
+"""Checkpoints that the Trainer wrote: which are whole, which can be resumed from, what may be deleted.
+
+The Trainer resumes from the highest-numbered folder, whole or not. It writes trainer_state.json last, so a checkpoint
+is whole when that file parses and every safetensors file is as long as its own header says.
+"""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+from letterhead.records import LetterheadError, read_json
+
+
+def safetensors_error(path: Path) -> str | None:
+    """Why a safetensors file is not whole, or None. The header is an 8-byte length, then JSON with byte offsets."""
+    try:
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if header_bytes > path.stat().st_size:
+                return "its header is cut off"
+            header = json.loads(file.read(header_bytes))
+    except (OSError, ValueError) as error:
+        return f"its header does not parse ({error})"
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    expected = 8 + header_bytes + max(ends, default=0)
+    size = path.stat().st_size
+    return None if size == expected else f"it has {size} bytes, its header says {expected}"
+
+
+def require_model(folder: Path) -> None:
+    """Make sure that a folder holds a whole model.
+
+    Raises
+    ------
+    LetterheadError : no folder, no config, no safetensors, or one that is cut off
+    """
+    if not (folder / "config.json").is_file():
+        raise LetterheadError(f"{folder}: no checkpoint there (no config.json); train it, or name another")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise LetterheadError(f"{folder}: no safetensors file; other weight formats can run code and are refused")
+    for file in weights:
+        if reason := safetensors_error(file):
+            raise LetterheadError(f"{file}: cut off: {reason}; delete the folder and make it again")
+
+
+def step_of(folder: Path) -> int:
+    """The step at which a checkpoint was saved; -1 for a name that is not a checkpoint's."""
+    prefix, _, step = folder.name.partition("-")
+    return int(step) if prefix == "checkpoint" and step.isdecimal() else -1
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    state = read_json(folder / "trainer_state.json")
+    index = read_json(folder / "model.safetensors.index.json")
+    weights = sorted(folder.glob("*.safetensors"))
+    shards = set(index["weight_map"].values()) if index else set()
+    optimizer = folder / "optimizer.pt"
+    return (
+        isinstance(state, dict)
+        and state.get("global_step") == step_of(folder)
+        and bool(weights)
+        and shards <= {file.name for file in weights}
+        and not any(safetensors_error(file) for file in weights)
+        and (not optimizer.exists() or zipfile.is_zipfile(optimizer))
+    )
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints under a folder, by step."""
+    found = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and is_whole(path)]
+    return sorted(found, key=step_of)
+
+
+def set_aside_broken(folder: Path) -> list[Path]:
+    """Rename every checkpoint that is not whole to broken-checkpoint-N; returns the new paths."""
+    aside = []
+    for path in sorted(folder.glob("checkpoint-*"), key=step_of):
+        if step_of(path) >= 0 and not is_whole(path):
+            target = path.with_name(f"broken-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            aside.append(path.rename(target))
+    return aside
+
+
+def resumable(folder: Path) -> Path | None:
+    """The newest whole checkpoint that still has its optimizer's state, or None."""
+    with_state = [p for p in whole_checkpoints(folder) if (p / "optimizer.pt").exists() or list(p.glob("global_step*"))]
+    return with_state[-1] if with_state else None
+
+
+def prune_optimizer_states(folder: Path) -> None:
+    """Delete the optimizer's state (twice the model's size) of all whole checkpoints but the newest."""
+    for path in whole_checkpoints(folder)[:-1]:
+        (path / "optimizer.pt").unlink(missing_ok=True)
+        for state in path.glob("global_step*"):  # DeepSpeed's
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def log_history(folder: Path) -> list[dict]:
+    """What the Trainer logged up to the newest whole checkpoint: dictionaries with `step`, `loss`, …"""
+    checkpoints = whole_checkpoints(folder)
+    return read_json(checkpoints[-1] / "trainer_state.json")["log_history"] if checkpoints else []

