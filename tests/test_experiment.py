@@ -1,0 +1,73 @@
+"""Experiments are checked when they are loaded, and an error names file, key and mend."""
+
+from pathlib import Path
+
+import pytest
+
+from letterhead.experiment import load_experiment
+from letterhead.records import LetterheadError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml")))
+def test_shipped_experiments_are_valid_and_complete(monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    experiment = load_experiment(name)
+    assert experiment.name == name and len(experiment.labels) >= 2
+    assert experiment.sft_arguments()["dataset_dir"] == f"data/{name}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data.rwos.test=3", r"quick.yaml with SET: data.rwos: unknown key; did you mean rows"),
+        ("prompt.template='What is it? {options}'", r"prompt.template: write \{text\} once .* it stands 0x"),
+        ("seed=many", "seed: Input should be a valid integer"),
+        ("data.rows.test", "'data.rows.test' is not key=value"),
+        ("decoder.sft.config=none.yaml", "none.yaml: no such LLaMA-Factory YAML"),
+        ("decoder.model=model/other", "model is model/other, but .*full_sft.yaml trains model/SmolLM2-135M-Instruct"),
+        ("decoder.sft.overrides.finetuning_type=lora", "must say stage: sft and finetuning_type: full"),
+        ("prompt.options=numbers", "prompt.options: Input should be 'letters' or 'names'"),
+        ("data.labels=[a,b]", "cannot be read as YAML with SET"),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_mend(monkeypatch, overrides, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(LetterheadError, match=message):
+        load_experiment("quick", overrides)
+
+
+def test_a_missing_experiment_names_those_there_are(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(LetterheadError, match="no such experiment; choose one of ag_news, .*quick"):
+        load_experiment("qiuck")
+
+
+def test_more_labels_than_letters_is_an_error(make_experiment):
+    with pytest.raises(LetterheadError, match="27 labels, but letters go to 26; set prompt.options: names"):
+        make_experiment("rows.csv", [f"class {i}" for i in range(27)])
+    assert len(make_experiment("rows.csv", [f"class {i}" for i in range(27)], prompt={"options": "names"}).labels) == 27
+
+
+def test_a_file_that_is_not_yaml_is_an_error(workplace):
+    for text in ("data: [", "just text", "a: 1\na: 2"):
+        Path("broken.yaml").write_text(text)
+        with pytest.raises(LetterheadError, match=r"broken\.yaml"):
+            load_experiment("broken.yaml")
+
+
+def test_five_lines_of_yaml_are_an_experiment(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: my reviews\ndata:\n  source: reviews.csv\n  labels: [bad, good]\n  rows: {test: 500}\n")
+    assert load_experiment(str(path)).labels == ["bad", "good"]
+    path.write_text(path.read_text().replace("[bad, good]", "[no, yes]"))
+    with pytest.raises(LetterheadError, match="put quotes around that label"):
+        load_experiment(str(path))
+
+
+def test_overrides_reach_llamafactory(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = load_experiment("quick", "decoder.sft.overrides.learning_rate=3e-5").sft_arguments()
+    assert arguments["learning_rate"] == 3e-5 and arguments["output_dir"] == "runs/quick/sft/checkpoints"

@@ -1,0 +1,153 @@
+"""The stages as a user runs them, in processes of their own: end to end, and killed at random moments."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from letterhead.records import read_json, read_jsonl, sha256_file
+from tests.test_prompt import LABELS, nasty_rows, write_csv
+
+ROOT = Path(__file__).parent.parent
+STAGES = {"data": "prep.data", "sft": "sft.train", "eval-ckpts": "eval.checkpoints"}
+# What says that a stage is in the midst of its work; the kill comes up to so many seconds later.
+MIDST = {
+    "data": ("data/mine/.pool.jsonl.*.tmp", 2.0),
+    "sft": ("runs/mine/sft/checkpoints/checkpoint-*/trainer_state.json", 4.0),
+    "eval-ckpts": ("runs/mine/results/sft@*.json", 1.5),
+}
+KILLS = 3
+
+
+def start(stage: str) -> subprocess.Popen:
+    log = open(f"{stage}.log", "a")
+    command = [sys.executable, "-m", STAGES[stage], "--experiment", "mine"]
+    return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def finish(stage: str) -> None:
+    assert start(stage).wait(300) == 0, Path(f"{stage}.log").read_text()[-3000:]
+
+
+def kill_in_the_midst(stage: str, seed: int) -> bool:
+    """Start a stage, kill -9 it at a random moment of its work; False where it was done before."""
+    pattern, spread = MIDST[stage]
+    process = start(stage)
+    while process.poll() is None and not list(Path().glob(pattern)):
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, spread))
+    killed = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return killed
+
+
+def made(stage: str) -> dict:
+    """What a stage made, without what tells times."""
+    if stage == "data":
+        return {p.name: sha256_file(p) for p in Path("data/mine").glob("*") if not p.name.startswith(".")}
+    if stage == "sft":
+        files = {
+            str(p): sha256_file(p) if p.suffix == ".safetensors" else None
+            for p in Path("runs/mine/sft/checkpoints").glob("checkpoint-*/*")
+        }
+        state = read_json("runs/mine/sft/checkpoints/checkpoint-12/trainer_state.json")
+        losses = [(entry["step"], entry.get("loss")) for entry in state["log_history"] if "loss" in entry]
+        return {"files": files, "losses": losses, "final": sha256_file("runs/mine/sft/checkpoints/model.safetensors")}
+    results = {p.name: read_json(p) for p in Path("runs/mine/results").glob("sft@*.json")}
+    timeless = {k: {n: v for n, v in r.items() if n not in ("seconds", "rows_per_second")} for k, r in results.items()}
+    predictions = {p.name: p.read_text() for p in Path("runs/mine/results").glob("*.jsonl")}
+    return {
+        "results": timeless,
+        "predictions": predictions,
+        "table": Path("runs/mine/results/sft_checkpoints.md").read_text(),
+    }
+
+
+def remove(stage: str) -> None:
+    import shutil
+
+    folders = {"data": "data/mine", "sft": "runs/mine/sft", "eval-ckpts": "runs/mine/results"}
+    shutil.rmtree(folders[stage])
+    shutil.rmtree(f"runs/mine/{stage}", ignore_errors=True)
+
+
+def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment):
+    write_csv("rows.csv", nasty_rows(140))
+    sft = {"per_device_train_batch_size": 8, "logging_steps": 1, "save_steps": 4, "learning_rate": 1e-3}
+    rows = {"rows": {"validation": 20, "test": 20}}
+    make_experiment("rows.csv", LABELS, sft=sft, data=rows, decoder_keys={"train_rows": 96})
+    undisturbed = {}
+    for stage in STAGES:
+        finish(stage)
+        undisturbed[stage] = made(stage)
+
+    # The result files are the design's.
+    result = read_json("runs/mine/results/sft@12.json")
+    keys = "experiment method step seed split n accuracy precision_macro recall_macro f1_macro per_class f1_macro_ci95 ece "
+    keys += "train_loss eval_loss seconds rows_per_second tokens device dtype model inputs_sha256 versions"
+    assert set(keys.split()) <= set(result) and (result["step"], result["split"], result["n"]) == (12, "test", 20)
+    predictions = list(read_jsonl("runs/mine/results/sft@12.predictions.jsonl"))
+    assert [p["id"] for p in predictions] == [row["id"] for row in read_jsonl("data/mine/test.jsonl")]
+    for p in predictions:
+        assert set(p) == {"id", "label", "prediction", "probabilities", "perplexity"}
+        assert abs(sum(p["probabilities"].values()) - 1) < 1e-9
+        assert p["prediction"] == min(p["perplexity"], key=p["perplexity"].get)
+    assert result["accuracy"] == sum(p["label"] == p["prediction"] for p in predictions) / 20
+    assert [f"| {step} |" in undisturbed["eval-ckpts"]["table"] for step in (0, 4, 8, 12)] == [True] * 4
+    optimizers = sorted(str(p.parent.name) for p in Path("runs/mine/sft/checkpoints").glob("*/optimizer.pt"))
+    assert optimizers == ["checkpoint-12"]
+    for stage in STAGES:  # nothing is done again
+        finish(stage)
+        assert made(stage) == undisturbed[stage]
+    assert Path("data.log").read_text().count("up to date") == Path("sft.log").read_text().count("up to date") == 1
+
+    killed = {}
+    for stage in reversed(STAGES):
+        killed[stage] = 0
+        for seed in range(KILLS):
+            remove(stage)
+            killed[stage] += kill_in_the_midst(stage, seed)
+            finish(stage)
+            assert made(stage) == undisturbed[stage], (stage, seed)
+    print(f"killed in the midst: {killed}")
+    assert all(killed.values())
+
+    # A checkpoint cut in half is set aside, and the table says so.
+    half = Path("runs/mine/sft/checkpoints/checkpoint-8/model.safetensors")
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    finish("sft")
+    finish("eval-ckpts")
+    assert Path("runs/mine/sft/checkpoints/broken-checkpoint-8").exists()
+    assert "| 8 | not scored: no whole checkpoint" in Path("runs/mine/results/sft_checkpoints.md").read_text()
+
+    # Other settings train anew and keep the old checkpoints.
+    config = Path("sft.yaml").read_text()
+    Path("sft.yaml").write_text(config.replace("learning_rate: 0.001", "learning_rate: 0.002"))
+    finish("sft")
+    assert Path("runs/mine/sft/checkpoints.old/checkpoint-12").exists()
+    assert sha256_file("runs/mine/sft/checkpoints/model.safetensors") != undisturbed["sft"]["final"]
+
+
+@pytest.mark.skipif(
+    not (ROOT / "../shared/data/toutiao/train.csv").exists(), reason="no ../shared/data/toutiao beside the repository"
+)
+def test_chinese_headlines_with_fourteen_classes(make_experiment):
+    from prep import data
+
+    with open(ROOT / "../shared/data/toutiao/train.csv", encoding="utf-8") as file:
+        labels = sorted({row["label"] for row in csv.DictReader(file)})
+    assert len(labels) == 14
+    source = str(ROOT.resolve().parent / "shared/data/toutiao/{split}.csv")
+    keys = {"rows": {"train": 200, "validation": 100, "test": 300}}
+    experiment = make_experiment(source, labels, data=keys)
+    data.main(experiment)
+    card = read_json("data/mine/data_card.json")
+    assert card["rows"]["read"] == 4999 + 997 + 998 and card["rows"]["test"] == 300
+    assert card["shared_with_train"]["test"] == 36

@@ -1,0 +1,134 @@
+"""The ids that we score are the ids that LLaMA-Factory trains on."""
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from transformers import AutoTokenizer
+
+from letterhead.prompt import keep_words, load_prompt_encoder
+from letterhead.records import LetterheadError, read_json, read_jsonl
+from prep import data
+
+LABELS = ["World", "Sports", "Business", "Science/Technology", "World Business"]
+SEEDS = [
+    "Wall St. Bears Claw Back Into the Black (Reuters) Reuters - Short-sellers are seeing green again.",
+    "今天的股市大涨,科技公司领涨。你好,世界!",
+    "Goal! ⚽️🏆 The 👩‍👩‍👧‍👦 family flew 🇫🇷 flags; café, naïve, Ångström, e\u0301, क़, \u2028 and \u00a0 too.",
+    "First line\n\nSecond line\r\n\tindented  \n trailing",
+    "He typed <|im_end|>\n<|im_start|>assistant\n<think> and </think> and <|im_<|im_end|>end|> and <tool_call>",
+    "Braces {text} {options} {{content}} {{idx}} <image> <video> $HOME %s \\n 1234567890",
+]
+
+
+def nasty_rows(n: int) -> list[tuple[str, str]]:
+    """n different rows: every kind of text, short and of 5,000 words, with every label."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(n):
+        text = SEEDS[i % len(SEEDS)]
+        if i % 10 == 9:
+            words = SEEDS[0].split() + SEEDS[4].split() + list(SEEDS[1])
+            text = " ".join(rng.choice(words) for _ in range(5000 if i % 20 == 9 else 600))
+        rows.append((f"{i} {text}" if i % 3 else f"{text} {i}", LABELS[i % len(LABELS)]))
+    return rows
+
+
+def write_csv(path: str, rows: list[tuple[str, str]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+
+
+THINKING = {
+    "think block in the answer": ({"enable_thinking": True}, "<think>\n\n</think>\n\n"),
+    "think block in the prompt": ({"enable_thinking": False}, "<think>\n\n</think>\n\n"),
+    "think block that LLaMA-Factory adds": ({"enable_thinking": True}, ""),
+    "no think block": ({"template": "qwen3_nothink"}, ""),
+}
+
+
+@pytest.mark.parametrize("options", ["letters", "names"])
+@pytest.mark.parametrize("thinking", THINKING)
+@pytest.mark.parametrize("decoder", ["smollm2", "qwen3"])
+def test_scored_ids_are_the_ids_llamafactory_trains_on(make_experiment, decoder, thinking, options):
+    write_csv("rows.csv", nasty_rows(306))
+    keys, prefix = THINKING[thinking]
+    prompt = {"options": options, "answer_prefix": prefix}
+    experiment = make_experiment("rows.csv", LABELS, decoder=decoder, sft=keys, prompt=prompt)
+    data.main(experiment)
+    encoder = load_prompt_encoder(experiment)
+
+    arguments = experiment.sft_arguments() | {"use_cpu": True, "report_to": "none"}
+    model_args, data_args, training_args, _, _ = get_train_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(experiment.decoder.folder)
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    trained = get_dataset(template, model_args, data_args, training_args, "sft", tokenizer)["train_dataset"]
+
+    rows = list(read_jsonl(experiment.data_folder / "train.jsonl"))
+    assert len(trained) == len(rows) == 300
+    for row, example in zip(rows, trained, strict=True):
+        prompt_ids, answer = encoder.encode(row["text"]), encoder.answers[LABELS.index(row["label"])]
+        assert prompt_ids + answer.ids == example["input_ids"]
+        assert [-100] * len(prompt_ids) + answer.ids == example["labels"]
+        assert len(example["input_ids"]) <= experiment.sft_arguments()["cutoff_len"]
+        # Nothing of the question is lost, and no text has become a control token.
+        asked = tokenizer.decode(prompt_ids)
+        assert "Question: What is the most appropriate category" in asked and "Answer:/no_think<|im_end|>" in asked
+        assert all(name in asked for name in LABELS)
+        ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        assert [sum(token == control for token in prompt_ids) for control in ids] == [2, 1]
+        spelled = tokenizer.decode(answer.ids[answer.start : answer.stop])
+        assert spelled == encoder.options[LABELS.index(row["label"])]
+        assert answer.ids[answer.stop] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_qwen3_tokenizer_has_the_published_ids(qwen3_tokenizer):
+    expected = {"\n\n": [271], "C": [34], "Hello": [9707], " world": [1879], "你好": [108386], "<think>": [151667]}
+    assert {text: qwen3_tokenizer.encode(text) for text in expected} == expected
+
+
+def test_the_articles_answer_has_seven_tokens_with_qwen3(make_experiment):
+    write_csv("rows.csv", nasty_rows(30))
+    encoder = load_prompt_encoder(make_experiment("rows.csv", LABELS, decoder="qwen3"))
+    answer = encoder.answers[2]
+    assert answer.ids == [151667, 271, 151668, 271, 34, 151645, 198]
+    assert (answer.start, answer.stop) == (4, 5)
+
+
+def test_long_texts_are_cut_and_counted_and_the_question_stays(make_experiment):
+    write_csv("rows.csv", nasty_rows(60))
+    experiment = make_experiment("rows.csv", LABELS)
+    data.main(experiment)
+    card = read_json(experiment.data_folder / "data_card.json")
+    assert card["sft"]["cut_to_cutoff_len"] > 0 and card["sft"]["control_strings_broken_up"] > 0
+    encoder = load_prompt_encoder(experiment)
+    text = "word " * 5000
+    cut = encoder.fit(text)
+    assert text.startswith(cut) and len(encoder.encode(text)) > experiment.sft_arguments()["cutoff_len"] - 40
+
+
+def test_a_prompt_that_leaves_no_room_for_a_text_is_an_error(make_experiment):
+    write_csv("rows.csv", nasty_rows(30))
+    experiment = make_experiment("rows.csv", LABELS, sft={"cutoff_len": 64})
+    with pytest.raises(LetterheadError, match="cutoff_len 64 leaves no room"):
+        load_prompt_encoder(experiment).fit("x" * 100)
+
+
+def test_keep_words_leaves_spacing_alone():
+    assert keep_words(" one  two\nthree four", 3) == " one  two\nthree"
+    assert keep_words("one two", 5) == keep_words("one two", None) == "one two"
+
+
+def test_every_shipped_prompt_for_news_is_the_articles():
+    import yaml
+
+    article = (
+        "Please read the following news article and determine its category from the options below.\n\nArticle:\n{text}"
+        "\n\nQuestion: What is the most appropriate category for this news article?\n{options}\n\nAnswer:/no_think"
+    )
+    root = Path(__file__).parent.parent
+    for path in (root / "experiments").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))["prompt"]["template"] == article, path

@@ -1,0 +1,115 @@
+"""Scores equal a plain forward pass over each option, whatever the batch, and those of lm-evaluation-harness."""
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer
+
+from bench.scoring import peer_ids_are_trained, peer_pair
+from letterhead.checkpoints import require_model
+from letterhead.experiment import Prompt
+from letterhead.prompt import PromptEncoder
+from letterhead.records import LetterheadError
+from letterhead.scoring import OptionTree, load_decoder, score_options
+
+TEXTS = [
+    "Oil prices rose again on Monday.",
+    "今天的股市大涨,科技公司领涨。",
+    "The home side won 3-2 after extra time, its first cup in 40 years, said the coach. " * 8,
+    "A new chip",
+    "Line\n\nbreaks and <|im_end|> and 🏆",
+]
+NAMES = ["World", "Sports", "Sci/Tech", "Science", "money-fx", "money-supply", "nat gas", "nat"]
+
+
+def encoder_of(folder, options: str, labels: list[str], **keys) -> PromptEncoder:
+    from llamafactory.hparams import DataArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return PromptEncoder(tokenizer, DataArguments(template="qwen3", cutoff_len=512, **keys), Prompt(options=options), labels)
+
+
+@torch.inference_mode()
+def plain_log_likelihood(model, prompts, answers, with_end) -> np.ndarray:
+    """One forward pass an option, nothing shared, nothing padded."""
+    result = np.zeros((len(prompts), len(answers)))
+    for i, prompt in enumerate(prompts):
+        for k, answer in enumerate(answers):
+            ids = prompt + answer.ids
+            logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            at = range(len(prompt) + answer.start, len(prompt) + answer.stop + with_end)
+            result[i, k] = sum(logs[j - 1, ids[j]].item() for j in at)
+    return result
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("options", ["letters", "names"])
+@pytest.mark.parametrize("decoder", ["smollm2", "qwen3"])
+def test_scores_equal_a_plain_forward_pass_in_any_batch(tiny_models, decoder, options, thinking):
+    model = load_decoder(tiny_models[decoder], "float32")
+    encoder = encoder_of(tiny_models[decoder], options, NAMES, enable_thinking=thinking)
+    prompts = [encoder.encode(text) for text in TEXTS]
+    with_end = options == "names"
+    expected = plain_log_likelihood(model, prompts, encoder.answers, with_end)
+    for batch_tokens in (1, 700, 100_000):
+        scores = score_options(model, prompts, encoder.answers, with_end, batch_tokens)
+        assert np.abs(scores.log_likelihood - expected).max() < 1e-4
+    alone = score_options(model, prompts[2:3], encoder.answers, with_end, 2048)
+    assert np.abs(alone.log_likelihood - expected[2:3]).max() < 1e-4
+    assert (scores.token_count == [a.stop - a.start + with_end for a in encoder.answers]).all()
+    assert np.allclose(scores.perplexity, np.exp(-expected / scores.token_count), rtol=1e-3)
+    assert (scores.probabilities("mean").argmax(1) == scores.perplexity.argmin(1)).all()
+    assert (scores.probabilities("sum").argmax(1) == expected.argmax(1)).all()
+    assert np.allclose(scores.probabilities("sum").sum(1), 1)
+
+
+def test_prompts_that_share_nothing_are_scored_too(tiny_models):
+    model = load_decoder(tiny_models["smollm2"], "float32")
+    encoder = encoder_of(tiny_models["smollm2"], "letters", NAMES[:3])
+    prompts = [[5, 6, 7, 8], [9], [10, 11, 12]]
+    scores = score_options(model, prompts, encoder.answers, False, 2048)
+    assert np.abs(scores.log_likelihood - plain_log_likelihood(model, prompts, encoder.answers, False)).max() < 1e-4
+
+
+def test_names_with_a_common_beginning_share_its_tokens(tiny_models):
+    encoder = encoder_of(tiny_models["smollm2"], "names", ["money-fx", "money-supply", "nat", "nat gas"])
+    tree = OptionTree(encoder.answers, with_end=True)
+    assert len(tree.tokens) < sum(tree.token_count) - len(tree.token_count)  # fewer than run one by one
+    assert OptionTree(encoder_of(tiny_models["smollm2"], "letters", NAMES).answers, with_end=False).tokens == []
+
+
+def test_a_letter_takes_one_position_and_no_more_logits_than_that(tiny_models):
+    for decoder in ("smollm2", "qwen3"):
+        assert OptionTree(encoder_of(tiny_models[decoder], "letters", NAMES).answers, with_end=False).kept == 1
+
+
+@pytest.mark.parametrize("options", ["letters", "names"])
+def test_a_real_model_agrees_with_lm_evaluation_harness(fetched, options):
+    model = load_decoder(fetched["smollm2"], "float32")
+    encoder = encoder_of(fetched["smollm2"], options, NAMES[:4])
+    prompts, with_end = [encoder.encode(text) for text in TEXTS[:4]], options == "names"
+    ours = score_options(model, prompts, encoder.answers, with_end, 2048).log_likelihood
+    peer = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=4, max_length=512)
+    pairs = [peer_pair(encoder, ids, answer, with_end) for ids in prompts for answer in encoder.answers]
+    assert all(peer_ids_are_trained(peer, encoder, ids, answer, with_end) for ids in prompts for answer in encoder.answers)
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    theirs = np.array([value for value, _ in peer.loglikelihood(requests, disable_tqdm=True)]).reshape(ours.shape)
+    assert np.abs((ours - ours[:, :1]) - (theirs - theirs[:, :1])).max() < 1e-3
+    assert (ours.argmax(1) == theirs.argmax(1)).all()
+
+
+def test_a_missing_or_cut_off_checkpoint_is_named(tiny_models, tmp_path):
+    import shutil
+
+    with pytest.raises(LetterheadError, match=r"no checkpoint there \(no config.json\)"):
+        load_decoder(tmp_path / "none", "float32")
+    shutil.copytree(tiny_models["smollm2"], tmp_path / "half")
+    weights = tmp_path / "half/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(LetterheadError, match=r"half/model.safetensors: cut off: it has \d+ bytes, its header says \d+"):
+        require_model(tmp_path / "half")
+    weights.write_bytes(b"\xff" * 8)
+    with pytest.raises(LetterheadError, match="its header"):
+        require_model(tmp_path / "half")

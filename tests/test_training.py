@@ -1,0 +1,93 @@
+"""The article's training parameters as LLaMA-Factory reads them; checkpoints whole, broken, resumed and pruned."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from llamafactory.hparams import get_train_args
+from safetensors.torch import save_file
+from torch.utils.data import TensorDataset
+from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
+
+from letterhead import checkpoints
+from letterhead.records import LetterheadError
+from letterhead.stage import Stage
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_articles_yaml_means_1250_steps_and_five_checkpoints():
+    values = yaml.safe_load((ROOT / "llamafactory_configs/qwen3_0.6b_full_sft.yaml").read_text())
+    values |= {"use_cpu": True, "report_to": "none"}  # all that a machine without a GPU needs
+    _, data_args, args, finetuning_args, _ = get_train_args(values)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (12, 8)
+    assert (args.learning_rate, args.num_train_epochs, args.lr_scheduler_type) == (1.2e-5, 1, "cosine")
+    assert args.bf16 and args.get_warmup_steps(1250) == 13  # 0.01 of 1,250, rounded up
+    assert (data_args.cutoff_len, data_args.template, data_args.dataset) == (512, "qwen3", ["agnews_train"])
+    assert (args.save_strategy, args.logging_strategy, args.logging_steps) == ("steps", "steps", 0.01)
+    assert data_args.preprocessing_num_workers == 8 and data_args.overwrite_cache and args.overwrite_output_dir
+    assert finetuning_args.stage == "sft" and finetuning_args.finetuning_type == "full" and finetuning_args.plot_loss
+    assert data_args.enable_thinking  # the think block is trained on, as in the article
+
+    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=TensorDataset(torch.zeros(120_000, 1)))
+    loader = trainer.get_train_dataloader()
+    *_, max_steps = trainer.set_initial_training_values(args, loader)
+    assert max_steps == 1250
+    state = TrainerState(max_steps=max_steps)
+    state.compute_steps(args, max_steps)
+    flow, saved = DefaultFlowCallback(), []
+    for state.global_step in range(1, max_steps + 1):
+        if flow.on_step_end(args, state, TrainerControl()).should_save:
+            saved.append(state.global_step)
+    assert saved == [250, 500, 750, 1000, 1250]
+
+
+def test_the_small_yaml_needs_no_gpu_and_no_override():
+    values = yaml.safe_load((ROOT / "llamafactory_configs/smollm2_135m_full_sft.yaml").read_text())
+    args = get_train_args(values)[2]
+    assert not args.bf16 and args.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    save_file({"weight": torch.zeros(100)}, path / "model.safetensors")
+    torch.save({"state": 1}, path / "optimizer.pt")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+    return path
+
+
+def test_whole_checkpoints_are_found_by_step_and_old_optimizer_states_go(tmp_path):
+    made = [write_checkpoint(tmp_path, step) for step in (100, 20, 3)]
+    (tmp_path / "checkpoint-tmp").mkdir()
+    assert checkpoints.whole_checkpoints(tmp_path) == made[::-1]
+    checkpoints.prune_optimizer_states(tmp_path)
+    assert [(path / "optimizer.pt").exists() for path in made] == [True, False, False]
+    assert checkpoints.resumable(tmp_path) == made[0]
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("how", ["cut in half", "missing"])
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_is_resumed(tmp_path, broken, how):
+    good, bad = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
+    file = bad / broken
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if how == "missing":
+        file.unlink()
+    if (broken, how) == ("optimizer.pt", "missing"):  # whole to score, but nothing to resume from
+        assert checkpoints.set_aside_broken(tmp_path) == []
+    else:
+        assert checkpoints.set_aside_broken(tmp_path) == [tmp_path / "broken-checkpoint-20"]
+        assert checkpoints.whole_checkpoints(tmp_path) == [good]
+    assert checkpoints.resumable(tmp_path) == good
+
+
+def test_a_stage_runs_once_at_a_time(make_experiment):
+    experiment = make_experiment("rows.csv", ["a", "b"])
+    first = Stage(experiment, "sft", 1)
+    with pytest.raises(LetterheadError, match="another process is running this stage"):
+        Stage(experiment, "sft", 1)
+    del first
+    Stage(experiment, "sft", 1)
