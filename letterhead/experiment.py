@@ -63,10 +63,10 @@ class Data(Section):
     source: str
     encoding: list[str] = ["utf-8"]
     skip_lines: Annotated[int, Field(ge=0)] = 0
-    columns: Columns = Columns()
+    columns: Columns = Field(default_factory=Columns)
     labels: list[str] | dict[str, str | None]
     max_words: Count | None = None
-    rows: Rows = Rows()
+    rows: Rows = Field(default_factory=Rows)
     duplicates: Literal["drop", "keep"] = "drop"
     shared: Literal["drop", "keep"] = "keep"
 
@@ -138,7 +138,7 @@ class Decoder(Section):
     model: str = SMOLLM2
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     train_rows: Count | None = None
-    sft: Sft = Sft()
+    sft: Sft = Field(default_factory=Sft)
 
     @model_validator(mode="after")
     def _agrees_with_llamafactory(self) -> "Decoder":
@@ -195,11 +195,11 @@ class Experiment(Section):
     title: str
     seed: int = 42
     data: Data
-    prompt: Prompt = Prompt()
-    decoder: Decoder = Decoder()
-    encoder: Encoder = Encoder()
-    eval: Eval = Eval()
-    bench: Bench = Bench()
+    prompt: Prompt = Field(default_factory=Prompt)
+    decoder: Decoder = Field(default_factory=Decoder)
+    encoder: Encoder = Field(default_factory=Encoder)
+    eval: Eval = Field(default_factory=Eval)
+    bench: Bench = Field(default_factory=Bench)
 
     @model_validator(mode="after")
     def _enough_letters(self) -> "Experiment":

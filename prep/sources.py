@@ -84,17 +84,25 @@ def _encoding(path: Path, data: Data) -> str:
     for encoding in data.encoding:
         # "utf-8-sig" reads plain UTF-8 too, and drops the mark that Excel puts first.
         name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-        lines = 0
         try:
             with open(path, encoding=name, newline="\n") as file:
-                while file.readline():
-                    lines += 1
+                while file.read(1 << 20):
+                    pass
             return name
-        except UnicodeDecodeError as error:
-            reason = f"{path}, line {lines + 1}: not {encoding} ({error.reason}, byte 0x{error.object[error.start]:02x})"
+        except UnicodeDecodeError:
+            reason = f"{path}, {_first_undecodable(path.read_bytes(), encoding)}"
         except LookupError:
             raise LetterheadError(f"data.encoding: {encoding!r} is not an encoding that Python knows") from None
     raise LetterheadError(f"{reason}; save the file as UTF-8, or name its encoding: data.encoding: [utf-8, latin-1]")
+
+
+def _first_undecodable(content: bytes, encoding: str) -> str:
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return f"line {line}: not {encoding} ({error.reason}, byte 0x{content[error.start]:02x})"
+    return f"not {encoding}"
 
 
 def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
