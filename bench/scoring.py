@@ -8,6 +8,7 @@ encoding of them gives other ids than training saw, that is counted and reported
 """
 
 import itertools
+import operator
 import os
 import statistics
 import time
@@ -17,8 +18,8 @@ import numpy as np
 
 from letterhead import checkpoints
 from letterhead.experiment import Experiment, load_experiment
-from letterhead.records import read_jsonl, write_json
-from letterhead.stage import OFFLINE, Stage, run
+from letterhead.records import LetterheadError, read_jsonl, write_json
+from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
 PEER = "lm-eval 0.4.13"
 PEER_BATCH = 16
@@ -33,16 +34,19 @@ def main(experiment: Experiment) -> None:
 
     from letterhead.scoring import load_decoder
 
-    stage = Stage(experiment, "bench-scoring", None)
-    folder = checkpoints.whole_checkpoints(Path(experiment.sft_arguments()["output_dir"]))[-1]
-    model = load_decoder(folder, experiment.decoder.dtype)
-    report = {"peer": PEER, "checkpoint": str(folder), "dtype": str(model.dtype), "threads": torch.get_num_threads()}
+    if experiment.prompt.options != "letters":
+        raise LetterheadError(f"{experiment.name} answers with names; choose an experiment with letters, names are R52's")
     names = load_experiment(NAMES_EXPERIMENT)
-    for title, source, n in (
-        (experiment.prompt.options, experiment, experiment.bench.scoring_rows),
-        ("names", names, experiment.bench.scoring_names_rows),
-    ):
-        report[title] = compare(model, source, folder, n, experiment.bench.scoring_runs, title)
+    sources = {"letters": (experiment, experiment.bench.scoring_rows), "names": (names, experiment.bench.scoring_names_rows)}
+    rows = {title: draw_rows(source, n, experiment.bench.scoring_runs) for title, (source, n) in sources.items()}
+    stage = Stage(
+        experiment, "bench-scoring", {"sft": stage_outputs(experiment, "sft"), "bench": experiment.bench.model_dump()}
+    )
+    folder = checkpoints.whole_checkpoints(Path(experiment.sft_arguments()["output_dir"]))[-1]
+    model = load_decoder(folder, "float32")  # in bfloat16 two right programs differ by more than what is asked of them
+    report = {"peer": PEER, "checkpoint": str(folder), "dtype": str(model.dtype), "threads": torch.get_num_threads()}
+    for title, (source, _) in sources.items():
+        report[title] = compare(model, source, folder, rows[title], experiment.bench.scoring_runs, title)
     path = experiment.results_folder / "bench_scoring.json"
     write_json(path, report)
     stage.finish([path], device=str(model.device))
@@ -53,13 +57,25 @@ def main(experiment: Experiment) -> None:
             f"ratio {figures['ratio']:.2f} (pairs {', '.join(f'{r:.2f}' for r in figures['ratios'])}); "
             f"{figures['share_of_matmul_rate']:.2f} of the matmul rate ({figures['matmul_gflops']:.0f} GFLOP/s); "
             f"same predictions {figures['same_predictions']:.4f}, option differences within "
-            f"{figures['max_difference']:.1e} on rows with equal ids"
+            f"{figures['max_difference']:.1e} nats ({figures['rows_with_equal_ids']} of {figures['rows']} rows with equal ids)"
         )
     print(path)
 
 
-def compare(model, experiment: Experiment, folder: Path, n: int, runs: int, title: str) -> dict:
-    """Score n test rows with both; every paired run takes its own part of the rows. Agreement, rates and a profile."""
+def draw_rows(experiment: Experiment, n: int, runs: int) -> list[dict]:
+    """Up to n test rows, in an order drawn by seed; a clear error where there are fewer than the runs need."""
+    path = experiment.data_folder / "test.jsonl"
+    rows = list(read_jsonl(path)) if path.exists() else []
+    if min(len(rows), n) < runs:
+        raise LetterheadError(f"{path}: {len(rows)} rows, {runs} needed; run: make data EXP={experiment.name}")
+    return [rows[i] for i in np.random.default_rng(experiment.seed).permutation(len(rows))[:n]]
+
+
+def compare(model, experiment: Experiment, folder: Path, rows: list[dict], runs: int, title: str) -> dict:
+    """Score rows with both, each run on its own part of them; agreement, rates and a profile.
+
+    Ours is timed from texts to scores; the peer from ready requests to scores.
+    """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -67,44 +83,45 @@ def compare(model, experiment: Experiment, folder: Path, n: int, runs: int, titl
     from letterhead.scoring import score_options
 
     encoder = load_prompt_encoder(experiment, folder)
-    rows = list(read_jsonl(experiment.data_folder / "test.jsonl"))
-    rows = [rows[i] for i in np.random.default_rng(experiment.seed).permutation(len(rows))[:n]]
-    prompts = [encoder.encode(row["text"]) for row in rows]
+    prompts, n = [encoder.encode(row["text"]) for row in rows], len(rows)
     answers, with_end = encoder.answers, experiment.prompt.options == "names"
     peer = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=PEER_BATCH, max_length=encoder.cutoff_len)
+    pairs = [[peer_pair(encoder, ids, answer, with_end) for answer in answers] for ids in prompts]
 
-    def ours(part: list[list[int]]) -> np.ndarray:
+    def ours(begin: int, end: int) -> np.ndarray:
+        part = [encoder.encode(row["text"]) for row in rows[begin:end]]
         return score_options(model, part, answers, with_end, experiment.eval.batch_tokens).log_likelihood
 
-    def theirs(part: list[list[int]]) -> np.ndarray:
-        pairs = [peer_pair(encoder, ids, answer, with_end) for ids in part for answer in answers]
-        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    def theirs(begin: int, end: int) -> np.ndarray:
+        requests = [Instance("loglikelihood", {}, pair, 0) for row in pairs[begin:end] for pair in row]
         scores = [likelihood for likelihood, _ in peer.loglikelihood(requests, disable_tqdm=True)]
-        return np.reshape(scores, (len(part), -1))
+        return np.reshape(scores, (end - begin, -1))
 
-    ours(prompts[:4]), theirs(prompts[:1])  # warm-up
-    seconds, peer_seconds, scores, peer_scores = [], [], [], []
-    parts = [prompts[begin:end] for begin, end in itertools.pairwise(np.linspace(0, n, runs + 1).astype(int))]
-    for number, part in enumerate(parts, 1):
-        for score, times, results in ((ours, seconds, scores), (theirs, peer_seconds, peer_scores)):
+    ours(0, 4), theirs(0, 1)  # warm-up
+    times, scores = {ours: [], theirs: []}, {ours: [], theirs: []}
+    parts = list(itertools.pairwise(np.linspace(0, n, runs + 1).astype(int)))
+    for number, (begin, end) in enumerate(parts):
+        for score in (ours, theirs) if number % 2 == 0 else (theirs, ours):
             start = time.perf_counter()
-            results.append(score(part))
-            times.append(time.perf_counter() - start)
-        print(f"{title}, pair {number} of {runs}: {seconds[-1]:.1f} s, peer {peer_seconds[-1]:.1f} s", flush=True)
+            scores[score].append(score(begin, end))
+            times[score].append(time.perf_counter() - start)
+        print(f"{title}, pair {number + 1} of {runs}: {times[ours][-1]:.1f} s, peer {times[theirs][-1]:.1f} s", flush=True)
+    seconds, peer_seconds = times[ours], times[theirs]
+    lengths = [int(end - begin) for begin, end in parts]
     equal = [peer_ids_are_trained(peer, encoder, ids, answer, with_end) for ids in prompts for answer in answers]
     return {
         "rows": n,
         "options": len(answers),
         "mean_prompt_tokens": float(np.mean([len(ids) for ids in prompts])),
-        "rows_of_each_pair": [len(part) for part in parts],
+        "rows_of_each_pair": lengths,
         "seconds": seconds,
         "peer_seconds": peer_seconds,
-        "rows_per_second": statistics.median(len(p) / s for p, s in zip(parts, seconds, strict=True)),
-        "peer_rows_per_second": statistics.median(len(p) / s for p, s in zip(parts, peer_seconds, strict=True)),
-        "ratios": [b / a for a, b in zip(seconds, peer_seconds, strict=True)],
-        "ratio": statistics.median(b / a for a, b in zip(seconds, peer_seconds, strict=True)),
-        **share_of_matmul_rate(model, lambda: ours(prompts[:PROFILED_ROWS]), experiment.eval.batch_tokens),
-        **agreement(rows, np.concatenate(scores), np.concatenate(peer_scores), np.reshape(equal, (n, -1))),
+        "rows_per_second": statistics.median(map(operator.truediv, lengths, seconds)),
+        "peer_rows_per_second": statistics.median(map(operator.truediv, lengths, peer_seconds)),
+        "ratios": list(map(operator.truediv, peer_seconds, seconds)),
+        "ratio": statistics.median(map(operator.truediv, peer_seconds, seconds)),
+        **share_of_matmul_rate(model, lambda: ours(0, PROFILED_ROWS), experiment.eval.batch_tokens),
+        **agreement(rows, *map(np.concatenate, scores.values()), np.reshape(equal, (n, -1))),
     }
 
 
@@ -141,9 +158,14 @@ def agreement(rows: list[dict], ours: np.ndarray, theirs: np.ndarray, ids_equal:
 def share_of_matmul_rate(model, work, tokens: int) -> dict:
     """FLOPs that `work` executes (attention included) a second, over the rate of bare matrix products of the shapes of
     the model's layers at a batch of that many tokens; measured in turn, medians of three."""
-    from torch.utils.flop_counter import FlopCounterMode
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    def attention_flops(query, key, value, *_, **__):  # torch counts the other kernels of attention, not the CPU's
+        return sdpa_flop_count(query, key, value)
+
+    cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
         work()
     flops, rates, shares = counter.get_total_flops(), [], []
     for _ in range(3):

@@ -31,18 +31,22 @@ def main(experiment: Experiment) -> None:
     stage = Stage(experiment, "eval-ckpts", {"made": made, **scoring_inputs(experiment)})
     table = experiment.results_folder / "sft_checkpoints.md"
     if not stage.is_current():
-        models = {0: experiment.decoder.folder}
         folder = Path(experiment.sft_arguments()["output_dir"])
-        models |= {checkpoints.step_of(path): path for path in checkpoints.whole_checkpoints(folder)}
-        results, files = score_all(experiment, models, made)
+        trained = {checkpoints.step_of(path): path for path in checkpoints.whole_checkpoints(folder)}
+        if not trained:
+            raise LetterheadError(f"{folder}: no whole checkpoint to score; run: make sft EXP={experiment.name}")
         log = checkpoints.log_history(folder)
+        results, files = score_all(experiment, {0: experiment.decoder.folder} | trained, made, log)
         pictures = draw(experiment, results, log)
         with atomic_open(table) as file:
-            file.write(render_table(experiment, results, expected_steps(folder)))
+            by_steps = experiment.sft_arguments().get("save_strategy", "steps") == "steps"
+            file.write(render_table(experiment, results, expected_steps(folder) if by_steps else []))
         rows = sum(result["n"] for result in results.values())
         seconds = sum(result["seconds"] for result in results.values())
+        tokens = sum(result["tokens"] for result in results.values())
         device = next(iter(results.values()))["device"]
-        stage.finish([*files, table, *pictures], rows=rows, scoring_seconds=round(seconds, 1), device=device)
+        figures = {"rows": rows, "tokens": tokens, "scoring_seconds": round(seconds, 1), "device": device}
+        stage.finish([*files, table, *pictures], **figures)
     print(table.read_text(encoding="utf-8"))
     print(f"{table} and sft_f1.png, sft_loss.png beside it")
 
@@ -59,15 +63,20 @@ def scoring_inputs(experiment: Experiment) -> dict:
     }
 
 
-def score_all(experiment: Experiment, models: dict[int, Path], made: dict[str, str]) -> tuple[dict, list[Path]]:
+def result_paths(experiment: Experiment, step: int, split: str) -> tuple[Path, Path]:
+    """The files of a checkpoint's result and of its predictions."""
+    name = f"sft@{step}" + ("" if split == "test" else f".{split}")
+    return experiment.results_folder / f"{name}.json", experiment.results_folder / f"{name}.predictions.jsonl"
+
+
+def score_all(experiment: Experiment, models: dict[int, Path], made: dict[str, str], log: list[dict]):
     """Score each model on each split, skipping what is scored already from the same inputs.
 
     Returns
     -------
     dict : (step, split) → result; list : the files that hold results and predictions
     """
-    results, files, prompts = {}, [], {}
-    encoder = rows = None
+    results, files, encoder, prompts = {}, [], None, {}
     for step, model_folder in sorted(models.items()):
         checkpoints.require_model(model_folder)
         weights = {p.name: made.get(str(p)) or sha256_file(p) for p in sorted(model_folder.glob("*.safetensors"))}
@@ -76,13 +85,11 @@ def score_all(experiment: Experiment, models: dict[int, Path], made: dict[str, s
             rows_file = experiment.data_folder / f"{split}.jsonl"
             if rows_file.stat().st_size == 0:
                 continue
-            suffix = "" if split == "test" else f".{split}"
-            result_file = experiment.results_folder / f"sft@{step}{suffix}.json"
-            predictions_file = experiment.results_folder / f"sft@{step}{suffix}.predictions.jsonl"
+            result_file, predictions_file = result_paths(experiment, step, split)
             files += [result_file, predictions_file]
             inputs = sha256_json({"weights": weights, "rows": made[str(rows_file)], **scoring_inputs(experiment)})
             kept = read_json(result_file)
-            if kept and kept.get("inputs_sha256") == inputs and predictions_file.exists():
+            if kept and kept["inputs_sha256"] == inputs and predictions_file.exists():
                 results[step, split] = kept
                 continue
             from letterhead.prompt import load_prompt_encoder
@@ -94,17 +101,15 @@ def score_all(experiment: Experiment, models: dict[int, Path], made: dict[str, s
                 prompts[split] = (rows, [encoder.encode(row["text"]) for row in rows])
             model = model or load_decoder(model_folder, experiment.decoder.dtype)
             result, predictions = score_split(experiment, model, encoder, *prompts[split], f"step {step}, {split}")
-            result |= {"step": step, "split": split, "model": str(model_folder), "inputs_sha256": inputs}
+            losses = [entry["loss"] for entry in log if "loss" in entry and entry["step"] <= step]
+            result |= {"step": step, "split": split, "train_loss": losses[-1] if losses else None}
+            result |= {"model": str(model_folder), "inputs_sha256": inputs}
             write_jsonl(predictions_file, predictions)
             write_json(result_file, result)  # last: it says that the predictions are whole
             results[step, split] = result
-    log = checkpoints.log_history(Path(experiment.sft_arguments()["output_dir"]))
-    for (step, split), result in results.items():
-        loss = [entry["loss"] for entry in log if "loss" in entry and entry["step"] <= step]
-        if result.get("train_loss", "") != (loss[-1] if loss and step else None):
-            result["train_loss"] = loss[-1] if loss and step else None
-            suffix = "" if split == "test" else f".{split}"
-            write_json(experiment.results_folder / f"sft@{step}{suffix}.json", result)
+    for path in experiment.results_folder.glob("sft@*"):
+        if path not in files:  # of an earlier training, which had other steps
+            path.unlink()
     return results, files
 
 
@@ -170,8 +175,8 @@ def draw(experiment: Experiment, results: dict, log: list[dict]) -> list[Path]:
     trained = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     own = [(step, result["eval_loss"]) for (step, split), result in results.items() if split == "test"]
     lines = {
-        "training loss (all answer tokens)": tuple(map(list, zip(*trained, strict=True))),
-        "the option's own loss (test)": tuple(map(list, zip(*own, strict=True))),
+        "training loss (all answer tokens)": ([step for step, _ in trained], [value for _, value in trained]),
+        "the option's own loss (test)": ([step for step, _ in own], [value for _, value in own]),
     }
     plot_against_step(loss, f"{experiment.name}: SFT loss", "cross-entropy a token, nats", lines, log=True)
     return [f1, loss]

@@ -9,7 +9,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from letterhead.records import LetterheadError, read_json
+from letterhead.records import LetterheadError, read_json, sha256_file
 
 
 def safetensors_error(path: Path) -> str | None:
@@ -43,6 +43,12 @@ def require_model(folder: Path) -> None:
     for file in weights:
         if reason := safetensors_error(file):
             raise LetterheadError(f"{file}: cut off: {reason}; delete the folder and make it again")
+
+
+def model_identity(folder: Path) -> dict:
+    """What tells one model from another: the source it was fetched from, else the hashes of its files."""
+    files = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json", ".txt", ".model"))
+    return read_json(folder / "letterhead_source.json") or {path.name: sha256_file(path) for path in files}
 
 
 def step_of(folder: Path) -> int:
@@ -92,8 +98,11 @@ def resumable(folder: Path) -> Path | None:
 
 
 def prune_optimizer_states(folder: Path) -> None:
-    """Delete the optimizer's state (twice the model's size) of all whole checkpoints but the newest."""
-    for path in whole_checkpoints(folder)[:-1]:
+    """Delete the optimizer's state (twice the model's size) of all checkpoints before the one to resume from."""
+    newest = resumable(folder)
+    for path in whole_checkpoints(folder) if newest else []:
+        if step_of(path) >= step_of(newest):
+            continue
         (path / "optimizer.pt").unlink(missing_ok=True)
         for state in path.glob("global_step*"):  # DeepSpeed's
             shutil.rmtree(state, ignore_errors=True)

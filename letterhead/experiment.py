@@ -74,11 +74,15 @@ class Data(Section):
     @classmethod
     def _names(cls, labels: Any) -> Any:
         """A label is always text; YAML reads bare digits as a number, and a bare yes or no as a boolean."""
-        if any(isinstance(label, bool) for label in labels or []):
+        if not isinstance(labels, list | dict):
+            raise ValueError("write a list of names, or a map (value in the source: name)")
+        if any(isinstance(part, bool) for part in [*labels, *(labels.values() if isinstance(labels, dict) else ())]):
             raise ValueError("YAML reads a bare yes, no, true or false as a boolean; put quotes around that label")
         if isinstance(labels, dict):
             return {str(key): value if value is None else str(value) for key, value in labels.items()}
-        return [str(label) for label in labels] if isinstance(labels, list) else labels
+        if None in labels:
+            raise ValueError("a name is empty; to drop a class write a map (value in the source: null)")
+        return [str(label) for label in labels]
 
     @model_validator(mode="after")
     def _at_least_two(self) -> "Data":
@@ -126,7 +130,10 @@ class Sft(Section):
         """
         if not self.config.is_file():
             raise ValueError(f"{self.config}: no such LLaMA-Factory YAML")
-        config = OmegaConf.to_container(OmegaConf.load(self.config))
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(self.config))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"{self.config}: cannot be read as YAML: {error}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{self.config}: not a mapping of keys")
         return config | self.overrides
@@ -202,6 +209,12 @@ class Experiment(Section):
     bench: Bench = Field(default_factory=Bench)
 
     @model_validator(mode="after")
+    def _one_seed(self) -> "Experiment":
+        if (seed := self.decoder.sft.arguments().get("seed", self.seed)) != self.seed:
+            raise ValueError(f"seed is {self.seed}, but {self.decoder.sft.config} or its overrides say {seed}; name one")
+        return self
+
+    @model_validator(mode="after")
     def _enough_letters(self) -> "Experiment":
         labels = self.data.label_names
         if self.prompt.options == "letters" and len(labels) > len(LETTERS):
@@ -232,11 +245,13 @@ class Experiment(Section):
         return self.run_folder / "sft"
 
     def sft_arguments(self) -> dict[str, Any]:
-        """All of LLaMA-Factory's arguments: its YAML, the overrides, and where this experiment's files lie."""
-        return self.decoder.sft.arguments() | {
-            "dataset_dir": str(self.data_folder),
-            "output_dir": str(self.sft_folder / "checkpoints"),
-        }
+        """All of LLaMA-Factory's arguments: its YAML, the overrides, and what the experiment decides."""
+        return self.decoder.sft.arguments() | self.sft_decided()
+
+    def sft_decided(self) -> dict[str, Any]:
+        """LLaMA-Factory's arguments that the experiment decides: where its files lie, and the seed."""
+        folders = {"dataset_dir": str(self.data_folder), "output_dir": str(self.sft_folder / "checkpoints")}
+        return folders | {"seed": self.seed}
 
 
 def load_experiment(name: str, overrides: str = "") -> Experiment:

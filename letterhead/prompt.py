@@ -91,7 +91,11 @@ class PromptEncoder:
 
     def instruction(self, text: str) -> str:
         """The question about a text."""
-        return self._before + self.fit(text) + self._after
+        return self.fill(self.fit(text))
+
+    def fill(self, fitted: str) -> str:
+        """The question about a text that `fit` gave."""
+        return self._before + fitted + self._after
 
     def encode(self, text: str) -> list[int]:
         """The prompt's token ids for a text, through the last token before the answer."""

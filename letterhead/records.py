@@ -4,6 +4,7 @@ A file is written beside its place, flushed to the disk, then renamed, so that a
 finds the old file or the new one and never half of one.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ def atomic_open(path: Path | str) -> Iterator[IO[str]]:
     """Open a UTF-8 text file that takes the place of `path` only when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -54,6 +55,15 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(path: Path | str) -> Iterator[None]:
+    """Wait until no other process is inside the block for the same lock file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: Path | str, value: Any) -> None:

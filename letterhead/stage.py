@@ -8,7 +8,6 @@ stage has nothing to do.
 import argparse
 import errno
 import fcntl
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -40,18 +39,16 @@ class Stage:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")  # held until this process ends
         try:
-            # Children inherit the descriptor: a training that outlives its parent still holds the lock.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LetterheadError(
                 f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
             ) from None
-        os.set_inheritable(self._lock.fileno(), True)
         self._start = time.time()
 
     @property
     def lock_descriptor(self) -> int:
-        """The descriptor of the lock, to hand to a child process (`pass_fds`)."""
+        """The lock's descriptor, for a child's `pass_fds`: a training that outlives its parent still holds the lock."""
         return self._lock.fileno()
 
     @property
@@ -60,12 +57,18 @@ class Stage:
         return read_json(self.folder / "stage.json") or {}
 
     def is_current(self) -> bool:
-        """Whether the last finished run had the same inputs and its files are still there, at their sizes."""
+        """Whether the last finished run had the same inputs and its files are still there, at their sizes.
+
+        Where it is not so, the old record goes before its files are touched.
+        """
         record = self.record
-        return record.get("inputs_sha256") == self.inputs_sha256 and all(
+        current = record.get("inputs_sha256") == self.inputs_sha256 and all(
             Path(path).is_file() and Path(path).stat().st_size == output["bytes"]
             for path, output in record["outputs"].items()
         )
+        if not current:
+            (self.folder / "stage.json").unlink(missing_ok=True)
+        return current
 
     def finish(self, outputs: list[Path], **figures: Any) -> dict:
         """Write the stage's record: the files it made with sizes and hashes, the time it took, and `figures`."""

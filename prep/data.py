@@ -19,12 +19,13 @@ import jsonlines
 import numpy as np
 from tqdm import tqdm
 
+from letterhead.checkpoints import model_identity
 from letterhead.experiment import Experiment
 from letterhead.prompt import PromptEncoder, keep_words, load_prompt_encoder
-from letterhead.records import LetterheadError, atomic_open, write_json
+from letterhead.records import LetterheadError, atomic_open, exclusive, write_json
 from letterhead.stage import OFFLINE, Stage, run
-from prep.fetch import fetch_model
-from prep.sources import RawRow, open_source
+from prep.fetch import CACHE, fetch_model
+from prep.sources import RawRow, local_sha256, open_source
 
 SPLITS = ("train", "validation", "test")
 UNUSED = -1
@@ -37,24 +38,26 @@ LENGTH_SAMPLE = 5000
 def main(experiment: Experiment) -> None:
     data, folder = experiment.data, experiment.data_folder
     encoder_model = experiment.encoder.model
-    fetch_model(experiment.decoder.model, experiment.decoder.folder)
-    fetch_model(encoder_model, experiment.encoder.folder)
+    with exclusive(CACHE / ".lock"):
+        fetch_model(experiment.decoder.model, experiment.decoder.folder)
+        fetch_model(encoder_model, experiment.encoder.folder)
     if not data.source.startswith("hf:"):
         os.environ.update(OFFLINE)
-    source = open_source(data)
     inputs = {
         "data": data.model_dump(mode="json"),
         "prompt": experiment.prompt.model_dump(),
         "seed": experiment.seed,
         "train_rows": experiment.decoder.train_rows,
         "sft": {key: experiment.sft_arguments().get(key) for key in SFT_KEYS},
-        "models": [experiment.decoder.model, encoder_model],
-        "sources": source.sha256,
+        "models": [model_identity(experiment.decoder.folder), model_identity(experiment.encoder.folder)],
+        "local_files": local_sha256(data),
     }
     stage = Stage(experiment, "data", inputs)
     if stage.is_current():
         print(f"data is up to date: {folder}")
         return
+    with exclusive(CACHE / ".lock"):
+        source = open_source(data)
     pool_path = folder / ".pool.jsonl"
     with ExitStack() as stack:
         stack.callback(pool_path.unlink, missing_ok=True)
@@ -101,9 +104,7 @@ def read_pool(splits, experiment: Experiment, path: Path) -> tuple[Pool, dict]:
                 if label is None:
                     dropped["label mapped to null"] += 1
                     continue
-                if not isinstance(row.text, str) or not row.text.strip():
-                    raise LetterheadError(f"{row.place}: the text is empty; delete the row or fill in data.columns.text")
-                text = keep_words(row.text, data.max_words).strip()
+                text = keep_words(checked_text(row), data.max_words).strip()
                 shortened += len(text) < len(row.text.strip())
                 pool.label.append(index[label])
                 pool.source_split.append(SPLITS.index(split))
@@ -111,6 +112,24 @@ def read_pool(splits, experiment: Experiment, path: Path) -> tuple[Pool, dict]:
                 file.write(json.dumps({"id": row.id, "label": label, "text": text}, ensure_ascii=False) + "\n")
     rows = {"read": sum(read.values()), "read_by_split": dict(read)}
     return pool, {"rows": rows, "dropped": dropped, "cut_to_max_words": shortened}
+
+
+def checked_text(row: RawRow) -> str:
+    """A row's text.
+
+    Raises
+    ------
+    LetterheadError : empty, not a string, or half a surrogate pair, which no file can hold
+    """
+    if row.text is not None and not isinstance(row.text, str):
+        raise LetterheadError(f"{row.place}: the text is of type {type(row.text).__name__}; write it as a string")
+    if not row.text or not row.text.strip():
+        raise LetterheadError(f"{row.place}: the text is empty; fill it in, or delete the row")
+    try:
+        row.text.encode()
+    except UnicodeEncodeError as error:
+        raise LetterheadError(f"{row.place}: character {error.start + 1} of the text is half a pair; delete it") from None
+    return row.text
 
 
 def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | None:
@@ -123,7 +142,8 @@ def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | 
     value = str(row.label).strip() if row.label is not None else ""
     if value in labels:
         return labels[value] if isinstance(labels, dict) else value
-    if isinstance(labels, list) and value.isdecimal() and int(value) < len(labels):
+    numbered = isinstance(labels, list) and not any(label.isdecimal() for label in labels)
+    if numbered and value.isdecimal() and int(value) < len(labels):
         return labels[int(value)]
     known = ", ".join(labels if isinstance(labels, dict) else (f"{i} or {name}" for i, name in enumerate(labels)))
     raise LetterheadError(f"{row.place}: label {value!r} is not in data.labels ({known}); add it, or map it to null")
@@ -132,7 +152,7 @@ def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | 
 def stratified(candidates: np.ndarray, label: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Draw n of the candidate row numbers, each label in its proportion (largest remainders first), sorted."""
     counts = np.bincount(label[candidates])
-    share = counts * (n / len(candidates))
+    share = counts * (n / max(len(candidates), 1))
     take = np.floor(share).astype(int)
     for k in np.argsort(take - share, kind="stable")[: n - take.sum()]:
         take[k] += 1
@@ -141,7 +161,7 @@ def stratified(candidates: np.ndarray, label: np.ndarray, n: int, rng: np.random
 
 
 def draw_splits(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
-    """Decide for every row of the pool which split it goes to, and count what is repeated.
+    """Decide for every row of the pool which split it goes to; what is repeated or left out is counted in `card`.
 
     Returns
     -------
@@ -151,57 +171,61 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
     ------
     LetterheadError : a split would be empty, or asks for more rows than there are
     """
-    data, rng = experiment.data, np.random.default_rng(experiment.seed)
-    label, source, text_hash = pool.arrays()
-    rows = data.rows
-    present = {split: bool((source == number).any()) for number, split in enumerate(SPLITS)}
-    if not present["train"]:
-        raise LetterheadError(f"{data.source}: holds no rows to train on")
-    chosen = source.copy()
-    # The first row of each text within its split, in the order of the source.
-    key = text_hash ^ (source.astype("Q") * np.uint64(0x9E3779B97F4A7C15))
-    first = np.zeros(len(key), bool)
-    first[np.unique(key, return_index=True)[1]] = True
-    card["duplicates"] = {s: int((~first & (source == n)).sum()) for n, s in enumerate(SPLITS) if present[s]}
-    # A published test or validation split stays as published; only what others are drawn from is thinned.
-    if data.duplicates == "drop":
-        chosen[~first & (source == 0)] = UNUSED
-        card["dropped"]["duplicate text"] = int((chosen == UNUSED).sum())
-    train_hashes = text_hash[chosen == 0]
-    card["shared_with_train"] = {}
-    for number, split in enumerate(SPLITS[1:], 1):
-        if present[split]:
-            mine = source == number
-            card["shared_with_train"][split] = int(np.isin(text_hash[mine], train_hashes).sum())
-            if data.shared == "drop":
-                chosen[(chosen == 0) & np.isin(text_hash, text_hash[mine])] = UNUSED
-    if data.shared == "drop":
-        card["dropped"]["text shared with test or validation"] = int(len(train_hashes) - (chosen == 0).sum())
-    wanted = {"test": rows.test, "validation": rows.validation}
-    for split in ("test", "validation"):
-        number, n = SPLITS.index(split), wanted[split]
-        if isinstance(n, float):
-            n = round(n * (chosen == 0).sum()) if not present[split] else None
-        pick_from = np.flatnonzero(chosen == (number if present[split] else 0))
-        if n is None and not present[split]:
-            raise LetterheadError(f"{data.source}: has no {split} split; set data.rows.{split} to draw one from train")
-        if n is None:
-            continue
-        if n > len(pick_from) - (not present[split]):
-            raise LetterheadError(f"data.rows.{split} asks for {n} rows, but there are {len(pick_from)} to draw from")
-        drawn = stratified(pick_from, label, n, rng) if n else pick_from[:0]
-        if present[split]:
-            chosen[pick_from] = UNUSED
+    rows, rng = experiment.data.rows, np.random.default_rng(experiment.seed)
+    label, source, _ = pool.arrays()
+    if not (source == 0).any():
+        raise LetterheadError(f"{experiment.data.source}: holds no rows to train on")
+    chosen = drop_repeated(pool, experiment, card)
+    for number, wanted in ((2, rows.test), (1, rows.validation)):
+        split, own = SPLITS[number], bool((source == number).any())
+        if own and (wanted is None or isinstance(wanted, float)):
+            continue  # a published split, all of it
+        if wanted is None:
+            raise LetterheadError(f"{experiment.data.source}: no {split} split; set data.rows.{split} to draw one")
+        candidates = np.flatnonzero(chosen == (number if own else 0))
+        n = round(wanted * len(candidates)) if isinstance(wanted, float) else wanted
+        if n > len(candidates):
+            raise LetterheadError(f"data.rows.{split} asks for {n} rows, but there are {len(candidates)} to draw from")
+        drawn = stratified(candidates, label, n, rng)
+        if own:
+            chosen[candidates] = UNUSED
         chosen[drawn] = number
     train = np.flatnonzero(chosen == 0)
-    if rows.train and rows.train < len(train):
-        chosen[train] = UNUSED
-        chosen[stratified(train, label, rows.train, rng)] = 0
-    if not (chosen == 0).any():
-        raise LetterheadError(f"{data.source}: no rows are left to train on; lower data.rows.test or data.rows.validation")
+    if not len(train):
+        raise LetterheadError("no rows are left to train on; lower data.rows.test or data.rows.validation")
+    chosen[train] = UNUSED
+    chosen[stratified(train, label, min(rows.train or len(train), len(train)), rng)] = 0
     card["rows"] |= {split: int((chosen == number).sum()) for number, split in enumerate(SPLITS)}
     counts = [np.bincount(label[chosen == n], minlength=len(experiment.labels)).tolist() for n in range(len(SPLITS))]
     card["label_counts"] = {s: dict(zip(experiment.labels, c, strict=True)) for s, c in zip(SPLITS, counts, strict=True)}
+    return chosen
+
+
+def drop_repeated(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
+    """Count texts that stand twice in a split or in two splits, and take out of train those that are to go.
+
+    A published test or validation split stays as published: only train, from which others are drawn, is thinned.
+    """
+    data = experiment.data
+    _, source, text_hash = pool.arrays()
+    chosen = source.copy()
+    present = [number for number in range(len(SPLITS)) if (source == number).any()]
+    card["duplicates"], card["shared_with_train"] = {}, {}
+    for number in present:
+        mine = np.flatnonzero(source == number)
+        again = np.setdiff1d(mine, mine[np.unique(text_hash[mine], return_index=True)[1]], assume_unique=True)
+        card["duplicates"][SPLITS[number]] = len(again)
+        if number == 0 and data.duplicates == "drop":
+            chosen[again] = UNUSED
+            card["dropped"]["duplicate text"] = len(again)
+    train = np.flatnonzero(chosen == 0)
+    for number in present[1:]:
+        mine = text_hash[source == number]
+        card["shared_with_train"][SPLITS[number]] = int(np.isin(mine, text_hash[train]).sum())
+        if data.shared == "drop":
+            chosen[train[np.isin(text_hash[train], mine)]] = UNUSED
+    if data.shared == "drop":
+        card["dropped"]["text shared with test or validation"] = len(train) - int((chosen == 0).sum())
     return chosen
 
 
@@ -232,7 +256,7 @@ def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder:
                 clean, fitted = encoder.neutralise(row["text"]), encoder.fit(row["text"])
                 neutralised += clean != row["text"]
                 shortened += len(fitted) < len(clean)
-                alpaca.write({"instruction": encoder.instruction(row["text"]), "input": "", "output": answers[row["label"]]})
+                alpaca.write({"instruction": encoder.fill(fitted), "input": "", "output": answers[row["label"]]})
     card["sft"] = {"rows": int(decoder_rows.sum()), "cut_to_cutoff_len": shortened, "control_strings_broken_up": neutralised}
 
 
@@ -260,7 +284,6 @@ def dataset_info(experiment: Experiment) -> dict:
     return {
         experiment.sft_arguments()["dataset"]: {
             "file_name": "sft_train.jsonl",
-            "file_sha1": hashlib.sha1((experiment.data_folder / "sft_train.jsonl").read_bytes()).hexdigest(),
             "columns": {"prompt": "instruction", "query": "input", "response": "output"},
         }
     }

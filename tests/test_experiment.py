@@ -30,6 +30,7 @@ def test_shipped_experiments_are_valid_and_complete(monkeypatch, name):
         ("decoder.sft.overrides.finetuning_type=lora", "must say stage: sft and finetuning_type: full"),
         ("prompt.options=numbers", "prompt.options: Input should be 'letters' or 'names'"),
         ("data.labels=[a,b]", "cannot be read as YAML with SET"),
+        ("decoder.sft.overrides.seed=7", "seed is 42, but .*overrides say 7; name one"),
     ],
 )
 def test_a_wrong_key_is_named_with_its_mend(monkeypatch, overrides, message):
@@ -62,9 +63,17 @@ def test_five_lines_of_yaml_are_an_experiment(monkeypatch, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("title: my reviews\ndata:\n  source: reviews.csv\n  labels: [bad, good]\n  rows: {test: 500}\n")
     assert load_experiment(str(path)).labels == ["bad", "good"]
-    path.write_text(path.read_text().replace("[bad, good]", "[no, yes]"))
-    with pytest.raises(LetterheadError, match="put quotes around that label"):
-        load_experiment(str(path))
+    for labels, message in {
+        "[no, yes]": "put quotes around that label",
+        "{a: yes, b: c}": "put quotes around that label",
+        "[a, null]": "a name is empty",
+        "[a, a]": "a name stands twice",
+        "[a]": "at least two classes",
+        "4": "write a list of names, or a map",
+    }.items():
+        path.write_text(f"title: t\ndata: {{source: a.csv, labels: {labels}}}\n")
+        with pytest.raises(LetterheadError, match=message):
+            load_experiment(str(path))
 
 
 def test_overrides_reach_llamafactory(monkeypatch):
