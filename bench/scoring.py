@@ -50,16 +50,22 @@ def main(experiment: Experiment) -> None:
     path = experiment.results_folder / "bench_scoring.json"
     write_json(path, report)
     stage.finish([path], device=str(model.device))
-    for title in ("letters", "names"):
-        figures = report[title]
-        print(
-            f"{title}: {figures['rows_per_second']:.2f} rows/s, {PEER} {figures['peer_rows_per_second']:.2f}, "
-            f"ratio {figures['ratio']:.2f} (pairs {', '.join(f'{r:.2f}' for r in figures['ratios'])}); "
-            f"{figures['share_of_matmul_rate']:.2f} of the matmul rate ({figures['matmul_gflops']:.0f} GFLOP/s); "
-            f"same predictions {figures['same_predictions']:.4f}, option differences within "
-            f"{figures['max_difference']:.1e} nats ({figures['rows_with_equal_ids']} of {figures['rows']} rows with equal ids)"
-        )
+    for title in sources:
+        print(summary(title, report[title]))
     print(path)
+
+
+def summary(title: str, figures: dict) -> str:
+    """The figures in a few lines for the terminal."""
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in figures["ratios"])
+    return (
+        f"{title}: {figures['rows_per_second']:.2f} rows/s, {PEER} {figures['peer_rows_per_second']:.2f}; "
+        f"ratio {figures['ratio']:.2f} (pairs {ratios})\n"
+        f"  {figures['share_of_matmul_rate']:.2f} of the matmul rate, {figures['matmul_gflops']:.0f} GFLOP/s; time goes to "
+        + ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in list(figures["profile"].items())[:4])
+        + f"\n  the same prediction on {figures['same_predictions']:.2%} of {figures['rows']} rows; ids equal on "
+        f"{figures['rows_with_equal_ids']}, there differences between options agree to {figures['max_difference']:.1e} nats"
+    )
 
 
 def draw_rows(experiment: Experiment, n: int, runs: int) -> list[dict]:
