@@ -21,6 +21,9 @@ from letterhead.records import LetterheadError, read_json, sha256_file, sha256_j
 # The transformers libraries ask the hub about a model even where its folder lies on disk. Only `make data` fetches.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+# A killed training needs some seconds to give its memory, and the lock, back.
+LOCK_PATIENCE_S = 20
+
 
 class Stage:
     """A stage's record and its lock.
@@ -38,13 +41,20 @@ class Stage:
         self.inputs_sha256 = sha256_json(inputs)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")  # held until this process ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LetterheadError(
-                f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
-            ) from None
+        self._take_lock()
         self._start = time.time()
+
+    def _take_lock(self) -> None:
+        patience = time.time() + LOCK_PATIENCE_S
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.time() > patience:
+                    raise LetterheadError(
+                        f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
+                    ) from None
+                time.sleep(0.2)
 
     @property
     def lock_descriptor(self) -> int:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
 
-from letterhead import checkpoints
+from letterhead import checkpoints, stage
 from letterhead.records import LetterheadError
 from letterhead.stage import Stage
 
@@ -84,7 +84,8 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_is_resumed(tmp_p
     assert checkpoints.resumable(tmp_path) == good
 
 
-def test_a_stage_runs_once_at_a_time(make_experiment):
+def test_a_stage_runs_once_at_a_time(make_experiment, monkeypatch):
+    monkeypatch.setattr(stage, "LOCK_PATIENCE_S", 0)
     experiment = make_experiment("rows.csv", ["a", "b"])
     first = Stage(experiment, "sft", 1)
     with pytest.raises(LetterheadError, match="another process is running this stage"):
