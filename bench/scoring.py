@@ -133,7 +133,10 @@ def compare(model, experiment: Experiment, folder: Path, rows: list[dict], runs:
 
 def peer_pair(encoder, prompt: list[int], answer, with_end: bool) -> tuple[str, str]:
     """The peer's request: context and continuation as text, split where the option's spelling begins."""
-    decode = encoder.tokenizer.decode
+
+    def decode(ids: list[int]) -> str:
+        return encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
     return decode(prompt + answer.ids[: answer.start]), decode(answer.ids[answer.start : answer.stop + with_end])
 
 
