@@ -29,6 +29,24 @@ sft: data ## teach the decoder to answer with a letter (LLaMA-Factory), resuming
 eval-ckpts: sft ## score step 0 and every SFT checkpoint on test and validation rows
 	@$(RUN) eval.checkpoints $(STAGE)
 
+zero-shot: data ## the decoder untrained: option perplexity, calibrated, and with thinking
+	@$(RUN) eval.zero_shot $(STAGE)
+
+tfidf: data ## the floor: TF-IDF with logistic regression
+	@$(RUN) baselines.tfidf $(STAGE)
+
+bert: data ## fine-tune BERT with a linear head (HF Trainer)
+	@$(RUN) baselines.train bert $(STAGE)
+
+linear-head: data ## put a linear head on the decoder and fine-tune it (HF Trainer)
+	@$(RUN) baselines.train linear_head $(STAGE)
+
+compare: eval-ckpts zero-shot tfidf bert linear-head ## every method on the same rows, every pair tested, which to ship
+	@$(RUN) eval.compare $(STAGE)
+
+report: compare ## report.html (opens from disk) and REPORT.md, with pictures
+	@$(RUN) report.build $(STAGE)
+
 bench-scoring: sft ## scoring speed and agreement against lm-evaluation-harness
 	@$(MAKE) data EXP=r52 SET=
 	@$(RUN) bench.scoring $(STAGE)
@@ -36,10 +54,13 @@ bench-scoring: sft ## scoring speed and agreement against lm-evaluation-harness
 bench: ## requests per second (not built yet)
 	@echo "bench: requests per second are not built yet; bench-scoring measures the scorer" >&2; exit 1
 
-demo: eval-ckpts ## the main job, end to end, on the embedded default
+bench-training: data ## training throughput of BERT and the linear head: rows grouped by length against plain
+	@$(RUN) bench.training $(STAGE)
+
+demo: report ## everything but the bench, end to end, on the embedded default
 
 smoke: $(READY) ## the same on 64 rows: minutes, for CI
-	@$(MAKE) eval-ckpts EXP=smoke
+	@$(MAKE) report EXP=smoke
 
 test: $(READY) ## lint, then the tests
 	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
@@ -51,4 +72,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP made (data/EXP and runs/EXP); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP"
 
-.PHONY: help setup data sft eval-ckpts bench bench-scoring demo smoke test lint clean
+.PHONY: help setup data sft eval-ckpts zero-shot tfidf bert linear-head compare report bench bench-scoring bench-training demo smoke test lint clean

@@ -88,7 +88,7 @@ def compare(model, experiment: Experiment, folder: Path, rows: list[dict], runs:
     from letterhead.prompt import load_prompt_encoder
     from letterhead.scoring import score_options
 
-    encoder = load_prompt_encoder(experiment, folder)
+    encoder = load_prompt_encoder(experiment)
     prompts, n = [encoder.encode(row["text"]) for row in rows], len(rows)
     answers, with_end = encoder.answers, experiment.prompt.options == "names"
     peer = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=PEER_BATCH, max_length=encoder.cutoff_len)

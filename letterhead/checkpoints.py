@@ -51,6 +51,14 @@ def model_identity(folder: Path) -> dict:
     return read_json(folder / "letterhead_source.json") or {path.name: sha256_file(path) for path in files}
 
 
+def parameters_per_token(model) -> int:
+    """How many parameters a token is multiplied with: all but the embeddings (and a projection tied to them)."""
+    from torch.nn import Embedding
+
+    embeddings = {id(p) for m in model.modules() if isinstance(m, Embedding) for p in m.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+
+
 def step_of(folder: Path) -> int:
     """The step at which a checkpoint was saved; -1 for a name that is not a checkpoint's."""
     prefix, _, step = folder.name.partition("-")

@@ -139,13 +139,33 @@ class Sft(Section):
         return config | self.overrides
 
 
+class Head(Section):
+    """How a linear head and the model under it are trained on the raw text; the names are HF's TrainingArguments'.
+
+    `eval_steps` is a share of all steps, rounded up to a step. `max_length` counts the special tokens.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3
+    per_device_train_batch_size: Count = 16
+    gradient_accumulation_steps: Count = 1
+    per_device_eval_batch_size: Count = 32
+    eval_steps: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    max_length: Count = 512
+    group_by_length: bool = True
+
+
 class Decoder(Section):
-    """The small LLM: where it comes from, and on how many of the training rows it is trained."""
+    """The small LLM: where it comes from, and on how many of the training rows SFT and the linear head are trained."""
 
     model: str = SMOLLM2
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     train_rows: Count | None = None
     sft: Sft = Field(default_factory=Sft)
+    head: Head = Field(default_factory=Head)
 
     @model_validator(mode="after")
     def _agrees_with_llamafactory(self) -> "Decoder":
@@ -167,9 +187,10 @@ class Decoder(Section):
 
 
 class Encoder(Section):
-    """The BERT that the decoder is compared with."""
+    """The BERT that the decoder is compared with; it is trained on all of train."""
 
     model: str = MINILM
+    head: Head = Field(default_factory=lambda: Head(learning_rate=2e-4, per_device_train_batch_size=32))
 
     @property
     def folder(self) -> Path:
@@ -180,19 +201,30 @@ class Encoder(Section):
         return Path("model") / (name.split("==")[0] if self.model.startswith("pypi:") else name.split("/")[-1])
 
 
+class Thinking(Section):
+    """Zero-shot with thinking: on how many test rows (default: all), and how many tokens an answer may have."""
+
+    rows: Count | None = None
+    tokens: Count = 2048
+    batch: Count = 16
+
+
 class Eval(Section):
     """How checkpoints are scored: `mean` is perplexity, `sum` the log-likelihood of the whole option."""
 
     score: Literal["mean", "sum"] = "mean"
     batch_tokens: Count = 2048
+    thinking: Thinking = Field(default_factory=Thinking)
 
 
 class Bench(Section):
-    """How much is measured: rows with the experiment's own options and with R52's names, and how many paired runs."""
+    """How much is measured: rows with the experiment's own options and with R52's names, rows to train, paired runs."""
 
     scoring_rows: Count = 500
     scoring_names_rows: Count = 20
     scoring_runs: Annotated[int, Field(ge=3)] = 3
+    training_rows: Count = 512
+    training_runs: Annotated[int, Field(ge=3)] = 3
 
 
 class Experiment(Section):

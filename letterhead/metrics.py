@@ -1,22 +1,32 @@
-"""Classification figures, from scikit-learn and torchmetrics, and a bootstrap interval for macro F1."""
+"""Classification figures and comparisons, from scikit-learn, torchmetrics and statsmodels, and bootstrap intervals."""
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 BOOTSTRAP_DRAWS = 2000
 ECE_BINS = 15
+NO_ANSWER = -1
 
 
 def f1_macro(confusion: np.ndarray) -> np.ndarray:
-    """Macro F1 of confusion matrices (rows true, columns predicted), shape (…, classes, classes) → (…).
+    """Macro F1 of confusion matrices (rows true, columns predicted), shape (…, classes, columns) → (…).
 
-    F1 of a class is 2 TP / (2 TP + FP + FN); the mean is over the classes that are true or predicted at least once, as
-    scikit-learn's is.
+    Columns beyond the classes are answers that name no class. F1 of a class is 2 TP / (2 TP + FP + FN); the mean is over
+    the classes that are true or predicted at least once, as scikit-learn's is.
     """
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    either = confusion.sum(-1) + confusion.sum(-2)  # 2 TP + FP + FN
+    return _mean_f1(np.diagonal(confusion, axis1=-2, axis2=-1), _either(confusion))
+
+
+def _either(confusion: np.ndarray) -> np.ndarray:
+    """How often each class is true plus how often it is predicted: 2 TP + FP + FN."""
+    return confusion.sum(-1) + confusion.sum(-2)[..., : confusion.shape[-2]]
+
+
+def _mean_f1(hits: np.ndarray, either: np.ndarray) -> np.ndarray:
     f1 = np.divide(2 * hits, either, out=np.zeros(hits.shape), where=either > 0)
     return f1.sum(-1) / (either > 0).sum(-1)
 
@@ -31,36 +41,92 @@ def f1_macro_ci95(confusion: np.ndarray, seed: int) -> list[float]:
     return np.percentile(f1_macro(draws.reshape(-1, *confusion.shape)), [2.5, 97.5]).tolist()
 
 
-def classification_figures(truth: np.ndarray, probabilities: np.ndarray, labels: list[str], seed: int) -> dict:
+def f1_difference(
+    truth: np.ndarray, a: np.ndarray, b: np.ndarray, classes: int, seed: int
+) -> tuple[float, list[float], float]:
+    """Macro F1 of predictions `a` minus that of `b` on the same rows, with a paired bootstrap over rows.
+
+    Parameters
+    ----------
+    truth, a, b : class numbers, shape (rows,); NO_ANSWER in a prediction names no class
+
+    Returns
+    -------
+    tuple : the difference; its 95 % percentile interval; the two-sided p-value, twice the smaller share of draws on
+        either side of 0, with one added to draws and hits (Davison & Hinkley 1997, §4.2)
+    """
+    cells, counts = np.unique(np.stack([truth, a, b]), axis=1, return_counts=True)
+    true = np.eye(classes)[cells[0]]
+
+    def f1(draws: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        named = np.eye(classes + 1)[predicted][:, :classes]  # NO_ANSWER, -1, falls on the column that is cut off
+        return _mean_f1(draws @ (true * named), draws @ (true + named))
+
+    draws = np.random.default_rng(seed).multinomial(len(truth), counts / len(truth), size=BOOTSTRAP_DRAWS)
+    differences = f1(draws, cells[1]) - f1(draws, cells[2])
+    tail = min((differences <= 0).sum(), (differences >= 0).sum())
+    p = min(1.0, 2 * (tail + 1) / (BOOTSTRAP_DRAWS + 1))
+    observed = f1(counts[None], cells[1]) - f1(counts[None], cells[2])
+    return float(observed[0]), np.percentile(differences, [2.5, 97.5]).tolist(), float(p)
+
+
+def mcnemar_p(a_right: np.ndarray, b_right: np.ndarray) -> float:
+    """McNemar's exact test that two methods are right equally often, from booleans a row (McNemar 1947; statsmodels)."""
+    table = [[np.sum(a_right & b_right), np.sum(a_right & ~b_right)], [np.sum(~a_right & b_right), 0]]
+    return float(mcnemar(table, exact=True).pvalue)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979; statsmodels)."""
+    return multipletests(p_values, method="holm")[1].tolist() if p_values else []
+
+
+def classification_figures(
+    truth: np.ndarray,
+    labels: list[str],
+    seed: int,
+    probabilities: np.ndarray | None = None,
+    predicted: np.ndarray | None = None,
+) -> dict:
     """Accuracy, macro precision, recall and F1 with its interval, figures per class, and expected calibration error.
 
     Parameters
     ----------
     truth : class numbers, shape (rows,)
-    probabilities : shape (rows, classes); the prediction is the most probable class
     labels : the classes' names
     seed : of the bootstrap
+    probabilities : shape (rows, classes)
+    predicted : class numbers or NO_ANSWER, shape (rows,); without them the most probable class
 
     Returns
     -------
-    dict : keys as in a result file (accuracy, precision_macro, …, per_class, confusion, ece)
+    dict : keys as in a result file (accuracy, precision_macro, …, per_class, ece), `log_loss`, and `confusion`, whose
+        rows are the true classes and whose columns the predicted ones, with one more for rows without an answer, if any
     """
-    predicted = probabilities.argmax(axis=1)
+    if predicted is None:
+        predicted = probabilities.argmax(axis=1)
     numbers = np.arange(len(labels))
-    confusion = confusion_matrix(truth, predicted, labels=numbers)
-    precision, recall, f1, support = precision_recall_fscore_support(truth, predicted, labels=numbers, zero_division=0)
-    macro = precision_recall_fscore_support(truth, predicted, average="macro", zero_division=0)
-    ece = multiclass_calibration_error(
-        torch.from_numpy(probabilities), torch.from_numpy(truth), num_classes=len(labels), n_bins=ECE_BINS, norm="l1"
-    )
+    given = np.where(predicted == NO_ANSWER, len(labels), predicted)
+    confusion = confusion_matrix(truth, given, labels=[*numbers, len(labels)])[: len(labels)]
+    if not confusion[:, -1].any():
+        confusion = confusion[:, :-1]
+    present = numbers[_either(confusion) > 0]
+    precision, recall, f1, support = precision_recall_fscore_support(truth, given, labels=numbers, zero_division=0)
+    macro = precision_recall_fscore_support(truth, given, labels=present, average="macro", zero_division=0)
+    ece = entropy = None
+    if probabilities is not None:
+        tensors = torch.from_numpy(probabilities), torch.from_numpy(truth)
+        ece = float(multiclass_calibration_error(*tensors, num_classes=len(labels), n_bins=ECE_BINS, norm="l1"))
+        entropy = float(log_loss(truth, probabilities, labels=numbers))
     return {
         "n": len(truth),
-        "accuracy": float(accuracy_score(truth, predicted)),
+        "accuracy": float(accuracy_score(truth, given)),
         "precision_macro": float(macro[0]),
         "recall_macro": float(macro[1]),
         "f1_macro": float(macro[2]),
         "f1_macro_ci95": f1_macro_ci95(confusion, seed),
-        "ece": float(ece),
+        "ece": ece,
+        "log_loss": entropy,
         "confusion": confusion.tolist(),
         "per_class": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "n": int(s)}

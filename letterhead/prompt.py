@@ -7,9 +7,9 @@ and the assistant's header would go, and the article stay.)
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from letterhead.experiment import LETTERS, Experiment, Prompt
 from letterhead.records import LetterheadError
@@ -45,6 +45,34 @@ def keep_words(text: str, words: int | None) -> str:
     return text
 
 
+def _control_strings(tokenizer, more: Iterable[str] = ()) -> re.Pattern:
+    """What the tokenizer reads as control tokens when it stands in a text."""
+    control = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(more)
+    # Runs of blanks, which some vocabularies add as tokens, are text; so is a single character.
+    names = sorted((re.escape(c) for c in control if len(c.strip()) > 1), key=len, reverse=True)
+    return re.compile("|".join(names) or r"(?!)")
+
+
+def _break_up(control: re.Pattern, text: str) -> str:
+    return control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+
+class TextEncoder:
+    """Turns texts into what a model with a linear head reads: the raw text, without the prompt.
+
+    Control strings are broken up; ids are cut at `max_length`, the tokenizer's special tokens counted and kept.
+    """
+
+    def __init__(self, tokenizer, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._control = _control_strings(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids, special tokens included, one list a text."""
+        clean = [_break_up(self._control, text) for text in texts]
+        return self.tokenizer(clean, truncation=True, max_length=self.max_length)["input_ids"]
+
+
 class PromptEncoder:
     """Turns texts into prompts and prompts into ids, exactly as LLaMA-Factory does for training.
 
@@ -67,10 +95,7 @@ class PromptEncoder:
         lettered = [f"{letter}. {name}" for letter, name in zip(self.options, labels, strict=True)]
         lines = lettered if prompt.options == "letters" else labels
         self._before, self._after = prompt.template.replace("{options}", "\n".join(lines)).split("{text}")
-        control = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(THINK)
-        # Runs of blanks, which some vocabularies add as tokens, are text; so is a single character.
-        names = sorted((re.escape(c) for c in control if len(c.strip()) > 1), key=len, reverse=True)
-        self._control = re.compile("|".join(names))
+        self._control = _control_strings(tokenizer, THINK)
 
     def answer_text(self, option: str) -> str:
         """The answer that is trained for an option: the prefix and the option."""
@@ -78,7 +103,7 @@ class PromptEncoder:
 
     def neutralise(self, text: str) -> str:
         """The text with a space inside each string that the tokenizer would read as a control token."""
-        return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        return _break_up(self._control, text)
 
     def fit(self, text: str) -> str:
         """The text as it stands in the prompt: neutralised, and shortened so that prompt and answer fit `cutoff_len`."""
@@ -147,12 +172,17 @@ class PromptEncoder:
         return budget
 
 
-def load_prompt_encoder(experiment: Experiment, model: Path | str | None = None) -> PromptEncoder:
-    """The encoder for an experiment, with the tokenizer of `model` (default: the model before training)."""
+def load_prompt_encoder(experiment: Experiment, thinking: bool = False) -> PromptEncoder:
+    """The encoder for an experiment. With `thinking` the prompt leaves the model free to think: `/no_think` goes from
+    the template's end, and no empty think block stands in the prompt."""
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
     arguments = experiment.sft_arguments()
     known = {key: value for key, value in arguments.items() if key in DataArguments.__dataclass_fields__}
-    tokenizer = AutoTokenizer.from_pretrained(model or experiment.decoder.folder, trust_remote_code=False)
-    return PromptEncoder(tokenizer, DataArguments(**known), experiment.prompt, experiment.labels)
+    prompt = experiment.prompt
+    if thinking:
+        known["enable_thinking"] = True
+        prompt = prompt.model_copy(update={"template": prompt.template.removesuffix("/no_think")})
+    tokenizer = AutoTokenizer.from_pretrained(experiment.decoder.folder, trust_remote_code=False)
+    return PromptEncoder(tokenizer, DataArguments(**known), prompt, experiment.labels)

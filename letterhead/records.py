@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -107,3 +109,21 @@ def sha256_json(value: Any) -> str:
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that decide a figure."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONED}
+
+
+def device_name() -> str:
+    """The GPU's name, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory that this process, or one of its children, has held so far; in MiB, the GPU's apart."""
+    import torch
+
+    kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = {"peak_memory_mb": kibibytes // (1 if sys.platform == "linux" else 1024) // 1024}
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
+    return peak

@@ -51,9 +51,13 @@ class OptionScores:
 
     def probabilities(self, how: str) -> np.ndarray:
         """Softmax of the scores over the options, shape (rows, options)."""
-        score = self.score(how)
-        odds = np.exp(score - score.max(axis=1, keepdims=True))
-        return odds / odds.sum(axis=1, keepdims=True)
+        return softmax(self.score(how))
+
+
+def softmax(score: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    odds = np.exp(score - score.max(axis=-1, keepdims=True))
+    return odds / odds.sum(axis=-1, keepdims=True)
 
 
 class OptionTree:

@@ -8,15 +8,25 @@ stage has nothing to do.
 import argparse
 import errno
 import fcntl
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from letterhead.experiment import Experiment, load_experiment
-from letterhead.records import LetterheadError, read_json, sha256_file, sha256_json, versions, write_json
+from letterhead.records import (
+    LetterheadError,
+    device_name,
+    peak_memory,
+    read_json,
+    sha256_file,
+    sha256_json,
+    versions,
+    write_json,
+)
 
 # The transformers libraries ask the hub about a model even where its folder lies on disk. Only `make data` fetches.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -80,6 +90,16 @@ class Stage:
             (self.folder / "stage.json").unlink(missing_ok=True)
         return current
 
+    def begin(self, folder: Path) -> None:
+        """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as FOLDER.old."""
+        marker = self.folder / "inputs.json"
+        if folder.exists() and read_json(marker) != self.inputs_sha256:
+            old = folder.with_name(folder.name + ".old")
+            print(f"{folder}: made from other data or settings; kept as {old}, this stage begins anew")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        write_json(marker, self.inputs_sha256)
+
     def finish(self, outputs: list[Path], **figures: Any) -> dict:
         """Write the stage's record: the files it made with sizes and hashes, the time it took, and `figures`."""
         record = {
@@ -87,7 +107,9 @@ class Stage:
             "seconds": round(time.time() - self._start, 1),
             "inputs_sha256": self.inputs_sha256,
             "outputs": {str(p): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in outputs},
+            "device": device_name(),
             "versions": versions(),
+            **peak_memory(),
         } | figures
         write_json(self.folder / "stage.json", record)
         return record
@@ -106,16 +128,21 @@ def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
     return {path: output["sha256"] for path, output in record["outputs"].items()}
 
 
-def run(main: Callable[[Experiment], None], description: str) -> None:
-    """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend into one message."""
+def run(main: Callable[..., None], description: str, choices: Sequence[str] = ()) -> None:
+    """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend into one message.
+
+    With `choices` the first argument is one of them, and `main` gets it after the experiment.
+    """
     parser = argparse.ArgumentParser(description=description)
+    if choices:
+        parser.add_argument("choice", choices=choices)
     parser.add_argument("--experiment", default="quick", help="a name in experiments/, or the path of a YAML file")
     parser.add_argument("--set", default="", help='keys to override: "data.rows.test=100 seed=1"')
     arguments = parser.parse_args()
     try:
         experiment = load_experiment(arguments.experiment, arguments.set)
         print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
-        main(experiment)
+        main(experiment, *([arguments.choice] if choices else []))
     except LetterheadError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -70,7 +70,7 @@ def main(experiment: Experiment) -> None:
     card["token_lengths"] = token_lengths(experiment, encoder)
     write_json(folder / "data_card.json", card)
     write_json(folder / "dataset_info.json", dataset_info(experiment))
-    names = [f"{split}.jsonl" for split in SPLITS] + ["sft_train.jsonl", "dataset_info.json", "data_card.json"]
+    names = [f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")] + ["dataset_info.json", "data_card.json"]
     record = stage.finish([folder / name for name in names], rows=card["rows"]["read"], device="cpu")
     print(f"{summary(card)}\n{folder}: {', '.join(names)} ({record['seconds']} s)")
 
@@ -240,11 +240,12 @@ def draw_decoder_rows(pool: Pool, chosen: np.ndarray, experiment: Experiment) ->
 
 
 def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder: PromptEncoder, card: dict) -> None:
-    """Copy the pool's lines to their splits, and write the decoder's rows in LLaMA-Factory's Alpaca form."""
+    """Copy the pool's lines to their splits, and the decoder's rows also in LLaMA-Factory's Alpaca form."""
     answers = dict(zip(experiment.labels, map(encoder.answer_text, encoder.options), strict=True))
     shortened = neutralised = 0
     with ExitStack() as stack:
         files = [stack.enter_context(atomic_open(experiment.data_folder / f"{split}.jsonl")) for split in SPLITS]
+        decoder = stack.enter_context(atomic_open(experiment.data_folder / "decoder_train.jsonl"))
         alpaca = jsonlines.Writer(stack.enter_context(atomic_open(experiment.data_folder / "sft_train.jsonl")))
         pool = stack.enter_context(open(pool_path, encoding="utf-8", newline="\n"))
         for number, line in enumerate(tqdm(pool, total=len(chosen), desc="writing", unit=" rows")):
@@ -252,6 +253,7 @@ def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder:
                 continue
             files[chosen[number]].write(line)
             if decoder_rows[number]:
+                decoder.write(line)
                 row = json.loads(line)
                 clean, fitted = encoder.neutralise(row["text"]), encoder.fit(row["text"])
                 neutralised += clean != row["text"]

@@ -6,7 +6,6 @@ python -m sft.train --experiment quick
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from letterhead import checkpoints
 from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError, read_json, write_json
+from letterhead.records import LetterheadError, read_json
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
 POLL_S = 2
@@ -38,7 +37,7 @@ def main(experiment: Experiment) -> None:
         return
     checkpoints.require_model(model)
     folder = Path(arguments["output_dir"])
-    begin(stage, folder)
+    stage.begin(folder)
     for path in checkpoints.set_aside_broken(folder):
         print(f"{path}: was cut off while it was written; set aside, not used")
     resume = checkpoints.resumable(folder)
@@ -53,22 +52,10 @@ def main(experiment: Experiment) -> None:
         [file for path in made for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
         rows=read_json(experiment.data_folder / "data_card.json")["sft"]["rows"],
         tokens=state.get("num_input_tokens_seen"),
-        device=device_name(),
         steps=state["global_step"],
         resumed_from=checkpoints.step_of(resume) if resume else 0,
     )
     print(f"{folder}: checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}")
-
-
-def begin(stage: Stage, folder: Path) -> None:
-    """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as checkpoints.old."""
-    marker = stage.folder / "inputs.json"
-    if folder.exists() and read_json(marker) != stage.inputs_sha256:
-        old = folder.with_name(folder.name + ".old")
-        print(f"{folder}: made from other data or settings; kept as {old}, training begins anew")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    write_json(marker, stage.inputs_sha256)
 
 
 def finished(folder: Path) -> bool:
@@ -120,12 +107,6 @@ def _die_with_parent() -> None:
     PR_SET_PDEATHSIG = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

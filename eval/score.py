@@ -1,0 +1,99 @@
+"""Score one model by the options' perplexity on each split; zero-shot and every SFT checkpoint go through here."""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from letterhead import checkpoints, results
+from letterhead.experiment import Experiment
+from letterhead.prompt import PromptEncoder, load_prompt_encoder
+from letterhead.records import sha256_file, sha256_json
+from letterhead.scoring import load_decoder, score_options
+
+# split → its rows, and their prompts as token ids
+Prompts = Callable[[str], tuple[list[dict], list[list[int]]]]
+
+
+def scoring_inputs(experiment: Experiment) -> dict:
+    """The configuration that decides a score; how rows are batched does not."""
+    arguments = experiment.sft_arguments()
+    return {
+        "prompt": experiment.prompt.model_dump(),
+        "labels": experiment.labels,
+        "score": experiment.eval.score,
+        "dtype": experiment.decoder.dtype,
+        "template": {key: arguments.get(key) for key in ("template", "cutoff_len", "enable_thinking", "default_system")},
+    }
+
+
+def split_prompts(experiment: Experiment) -> tuple[PromptEncoder, Prompts]:
+    """The prompt's encoder, and a function that gives a split's rows and prompts, encoded once."""
+    encoder = load_prompt_encoder(experiment)
+
+    @cache
+    def prompts(split: str) -> tuple[list[dict], list[list[int]]]:
+        rows = results.read_rows(experiment, split)
+        return rows, [encoder.encode(row["text"]) for row in rows]
+
+    return encoder, prompts
+
+
+def score_model(
+    experiment: Experiment,
+    step: int,
+    folder: Path,
+    made: dict[str, str],
+    encoder: PromptEncoder,
+    prompts: Prompts,
+    train_loss: float | None = None,
+) -> dict[str, dict]:
+    """Score a model on each split that has rows, unless that was done from the same inputs; writes sft@STEP.
+
+    Parameters
+    ----------
+    made : path → sha256 of what earlier stages made
+
+    Returns
+    -------
+    dict : split → result
+    """
+    checkpoints.require_model(folder)
+    weights = {p.name: made.get(str(p)) or sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+    name, model, scored = f"sft@{step}", None, {}
+    for split in results.SPLITS:
+        rows_file = experiment.data_folder / f"{split}.jsonl"
+        if not rows_file.stat().st_size:
+            continue
+        inputs = sha256_json({"weights": weights, "rows": made[str(rows_file)], **scoring_inputs(experiment)})
+        if kept := results.kept_result(experiment, name, split, inputs):
+            scored[split] = kept
+            continue
+        model = model or load_decoder(folder, experiment.decoder.dtype)
+        rows, ids = prompts(split)
+        how, budget = experiment.eval.score, experiment.eval.batch_tokens
+        start = time.perf_counter()
+        with_end = experiment.prompt.options == "names"
+        scores = score_options(model, ids, encoder.answers, with_end, budget, progress=f"step {step}, {split}")
+        seconds = time.perf_counter() - start
+        truth = results.class_numbers(experiment, rows)
+        own = scores.log_likelihood[np.arange(len(rows)), truth] / scores.token_count[truth]
+        scored[split] = results.write_result(
+            experiment,
+            name,
+            split,
+            rows,
+            probabilities=scores.probabilities(how),
+            perplexity=scores.perplexity,
+            train_loss=train_loss,
+            eval_loss=float(-own.mean()),
+            seconds=round(seconds, 3),
+            tokens=scores.tokens,
+            parameters=checkpoints.parameters_per_token(model),
+            dtype=str(model.dtype).removeprefix("torch."),
+            model=str(folder),
+            inputs_sha256=inputs,
+        )
+    return scored

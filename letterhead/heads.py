@@ -1,0 +1,200 @@
+"""A linear head on an encoder or a decoder, trained with HF's Trainer on the raw text.
+
+Weights are float32; on a GPU that has it, bfloat16 is used by autocast only (a head on bfloat16 weights would not move at
+a learning rate of 1e-5).
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from letterhead.checkpoints import require_model
+from letterhead.experiment import Head
+from letterhead.prompt import TextEncoder
+from letterhead.records import LetterheadError
+
+
+def load_head(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
+    """Load a model with a linear head, in float32; a folder without a head gets a new one, random by torch's seed.
+
+    Raises
+    ------
+    LetterheadError : no model there, or one that is cut off
+    """
+    require_model(folder)
+    names = dict(enumerate(labels))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    # A decoder's head reads the last token that is not a padding, so it must know the padding.
+    model.config.pad_token_id = load_tokenizer(folder).pad_token_id
+    return model
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a model; one without a padding token pads with the end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encoded(rows: Sequence[dict], classes: np.ndarray, encoder: TextEncoder, title: str) -> Dataset:
+    """Rows as a data set of input_ids, labels and length, in the order of `rows`."""
+    raw = Dataset.from_dict({"text": [row["text"] for row in rows], "labels": classes})
+
+    def encode(batch: dict) -> dict:
+        ids = encoder.encode(batch["text"])
+        return {"input_ids": ids, "length": [len(one) for one in ids]}
+
+    return raw.map(encode, batched=True, remove_columns=["text"], desc=title)
+
+
+def training_arguments(head: Head, folder: Path | str, seed: int, best: str | None) -> TrainingArguments:
+    """HF's arguments for a head: evaluated and saved every `eval_steps`; the last checkpoint is kept, and the best.
+
+    Parameters
+    ----------
+    best : the metric that decides which is best, or None where no split may decide it
+    """
+    gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        learning_rate=head.learning_rate,
+        lr_scheduler_type=head.lr_scheduler_type,
+        warmup_steps=head.warmup_ratio,  # below 1: a share
+        weight_decay=head.weight_decay,
+        num_train_epochs=head.num_train_epochs,
+        per_device_train_batch_size=head.per_device_train_batch_size,
+        gradient_accumulation_steps=head.gradient_accumulation_steps,
+        per_device_eval_batch_size=head.per_device_eval_batch_size,
+        train_sampling_strategy="group_by_length" if head.group_by_length else "random",
+        eval_strategy="steps",
+        eval_steps=head.eval_steps,
+        save_strategy="steps",
+        save_steps=head.eval_steps,
+        save_total_limit=1,
+        metric_for_best_model=best,
+        greater_is_better=True if best else None,
+        logging_steps=head.eval_steps / 5,
+        report_to="tensorboard",
+        bf16=gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+    )
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """HF's sampler, drawn from seed and epoch, so that a resumed training sees the rows in the order it would have."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
+
+
+class _EvaluateAtTheEnd(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+class HeadTrainer(Trainer):
+    """HF's Trainer for a head, evaluated on several splits and at the last step too; hands out what it evaluated.
+
+    Parameters
+    ----------
+    model, arguments, tokenizer : as for Trainer
+    train : from `encoded`
+    evaluated : split → data set from `encoded`
+    on_evaluated : called with split, logits (rows, classes) in the rows' order, seconds, and how many tokens went through
+        the model, padding included; returns the metrics of that split
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        tokenizer,
+        train: Dataset,
+        evaluated: dict[str, Dataset] | None = None,
+        on_evaluated: Callable[[str, np.ndarray, float, int], dict[str, float]] | None = None,
+    ):
+        # The Trainer drops the column `length` before its samplers see the rows.
+        self._lengths = {"train": np.array(train["length"])}
+        self._order, self._on_evaluated, by_length = {}, on_evaluated, {}
+        for split, rows in (evaluated or {}).items():  # longest first: what does not fit in memory fails at once
+            self._lengths[split] = -np.sort(-np.array(rows["length"]))
+            self._order[split] = np.argsort(-np.array(rows["length"]), kind="stable")
+            by_length[split] = rows.select(self._order[split])
+        super().__init__(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=train,
+            eval_dataset=by_length or None,
+            callbacks=[_EvaluateAtTheEnd] if by_length else None,
+        )
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochLengthGroupedSampler(batch, self._lengths["train"].tolist(), self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        start = time.perf_counter()
+        kwargs["prediction_loss_only"] = False  # which the Trainer takes for granted without compute_metrics
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        seconds = time.perf_counter() - start
+        split = metric_key_prefix.removeprefix("eval_")
+        logits = np.empty_like(output.predictions)
+        logits[self._order[split]] = output.predictions
+        lengths, batch = self._lengths[split], self.args.eval_batch_size
+        tokens = sum(int(lengths[i]) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
+        metrics = self._on_evaluated(split, logits, seconds, tokens)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+
+def require_length(folder: Path, max_length: int, key: str) -> None:
+    """Make sure that a model has positions for `max_length` tokens.
+
+    Raises
+    ------
+    LetterheadError : it has fewer; names the key to lower
+    """
+    from transformers import AutoConfig
+
+    positions = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", math.inf)
+    if max_length > positions:
+        raise LetterheadError(f"{key}.max_length is {max_length}, but {folder} has {positions} positions; lower it")
