@@ -1,4 +1,4 @@
-"""Pictures of training: figures against step."""
+"""Pictures: how they are saved, and figures against training step."""
 
 from pathlib import Path
 
@@ -6,6 +6,14 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
 
 
 def plot_against_step(
@@ -18,7 +26,4 @@ def plot_against_step(
     axes.set(title=title, xlabel="training step", ylabel=ylabel, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
-    temporary.replace(path)
+    save(figure, path)

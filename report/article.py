@@ -1,0 +1,30 @@
+"""The published experiment that experiments/ag_news.yaml repeats: its figures, and where it contradicts itself.
+
+Qwen3-0.6B against BERT on AG News, 2025-05-22, one RTX 3090 (24 GB); F1 is the best of its checkpoints on the test set.
+"""
+
+from letterhead.experiment import Experiment
+
+# method → best macro F1 (accuracy for zero-shot), its step, hours in all
+FIGURES = {
+    "zero_shot_no_think": {"accuracy": 0.7898},
+    "zero_shot_think": {"accuracy": 0.7997, "times_no_think": 20},
+    "bert": {"accuracy": 0.946184, "f1_macro": 0.946159, "step": 3948, "training_minutes": 35, "hours": 0.58},
+    "linear_head": {"accuracy": 0.949079, "f1_macro": 0.949029, "step": 1692, "training_minutes": 52, "hours": 0.86},
+    "sft": {"accuracy": 0.941, "f1_macro": 0.941, "step": 1000, "training_minutes": 62, "test_minutes": 30, "hours": 1.5},
+}
+SLIPS = (
+    "BERT's best F1 is 0.946 in its table (step 3,948) and 0.945 in its text and conclusion.",
+    "Its conclusion ranks the time SFT > BERT > linear head; its table says SFT (1.5 h) > linear head (0.86 h) > BERT "
+    "(0.58 h).",
+    "It calls BERT badly overfitted after two epochs; its table shows a test loss of 0.169 near the end of epoch two, 0.172 "
+    "at the end of epoch three, and an F1 that rises from 0.9445 to 0.9452 in between.",
+    "It chooses every checkpoint on the test set and gives no test of significance.",
+)
+
+
+def is_the_articles(experiment: Experiment) -> bool:
+    """Whether an experiment has the article's data and decoder, so that its figures may stand beside ours."""
+    return experiment.data.source.startswith("hf:fancyzhx/ag_news") and experiment.decoder.model.startswith(
+        "hf:Qwen/Qwen3-0.6B"
+    )

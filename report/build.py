@@ -1,0 +1,210 @@
+"""Write runs/EXPERIMENT/report/: report.html, which opens from disk and asks the network for nothing, REPORT.md, pictures.
+
+python -m report.build --experiment quick
+"""
+
+import base64
+import html
+import re
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import yaml
+
+from letterhead import checkpoints, results
+from letterhead.experiment import Experiment
+from letterhead.records import atomic_open, read_json, sha256_file
+from letterhead.stage import Stage, run, stage_outputs
+from report import article, pictures
+
+HERE = Path(__file__).parent
+TRAINED = ("sft", "bert", "linear_head")
+STAGES = ("data", "sft", "eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head", "compare")
+SHOWN_ROWS = 15
+SHOWN_CHARACTERS = 400
+WHAT_A_PICTURE_SHOWS = {
+    "ranking": "Macro F1 of every method on the test rows, with 95 % bootstrap intervals",
+    "f1": "Macro F1 on test and validation rows against training step",
+    "losses": "Cross-entropy against training step, logarithmic: training, and on test rows (for SFT the option's own)",
+    "confusion": "Confusion matrices: rows are the true classes, columns the predicted ones",
+    "reliability": "How often a prediction is right against how sure the method was; the dashed line is perfect calibration",
+}
+
+
+def main(experiment: Experiment) -> None:
+    made = {name: stage_outputs(experiment, name) for name in STAGES}
+    sources = {path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()}
+    config = experiment.model_dump(mode="json")
+    stage = Stage(experiment, "report", {"made": made, "sources": sources, "config": config})
+    paths = {name: stage.folder / f"{name}.png" for name in WHAT_A_PICTURE_SHOWS}
+    page, text = stage.folder / "report.html", stage.folder / "REPORT.md"
+    if not stage.is_current():
+        comparison = read_json(experiment.results_folder / "comparison.json")
+        draw(experiment, comparison, paths)
+        context = gather(experiment, comparison)
+        images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
+        for path, template, more in ((page, "report.html.jinja", {"images": images}), (text, "report.md.jinja", {})):
+            with atomic_open(path) as file:
+                file.write(environment().get_template(template).render(context | more))
+        stage.finish([page, text, *paths.values()])
+    print(f"{page} and REPORT.md beside it")
+
+
+def environment() -> jinja2.Environment:
+    """Templates; whatever stands in the data is escaped, in HTML by Jinja, in Markdown by the filter `md`."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=jinja2.select_autoescape(enabled_extensions=("html.jinja",), default=False),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"figure": figure, "duration": duration, "short": short, "md": escape_markdown}
+    return made
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number with so many decimals; None is a dash."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.2f} h"
+
+
+def short(text: str) -> str:
+    """A text's beginning, white space collapsed."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= SHOWN_CHARACTERS else flat[:SHOWN_CHARACTERS].rstrip() + " …"
+
+
+def escape_markdown(value: object) -> str:
+    """A value that neither Markdown nor HTML inside it reads as markup, on one line."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(str(value).split())))
+
+
+def gather(experiment: Experiment, comparison: dict) -> dict:
+    """All that the templates show."""
+    ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
+    by_name, trained = dict(ranked), [name for name, entry in ranked if entry["method"] in (*TRAINED, "tfidf")]
+    wrong, split = hard_rows(experiment, trained)
+    return {
+        "experiment": experiment,
+        "n_test": max(entry["n"] for entry in by_name.values()),
+        "ranked": ranked,
+        "titles": {name: entry["title"] for name, entry in ranked},
+        "comparison": comparison,
+        "main_pairs": [pair for pair in comparison["pairs"] if pair["a"] in trained and pair["b"] in trained],
+        "article": article if article.is_the_articles(experiment) else None,
+        "overfit": overfitting(experiment),
+        "trained": trained,
+        "wrong": wrong,
+        "split": split,
+        "shown": SHOWN_ROWS,
+        "card": read_json(experiment.data_folder / "data_card.json"),
+        "config": yaml.safe_dump(experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
+        "stages": {name: read_json(experiment.run_folder / name / "stage.json") for name in STAGES},
+        "pictures": WHAT_A_PICTURE_SHOWS,
+    }
+
+
+def history(experiment: Experiment, method: str, split: str) -> dict[int, dict]:
+    """A method's results on a split, by step."""
+    found = (read_json(path) for path in experiment.results_folder.glob(f"{method}@*.json"))
+    return {result["step"]: result for result in sorted(found, key=lambda r: r["step"]) if result["split"] == split}
+
+
+def overfitting(experiment: Experiment) -> str:
+    """Whether BERT overfits, as the article says it does after two epochs: test loss, training loss and F1 in words."""
+    test, epochs = history(experiment, "bert", "test"), experiment.encoder.head.num_train_epochs
+    steps = list(test)
+    lowest, last = min(steps, key=lambda step: test[step]["eval_loss"]), steps[-1]
+    per_epoch = last / epochs
+    words = (
+        f"BERT's test loss is lowest, {test[lowest]['eval_loss']:.3f}, at step {lowest} (epoch {lowest / per_epoch:.1f}), "
+        f"and {test[last]['eval_loss']:.3f} at the end (step {last}, epoch {epochs:g})."
+    )
+    after = min(steps, key=lambda step: abs(step - 2 * per_epoch))
+    if epochs <= 2 or after == last:
+        return words + " It was not trained past two epochs, so the article's claim is not put to the test."
+    loss, f1, trained = (test[last][key] - test[after][key] for key in ("eval_loss", "f1_macro", "train_loss"))
+    low, high = test[after]["f1_macro_ci95"]
+    words += (
+        f" From step {after} (epoch {after / per_epoch:.1f}) to the end the training loss changes by {trained:+.3f}, the "
+        f"test loss by {loss:+.3f} and macro F1 by {f1:+.4f}"
+    )
+    if loss <= 0:
+        return words + ": no overfitting after two epochs."
+    if test[last]["f1_macro"] < low:
+        return words + f", below the interval {low:.3f} to {high:.3f}: it overfits after two epochs, as the article says."
+    return words + ": the loss overfits (the model grows too sure), the predictions do not get worse."
+
+
+def hard_rows(experiment: Experiment, names: list[str]) -> tuple[list[dict], list[dict]]:
+    """Test rows that every named method gets wrong, and rows where they disagree (the most evenly split first)."""
+    text = {row["id"]: row["text"] for row in results.read_rows(experiment, "test")}
+    answers = {name: results.read_predictions(experiment, name, "test") for name in names}
+    wrong, split = [], []
+    for lines in zip(*answers.values(), strict=True):
+        first = lines[0]
+        row = {"id": first["id"], "label": first["label"], "text": text[first["id"]]}
+        row["answers"] = {
+            name: (line["prediction"], line["probabilities"][line["prediction"]])
+            for name, line in zip(names, lines, strict=True)
+        }
+        right = sum(line["prediction"] == line["label"] for line in lines)
+        if not right:
+            wrong.append(row)
+        if len({line["prediction"] for line in lines}) > 1:
+            split.append((abs(2 * right - len(names)), row))
+    return wrong, [row for _, row in sorted(split, key=lambda pair: pair[0])]
+
+
+def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> None:
+    """Draw all pictures."""
+    pictures.use_fonts()
+    methods = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
+    entries = [entry for _, entry in methods]
+    pictures.draw_ranking(paths["ranking"], entries)
+    f1, losses = {}, {}
+    for entry in (entry for entry in entries if entry["method"] in TRAINED):
+        method, title = entry["method"], entry["title"]
+        by_split = {split: history(experiment, method, split) for split in results.SPLITS}
+        f1[title] = {
+            split: (list(steps), [result["f1_macro"] for result in steps.values()])
+            for split, steps in by_split.items()
+            if steps
+        }
+        test = {step: result for step, result in by_split["test"].items() if step}
+        folder = experiment.sft_folder if method == "sft" else experiment.run_folder / method.replace("_", "-")
+        log = [line for line in checkpoints.log_history(folder / "checkpoints") if "loss" in line]
+        own = "the option's own (test)" if method == "sft" else "test"
+        losses[title] = {
+            "training" + (" (all answer tokens)" if method == "sft" else ""): (
+                [line["step"] for line in log],
+                [line["loss"] for line in log],
+            ),
+            own: (list(test), [result["eval_loss"] for result in test.values()]),
+        }
+    pictures.draw_curves(paths["f1"], f1, "macro F1")
+    pictures.draw_curves(paths["losses"], losses, "cross-entropy, nats", log=True)
+    pictures.draw_confusions(paths["confusion"], entries, experiment.labels)
+    sure = {}
+    for name, entry in methods:
+        if entry["ece"] is not None:
+            lines = results.read_predictions(experiment, name, "test")
+            confidence = np.array([max(line["probabilities"].values()) for line in lines])
+            right = np.array([line["prediction"] == line["label"] for line in lines])
+            sure[entry["title"]] = (confidence, right, entry["ece"])
+    pictures.draw_reliability(paths["reliability"], sure)
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0])

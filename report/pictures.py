@@ -1,0 +1,106 @@
+"""The report's pictures: ranking with intervals, F1 and losses against step, confusion matrices, reliability."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import font_manager
+from sklearn.calibration import calibration_curve
+
+from letterhead.figures import plt, save
+from letterhead.metrics import ECE_BINS
+
+# Labels may be Chinese; of these the ones that the machine has stand behind matplotlib's own font.
+HAN_FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei", "PingFang SC"}
+MATRIX_LABELS = 20
+
+
+def use_fonts() -> None:
+    """Have matplotlib fall back on a font with Han characters, where there is one."""
+    found = sorted(HAN_FONTS & {font.name for font in font_manager.fontManager.ttflist})
+    plt.rcParams["font.family"] = ["DejaVu Sans", *found]
+
+
+def draw_ranking(path: Path, methods: list[dict]) -> None:
+    """Macro F1 with its interval, the best on top.
+
+    Parameters
+    ----------
+    methods : entries of the comparison, best first
+    """
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(methods) + 1.2), layout="constrained")
+    for y, entry in enumerate(reversed(methods)):
+        low, high = entry["f1_macro_ci95"]
+        axes.plot([low, high], [y, y], color="#8fa8c8", linewidth=5, solid_capstyle="butt")
+        axes.plot(entry["f1_macro"], y, "o", color="#1b3a63")
+        axes.annotate(
+            f"{entry['f1_macro']:.3f}", (entry["f1_macro"], y), (0, 8), textcoords="offset points", ha="center", size=8
+        )
+    names = [f"{entry['title']} (n = {entry['n']})" for entry in reversed(methods)]
+    axes.set_yticks(range(len(methods)), names)
+    axes.set(xlabel="macro F1 on test rows, 95 % bootstrap interval", ylim=(-0.6, len(methods) - 0.2))
+    axes.grid(axis="x", alpha=0.3)
+    save(figure, path)
+
+
+def draw_curves(path: Path, panels: dict[str, dict[str, tuple[list, list]]], ylabel: str, log: bool = False) -> None:
+    """One panel a method, its lines against step.
+
+    Parameters
+    ----------
+    panels : title → line's name → (steps, values)
+    """
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (title, lines) in zip(grid[0], panels.items(), strict=True):
+        for name, (steps, values) in lines.items():
+            axes.plot(steps, values, marker="o" if len(steps) < 25 else None, markersize=3.5, label=name)
+        axes.set(title=title, xlabel="training step", yscale="log" if log else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    grid[0][0].set_ylabel(ylabel)
+    save(figure, path)
+
+
+def draw_confusions(path: Path, methods: list[dict], labels: list[str]) -> None:
+    """One confusion matrix a method, rows true, shares of the true class; the last column may be `no answer`."""
+    columns = min(3, len(methods))
+    lines = -(-len(methods) // columns)
+    size = 2.6 + min(len(labels), MATRIX_LABELS) * 0.12
+    shape = {"figsize": (size * columns, size * lines), "layout": "constrained", "squeeze": False}
+    figure, grid = plt.subplots(lines, columns, **shape)
+    for axes in grid.flat[len(methods) :]:
+        axes.axis("off")
+    for axes, entry in zip(grid.flat, methods, strict=False):
+        counts = np.array(entry["confusion"])
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(entry["title"], fontsize=8)
+        named = [*labels, "no answer"][: counts.shape[1]]
+        if len(labels) <= MATRIX_LABELS:
+            axes.set_xticks(range(len(named)), named, rotation=60, ha="right", fontsize=7)
+            axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        if len(labels) <= 10:
+            for (i, j), n in np.ndenumerate(counts):
+                axes.text(j, i, n, ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.5 else "black")
+        axes.set_xlabel("predicted", fontsize=7)
+        axes.set_ylabel("true", fontsize=7)
+    save(figure, path)
+
+
+def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray, float]]) -> None:
+    """Accuracy against confidence in equal-width bins.
+
+    Parameters
+    ----------
+    methods : title → (confidence of the prediction, whether it was right, ECE)
+    """
+    figure, axes = plt.subplots(figsize=(5.2, 4.8), layout="constrained")
+    axes.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
+    for title, (confidence, right, ece) in methods.items():
+        accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=ECE_BINS, strategy="uniform")
+        axes.plot(mean_confidence, accuracy, marker="o", markersize=3.5, linewidth=1.2, label=f"{title}, ECE {ece:.3f}")
+    axes.set(xlabel="confidence (highest probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    save(figure, path)
