@@ -110,13 +110,16 @@ def compare_pairs(experiment: Experiment, chosen: dict[str, dict]) -> list[dict]
 
     Raises
     ------
-    LetterheadError : two methods were measured on different rows
+    LetterheadError : two methods were measured on different rows, or a file of predictions is cut off
     """
     number = {name: i for i, name in enumerate(experiment.labels)}
     answers = {}
     for name in chosen:
         lines = results.read_predictions(experiment, name, "test")
         answers[name] = {line["id"]: (line["label"], line["prediction"]) for line in lines}
+        if len(answers[name]) != chosen[name]["n"]:
+            path = results.result_files(experiment, name, "test")[1]
+            raise LetterheadError(f"{path}: {len(lines)} rows, not {chosen[name]['n']}; delete it and run again")
     pairs = []
     for a, b in combinations(chosen, 2):
         ids = [i for i in answers[a] if i in answers[b]]
@@ -185,11 +188,11 @@ def which_to_ship(chosen: dict[str, dict], pairs: list[dict]) -> tuple[str, str]
         return chosen[name]["cost"]["multiply_adds_per_row"]
 
     best = min(alike, key=price)
-    figures = f"macro F1 {chosen[best]['f1_macro']:.3f}, {price(best):.2g} multiply-adds a row"
+    figures = f"macro F1 {chosen[best]['f1_macro']:.3f}, {results.human(price(best))} multiply-adds a row"
     if best == top:
         others = "no cheaper method comes near enough that the tests can't tell it apart"
         return best, f"{chosen[best]['title']} is the best ({figures}), and {others} on {n} test rows."
-    against = f"{chosen[top]['title']} ({chosen[top]['f1_macro']:.3f}, {price(top):.2g})"
+    against = f"{chosen[top]['title']} ({chosen[top]['f1_macro']:.3f}, {results.human(price(top))})"
     return (
         best,
         f"{chosen[best]['title']} ({figures}) is the cheapest that {n} test rows can't tell from the best, {against}.",

@@ -19,7 +19,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -118,14 +117,8 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self.generator.manual_seed(self._seed + epoch)
 
 
-class _EvaluateAtTheEnd(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-
 class HeadTrainer(Trainer):
-    """HF's Trainer for a head, evaluated on several splits and at the last step too; hands out what it evaluated.
+    """HF's Trainer for a head, evaluated on several splits (at the last step too); hands out what it evaluated.
 
     Parameters
     ----------
@@ -159,7 +152,6 @@ class HeadTrainer(Trainer):
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=train,
             eval_dataset=by_length or None,
-            callbacks=[_EvaluateAtTheEnd] if by_length else None,
         )
 
     def _get_train_sampler(self, train_dataset=None):

@@ -152,3 +152,12 @@ def checkpoint_table(experiment: Experiment, title: str, results: dict[tuple[int
 def best_step(results: dict[int, dict]) -> int:
     """The step with the highest macro F1; of equals the earliest."""
     return max(results, key=lambda step: (results[step]["f1_macro"], -step))
+
+
+def human(number: float) -> str:
+    """A large number in words, two digits: 210, 5,500, 550 million."""
+    for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.1f}{word}" if scaled < 10 else f"{scaled:,.0f}{word}"
+    return f"{number:,.0f}"

@@ -61,7 +61,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"figure": figure, "duration": duration, "short": short, "md": escape_markdown}
+    made.filters |= {"figure": figure, "duration": duration, "human": results.human, "short": short, "md": escape_markdown}
     return made
 
 

@@ -95,12 +95,12 @@ def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray
     ----------
     methods : title → (confidence of the prediction, whether it was right, ECE)
     """
-    figure, axes = plt.subplots(figsize=(5.2, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
     axes.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
     for title, (confidence, right, ece) in methods.items():
         accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=ECE_BINS, strategy="uniform")
         axes.plot(mean_confidence, accuracy, marker="o", markersize=3.5, linewidth=1.2, label=f"{title}, ECE {ece:.3f}")
     axes.set(xlabel="confidence (highest probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, path)

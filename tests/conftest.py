@@ -111,7 +111,7 @@ def make_experiment(workplace, fetched, tiny_models):
             "title": "a test",
             "data": {"source": source, "labels": labels, "rows": {"validation": 2, "test": 4}} | sections.pop("data", {}),
             "decoder": {"model": str(folder), "sft": {"config": "sft.yaml"}} | sections.pop("decoder_keys", {}),
-            "encoder": {"model": str(fetched["minilm"])},
+            "encoder": {"model": str(fetched["minilm"])} | sections.pop("encoder_keys", {}),
         }
         Path("experiments").mkdir(exist_ok=True)
         Path("experiments/mine.yaml").write_text(yaml.safe_dump(values | sections, allow_unicode=True))

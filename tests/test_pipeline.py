@@ -12,22 +12,34 @@ from pathlib import Path
 import pytest
 
 from letterhead.records import read_json, read_jsonl, sha256_file
+from letterhead.results import best_step, read_result
 from tests.test_prompt import LABELS, nasty_rows, write_csv
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"data": "prep.data", "sft": "sft.train", "eval-ckpts": "eval.checkpoints"}
+STAGES = {
+    "data": ["prep.data"],
+    "sft": ["sft.train"],
+    "eval-ckpts": ["eval.checkpoints"],
+    "zero-shot": ["eval.zero_shot"],
+    "tfidf": ["baselines.tfidf"],
+    "bert": ["baselines.train", "bert"],
+    "linear-head": ["baselines.train", "linear_head"],
+    "compare": ["eval.compare"],
+    "report": ["report.build"],
+}
 # What says that a stage is in the midst of its work; the kill comes up to so many seconds later.
 MIDST = {
     "data": ("data/mine/..pool.jsonl.tmp", 2.0),
     "sft": ("runs/mine/sft/checkpoints/checkpoint-*/trainer_state.json", 4.0),
     "eval-ckpts": ("runs/mine/results/sft@*.json", 1.5),
+    "linear-head": ("runs/mine/results/linear_head@*.json", 2.0),
 }
 KILLS = 3
 
 
 def start(stage: str) -> subprocess.Popen:
     log = open(f"{stage}.log", "a")
-    command = [sys.executable, "-m", STAGES[stage], "--experiment", "mine"]
+    command = [sys.executable, "-m", *STAGES[stage], "--experiment", "mine"]
     return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
@@ -60,21 +72,26 @@ def made(stage: str) -> dict:
         state = read_json("runs/mine/sft/checkpoints/checkpoint-12/trainer_state.json")
         losses = [(entry["step"], entry.get("loss")) for entry in state["log_history"] if "loss" in entry]
         return {"files": files, "losses": losses, "final": sha256_file("runs/mine/sft/checkpoints/model.safetensors")}
-    results = {p.name: read_json(p) for p in Path("runs/mine/results").glob("sft@*.json")}
+    method = {"eval-ckpts": "sft", "linear-head": "linear_head"}[stage]
+    results = {p.name: read_json(p) for p in Path("runs/mine/results").glob(f"{method}@*.json")}
     timeless = {k: {n: v for n, v in r.items() if n not in ("seconds", "rows_per_second")} for k, r in results.items()}
-    predictions = {p.name: p.read_text() for p in Path("runs/mine/results").glob("*.jsonl")}
+    weights = Path(f"runs/mine/{stage}").glob("checkpoints/checkpoint-*/model.safetensors")
     return {
         "results": timeless,
-        "predictions": predictions,
-        "table": Path("runs/mine/results/sft_checkpoints.md").read_text(),
+        "predictions": {p.name: p.read_text() for p in Path("runs/mine/results").glob(f"{method}@*.jsonl")},
+        "table": Path(f"runs/mine/results/{method}_checkpoints.md").read_text(),
+        "weights": {str(p): sha256_file(p) for p in weights},
     }
 
 
 def remove(stage: str) -> None:
     import shutil
 
-    folders = {"data": "data/mine", "sft": "runs/mine/sft", "eval-ckpts": "runs/mine/results"}
-    shutil.rmtree(folders[stage])
+    if stage in ("eval-ckpts", "linear-head"):
+        for path in Path("runs/mine/results").glob({"eval-ckpts": "sft", "linear-head": "linear_head"}[stage] + "[@_]*"):
+            path.unlink()
+    if stage == "data":
+        shutil.rmtree("data/mine")
     shutil.rmtree(f"runs/mine/{stage}", ignore_errors=True)
 
 
@@ -82,11 +99,21 @@ def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment):
     write_csv("rows.csv", nasty_rows(140))
     sft = {"per_device_train_batch_size": 8, "logging_steps": 1, "save_steps": 4, "learning_rate": 1e-3}
     rows = {"rows": {"validation": 20, "test": 20}}
-    make_experiment("rows.csv", LABELS, sft=sft, data=rows, decoder_keys={"train_rows": 96})
+    head = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "eval_steps": 0.1, "learning_rate": 1e-3}
+    experiment = make_experiment(
+        "rows.csv",
+        LABELS,
+        sft=sft,
+        data=rows,
+        decoder_keys={"train_rows": 96, "head": head},
+        encoder_keys={"head": {"num_train_epochs": 1, "max_length": 128}},
+        eval={"thinking": {"rows": 4, "tokens": 4, "batch": 2}},
+    )
     undisturbed = {}
     for stage in STAGES:
         finish(stage)
-        undisturbed[stage] = made(stage)
+        if stage in MIDST:
+            undisturbed[stage] = made(stage)
 
     # The result files are the design's.
     result = read_json("runs/mine/results/sft@12.json")
@@ -104,6 +131,13 @@ def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment):
     optimizers = sorted(str(p.parent.name) for p in Path("runs/mine/sft/checkpoints").glob("*/optimizer.pt"))
     assert optimizers == ["checkpoint-12"]
     paths = [path for folder in ("data", "runs") for path in Path(folder).rglob("*") if path.name != ".lock"]
+    assert "Can they be told apart?" in Path("runs/mine/report/report.html").read_text()
+    # The best checkpoint on validation and the last are kept, and their results are among those of every evaluation.
+    by_step = {
+        step: result for step in range(4, 37, 4) if (result := read_result(experiment, f"linear_head@{step}", "validation"))
+    }
+    kept = {int(path.name.split("-")[1]) for path in Path("runs/mine/linear-head/checkpoints").glob("checkpoint-*")}
+    assert kept == {best_step(by_step), 36}
     written = {path: path.stat().st_mtime_ns for path in paths}
     for stage in STAGES:  # nothing is done again
         finish(stage)
@@ -113,7 +147,7 @@ def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment):
     scores = [path for path in paths if path.name.startswith("sft@")]
     assert scores and all(path.stat().st_mtime_ns == written[path] for path in scores)
 
-    for stage in reversed(STAGES):
+    for stage in reversed(MIDST):
         kills = seed = 0
         while kills < KILLS:
             remove(stage)

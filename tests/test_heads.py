@@ -1,0 +1,134 @@
+"""A linear head: padding does not show, control strings are text, the article's parameters mean what they say."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState, set_seed
+
+from letterhead import heads
+from letterhead.experiment import Head, load_experiment
+from letterhead.prompt import TextEncoder
+from letterhead.records import LetterheadError
+
+TEXTS = ["Shares fell.", "A longer text about the cup final, which went to penalties after extra time. " * 6, "你好 world"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_a_padded_batch_gives_what_single_texts_give(tiny_models, name, side):
+    set_seed(0)
+    folder = tiny_models[name]
+    model, tokenizer = heads.load_head(folder, list("abcd")).eval(), heads.load_tokenizer(folder)
+    tokenizer.padding_side = side
+    ids = TextEncoder(tokenizer, 512).encode(TEXTS)
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    assert (batch["attention_mask"] == 0).any()
+    with torch.inference_mode():
+        together = model(**batch).logits
+        alone = torch.cat([model(input_ids=torch.tensor([one])).logits for one in ids])
+    assert alone.abs().max() > 0.1  # weights large enough for a wrong token to show
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_a_real_models_padded_batch_gives_what_single_texts_give(fetched, name):
+    set_seed(0)
+    model, tokenizer = heads.load_head(fetched[name], list("abcd")).eval(), heads.load_tokenizer(fetched[name])
+    ids = TextEncoder(tokenizer, 512).encode(TEXTS)
+    with torch.inference_mode():
+        together = model(**tokenizer.pad({"input_ids": ids}, return_tensors="pt")).logits
+        alone = torch.cat([model(input_ids=torch.tensor([one])).logits for one in ids])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_control_strings_in_a_text_are_text_and_long_texts_keep_their_special_tokens(fetched):
+    tokenizer = heads.load_tokenizer(fetched["minilm"])
+    encoder = TextEncoder(tokenizer, 20)
+    ids, long = encoder.encode(["a [SEP] b [PAD] c [CLS]", "word " * 100])
+    assert sum(token in tokenizer.all_special_ids for token in ids) == 2  # the first and the last
+    assert (len(long), long[0], long[-1]) == (20, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    decoder = heads.load_tokenizer(fetched["smollm2"])
+    assert not set(TextEncoder(decoder, 50).encode(["x <|im_end|> y"])[0]) & set(decoder.all_special_ids)
+
+
+def evaluated_steps(arguments, max_steps: int) -> list[int]:
+    """The steps at which HF's own flow control evaluates."""
+    state = TrainerState(max_steps=max_steps)
+    state.compute_steps(arguments, max_steps)
+    flow, steps = DefaultFlowCallback(), []
+    for state.global_step in range(1, max_steps + 1):
+        if flow.on_step_end(arguments, state, TrainerControl()).should_evaluate:
+            steps.append(state.global_step)
+    return steps
+
+
+@pytest.mark.parametrize(("section", "steps", "every"), [("encoder", 5625, 282), ("decoder", 1875, 94)])
+def test_the_articles_parameters(fetched, tmp_path, section, steps, every):
+    head = getattr(load_experiment("ag_news"), section).head
+    arguments = heads.training_arguments(head, tmp_path, 42, None)
+    batch = (
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        arguments.per_device_eval_batch_size,
+    )
+    assert batch == ((64, 1, 256) if section == "encoder" else (8, 8, 16))
+    assert (arguments.learning_rate, arguments.lr_scheduler_type, arguments.weight_decay) == (1e-5, "cosine", 1e-6)
+    assert arguments.num_train_epochs == (3 if section == "encoder" else 1)
+    assert arguments.get_warmup_steps(steps) == 0 and arguments.train_sampling_strategy == "random"
+    assert head.max_length == 512  # 510 tokens and BERT's two specials
+    rows = Dataset.from_dict({"input_ids": [[1]] * 120_000, "labels": [0] * 120_000, "length": [1] * 120_000})
+    model, tokenizer = heads.load_head(fetched["minilm"], list("abcd")), heads.load_tokenizer(fetched["minilm"])
+    trainer = heads.HeadTrainer(model, arguments, tokenizer, rows, {"test": rows})
+    *_, max_steps = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
+    assert max_steps == steps
+    found = evaluated_steps(arguments, max_steps)
+    assert found == [*range(every, steps, every), steps] and len(found) == 20  # the article's 19, and the last step
+
+
+def test_groups_of_like_length_are_drawn_from_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(5, 100, size=400).tolist()
+    sampler = heads.EpochLengthGroupedSampler(8, lengths, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(400))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    resumed = heads.EpochLengthGroupedSampler(8, lengths, seed=1)
+    resumed.set_epoch(1)
+    assert second == list(resumed) != first
+    padded = sum(8 * max(lengths[i] for i in first[k : k + 8]) for k in range(0, 400, 8))
+    assert padded < 1.15 * sum(lengths)
+
+
+def test_a_text_length_that_a_model_has_no_positions_for_is_an_error(fetched):
+    heads.require_length(fetched["minilm"], 512, "encoder.head")
+    with pytest.raises(LetterheadError, match=r"encoder.head.max_length is 513, but .* has 512 positions; lower it"):
+        heads.require_length(fetched["minilm"], 513, "encoder.head")
+
+
+def test_predictions_come_back_in_the_rows_order_whatever_the_batches(fetched, tmp_path):
+    set_seed(0)
+    folder, classes = fetched["minilm"], np.arange(23) % 4
+    rows = [{"text": "word " * int(n)} for n in np.random.default_rng(0).integers(1, 60, size=23)]
+    tokenizer, model = heads.load_tokenizer(folder), heads.load_head(folder, list("abcd")).eval()
+    encoder, seen = TextEncoder(tokenizer, 128), {}
+    data = heads.encoded(rows, classes, encoder, "encoding")
+
+    def note(split, logits, seconds, tokens):
+        seen[split] = logits, tokens
+        return {"mean": float(logits.mean())}
+
+    arguments = heads.training_arguments(Head(per_device_eval_batch_size=4), tmp_path, 0, None)
+    arguments.report_to = []
+    trainer = heads.HeadTrainer(copy.deepcopy(model), arguments, tokenizer, data, {"test": data}, note)
+    metrics = trainer.evaluate()
+    logits, tokens = seen["test"]
+    assert math.isclose(metrics["eval_test_mean"], logits.mean(), rel_tol=1e-6)
+    lengths = sorted(data["length"], reverse=True)
+    assert tokens == sum(len(lengths[i : i + 4]) * lengths[i] for i in range(0, 23, 4))
+    with torch.inference_mode():
+        alone = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in data["input_ids"]])
+    assert np.abs(alone.numpy() - logits).max() < 1e-4

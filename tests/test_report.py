@@ -1,0 +1,157 @@
+"""The comparison is right and the report can be trusted: nothing asked of the network, no markup from data, any screen."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import compare
+from letterhead import results
+from letterhead.metrics import NO_ANSWER
+from letterhead.records import LetterheadError, read_json
+from letterhead.stage import Stage
+from prep import data
+from report import build
+from tests.browser import CHROMIUM, Browser
+from tests.test_prompt import write_csv
+
+LABELS = ["World", "<b>Sports</b>", "Sci|Tech"]
+MARKUP = [
+    "<script>document.title='owned'</script>",
+    "<img src='https://example.org/x.png' onerror=\"alert(1)\">",
+    "</p></article><h1>owned</h1>",
+    "{{ 7 * 7 }} {% raw %} ${jndi} &lt;b&gt; | a | b |\n# owned\n- [x](javascript:alert(1)) `code` *b* ![i](https://example.org/i.png)",
+]
+SKILL = {"tfidf": 2.0, "bert": 3.0, "linear_head": 2.9, "sft": 2.5, "zero_shot_no_think": 0.3, "zero_shot_calibrated": 0.8}
+
+
+@pytest.fixture
+def compared(make_experiment):
+    """An experiment whose data are real and full of markup, and whose predictions are drawn; compared and reported."""
+    write_csv("rows.csv", [(f"{i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3]) for i in range(400)])
+    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"validation": 60, "test": 150}})
+    data.main(experiment)
+    rng = np.random.default_rng(0)
+    made = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
+    files = {stage: [] for stage in ("eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head")}
+
+    def write(stage: str, name: str, split: str, skill: float, **more) -> None:
+        rows = results.read_rows(experiment, split)[: more.pop("n", None)]
+        truth = results.class_numbers(experiment, rows)
+        score = rng.normal(size=(len(rows), 3))
+        score[np.arange(len(rows)), truth] += skill
+        probabilities = np.exp(score) / np.exp(score).sum(1, keepdims=True)
+        if "thinking" in more:
+            more["predicted"], probabilities = np.where(rng.random(len(rows)) < 0.2, NO_ANSWER, score.argmax(1)), None
+        results.write_result(experiment, name, split, rows, probabilities=probabilities, train_loss=0.5, **made | more)
+        files[stage] += results.result_files(experiment, name, split)
+
+    for method, (stage, trained, _) in compare.METHODS.items():
+        for step in (10, 20, 30) if trained and method != "tfidf" else (None,):
+            for split in results.SPLITS:
+                if method != "zero_shot_think":
+                    skill = SKILL[method] - (0 if step in (None, 20) else 2)
+                    cost = {"parameters": 2 if method == "tfidf" else 1000}
+                    write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
+    thinking = {"no_think_accuracy_same_rows": 0.4, "times_no_think": 20.0, "thought": 30, "unfinished": 4, "unparsed": 2}
+    write("zero-shot", "zero_shot_think", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
+    for stage, paths in files.items():
+        Stage(experiment, stage, 0).finish(paths, rows=190)
+    Stage(experiment, "sft", 0).finish([], rows=190)
+    compare.main(experiment)
+    build.main(experiment)
+    return experiment
+
+
+def test_the_checkpoint_is_chosen_on_validation_and_every_pair_is_tested(compared):
+    comparison = read_json("runs/mine/results/comparison.json")
+    assert len(comparison["methods"]) == 7 and len(comparison["pairs"]) == 21
+    for name in ("bert@20", "linear_head@20", "sft@20"):
+        entry = comparison["methods"][name]
+        validation = {s: results.read_result(compared, f"{entry['method']}@{s}", "validation") for s in (10, 20, 30)}
+        assert entry["chosen_on"] == "validation" and results.best_step(validation) == 20
+        assert entry["f1_macro"] == results.read_result(compared, name, "test")["f1_macro"]
+    pairs = {(pair["a"], pair["b"]): pair for pair in comparison["pairs"]}
+    assert pairs["zero_shot_think", "tfidf"]["n"] == 40 and pairs["bert@20", "linear_head@20"]["n"] == 150
+    near, far = pairs["bert@20", "linear_head@20"], pairs["zero_shot_no_think", "bert@20"]
+    assert re.match(r"BERT and LLM, linear head can't be told apart on 150 rows: .* p = ", near["sentence"])
+    assert far["sentence"].startswith("BERT is better than LLM zero-shot, option perplexity on 150 rows")
+    assert far["mcnemar_p"] <= far["mcnemar_p_holm"] < 0.05 and far["f1_difference"] < far["ci95"][1] < 0
+
+
+def test_the_cheapest_that_cannot_be_told_from_the_best_is_shipped(compared):
+    comparison = read_json("runs/mine/results/comparison.json")
+    methods, best = comparison["methods"], comparison["best"]
+    top = max((name for name in methods if methods[name]["n"] == 150), key=lambda name: methods[name]["f1_macro"])
+    alike = {top} | {
+        name
+        for pair in comparison["pairs"]
+        if top in (pair["a"], pair["b"]) and min(pair["mcnemar_p_holm"], pair["bootstrap_p_holm"]) >= 0.05
+        for name in (pair["a"], pair["b"])
+    }
+    price = {name: methods[name]["cost"]["multiply_adds_per_row"] for name in alike}
+    assert best in alike and price[best] == min(price.values()) and methods[best]["title"] in comparison["why"]
+
+
+def test_results_on_other_rows_and_predictions_cut_off_are_refused(compared):
+    path = results.result_files(compared, "tfidf", "test")[1]
+    whole = path.read_text()
+    Path("runs/mine/compare/stage.json").unlink()
+    path.write_text("".join(whole.splitlines(keepends=True)[:100]))
+    with pytest.raises(LetterheadError, match=r"tfidf.predictions.jsonl: 100 rows, not 150; delete it"):
+        compare.main(compared)
+    path.write_text(whole.replace('"id":"', '"id":"other-').replace('"id": "', '"id": "other-'))
+    with pytest.raises(LetterheadError, match="measured on different rows"):
+        compare.main(compared)
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_no_markup_comes_from_the_data(compared):
+    page, text = (Path("runs/mine/report") / name for name in ("report.html", "REPORT.md"))
+    tags = Tags(page.read_text()).found
+    assert {tag for tag, _ in tags} & {"script", "iframe", "object", "b"} <= {"b"}
+    assert all(attributes["src"].startswith("data:image/png") for tag, attributes in tags if tag == "img")
+    assert sum(tag == "h1" for tag, _ in tags) == 1 and not any("onerror" in a for _, a in tags)
+    assert "&lt;script&gt;" in page.read_text() and "{{ 7 * 7 }}" in page.read_text()
+    markdown = text.read_text()
+    assert "<" not in re.sub(r"p &lt;|\(n <", "", markdown) and "\n# owned" not in markdown
+    images = re.findall(r"(?<!\\)!\[.*?\]\((.*?)\)", markdown)
+    assert sorted(images) == sorted(f"{name}.png" for name in build.WHAT_A_PICTURE_SHOWS)
+    assert not re.search(r"(?<!\\)\]\((?!\w+\.png\))", markdown)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package chromium)")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_real_browser_finds_no_error_no_request_and_no_overflow(compared, tmp_path, width):
+    page = Path("runs/mine/report/report.html")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page, width)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.evaluate("document.title") == "Letterhead: mine"
+        assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
+        assert browser.evaluate("document.querySelectorAll('.row').length") > 5
+        browser.screenshot(tmp_path / "shot.png")
+        assert len(browser.pdf()) > 50_000
+        remote = [url for url in browser.requests if not url.startswith(("file:", "data:"))]
+        assert (remote, browser.errors) == ([], [])
+    assert (tmp_path / "shot.png").stat().st_size > 50_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package chromium)")
+def test_the_browser_test_can_fail(workplace):
+    Path("bad.html").write_text("<body style='width: 900px'><script>nonsense()</script><img src='https://127.0.0.1:1/x'>")
+    with Browser(workplace / "profile") as browser:
+        browser.open(Path("bad.html"), 390)
+        assert browser.errors and "https://127.0.0.1:1/x" in browser.requests
+        assert browser.evaluate("document.documentElement.scrollWidth") > 390

@@ -1,0 +1,97 @@
+"""Zero-shot: what an answer is read as, the thinking prompt, calibration, and going on after a kill."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import zero_shot
+from letterhead import results
+from letterhead.metrics import NO_ANSWER
+from letterhead.prompt import load_prompt_encoder
+from letterhead.records import read_json
+from prep import data
+from tests.test_prompt import LABELS, nasty_rows, write_csv
+
+LETTERS = ["A", "B", "C", "D"]
+NAMES = ["World", "Sports", "Science/Technology", "World Business"]
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "options", "expected"),
+    [
+        ("<think>\nIt is about A or D.\n</think>\n\nC. Business", True, LETTERS, (2, "answered")),
+        ("<think>\nhm\n</think>\n\nC", False, LETTERS, (2, "answered")),
+        ("<think>\nIt could be A, or B", False, LETTERS, (NO_ANSWER, "unfinished")),
+        ("<think>\nI stop here. B", True, LETTERS, (NO_ANSWER, "unfinished")),
+        ("<think></think>\nBusiness", True, LETTERS, (NO_ANSWER, "unparsed")),
+        ("<think></think>\nABCD, DAB and Business; (D)", True, LETTERS, (3, "answered")),
+        ("The answer is B.", True, LETTERS, (1, "answered")),  # a model that does not think
+        ("The answer is B.", False, LETTERS, (NO_ANSWER, "unfinished")),
+        ("", True, LETTERS, (NO_ANSWER, "unparsed")),
+        ("<think>Sports</think> it is WORLD business, not World", True, NAMES, (3, "answered")),
+        ("<think></think> science/technology", True, NAMES, (2, "answered")),
+        ("<think></think> Worldwide", True, NAMES, (NO_ANSWER, "unparsed")),
+    ],
+)
+def test_the_option_is_the_first_after_the_thought(text, ended, options, expected):
+    assert zero_shot.read_answer(text, ended, options) == expected
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_the_thinking_prompt_is_the_prompt_without_no_think_and_without_a_think_block(make_experiment, enable):
+    experiment = make_experiment("rows.csv", LABELS, decoder="qwen3", sft={"enable_thinking": enable})
+    encoder = load_prompt_encoder(experiment, thinking=True)
+    text = encoder.tokenizer.decode(encoder.encode("Shares fell."), clean_up_tokenization_spaces=False)
+    plain = load_prompt_encoder(experiment).instruction("Shares fell.")
+    assert plain.endswith("/no_think")  # as Qwen3's chat template writes a turn:
+    assert text == f"<|im_start|>user\n{plain.removesuffix('/no_think')}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def timeless(name: str, split: str = "test") -> tuple:
+    result = read_json(f"runs/mine/results/{name}{'' if split == 'test' else '.' + split}.json")
+    thinking = {key: value for key, value in result.get("thinking", {}).items() if key != "times_no_think"}
+    timed = ("seconds", "rows_per_second", "thinking")
+    return {key: value for key, value in result.items() if key not in timed}, thinking
+
+
+def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment):
+    write_csv("rows.csv", nasty_rows(80))
+    keys = {"rows": {"validation": 10, "test": 20}}
+    thinking = {"rows": 7, "tokens": 6, "batch": 3}
+    experiment = make_experiment("rows.csv", LABELS, data=keys, eval={"thinking": thinking})
+    data.main(experiment)
+    zero_shot.main(experiment)
+    names = ("zero_shot_no_think", "zero_shot_calibrated", "zero_shot_think")
+    whole = {name: timeless(name) for name in names}
+    test = results.read_rows(experiment, "test")
+    assert whole["zero_shot_think"][0]["n"] == 7 and whole["zero_shot_think"][0]["ece"] is None
+    assert sum(whole["zero_shot_think"][1][kind] for kind in ("answered", "unfinished", "unparsed")) == 7
+    assert timeless("zero_shot_no_think", "validation")[0]["n"] == 10
+
+    # sft@0 and zero_shot_no_think are one computation.
+    lines = results.read_predictions(experiment, "zero_shot_no_think", "test")
+    assert lines == results.read_predictions(experiment, "sft@0", "test") and [line["id"] for line in lines] == [
+        row["id"] for row in test
+    ]
+    # Calibrated: each option's score minus its score after a text without content.
+    from letterhead.scoring import load_decoder, score_options
+
+    encoder = load_prompt_encoder(experiment)
+    empty = score_options(
+        load_decoder(experiment.decoder.folder, "float32"), [encoder.encode("N/A")], encoder.answers, False, 512
+    )
+    score = np.array([[-np.log(line["perplexity"][label]) for label in LABELS] for line in lines]) + np.log(empty.perplexity)
+    expected = np.exp(score) / np.exp(score).sum(1, keepdims=True)
+    calibrated = results.read_predictions(experiment, "zero_shot_calibrated", "test")
+    found = np.array([[line["probabilities"][label] for label in LABELS] for line in calibrated])
+    assert np.abs(found - expected).max() < 1e-9
+
+    # Cut off in the second batch, run again: the same answers.
+    (answers,) = Path("runs/mine/zero-shot").glob("answers-*.jsonl")
+    lines = answers.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3
+    answers.write_bytes(lines[0] + lines[1][: len(lines[1]) // 2])
+    Path("runs/mine/zero-shot/stage.json").unlink()
+    zero_shot.main(experiment)
+    assert {name: timeless(name) for name in names} == whole
