@@ -4,6 +4,7 @@ python -m baselines.train bert --experiment quick
 """
 
 import os
+import shutil
 from pathlib import Path
 
 from letterhead import checkpoints, results
@@ -35,6 +36,10 @@ def main(experiment: Experiment, method: str) -> None:
         for path in checkpoints.set_aside_broken(folder):
             print(f"{path}: was cut off while it was written; set aside, not used")
         resume = checkpoints.resumable(folder)
+        if resume and (lost := lost_results(experiment, method, resume, stage.inputs_sha256)):
+            print(f"results of steps {lost} are gone, and only training makes them; it begins anew")
+            shutil.rmtree(folder)
+            resume = None
         splits = {split: results.read_rows(experiment, split) for split in results.SPLITS}
         splits = {split: rows for split, rows in splits.items() if rows}
         rows = results.read_rows(experiment, rows_name)
@@ -83,7 +88,7 @@ def train(experiment: Experiment, method: str, section: str, rows, splits, folde
     def write(split: str, logits, seconds: float, tokens: int) -> dict[str, float]:
         step, log = trainer.state.global_step, trainer.state.log_history
         before = max((entry["step"] for entry in log if "eval_test_f1_macro" in entry and entry["step"] < step), default=0)
-        losses = [entry["loss"] for entry in log if "loss" in entry and before < entry["step"] <= step]
+        losses = [entry["loss"] for entry in log if "loss" in entry and entry["step"] > before]
         result = results.write_result(
             experiment,
             f"{method}@{step}",
@@ -104,6 +109,15 @@ def train(experiment: Experiment, method: str, section: str, rows, splits, folde
     state = read_json(resume / "trainer_state.json") if resume else None
     if not state or state["global_step"] < state["max_steps"]:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
+def lost_results(experiment: Experiment, method: str, resume: Path, inputs_sha256: str) -> list[int]:
+    """The steps that were evaluated before a checkpoint was saved, but whose results are not on disk."""
+    log = read_json(resume / "trainer_state.json")["log_history"]
+    evaluated = {(line["step"], key.split("_")[1]) for line in log for key in line if key.endswith("_f1_macro")}
+    return sorted(
+        {step for step, split in evaluated if not results.kept_result(experiment, f"{method}@{step}", split, inputs_sha256)}
+    )
 
 
 def collect(experiment: Experiment, method: str, inputs_sha256: str) -> tuple[dict, list[Path]]:

@@ -32,9 +32,15 @@ def main(experiment: Experiment) -> None:
     from eval.score import score_model, scoring_inputs, split_prompts
 
     made, folder = stage_outputs(experiment, "data"), experiment.decoder.folder
-    settings = {"thinking": experiment.eval.thinking.model_dump(), "seed": experiment.seed, "sampling": SAMPLING}
-    model_inputs = {"model": checkpoints.model_identity(folder), "made": made, **scoring_inputs(experiment)}
-    stage = Stage(experiment, "zero-shot", {**model_inputs, **settings})
+    inputs = {
+        "model": checkpoints.model_identity(folder),
+        "rows": [made[str(experiment.data_folder / f"{split}.jsonl")] for split in results.SPLITS],
+        "thinking": experiment.eval.thinking.model_dump(),
+        "sampling": SAMPLING,
+        "seed": experiment.seed,
+        **scoring_inputs(experiment),
+    }
+    stage = Stage(experiment, "zero-shot", inputs)
     if not stage.is_current():
         encoder, prompts = split_prompts(experiment)
         scored, files = score_model(experiment, 0, folder, made, encoder, prompts), []

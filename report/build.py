@@ -122,7 +122,7 @@ def history(experiment: Experiment, method: str, split: str) -> dict[int, dict]:
 
 
 def overfitting(experiment: Experiment) -> str:
-    """Whether BERT overfits, as the article says it does after two epochs: test loss, training loss and F1 in words."""
+    """Whether BERT overfits, as the article says it does after two epochs: test loss and F1 in words."""
     test, epochs = history(experiment, "bert", "test"), experiment.encoder.head.num_train_epochs
     steps = list(test)
     lowest, last = min(steps, key=lambda step: test[step]["eval_loss"]), steps[-1]
@@ -134,11 +134,11 @@ def overfitting(experiment: Experiment) -> str:
     after = min(steps, key=lambda step: abs(step - 2 * per_epoch))
     if epochs <= 2 or after == last:
         return words + " It was not trained past two epochs, so the article's claim is not put to the test."
-    loss, f1, trained = (test[last][key] - test[after][key] for key in ("eval_loss", "f1_macro", "train_loss"))
+    loss, f1 = (test[last][key] - test[after][key] for key in ("eval_loss", "f1_macro"))
     low, high = test[after]["f1_macro_ci95"]
     words += (
-        f" From step {after} (epoch {after / per_epoch:.1f}) to the end the training loss changes by {trained:+.3f}, the "
-        f"test loss by {loss:+.3f} and macro F1 by {f1:+.4f}"
+        f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss changes by {loss:+.3f} and macro F1 by "
+        f"{f1:+.4f}"
     )
     if loss <= 0:
         return words + ": no overfitting after two epochs."
