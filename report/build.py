@@ -137,8 +137,8 @@ def overfitting(experiment: Experiment) -> str:
     loss, f1 = (test[last][key] - test[after][key] for key in ("eval_loss", "f1_macro"))
     low, high = test[after]["f1_macro_ci95"]
     words += (
-        f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss changes by {loss:+.3f} and macro F1 by "
-        f"{f1:+.4f}"
+        f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss changes by {loss:+.3f} and macro F1 "
+        f"by {f1:+.4f}"
     )
     if loss <= 0:
         return words + ": no overfitting after two epochs."

@@ -157,6 +157,11 @@ def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment):
             seed += 1
             assert seed < 3 * KILLS, f"{stage} is too fast to be killed in the midst"
 
+    # A result that is gone is made again, which takes the training that made it.
+    Path("runs/mine/results/linear_head@8.json").unlink()
+    finish("linear-head")
+    assert made("linear-head") == undisturbed["linear-head"]
+
     # A checkpoint cut in half is set aside, and the table says so.
     half = Path("runs/mine/sft/checkpoints/checkpoint-8/model.safetensors")
     half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
