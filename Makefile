@@ -4,6 +4,7 @@ EXP ?= quick
 SET ?=
 PYTHON ?= python3
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
 LOCK := requirements/train.txt

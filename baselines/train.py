@@ -5,6 +5,7 @@ python -m baselines.train bert --experiment quick
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 from letterhead import checkpoints, results
@@ -44,17 +45,18 @@ def main(experiment: Experiment, method: str) -> None:
         splits = {split: rows for split, rows in splits.items() if rows}
         rows = results.read_rows(experiment, rows_name)
         train(experiment, method, section, rows, splits, folder, resume, stage.inputs_sha256)
+        checkpoints.keep_best_and_last(folder)
         kept, made = collect(experiment, method, stage.inputs_sha256)
         with atomic_open(table) as file:
             file.write(results.checkpoint_table(experiment, TITLES[method], kept, []))
         weights = [file for path in checkpoints.whole_checkpoints(folder) for file in path.glob("*.safetensors")]
-        evaluated = sum(result["seconds"] for result in kept.values())
         stage.finish(
             [*made, table, *weights],
             rows=len(rows),
             epochs=settings.head.num_train_epochs,
             tokens=None,
-            scoring_seconds=round(evaluated, 1),
+            training_seconds=max(result["training_seconds"] for result in kept.values()),
+            scoring_seconds=round(sum(result["seconds"] for result in kept.values()), 1),
             resumed_from=checkpoints.step_of(resume) if resume else 0,
         )
     print(table.read_text(encoding="utf-8"))
@@ -84,18 +86,22 @@ def train(experiment: Experiment, method: str, section: str, rows, splits, folde
         for name, of in {"train": rows, **splits}.items()
     }
     parameters = checkpoints.parameters_per_token(model)
+    begin, evaluating, before = time.perf_counter(), 0.0, 0.0
+    if resume:
+        before = results.read_result(experiment, f"{method}@{checkpoints.step_of(resume)}", "test")["training_seconds"]
 
     def write(split: str, logits, seconds: float, tokens: int) -> dict[str, float]:
-        step, log = trainer.state.global_step, trainer.state.log_history
-        before = max((entry["step"] for entry in log if "eval_test_f1_macro" in entry and entry["step"] < step), default=0)
-        losses = [entry["loss"] for entry in log if "loss" in entry and entry["step"] > before]
+        nonlocal evaluating
+        evaluating += seconds
+        step = trainer.state.global_step
         result = results.write_result(
             experiment,
             f"{method}@{step}",
             split,
             splits[split],
             probabilities=torch.from_numpy(logits).double().softmax(-1).numpy(),
-            train_loss=sum(losses) / len(losses) if losses else None,
+            train_loss=mean_loss(trainer.state.log_history, step),
+            training_seconds=round(before + time.perf_counter() - begin - evaluating, 1),
             seconds=round(seconds, 3),
             tokens=tokens,
             parameters=parameters,
@@ -109,6 +115,17 @@ def train(experiment: Experiment, method: str, section: str, rows, splits, folde
     state = read_json(resume / "trainer_state.json") if resume else None
     if not state or state["global_step"] < state["max_steps"]:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
+def mean_loss(log: list[dict], step: int) -> float:
+    """The training loss between the evaluation before `step` and `step`, from the Trainer's log, weighted by steps."""
+    start = max((line["step"] for line in log if "eval_test_f1_macro" in line and line["step"] < step), default=0)
+    total, last = 0.0, start
+    for line in log:
+        if "loss" in line and start < line["step"] <= step:
+            total += line["loss"] * (line["step"] - last)
+            last = line["step"]
+    return total / (step - start)
 
 
 def lost_results(experiment: Experiment, method: str, resume: Path, inputs_sha256: str) -> list[int]:

@@ -30,7 +30,8 @@ METHODS = {
 def main(experiment: Experiment) -> None:
     stages = sorted({stage for stages in METHODS.values() for stage in stages[:2] if stage})
     made = {name: stage_outputs(experiment, name) for name in stages}
-    stage = Stage(experiment, "compare", {"made": made, "seed": experiment.seed})
+    records = {name: read_json(experiment.run_folder / name / "stage.json") for name in stages}
+    stage = Stage(experiment, "compare", {"stages": records, "seed": experiment.seed})
     path = experiment.results_folder / "comparison.json"
     if not stage.is_current():
         chosen = dict(choose(experiment, method, made[of]) for method, (of, _, _) in METHODS.items())
@@ -70,7 +71,10 @@ def choose(experiment: Experiment, method: str, files: dict[str, str]) -> tuple[
     on_test = results.best_step({s: test[s] for s in steps})
     result = test[step]
     entry = {key: value for key, value in result.items() if key not in ("inputs_sha256", "versions")}
-    entry |= {"title": METHODS[method][2], "chosen_on": how, "cost": cost(experiment, method, trained, result)}
+    title = METHODS[method][2]
+    if method == "zero_shot_think" and not result["thinking"]["begun"]:
+        title += " (it does not think)"
+    entry |= {"title": title, "chosen_on": how, "cost": cost(experiment, method, trained, result)}
     entry["best_on_test"] = {"step": on_test or None} | {key: test[on_test][key] for key in ("f1_macro", "accuracy")}
     entry["f1_macro_validation"] = validation[step]["f1_macro"] if step in validation else None
     return f"{method}@{step}" if step else method, entry
@@ -98,10 +102,12 @@ def cost(experiment: Experiment, method: str, trained: str | None, result: dict)
     }
     if trained:
         training = record(trained)
-        seconds = training.get("training_seconds", training["seconds"] - (training.get("scoring_seconds") or 0))
+        seconds = training.get("training_seconds", training["seconds"])
         cost |= {"train_rows": training["rows"], "training_seconds": round(seconds, 1)}
         cost |= {"peak_memory_mb": max(training["peak_memory_mb"], scoring["peak_memory_mb"])}
         cost |= {"resumed_from": training.get("resumed_from", 0), "epochs": training.get("epochs")}
+        if trained != METHODS[method][0]:
+            cost["peak_gpu_memory_mb"] = None  # trained by another program
     return cost
 
 
@@ -145,16 +151,16 @@ def compare_pairs(experiment: Experiment, chosen: dict[str, dict]) -> list[dict]
                 "only_b_right": int(np.sum(~right[0] & right[1])),
             }
         )
-    for key in ("mcnemar_p", "bootstrap_p"):
-        for pair, corrected in zip(pairs, metrics.holm([pair[key] for pair in pairs]), strict=True):
-            pair[f"{key}_holm"] = corrected
+    keys = [(pair, key) for pair in pairs for key in ("mcnemar_p", "bootstrap_p")]
+    for (pair, key), corrected in zip(keys, metrics.holm([pair[key] for pair, key in keys]), strict=True):
+        pair[f"{key}_holm"] = corrected
     for pair in pairs:
         pair["sentence"] = sentence(pair, chosen)
     return pairs
 
 
 def told_apart(pair: dict) -> bool:
-    """Whether one of the two tests, corrected for the number of pairs, tells the methods apart."""
+    """Whether one of the two tests, all tests of all pairs corrected together, tells the methods apart."""
     return min(pair["mcnemar_p_holm"], pair["bootstrap_p_holm"]) < ALPHA
 
 
@@ -187,7 +193,7 @@ def which_to_ship(chosen: dict[str, dict], pairs: list[dict]) -> tuple[str, str]
     def price(name: str) -> int:
         return chosen[name]["cost"]["multiply_adds_per_row"]
 
-    best = min(alike, key=price)
+    best = min(alike, key=lambda name: (price(name), -chosen[name]["f1_macro"]))
     figures = f"macro F1 {chosen[best]['f1_macro']:.3f}, {results.human(price(best))} multiply-adds a row"
     if best == top:
         others = "no cheaper method comes near enough that the tests can't tell it apart"

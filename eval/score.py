@@ -24,6 +24,7 @@ def scoring_inputs(experiment: Experiment) -> dict:
         "prompt": experiment.prompt.model_dump(),
         "labels": experiment.labels,
         "score": experiment.eval.score,
+        "seed": experiment.seed,
         "dtype": experiment.decoder.dtype,
         "template": {key: arguments.get(key) for key in ("template", "cutoff_len", "enable_thinking", "default_system")},
     }

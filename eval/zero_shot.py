@@ -37,6 +37,7 @@ def main(experiment: Experiment) -> None:
         "rows": [made[str(experiment.data_folder / f"{split}.jsonl")] for split in results.SPLITS],
         "thinking": experiment.eval.thinking.model_dump(),
         "sampling": SAMPLING,
+        "content_free": CONTENT_FREE,
         "seed": experiment.seed,
         **scoring_inputs(experiment),
     }
@@ -53,7 +54,8 @@ def main(experiment: Experiment) -> None:
                 files += results.result_files(experiment, name, split)
         think(experiment, model, scored["test"], stage)
         files += results.result_files(experiment, "zero_shot_think", "test")
-        stage.finish(files, rows=scored["test"]["n"], tokens=sum(result["tokens"] for result in scored.values()))
+        seconds, tokens = (sum(result[key] for result in scored.values()) for key in ("seconds", "tokens"))
+        stage.finish(files, rows=scored["test"]["n"], tokens=tokens, scoring_seconds=seconds)
     print(summary(experiment))
 
 
@@ -98,6 +100,7 @@ def think(experiment: Experiment, model, no_think: dict, stage: Stage) -> None:
         thinking={
             "budget_tokens": settings.tokens,
             "generated_tokens": sum(answer["generated"] for answer in answers),
+            "begun": sum("think>" in answer["text"] for answer in answers),
             "thought": sum("</think>" in answer["text"] for answer in answers),
             **{kind: sum(k == kind for _, k in read) for kind in ("answered", "unfinished", "unparsed")},
             "no_think_accuracy_same_rows": sum(line["label"] == line["prediction"] for line in alike) / len(truth),
@@ -178,12 +181,11 @@ def read_answer(text: str, ended: bool, options: list[str]) -> tuple[int, str]:
             return NO_ANSWER, "unfinished"
         rest = text
     letters = all(len(option) == 1 for option in options)
-    names = "|".join(re.escape(option) for option in sorted(options, key=len, reverse=True))
-    found = re.search(rf"(?<!\w)({names})(?!\w)", rest, 0 if letters else re.IGNORECASE)
-    if not found:
-        return NO_ANSWER, "unparsed"
-    number = {option if letters else option.casefold(): i for i, option in enumerate(options)}
-    return number[found[0] if letters else found[0].casefold()], "answered"
+    longest = sorted(range(len(options)), key=lambda i: -len(options[i]))
+    names = "|".join(f"({re.escape(options[i])})" for i in longest)
+    # Edges of ASCII words only: other scripts write no spaces.
+    found = re.search(rf"(?<![A-Za-z0-9_])(?:{names})(?![A-Za-z0-9_])", rest, 0 if letters else re.IGNORECASE)
+    return (longest[found.lastindex - 1], "answered") if found else (NO_ANSWER, "unparsed")
 
 
 def summary(experiment: Experiment) -> str:

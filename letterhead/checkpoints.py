@@ -116,6 +116,16 @@ def prune_optimizer_states(folder: Path) -> None:
             shutil.rmtree(state, ignore_errors=True)
 
 
+def keep_best_and_last(folder: Path) -> None:
+    """Delete all whole checkpoints but the last and the one that the Trainer found best, and old optimizer states."""
+    made = whole_checkpoints(folder)
+    best = read_json(made[-1] / "trainer_state.json").get("best_global_step")
+    for path in made[:-1]:
+        if step_of(path) != best:
+            shutil.rmtree(path)
+    prune_optimizer_states(folder)
+
+
 def log_history(folder: Path) -> list[dict]:
     """What the Trainer logged up to the newest whole checkpoint: dictionaries with `step`, `loss`, …"""
     checkpoints = whole_checkpoints(folder)

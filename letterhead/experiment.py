@@ -202,11 +202,11 @@ class Encoder(Section):
 
 
 class Thinking(Section):
-    """Zero-shot with thinking: on how many test rows (default: all), and how many tokens an answer may have."""
+    """Zero-shot with thinking: on how many test rows (null: all), and how many tokens an answer may have."""
 
-    rows: Count | None = None
-    tokens: Count = 2048
-    batch: Count = 16
+    rows: Count | None = 24
+    tokens: Count = 64
+    batch: Count = 24
 
 
 class Eval(Section):

@@ -19,6 +19,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -94,7 +95,7 @@ def training_arguments(head: Head, folder: Path | str, seed: int, best: str | No
         eval_steps=head.eval_steps,
         save_strategy="steps",
         save_steps=head.eval_steps,
-        save_total_limit=1,
+        save_total_limit=2,  # with 1 the Trainer ends by deleting the last one for the best
         metric_for_best_model=best,
         greater_is_better=True if best else None,
         logging_steps=head.eval_steps / 5,
@@ -115,6 +116,13 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self._seed + epoch)
+
+
+class _LogWhatIsEvaluated(TrainerCallback):
+    """Log the loss at each evaluation: a checkpoint then holds all losses so far, and none is lost to a resume."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_evaluate
 
 
 class HeadTrainer(Trainer):
@@ -152,6 +160,7 @@ class HeadTrainer(Trainer):
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=train,
             eval_dataset=by_length or None,
+            callbacks=[_LogWhatIsEvaluated],
         )
 
     def _get_train_sampler(self, train_dataset=None):
@@ -161,7 +170,7 @@ class HeadTrainer(Trainer):
         return EpochLengthGroupedSampler(batch, self._lengths["train"].tolist(), self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        return SequentialSampler(eval_dataset)  # they are sorted already
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         start = time.perf_counter()

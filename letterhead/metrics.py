@@ -8,6 +8,7 @@ from statsmodels.stats.multitest import multipletests
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 BOOTSTRAP_DRAWS = 2000
+PAIRED_DRAWS = 10_000  # more, so that a p-value can survive its correction for many pairs
 ECE_BINS = 15
 NO_ANSWER = -1
 
@@ -62,10 +63,10 @@ def f1_difference(
         named = np.eye(classes + 1)[predicted][:, :classes]  # NO_ANSWER, -1, falls on the column that is cut off
         return _mean_f1(draws @ (true * named), draws @ (true + named))
 
-    draws = np.random.default_rng(seed).multinomial(len(truth), counts / len(truth), size=BOOTSTRAP_DRAWS)
+    draws = np.random.default_rng(seed).multinomial(len(truth), counts / len(truth), size=PAIRED_DRAWS)
     differences = f1(draws, cells[1]) - f1(draws, cells[2])
     tail = min((differences <= 0).sum(), (differences >= 0).sum())
-    p = min(1.0, 2 * (tail + 1) / (BOOTSTRAP_DRAWS + 1))
+    p = min(1.0, 2 * (tail + 1) / (PAIRED_DRAWS + 1))
     observed = f1(counts[None], cells[1]) - f1(counts[None], cells[2])
     return float(observed[0]), np.percentile(differences, [2.5, 97.5]).tolist(), float(p)
 
@@ -115,7 +116,8 @@ def classification_figures(
     macro = precision_recall_fscore_support(truth, given, labels=present, average="macro", zero_division=0)
     ece = entropy = None
     if probabilities is not None:
-        tensors = torch.from_numpy(probabilities), torch.from_numpy(truth)
+        # torchmetrics has a bin of its own for a confidence of exactly 1; here it belongs to the last one.
+        tensors = torch.from_numpy(np.minimum(probabilities, np.nextafter(1, 0))), torch.from_numpy(truth)
         ece = float(multiclass_calibration_error(*tensors, num_classes=len(labels), n_bins=ECE_BINS, norm="l1"))
         entropy = float(log_loss(truth, probabilities, labels=numbers))
     return {

@@ -20,6 +20,7 @@ from letterhead.experiment import Experiment, load_experiment
 from letterhead.records import (
     LetterheadError,
     device_name,
+    machine,
     peak_memory,
     read_json,
     sha256_file,
@@ -108,6 +109,7 @@ class Stage:
             "inputs_sha256": self.inputs_sha256,
             "outputs": {str(p): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in outputs},
             "device": device_name(),
+            "machine": machine(),
             "versions": versions(),
             **peak_memory(),
         } | figures

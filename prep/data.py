@@ -28,6 +28,7 @@ from prep.fetch import CACHE, fetch_model
 from prep.sources import RawRow, local_sha256, open_source
 
 SPLITS = ("train", "validation", "test")
+FILES = (*(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")), "dataset_info.json", "data_card.json")
 UNUSED = -1
 # What LLaMA-Factory's YAML decides about the rows.
 SFT_KEYS = ("template", "cutoff_len", "enable_thinking", "dataset")
@@ -51,6 +52,7 @@ def main(experiment: Experiment) -> None:
         "sft": {key: experiment.sft_arguments().get(key) for key in SFT_KEYS},
         "models": [model_identity(experiment.decoder.folder), model_identity(experiment.encoder.folder)],
         "local_files": local_sha256(data),
+        "files": FILES,
     }
     stage = Stage(experiment, "data", inputs)
     if stage.is_current():
@@ -70,9 +72,8 @@ def main(experiment: Experiment) -> None:
     card["token_lengths"] = token_lengths(experiment, encoder)
     write_json(folder / "data_card.json", card)
     write_json(folder / "dataset_info.json", dataset_info(experiment))
-    names = [f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")] + ["dataset_info.json", "data_card.json"]
-    record = stage.finish([folder / name for name in names], rows=card["rows"]["read"], device="cpu")
-    print(f"{summary(card)}\n{folder}: {', '.join(names)} ({record['seconds']} s)")
+    record = stage.finish([folder / name for name in FILES], rows=card["rows"]["read"], device="cpu")
+    print(f"{summary(card)}\n{folder}: {', '.join(FILES)} ({record['seconds']} s)")
 
 
 class Pool:

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 import yaml
 
-from letterhead import checkpoints, results
+from letterhead import checkpoints, metrics, results
 from letterhead.experiment import Experiment
 from letterhead.records import atomic_open, read_json, sha256_file
 from letterhead.stage import Stage, run, stage_outputs
@@ -87,7 +87,7 @@ def short(text: str) -> str:
 
 def escape_markdown(value: object) -> str:
     """A value that neither Markdown nor HTML inside it reads as markup, on one line."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(str(value).split())))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def gather(experiment: Experiment, comparison: dict) -> dict:
@@ -112,6 +112,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "config": yaml.safe_dump(experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
         "stages": {name: read_json(experiment.run_folder / name / "stage.json") for name in STAGES},
         "pictures": WHAT_A_PICTURE_SHOWS,
+        "draws": f"{metrics.PAIRED_DRAWS:,}",
     }
 
 
@@ -122,29 +123,39 @@ def history(experiment: Experiment, method: str, split: str) -> dict[int, dict]:
 
 
 def overfitting(experiment: Experiment) -> str:
-    """Whether BERT overfits, as the article says it does after two epochs: test loss and F1 in words."""
+    """Whether BERT overfits after two epochs, as the article says it does: test loss, and a paired test of F1, in words."""
     test, epochs = history(experiment, "bert", "test"), experiment.encoder.head.num_train_epochs
-    steps = list(test)
-    lowest, last = min(steps, key=lambda step: test[step]["eval_loss"]), steps[-1]
+    lowest, last = min(test, key=lambda step: test[step]["eval_loss"]), max(test)
     per_epoch = last / epochs
+    after = min(test, key=lambda step: abs(step - 2 * per_epoch))
     words = (
         f"BERT's test loss is lowest, {test[lowest]['eval_loss']:.3f}, at step {lowest} (epoch {lowest / per_epoch:.1f}), "
         f"and {test[last]['eval_loss']:.3f} at the end (step {last}, epoch {epochs:g})."
     )
-    after = min(steps, key=lambda step: abs(step - 2 * per_epoch))
-    if epochs <= 2 or after == last:
-        return words + " It was not trained past two epochs, so the article's claim is not put to the test."
-    loss, f1 = (test[last][key] - test[after][key] for key in ("eval_loss", "f1_macro"))
-    low, high = test[after]["f1_macro_ci95"]
+    if after == last:
+        return words + " It was not evaluated past two epochs, so the article's claim is not put to the test."
+    truth, predicted = results.class_numbers(experiment, results.read_rows(experiment, "test")), []
+    for step in (last, after):
+        lines = results.read_predictions(experiment, f"bert@{step}", "test")
+        predicted.append(np.array([experiment.labels.index(line["prediction"]) for line in lines]))
+    f1, (low, high), _ = metrics.f1_difference(truth, *predicted, len(experiment.labels), experiment.seed)
+    loss = test[last]["eval_loss"] - test[after]["eval_loss"]
     words += (
         f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss changes by {loss:+.3f} and macro F1 "
-        f"by {f1:+.4f}"
+        f"by {f1:+.4f} (95 % interval {low:+.4f} to {high:+.4f}): "
     )
-    if loss <= 0:
-        return words + ": no overfitting after two epochs."
-    if test[last]["f1_macro"] < low:
-        return words + f", below the interval {low:.3f} to {high:.3f}: it overfits after two epochs, as the article says."
-    return words + ": the loss overfits (the model grows too sure), the predictions do not get worse."
+    if high < 0:
+        return words + "it overfits after two epochs, as the article says."
+    sure = "the model grows too sure, but " if loss > 0 else ""
+    return (
+        words
+        + sure
+        + (
+            "its predictions get better."
+            if low > 0
+            else "its predictions are as good as those of epoch two, as far as the test tells."
+        )
+    )
 
 
 def hard_rows(experiment: Experiment, names: list[str]) -> tuple[list[dict], list[dict]]:

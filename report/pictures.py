@@ -17,6 +17,7 @@ MATRIX_LABELS = 20
 def use_fonts() -> None:
     """Have matplotlib fall back on a font with Han characters, where there is one."""
     found = sorted(HAN_FONTS & {font.name for font in font_manager.fontManager.ttflist})
+    plt.rcParams["text.parse_math"] = False  # a label may hold dollar signs
     plt.rcParams["font.family"] = ["DejaVu Sans", *found]
 
 

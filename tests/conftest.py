@@ -14,7 +14,16 @@ os.environ.update(OFFLINE)
 
 import torch
 import yaml
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from letterhead.experiment import MINILM, SMOLLM2, Experiment, load_experiment
@@ -75,7 +84,7 @@ def qwen3_tokenizer(fetched) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_models(fetched, qwen3_tokenizer, tmp_path_factory) -> dict[str, Path]:
-    """Random weights in the architectures of SmolLM2 and Qwen3, with the real tokenizers, as folders."""
+    """Random weights in the architectures of SmolLM2, Qwen3 and BERT, with the real tokenizers, as folders."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192, "initializer_range": 0.3}
@@ -88,6 +97,10 @@ def tiny_models(fetched, qwen3_tokenizer, tmp_path_factory) -> dict[str, Path]:
         folders[name] = tmp_path_factory.mktemp(f"tiny-{name}")
         model(config(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)).save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
+    folders["bert"] = tmp_path_factory.mktemp("tiny-bert")
+    bert = {key: shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    BertModel(BertConfig(**bert)).save_pretrained(folders["bert"])
+    AutoTokenizer.from_pretrained(fetched["minilm"]).save_pretrained(folders["bert"])
     return folders
 
 

@@ -31,6 +31,25 @@ def test_figures_equal_the_references():
         assert abs(figures["log_loss"] - log_loss(truth, probabilities)) < 1e-9
         reference = MulticlassCalibrationError(num_classes=5, n_bins=15, norm="l1")
         assert abs(figures["ece"] - reference(torch.tensor(probabilities), torch.tensor(truth)).item()) < 1e-6
+        assert abs(figures["ece"] - plain_ece(truth, probabilities)) < 1e-6
+
+
+def plain_ece(truth: np.ndarray, probabilities: np.ndarray) -> float:
+    """Expected calibration error in 15 equal-width bins, from its definition (Naeini et al. 2015)."""
+    confidence, right, error = probabilities.max(1), probabilities.argmax(1) == truth, 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return error
+
+
+def test_a_certain_prediction_falls_into_the_last_bin_of_the_calibration_error():
+    truth, probabilities = drawn(0, 200, 3)
+    probabilities[:50] = np.eye(3)[truth[:50]]
+    probabilities[50:60] = np.eye(3)[(truth[50:60] + 1) % 3]
+    figures = classification_figures(truth, list("abc"), 0, probabilities)
+    assert abs(figures["ece"] - plain_ece(truth, probabilities)) < 1e-6
 
 
 def test_macro_f1_of_a_confusion_matrix_is_scikit_learns_also_with_absent_classes():

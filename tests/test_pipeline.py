@@ -33,7 +33,9 @@ MIDST = {
     "sft": ("runs/mine/sft/checkpoints/checkpoint-*/trainer_state.json", 4.0),
     "eval-ckpts": ("runs/mine/results/sft@*.json", 1.5),
     "linear-head": ("runs/mine/results/linear_head@*.json", 2.0),
+    "bert": ("runs/mine/results/bert@*.json", 2.0),
 }
+METHOD = {"eval-ckpts": "sft", "linear-head": "linear_head", "bert": "bert"}
 KILLS = 3
 
 
@@ -72,9 +74,12 @@ def made(stage: str) -> dict:
         state = read_json("runs/mine/sft/checkpoints/checkpoint-12/trainer_state.json")
         losses = [(entry["step"], entry.get("loss")) for entry in state["log_history"] if "loss" in entry]
         return {"files": files, "losses": losses, "final": sha256_file("runs/mine/sft/checkpoints/model.safetensors")}
-    method = {"eval-ckpts": "sft", "linear-head": "linear_head"}[stage]
+    method = METHOD[stage]
     results = {p.name: read_json(p) for p in Path("runs/mine/results").glob(f"{method}@*.json")}
-    timeless = {k: {n: v for n, v in r.items() if n not in ("seconds", "rows_per_second")} for k, r in results.items()}
+    timeless = {
+        k: {n: v for n, v in r.items() if n not in ("seconds", "rows_per_second", "training_seconds")}
+        for k, r in results.items()
+    }
     weights = Path(f"runs/mine/{stage}").glob("checkpoints/checkpoint-*/model.safetensors")
     return {
         "results": timeless,
@@ -87,26 +92,28 @@ def made(stage: str) -> dict:
 def remove(stage: str) -> None:
     import shutil
 
-    if stage in ("eval-ckpts", "linear-head"):
-        for path in Path("runs/mine/results").glob({"eval-ckpts": "sft", "linear-head": "linear_head"}[stage] + "[@_]*"):
+    if stage in METHOD:
+        for path in Path("runs/mine/results").glob(f"{METHOD[stage]}[@_]*"):
             path.unlink()
     if stage == "data":
         shutil.rmtree("data/mine")
     shutil.rmtree(f"runs/mine/{stage}", ignore_errors=True)
 
 
-def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment):
+def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment, tiny_models):
     write_csv("rows.csv", nasty_rows(140))
     sft = {"per_device_train_batch_size": 8, "logging_steps": 1, "save_steps": 4, "learning_rate": 1e-3}
     rows = {"rows": {"validation": 20, "test": 20}}
-    head = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "eval_steps": 0.1, "learning_rate": 1e-3}
+    # Evaluated every 7 steps and logged every 2: neither divides the other, nor the epoch of 12.
+    head = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "eval_steps": 0.19, "learning_rate": 1e-3}
+    plain = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 128}
     experiment = make_experiment(
         "rows.csv",
         LABELS,
         sft=sft,
         data=rows,
         decoder_keys={"train_rows": 96, "head": head},
-        encoder_keys={"head": {"num_train_epochs": 1, "max_length": 128}},
+        encoder_keys={"model": str(tiny_models["bert"]), "head": plain | {"group_by_length": False}},
         eval={"thinking": {"rows": 4, "tokens": 4, "batch": 2}},
     )
     undisturbed = {}
@@ -133,11 +140,13 @@ def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment):
     paths = [path for folder in ("data", "runs") for path in Path(folder).rglob("*") if path.name != ".lock"]
     assert "Can they be told apart?" in Path("runs/mine/report/report.html").read_text()
     # The best checkpoint on validation and the last are kept, and their results are among those of every evaluation.
-    by_step = {
-        step: result for step in range(4, 37, 4) if (result := read_result(experiment, f"linear_head@{step}", "validation"))
-    }
+    by_step = {step: read_result(experiment, f"linear_head@{step}", "validation") for step in (7, 14, 21, 28, 35, 36)}
     kept = {int(path.name.split("-")[1]) for path in Path("runs/mine/linear-head/checkpoints").glob("checkpoint-*")}
     assert kept == {best_step(by_step), 36}
+    state = read_json("runs/mine/linear-head/checkpoints/checkpoint-36/trainer_state.json")
+    logged = {line["step"]: line["loss"] for line in state["log_history"] if "loss" in line}
+    mean = (2 * logged[16] + 2 * logged[18] + 2 * logged[20] + logged[21]) / 7  # of steps 15 to 21
+    assert abs(read_result(experiment, "linear_head@21", "test")["train_loss"] - mean) < 1e-6
     written = {path: path.stat().st_mtime_ns for path in paths}
     for stage in STAGES:  # nothing is done again
         finish(stage)
@@ -158,7 +167,7 @@ def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment):
             assert seed < 3 * KILLS, f"{stage} is too fast to be killed in the midst"
 
     # A result that is gone is made again, which takes the training that made it.
-    Path("runs/mine/results/linear_head@8.json").unlink()
+    Path("runs/mine/results/linear_head@7.json").unlink()
     finish("linear-head")
     assert made("linear-head") == undisturbed["linear-head"]
 

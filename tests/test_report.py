@@ -9,15 +9,17 @@ import pytest
 
 from eval import compare
 from letterhead import results
+from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
 from letterhead.records import LetterheadError, read_json
 from letterhead.stage import Stage
 from prep import data
-from report import build
+from report import article, build
 from tests.browser import CHROMIUM, Browser
+from tests.conftest import ROOT
 from tests.test_prompt import write_csv
 
-LABELS = ["World", "<b>Sports</b>", "Sci|Tech"]
+LABELS = ["World", "<u>Sports</u>", "Sci|Tech $_$"]
 MARKUP = [
     "<script>document.title='owned'</script>",
     "<img src='https://example.org/x.png' onerror=\"alert(1)\">",
@@ -27,11 +29,10 @@ MARKUP = [
 SKILL = {"tfidf": 2.0, "bert": 3.0, "linear_head": 2.9, "sft": 2.5, "zero_shot_no_think": 0.3, "zero_shot_calibrated": 0.8}
 
 
-@pytest.fixture
-def compared(make_experiment):
+def drawn(make_experiment, validation: int):
     """An experiment whose data are real and full of markup, and whose predictions are drawn; compared and reported."""
-    write_csv("rows.csv", [(f"{i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3]) for i in range(400)])
-    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"validation": 60, "test": 150}})
+    write_csv("rows.csv", [(f"It's {i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3]) for i in range(400)])
+    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"validation": validation, "test": 150}})
     data.main(experiment)
     rng = np.random.default_rng(0)
     made = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
@@ -39,6 +40,8 @@ def compared(make_experiment):
 
     def write(stage: str, name: str, split: str, skill: float, **more) -> None:
         rows = results.read_rows(experiment, split)[: more.pop("n", None)]
+        if not rows:
+            return
         truth = results.class_numbers(experiment, rows)
         score = rng.normal(size=(len(rows), 3))
         score[np.arange(len(rows)), truth] += skill
@@ -55,14 +58,26 @@ def compared(make_experiment):
                     skill = SKILL[method] - (0 if step in (None, 20) else 2)
                     cost = {"parameters": 2 if method == "tfidf" else 1000}
                     write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
-    thinking = {"no_think_accuracy_same_rows": 0.4, "times_no_think": 20.0, "thought": 30, "unfinished": 4, "unparsed": 2}
+    thinking = {
+        "no_think_accuracy_same_rows": 0.4,
+        "times_no_think": 20.0,
+        "thought": 30,
+        "begun": 32,
+        "unfinished": 4,
+        "unparsed": 2,
+    }
     write("zero-shot", "zero_shot_think", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
     for stage, paths in files.items():
         Stage(experiment, stage, 0).finish(paths, rows=190)
-    Stage(experiment, "sft", 0).finish([], rows=190)
+    Stage(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
     compare.main(experiment)
     build.main(experiment)
     return experiment
+
+
+@pytest.fixture
+def compared(make_experiment):
+    return drawn(make_experiment, validation=60)
 
 
 def test_the_checkpoint_is_chosen_on_validation_and_every_pair_is_tested(compared):
@@ -107,6 +122,26 @@ def test_results_on_other_rows_and_predictions_cut_off_are_refused(compared):
         compare.main(compared)
 
 
+def test_the_articles_figures_stand_beside_an_experiment_that_is_the_articles(compared, monkeypatch):
+    assert article.is_the_articles(load_experiment(str(ROOT / "experiments/ag_news.yaml")))
+    assert not article.is_the_articles(compared)
+    monkeypatch.setattr(article, "is_the_articles", lambda _: True)
+    Path("runs/mine/report/stage.json").unlink()
+    build.main(compared)
+    for name in ("report.html", "REPORT.md"):
+        text = Path("runs/mine/report", name).read_text()
+        assert all(figure in text for figure in ("F1 0.946", "F1 0.949", "F1 0.941", "accuracy 0.790", "0.86"))
+        assert all(slip.split("'")[0] in text for slip in article.SLIPS)
+
+
+def test_without_validation_rows_the_last_step_is_shown_and_the_report_says_so(make_experiment):
+    experiment = drawn(make_experiment, validation=0)
+    methods = read_json("runs/mine/results/comparison.json")["methods"]
+    assert {"bert@30", "linear_head@30", "sft@30"} <= set(methods)
+    assert methods["bert@30"]["chosen_on"] == "the last step; no validation rows" and experiment.data.rows.validation == 0
+    assert "no checkpoint could be chosen without looking at test" in Path("runs/mine/report/REPORT.md").read_text()
+
+
 class Tags(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
@@ -120,12 +155,12 @@ class Tags(HTMLParser):
 def test_no_markup_comes_from_the_data(compared):
     page, text = (Path("runs/mine/report") / name for name in ("report.html", "REPORT.md"))
     tags = Tags(page.read_text()).found
-    assert {tag for tag, _ in tags} & {"script", "iframe", "object", "b"} <= {"b"}
+    assert not {tag for tag, _ in tags} & {"script", "iframe", "object", "u"}
     assert all(attributes["src"].startswith("data:image/png") for tag, attributes in tags if tag == "img")
     assert sum(tag == "h1" for tag, _ in tags) == 1 and not any("onerror" in a for _, a in tags)
     assert "&lt;script&gt;" in page.read_text() and "{{ 7 * 7 }}" in page.read_text()
     markdown = text.read_text()
-    assert "<" not in re.sub(r"p &lt;|\(n <", "", markdown) and "\n# owned" not in markdown
+    assert "<" not in markdown and "\n# owned" not in markdown and "&#" not in markdown
     images = re.findall(r"(?<!\\)!\[.*?\]\((.*?)\)", markdown)
     assert sorted(images) == sorted(f"{name}.png" for name in build.WHAT_A_PICTURE_SHOWS)
     assert not re.search(r"(?<!\\)\]\((?!\w+\.png\))", markdown)
@@ -143,6 +178,10 @@ def test_a_real_browser_finds_no_error_no_request_and_no_overflow(compared, tmp_
         assert browser.evaluate("document.querySelectorAll('.row').length") > 5
         browser.screenshot(tmp_path / "shot.png")
         assert len(browser.pdf()) > 50_000
+        hidden = "[...document.querySelectorAll('details > :not(summary)')].filter(e => !e.checkVisibility()).length"
+        assert browser.evaluate(hidden) == 3
+        browser.call("Emulation.setEmulatedMedia", media="print")
+        assert browser.evaluate(hidden) == 0  # on paper nothing can be opened
         remote = [url for url in browser.requests if not url.startswith(("file:", "data:"))]
         assert (remote, browser.errors) == ([], [])
     assert (tmp_path / "shot.png").stat().st_size > 50_000

@@ -32,6 +32,8 @@ NAMES = ["World", "Sports", "Science/Technology", "World Business"]
         ("<think>Sports</think> it is WORLD business, not World", True, NAMES, (3, "answered")),
         ("<think></think> science/technology", True, NAMES, (2, "answered")),
         ("<think></think> Worldwide", True, NAMES, (NO_ANSWER, "unparsed")),
+        ("<think></think>答案是C。", True, LETTERS, (2, "answered")),
+        ("<think></think>这是体育新闻", True, ["科技", "体育"], (1, "answered")),
     ],
 )
 def test_the_option_is_the_first_after_the_thought(text, ended, options, expected):
