@@ -116,8 +116,9 @@ def classification_figures(
     macro = precision_recall_fscore_support(truth, given, labels=present, average="macro", zero_division=0)
     ece = entropy = None
     if probabilities is not None:
-        # torchmetrics has a bin of its own for a confidence of exactly 1; here it belongs to the last one.
-        tensors = torch.from_numpy(np.minimum(probabilities, np.nextafter(1, 0))), torch.from_numpy(truth)
+        # torchmetrics, in float32, has a bin of its own for a confidence of 1; here it belongs to the last one.
+        below_one = np.nextafter(np.float32(1), np.float32(0))
+        tensors = torch.from_numpy(np.minimum(probabilities, below_one)), torch.from_numpy(truth)
         ece = float(multiclass_calibration_error(*tensors, num_classes=len(labels), n_bins=ECE_BINS, norm="l1"))
         entropy = float(log_loss(truth, probabilities, labels=numbers))
     return {
