@@ -94,7 +94,7 @@ def cost(experiment: Experiment, method: str, trained: str | None, result: dict)
         "train_rows": 0,
         "training_seconds": 0.0,
         "test_seconds": result["seconds"],
-        "scoring_seconds": scoring.get("scoring_seconds", result["seconds"]),
+        "scoring_seconds": result["seconds"] if method == "zero_shot_think" else scoring["scoring_seconds"],
         "peak_memory_mb": scoring["peak_memory_mb"],
         "peak_gpu_memory_mb": scoring.get("peak_gpu_memory_mb"),
         "multiply_adds_per_row": round(result["parameters"] * result["tokens"] / result["n"]),
@@ -198,10 +198,14 @@ def which_to_ship(chosen: dict[str, dict], pairs: list[dict]) -> tuple[str, str]
     if best == top:
         others = "no cheaper method comes near enough that the tests can't tell it apart"
         return best, f"{chosen[best]['title']} is the best ({figures}), and {others} on {n} test rows."
-    against = f"{chosen[top]['title']} ({chosen[top]['f1_macro']:.3f}, {results.human(price(top))})"
-    return (
-        best,
-        f"{chosen[best]['title']} ({figures}) is the cheapest that {n} test rows can't tell from the best, {against}.",
+    pair = next(pair for pair in pairs if {pair["a"], pair["b"]} == {best, top})
+    sign = 1 if pair["a"] == top else -1
+    low, high = sorted(sign * end for end in pair["ci95"])
+    return best, (
+        f"{chosen[best]['title']} ({figures}) is the cheapest that {n} test rows can't tell from the best, "
+        f"{chosen[top]['title']} ({chosen[top]['f1_macro']:.3f}, {results.human(price(top))}): F1 differs by "
+        f"{sign * pair['f1_difference']:.3f}, 95 % interval {low:.3f} to {high:.3f}, which is not certain after correction "
+        "for all pairs."
     )
 
 

@@ -28,7 +28,7 @@ WHAT_A_PICTURE_SHOWS = {
     "f1": "Macro F1 on test and validation rows against training step",
     "losses": "Cross-entropy against training step, logarithmic: training, and on test rows (for SFT the option's own)",
     "confusion": "Confusion matrices: rows are the true classes, columns the predicted ones",
-    "reliability": "How often a prediction is right against how sure the method was; the dashed line is perfect calibration",
+    "reliability": "How often a prediction is right against how sure the method was; points as large as their share of rows",
 }
 
 
@@ -147,15 +147,7 @@ def overfitting(experiment: Experiment) -> str:
     if high < 0:
         return words + "it overfits after two epochs, as the article says."
     sure = "the model grows too sure, but " if loss > 0 else ""
-    return (
-        words
-        + sure
-        + (
-            "its predictions get better."
-            if low > 0
-            else "its predictions are as good as those of epoch two, as far as the test tells."
-        )
-    )
+    return words + sure + ("its predictions get better." if low > 0 else "no difference in its predictions can be shown.")
 
 
 def hard_rows(experiment: Experiment, names: list[str]) -> tuple[list[dict], list[dict]]:

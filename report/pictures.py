@@ -17,7 +17,6 @@ MATRIX_LABELS = 20
 def use_fonts() -> None:
     """Have matplotlib fall back on a font with Han characters, where there is one."""
     found = sorted(HAN_FONTS & {font.name for font in font_manager.fontManager.ttflist})
-    plt.rcParams["text.parse_math"] = False  # a label may hold dollar signs
     plt.rcParams["font.family"] = ["DejaVu Sans", *found]
 
 
@@ -77,10 +76,11 @@ def draw_confusions(path: Path, methods: list[dict], labels: list[str]) -> None:
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axes.set_title(entry["title"], fontsize=8)
-        named = [*labels, "no answer"][: counts.shape[1]]
+        written = [label.replace("$", r"\$") for label in labels]  # else matplotlib reads formulas
+        named = [*written, "no answer"][: counts.shape[1]]
         if len(labels) <= MATRIX_LABELS:
             axes.set_xticks(range(len(named)), named, rotation=60, ha="right", fontsize=7)
-            axes.set_yticks(range(len(labels)), labels, fontsize=7)
+            axes.set_yticks(range(len(labels)), written, fontsize=7)
         if len(labels) <= 10:
             for (i, j), n in np.ndenumerate(counts):
                 axes.text(j, i, n, ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.5 else "black")
@@ -90,7 +90,7 @@ def draw_confusions(path: Path, methods: list[dict], labels: list[str]) -> None:
 
 
 def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray, float]]) -> None:
-    """Accuracy against confidence in equal-width bins.
+    """Accuracy against confidence in equal-width bins; the area of a point is the share of rows in its bin.
 
     Parameters
     ----------
@@ -100,7 +100,9 @@ def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray
     axes.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
     for title, (confidence, right, ece) in methods.items():
         accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=ECE_BINS, strategy="uniform")
-        axes.plot(mean_confidence, accuracy, marker="o", markersize=3.5, linewidth=1.2, label=f"{title}, ECE {ece:.3f}")
+        rows = np.histogram(confidence, bins=ECE_BINS, range=(0, 1))[0]
+        (line,) = axes.plot(mean_confidence, accuracy, linewidth=0.8, label=f"{title}, ECE {ece:.3f}")
+        axes.scatter(mean_confidence, accuracy, s=4 + 150 * rows[rows > 0] / rows.sum(), color=line.get_color(), alpha=0.8)
     axes.set(xlabel="confidence (highest probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))

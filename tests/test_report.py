@@ -69,7 +69,7 @@ def drawn(make_experiment, validation: int):
     }
     write("zero-shot", "zero_shot_think", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
     for stage, paths in files.items():
-        Stage(experiment, stage, 0).finish(paths, rows=190)
+        Stage(experiment, stage, 0).finish(paths, rows=190, scoring_seconds=2.0)
     Stage(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
     compare.main(experiment)
     build.main(experiment)
