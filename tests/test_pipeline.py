@@ -33,9 +33,8 @@ MIDST = {
     "sft": ("runs/mine/sft/checkpoints/checkpoint-*/trainer_state.json", 4.0),
     "eval-ckpts": ("runs/mine/results/sft@*.json", 1.5),
     "linear-head": ("runs/mine/results/linear_head@*.json", 2.0),
-    "bert": ("runs/mine/results/bert@*.json", 2.0),
 }
-METHOD = {"eval-ckpts": "sft", "linear-head": "linear_head", "bert": "bert"}
+METHOD = {"eval-ckpts": "sft", "linear-head": "linear_head"}
 KILLS = 3
 
 

@@ -1,5 +1,6 @@
 """The comparison is right and the report can be trusted: nothing asked of the network, no markup from data, any screen."""
 
+import gc
 import html
 import re
 from html.parser import HTMLParser
@@ -73,6 +74,7 @@ def drawn(make_experiment, validation: int):
     Stage(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
     compare.main(experiment)
     build.main(experiment)
+    gc.collect()  # a stage's lock goes with its object
     return experiment
 
 
