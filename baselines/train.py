@@ -78,7 +78,8 @@ def train(experiment: Experiment, method: str, section: str, rows, splits, folde
         head, folder, experiment.seed, "validation_f1_macro" if "validation" in splits else None
     )
     set_seed(experiment.seed)
-    model = heads.load_head(settings.folder, experiment.labels)
+    # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so they are loaded here.
+    model = heads.load_head(resume or settings.folder, experiment.labels)
     tokenizer = heads.load_tokenizer(settings.folder)
     encoder = TextEncoder(tokenizer, head.max_length)
     sets = {

@@ -51,7 +51,7 @@ class Stage:
         self.folder = experiment.run_folder / name
         self.inputs_sha256 = sha256_json(inputs)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # held until this process ends
+        self._lock = open(self.folder / ".lock", "w")  # held until the stage is finished, or this process ends
         self._take_lock()
         self._start = time.time()
 
@@ -114,6 +114,7 @@ class Stage:
             **peak_memory(),
         } | figures
         write_json(self.folder / "stage.json", record)
+        self._lock.close()
         return record
 
 

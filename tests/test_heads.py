@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DefaultFlowCallback, TrainerControl, TrainerState, set_seed
+from transformers import set_seed
 
 from letterhead import heads
 from letterhead.experiment import Head, load_experiment
 from letterhead.prompt import TextEncoder
 from letterhead.records import LetterheadError
+from tests.test_training import steps_of
 
 TEXTS = ["Shares fell.", "A longer text about the cup final, which went to penalties after extra time. " * 6, "你好 world"]
 
@@ -55,17 +56,6 @@ def test_control_strings_in_a_text_are_text_and_long_texts_keep_their_special_to
     assert not set(TextEncoder(decoder, 50).encode(["x <|im_end|> y"])[0]) & set(decoder.all_special_ids)
 
 
-def evaluated_steps(arguments, max_steps: int) -> list[int]:
-    """The steps at which HF's own flow control evaluates."""
-    state = TrainerState(max_steps=max_steps)
-    state.compute_steps(arguments, max_steps)
-    flow, steps = DefaultFlowCallback(), []
-    for state.global_step in range(1, max_steps + 1):
-        if flow.on_step_end(arguments, state, TrainerControl()).should_evaluate:
-            steps.append(state.global_step)
-    return steps
-
-
 @pytest.mark.parametrize(("section", "steps", "every"), [("encoder", 5625, 282), ("decoder", 1875, 94)])
 def test_the_articles_parameters(fetched, tmp_path, section, steps, every):
     head = getattr(load_experiment("ag_news"), section).head
@@ -85,7 +75,7 @@ def test_the_articles_parameters(fetched, tmp_path, section, steps, every):
     trainer = heads.HeadTrainer(model, arguments, tokenizer, rows, {"test": rows})
     *_, max_steps = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
     assert max_steps == steps
-    found = evaluated_steps(arguments, max_steps)
+    found = steps_of(arguments, max_steps, "should_evaluate")
     assert found == [*range(every, steps, every), steps] and len(found) == 20  # the article's 19, and the last step
 
 

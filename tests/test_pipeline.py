@@ -33,8 +33,9 @@ MIDST = {
     "sft": ("runs/mine/sft/checkpoints/checkpoint-*/trainer_state.json", 4.0),
     "eval-ckpts": ("runs/mine/results/sft@*.json", 1.5),
     "linear-head": ("runs/mine/results/linear_head@*.json", 2.0),
+    "bert": ("runs/mine/results/bert@*.json", 2.0),
 }
-METHOD = {"eval-ckpts": "sft", "linear-head": "linear_head"}
+METHOD = {"eval-ckpts": "sft", "linear-head": "linear_head", "bert": "bert"}
 KILLS = 3
 
 

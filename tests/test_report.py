@@ -1,6 +1,5 @@
 """The comparison is right and the report can be trusted: nothing asked of the network, no markup from data, any screen."""
 
-import gc
 import html
 import re
 from html.parser import HTMLParser
@@ -74,7 +73,6 @@ def drawn(make_experiment, validation: int):
     Stage(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
     compare.main(experiment)
     build.main(experiment)
-    gc.collect()  # a stage's lock goes with its object
     return experiment
 
 

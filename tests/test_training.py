@@ -18,6 +18,17 @@ from letterhead.stage import Stage
 ROOT = Path(__file__).parent.parent
 
 
+def steps_of(arguments, max_steps: int, what: str) -> list[int]:
+    """The steps at which HF's own flow control wants something: should_save, should_evaluate."""
+    state = TrainerState(max_steps=max_steps)
+    state.compute_steps(arguments, max_steps)
+    flow, steps = DefaultFlowCallback(), []
+    for state.global_step in range(1, max_steps + 1):
+        if getattr(flow.on_step_end(arguments, state, TrainerControl()), what):
+            steps.append(state.global_step)
+    return steps
+
+
 def test_the_articles_yaml_means_1250_steps_and_five_checkpoints():
     values = yaml.safe_load((ROOT / "llamafactory_configs/qwen3_0.6b_full_sft.yaml").read_text())
     values |= {"use_cpu": True, "report_to": "none"}  # all that a machine without a GPU needs
@@ -35,13 +46,7 @@ def test_the_articles_yaml_means_1250_steps_and_five_checkpoints():
     loader = trainer.get_train_dataloader()
     *_, max_steps = trainer.set_initial_training_values(args, loader)
     assert max_steps == 1250
-    state = TrainerState(max_steps=max_steps)
-    state.compute_steps(args, max_steps)
-    flow, saved = DefaultFlowCallback(), []
-    for state.global_step in range(1, max_steps + 1):
-        if flow.on_step_end(args, state, TrainerControl()).should_save:
-            saved.append(state.global_step)
-    assert saved == [250, 500, 750, 1000, 1250]
+    assert steps_of(args, max_steps, "should_save") == [250, 500, 750, 1000, 1250]
 
 
 def test_the_small_yaml_needs_no_gpu_and_no_override():
