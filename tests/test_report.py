@@ -27,7 +27,7 @@ MARKUP = [
     "</p></article><h1>owned</h1>",
     "{{ 7 * 7 }} {% raw %} ${jndi} &lt;b&gt; | a | b |\n# owned\n- [x](javascript:alert(1)) `code` *b* ![i](https://example.org/i.png)",
 ]
-SKILL = {"tfidf": 2.0, "bert": 3.0, "linear_head": 2.9, "sft": 2.5, "zero_shot_no_think": 0.3, "zero_shot_calibrated": 0.8}
+SKILL = {"tfidf": 3.4, "bert": 3.0, "linear_head": 2.9, "sft": 2.5, "zero_shot_no_think": 0.3, "zero_shot_calibrated": 0.8}
 
 
 def drawn(make_experiment, validation: int):
@@ -56,7 +56,8 @@ def drawn(make_experiment, validation: int):
         for step in (10, 20, 30) if trained and method != "tfidf" else (None,):
             for split in results.SPLITS:
                 if method != "zero_shot_think":
-                    skill = SKILL[method] - (0 if step in (None, 20) else 2)
+                    # Validation likes step 20 best, test likes step 30.
+                    skill = SKILL[method] - (0 if step in (None, 20) else 2 if split == "validation" else -2 * (step == 30))
                     cost = {"parameters": 2 if method == "tfidf" else 1000}
                     write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
     thinking = {
@@ -88,6 +89,7 @@ def test_the_checkpoint_is_chosen_on_validation_and_every_pair_is_tested(compare
         entry = comparison["methods"][name]
         validation = {s: results.read_result(compared, f"{entry['method']}@{s}", "validation") for s in (10, 20, 30)}
         assert entry["chosen_on"] == "validation" and results.best_step(validation) == 20
+        assert entry["best_on_test"]["step"] == 30 and entry["best_on_test"]["f1_macro"] > entry["f1_macro"]
         assert entry["f1_macro"] == results.read_result(compared, name, "test")["f1_macro"]
     pairs = {(pair["a"], pair["b"]): pair for pair in comparison["pairs"]}
     assert pairs["zero_shot_think", "tfidf"]["n"] == 40 and pairs["bert@20", "linear_head@20"]["n"] == 150
@@ -108,6 +110,7 @@ def test_the_cheapest_that_cannot_be_told_from_the_best_is_shipped(compared):
         for name in (pair["a"], pair["b"])
     }
     price = {name: methods[name]["cost"]["multiply_adds_per_row"] for name in alike}
+    assert len(set(price.values())) > 1
     assert best in alike and price[best] == min(price.values()) and methods[best]["title"] in comparison["why"]
 
 

@@ -1,5 +1,6 @@
 """Zero-shot: what an answer is read as, the thinking prompt, calibration, and going on after a kill."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,10 @@ def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment):
     (answers,) = Path("runs/mine/zero-shot").glob("answers-*.jsonl")
     lines = answers.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
+    texts = [answer["text"] for line in lines for answer in json.loads(line)]
+    assert len(set(texts)) > 1
     answers.write_bytes(lines[0] + lines[1][: len(lines[1]) // 2])
     Path("runs/mine/zero-shot/stage.json").unlink()
     zero_shot.main(experiment)
     assert {name: timeless(name) for name in names} == whole
+    assert [answer["text"] for line in answers.read_bytes().splitlines() for answer in json.loads(line)] == texts
