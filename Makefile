@@ -2,6 +2,9 @@
 # EXP=name selects experiments/name.yaml; SET="key=value …" overrides single keys, for example SET="data.rows.test=100".
 EXP ?= quick
 SET ?=
+IN ?=
+OUT ?=
+MODEL ?= best
 PYTHON ?= python3
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -11,7 +14,7 @@ LOCK := requirements/train.txt
 READY := .venv/.ready-$(shell sha256sum $(LOCK) 2>/dev/null | cut -c1-16)
 RUN := .venv/bin/python -m
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET
+export EXP SET IN OUT MODEL
 
 help: ## print this list
 	@echo 'make TARGET [EXP=name] [SET="key=value …"]    experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
@@ -52,6 +55,12 @@ bench-scoring: sft ## scoring speed and agreement against lm-evaluation-harness
 	@$(MAKE) data EXP=r52 SET=
 	@$(RUN) bench.scoring $(STAGE)
 
+predict: $(READY) ## label a CSV file: make predict IN=rows.csv OUT=labelled.csv MODEL=best
+	@$(RUN) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
+
+export: $(READY) ## fold an SFT checkpoint into a sequence classifier: make export MODEL=sft
+	@$(RUN) serve.export $(STAGE) --model "$$MODEL"
+
 bench: ## requests per second (not built yet)
 	@echo "bench: requests per second are not built yet; bench-scoring measures the scorer" >&2; exit 1
 
@@ -73,4 +82,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP made (data/EXP and runs/EXP); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP"
 
-.PHONY: help setup data sft eval-ckpts zero-shot tfidf bert linear-head compare report bench bench-scoring bench-training demo smoke test lint clean
+.PHONY: help setup data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export bench bench-scoring bench-training demo smoke test lint clean

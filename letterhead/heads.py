@@ -106,6 +106,18 @@ def training_arguments(head: Head, folder: Path | str, seed: int, best: str | No
     )
 
 
+@torch.inference_mode()
+def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int) -> np.ndarray:
+    """Probabilities of the classes, shape (rows, classes), in the order of `ids`; like lengths share a batch."""
+    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    probabilities = np.zeros((len(ids), model.config.num_labels))
+    for begin in range(0, len(order), batch):
+        rows = order[begin : begin + batch]
+        inputs = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
+        probabilities[rows] = model(**inputs).logits.double().softmax(-1).cpu().numpy()
+    return probabilities
+
+
 class EpochLengthGroupedSampler(LengthGroupedSampler):
     """HF's sampler, drawn from seed and epoch, so that a resumed training sees the rows in the order it would have."""
 

@@ -131,21 +131,29 @@ def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
     return {path: output["sha256"] for path, output in record["outputs"].items()}
 
 
-def run(main: Callable[..., None], description: str, choices: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[..., None], description: str, choices: Sequence[str] = (), options: dict[str, str] | None = None
+) -> None:
     """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend into one message.
 
-    With `choices` the first argument is one of them, and `main` gets it after the experiment.
+    With `choices` the first argument is one of them, and `main` gets it after the experiment; then it gets the values of
+    `options` (name → what it is), each of which must be given.
     """
     parser = argparse.ArgumentParser(description=description)
     if choices:
         parser.add_argument("choice", choices=choices)
     parser.add_argument("--experiment", default="quick", help="a name in experiments/, or the path of a YAML file")
     parser.add_argument("--set", default="", help='keys to override: "data.rows.test=100 seed=1"')
+    for name, meaning in (options or {}).items():
+        parser.add_argument(f"--{name}", required=True, help=meaning)
     arguments = parser.parse_args()
+    given = [getattr(arguments, name) for name in options or ()]
+    if missing := [name.upper() for name, value in zip(options or (), given, strict=True) if not value]:
+        sys.exit(f"error: say {' '.join(f'{name}=…' for name in missing)}")
     try:
         experiment = load_experiment(arguments.experiment, arguments.set)
         print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
-        main(experiment, *([arguments.choice] if choices else []))
+        main(experiment, *([arguments.choice] if choices else []), *given)
     except LetterheadError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

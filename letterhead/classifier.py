@@ -1,0 +1,100 @@
+"""A trained method as a function from texts to probabilities: what `predict` runs and what the bench measures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from letterhead import checkpoints, results
+from letterhead.experiment import Experiment
+from letterhead.records import LetterheadError, read_json
+
+# Texts → probabilities, shape (rows, classes)
+Classifier = Callable[[Sequence[str]], np.ndarray]
+
+
+def named_method(experiment: Experiment, name: str) -> str:
+    """The method (and step) that a name stands for: `best`, or a method without a step, is the comparison's choice.
+
+    Raises
+    ------
+    LetterheadError : nothing was compared yet, or no such method
+    """
+    if "@" in name or name == "tfidf":
+        return name
+    comparison = read_json(experiment.results_folder / "comparison.json")
+    if comparison is None:
+        raise LetterheadError(f"{name}: which step that is, the comparison says; run: make compare EXP={experiment.name}")
+    if name == "best":
+        return comparison["best"]
+    for full in comparison["methods"]:
+        if full.partition("@")[0] == name:
+            return full
+    raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(comparison['methods'])}")
+
+
+def model_folder(experiment: Experiment, name: str) -> Path:
+    """The folder of a method's model.
+
+    Raises
+    ------
+    LetterheadError : no such method, or its checkpoint is not there (of the heads the best and the last are kept)
+    """
+    method, _, step = name.partition("@")
+    if method.startswith("zero_shot") or name == "sft@0":
+        return experiment.decoder.folder
+    stages = {"sft": "sft", "bert": "bert", "linear_head": "linear-head"}
+    if method not in stages:
+        raise LetterheadError(f"{name}: no such method; choose best, tfidf, {', '.join(f'{m}@STEP' for m in stages)}")
+    folder = experiment.run_folder / stages[method] / "checkpoints"
+    kept = [str(checkpoints.step_of(path)) for path in checkpoints.whole_checkpoints(folder)]
+    if step not in kept:
+        raise LetterheadError(f"{name}: no whole checkpoint; {folder} holds steps {', '.join(kept) or 'none'}")
+    return folder / f"checkpoint-{step}"
+
+
+def load_classifier(experiment: Experiment, name: str) -> Classifier:
+    """Load a method by its full name (see `named_method`).
+
+    Raises
+    ------
+    LetterheadError : no such method or checkpoint, or one that gives no probabilities
+    """
+    method = name.partition("@")[0]
+    if method == "tfidf":
+        from letterhead import tfidf
+
+        model = tfidf.fit(results.read_rows(experiment, "train"), experiment.seed)
+        return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
+    if method in ("bert", "linear_head"):
+        return _head(experiment, model_folder(experiment, name), method)
+    if method in ("sft", "zero_shot_no_think"):
+        return _options(experiment, model_folder(experiment, name))
+    raise LetterheadError(f"{name}: can't be used to predict; choose tfidf, bert, linear_head, sft or zero_shot_no_think")
+
+
+def _head(experiment: Experiment, folder: Path, method: str) -> Classifier:
+    import torch
+
+    from letterhead import heads
+    from letterhead.prompt import TextEncoder
+
+    head = (experiment.encoder if method == "bert" else experiment.decoder).head
+    model, tokenizer = heads.load_head(folder, experiment.labels), heads.load_tokenizer(folder)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    encoder = TextEncoder(tokenizer, head.max_length)
+    return lambda texts: heads.classify(model, tokenizer, encoder.encode(texts), head.per_device_eval_batch_size)
+
+
+def _options(experiment: Experiment, folder: Path) -> Classifier:
+    from letterhead.prompt import load_prompt_encoder
+    from letterhead.scoring import load_decoder, score_options
+
+    encoder, model = load_prompt_encoder(experiment), load_decoder(folder, experiment.decoder.dtype)
+    with_end, budget, how = experiment.prompt.options == "names", experiment.eval.batch_tokens, experiment.eval.score
+
+    def classify(texts: Sequence[str]) -> np.ndarray:
+        prompts = [encoder.encode(text) for text in texts]
+        return score_options(model, prompts, encoder.answers, with_end, budget).probabilities(how)
+
+    return classify

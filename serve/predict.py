@@ -1,0 +1,128 @@
+"""Give every row of a CSV file a label and probabilities; rows stream, order is kept, a killed run goes on.
+
+    python -m serve.predict --experiment quick --in rows.csv --out labelled.csv --model best
+
+Rows go through in chunks of a fixed size. A chunk that is done is in OUT.part, and OUT.part.json says how far that file
+holds; so a run that was killed goes on behind it and ends with the bytes it would have written undisturbed.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from letterhead.checkpoints import model_identity
+from letterhead.classifier import load_classifier, model_folder, named_method
+from letterhead.experiment import Experiment
+from letterhead.prompt import keep_words
+from letterhead.records import LetterheadError, read_json, sha256_file, sha256_json, write_json
+from letterhead.stage import OFFLINE, run
+
+CHUNK = 1024
+DIGITS = 6
+csv.field_size_limit(1 << 24)
+
+
+def main(experiment: Experiment, source: str, target: str, model: str) -> None:
+    os.environ.update(OFFLINE)
+    source, target = Path(source), Path(target)
+    if target.resolve() == source.resolve():
+        raise LetterheadError(f"{target}: OUT is IN; name another file")
+    header, _ = read_header(source, experiment)
+    name = named_method(experiment, model)
+    part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
+    inputs = sha256_json(
+        {
+            "source": sha256_file(source),
+            "method": name,
+            "model": None if name == "tfidf" else model_identity(model_folder(experiment, name)),
+            "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
+        }
+    )
+    progress = read_json(progress_file)
+    if not (progress and progress["inputs"] == inputs and part.is_file() and part.stat().st_size >= progress["bytes"]):
+        progress = {"inputs": inputs, "rows": 0, "bytes": 0}
+    if progress["rows"]:
+        print(f"{part}: goes on behind row {progress['rows']:,}")
+    classify = load_classifier(experiment, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "ab") as file, tqdm(desc=f"predicting with {name}", unit=" rows", initial=progress["rows"]) as bar:
+        file.truncate(progress["bytes"])
+        if not progress["rows"]:
+            columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
+            file.write(as_csv([columns]))
+        rows = islice(read_rows(source, experiment), progress["rows"], None)
+        for chunk in iter(lambda: list(islice(rows, CHUNK)), []):
+            probabilities = classify([text for _, text in chunk])
+            lines = [
+                [*fields, experiment.labels[int(p.argmax())], *(f"{value:.{DIGITS}f}" for value in p)]
+                for (fields, _), p in zip(chunk, probabilities, strict=True)
+            ]
+            file.write(as_csv(lines))
+            file.flush()
+            os.fsync(file.fileno())
+            progress |= {"rows": progress["rows"] + len(chunk), "bytes": file.tell()}
+            write_json(progress_file, progress)
+            bar.update(len(chunk))
+    part.replace(target)
+    progress_file.unlink(missing_ok=True)
+    print(f"{target}: {progress['rows']:,} rows labelled by {name}")
+
+
+def as_csv(lines: list[list[str]]) -> bytes:
+    """Lines as CSV in UTF-8."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue().encode()
+
+
+def read_header(path: Path, experiment: Experiment) -> tuple[list[str], int]:
+    """The names of the columns, and the position of the text's.
+
+    Raises
+    ------
+    LetterheadError : no such file, no such column
+    """
+    if not path.is_file():
+        raise LetterheadError(f"{path}: no such file; say IN=file.csv")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header, column = next(csv.reader(file), []), experiment.data.columns.text
+    if column not in header:
+        known = ", ".join(header)
+        raise LetterheadError(f"{path}: no column {column!r} among {known}; set data.columns.text, or rename it")
+    return header, header.index(column)
+
+
+def read_rows(path: Path, experiment: Experiment) -> Iterator[tuple[list[str], str]]:
+    """Each row's fields, and its text as the experiment cuts it.
+
+    Raises
+    ------
+    LetterheadError : a row that cannot be read, or that has no text; names file and row
+    """
+    header, at = read_header(path, experiment)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        number = 0
+        try:
+            next(reader)
+            for number, fields in enumerate(reader, 1):
+                if not fields:
+                    raise LetterheadError(f"{path} row {number}: empty line; delete it")
+                if len(fields) != len(header):
+                    raise LetterheadError(
+                        f"{path} row {number}: {len(fields)} fields, the header has {len(header)}; quote commas"
+                    )
+                if not fields[at].strip():
+                    raise LetterheadError(f"{path} row {number}: the text is empty; fill it in, or delete the row")
+                yield fields, keep_words(fields[at], experiment.data.max_words).strip()
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise LetterheadError(f"{path} row {number + 1}: {error}; save the file as UTF-8 CSV") from None
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0], options={"in": "a CSV file", "out": "where to write", "model": "best, or a method"})
