@@ -5,6 +5,7 @@ SET ?=
 IN ?=
 OUT ?=
 MODEL ?= best
+PORT ?= 8000
 PYTHON ?= python3
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -12,9 +13,11 @@ MAKEFLAGS += --no-print-directory
 
 LOCK := requirements/train.txt
 READY := .venv/.ready-$(shell sha256sum $(LOCK) 2>/dev/null | cut -c1-16)
+LOCK_SERVE := requirements/serve-$(if $(wildcard /dev/nvidia0),gpu,cpu).txt
+READY_SERVE := .venv-serve/.ready-$(shell sha256sum $(LOCK_SERVE) 2>/dev/null | cut -c1-16)
 RUN := .venv/bin/python -m
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL
+export EXP SET IN OUT MODEL PORT
 
 help: ## print this list
 	@echo 'make TARGET [EXP=name] [SET="key=value …"]    experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
@@ -23,6 +26,10 @@ help: ## print this list
 setup: $(READY) ## build .venv from the lock (every target that needs it does this by itself)
 
 $(READY): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK) .venv $@
+
+setup-serve: $(READY_SERVE) ## build .venv-serve (vLLM: for the GPU if there is one, else for the CPU)
+
+$(READY_SERVE): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_SERVE) .venv-serve $@
 
 data: $(READY) ## fetch models and data, make rows, Alpaca JSON and the data card
 	@$(RUN) prep.data $(STAGE)
@@ -61,6 +68,9 @@ predict: $(READY) ## label a CSV file: make predict IN=rows.csv OUT=labelled.csv
 export: $(READY) ## fold an SFT checkpoint into a sequence classifier: make export MODEL=sft
 	@$(RUN) serve.export $(STAGE) --model "$$MODEL"
 
+serve: $(READY) $(READY_SERVE) ## serve a checkpoint with vLLM on 127.0.0.1: make serve MODEL=sft PORT=8000
+	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT"
+
 bench: ## requests per second (not built yet)
 	@echo "bench: requests per second are not built yet; bench-scoring measures the scorer" >&2; exit 1
 
@@ -82,4 +92,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP made (data/EXP and runs/EXP); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP"
 
-.PHONY: help setup data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export bench bench-scoring bench-training demo smoke test lint clean
+.PHONY: help setup setup-serve data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export serve bench bench-scoring bench-training demo smoke test lint clean

@@ -3,10 +3,8 @@
 python -m sft.train --experiment quick
 """
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 
 from letterhead import checkpoints
 from letterhead.experiment import Experiment
+from letterhead.processes import die_with_parent
 from letterhead.records import LetterheadError, read_json
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
@@ -89,7 +88,7 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
     command = [str(program), "train", str(experiment.decoder.sft.config), *pairs]
     print(" ".join(command), flush=True)
     environment = os.environ | OFFLINE | {"LLAMAFACTORY_VERBOSITY": "WARN"}
-    child = subprocess.Popen(command, env=environment, pass_fds=[lock], preexec_fn=_die_with_parent)
+    child = subprocess.Popen(command, env=environment, pass_fds=[lock], preexec_fn=die_with_parent)
     try:
         while child.poll() is None:
             time.sleep(POLL_S)
@@ -100,13 +99,6 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
         raise
     if child.returncode:
         raise LetterheadError(f"LLaMA-Factory ended with exit code {child.returncode}; its message is above")
-
-
-def _die_with_parent() -> None:
-    """Linux: have the kernel end this process when its parent dies, so that kill -9 leaves no training behind."""
-    PR_SET_PDEATHSIG = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""Serve a checkpoint with vLLM on 127.0.0.1 until Ctrl-C.
+
+    python -m serve.start --experiment quick --model sft@80 --port 8000
+
+sft@STEP generates; bert@STEP, linear_head@STEP and folded@STEP (made by `make export`) classify.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from letterhead.classifier import model_folder, named_method
+from letterhead.experiment import Experiment
+from letterhead.processes import VllmServer
+from letterhead.records import LetterheadError
+from letterhead.stage import OFFLINE, run
+
+
+def main(experiment: Experiment, model: str, port: str) -> None:
+    os.environ.update(OFFLINE)
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise LetterheadError(f"PORT={port}: not a port; write a number up to 65535")
+    name, folder, runner, length = served(experiment, model)
+    log = experiment.run_folder / "serve" / f"{name}.log"
+    print(f"loading {folder}; vLLM's log is {log}", flush=True)
+    with VllmServer(folder, runner, length, log, int(port)) as server:
+        route = "/v1/completions" if runner == "generate" else "/classify"
+        print(f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} s); Ctrl-C ends it", flush=True)
+        while True:
+            server.require_alive()
+            time.sleep(1)
+
+
+def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
+    """What a name stands for: full name, folder, vLLM's runner, and the longest request in tokens.
+
+    Raises
+    ------
+    LetterheadError : no such model, or one that vLLM can't serve
+    """
+    cutoff = experiment.sft_arguments()["cutoff_len"]
+    if model.startswith("folded@"):
+        folder = experiment.run_folder / "export" / f"sft@{model.partition('@')[2]}"
+        if not (folder / "config.json").is_file():
+            raise LetterheadError(f"{folder}: not exported; run: make export EXP={experiment.name} MODEL={folder.name}")
+        return model, folder, "pooling", cutoff
+    name = named_method(experiment, model)
+    method = name.partition("@")[0]
+    if method not in ("sft", "bert", "linear_head"):
+        raise LetterheadError(f"{name}: vLLM serves sft, bert, linear_head and folded; choose one with MODEL=")
+    if method == "sft":
+        return name, model_folder(experiment, name), "generate", cutoff
+    head = (experiment.encoder if method == "bert" else experiment.decoder).head
+    return name, model_folder(experiment, name), "pooling", head.max_length
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        __doc__.splitlines()[0],
+        options={"model": "sft, bert, linear_head or folded, with @STEP", "port": "of 127.0.0.1"},
+    )
