@@ -79,9 +79,9 @@ class VllmServer:
         self, model: Path, runner: str, max_model_len: int, log: Path, port: int | None = None, dtype: str = "float32"
     ):
         self.model, self.log, self.port = model, log, port or free_port()
-        program = ENVIRONMENT / "bin" / "vllm"
-        if not program.exists():
-            raise LetterheadError(f"{program}: no serving environment; run: make setup-serve")
+        python = ENVIRONMENT / "bin" / "python"
+        if not python.exists():
+            raise LetterheadError(f"{python}: no serving environment; run: make setup-serve")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                 raise LetterheadError(f"port {self.port} of 127.0.0.1 is taken; end what listens there, or name another")
@@ -91,7 +91,9 @@ class VllmServer:
         if not Path("/dev/nvidia0").exists():
             options.append("--enforce-eager")  # compiling takes minutes on a CPU
             offline |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
-        command = [sys.executable, "-m", "letterhead.processes", str(program), "serve", str(model), *options]
+        # Not `vllm serve`: in the build for the CPU that command looks for its own version under the wrong name, and ends.
+        command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
+        command = [sys.executable, "-m", "letterhead.processes", *command]
         log.parent.mkdir(parents=True, exist_ok=True)
         self._start = time.perf_counter()
         self._process = subprocess.Popen(command, stdout=open(log, "w"), stderr=subprocess.STDOUT, env=os.environ | offline)
