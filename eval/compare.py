@@ -31,10 +31,14 @@ def main(experiment: Experiment) -> None:
     stages = sorted({stage for stages in METHODS.values() for stage in stages[:2] if stage})
     made = {name: stage_outputs(experiment, name) for name in stages}
     records = {name: read_json(experiment.run_folder / name / "stage.json") for name in stages}
-    stage = Stage(experiment, "compare", {"stages": records, "seed": experiment.seed})
+    bench = read_json(experiment.results_folder / "bench_rps.json") or {"rows": []}
+    in_service = [{key: row[key] for key in ("method", "name", "cost_per_million")} for row in bench["rows"]]
+    stage = Stage(experiment, "compare", {"stages": records, "seed": experiment.seed, "service": in_service})
     path = experiment.results_folder / "comparison.json"
     if not stage.is_current():
         chosen = dict(choose(experiment, method, made[of]) for method, (of, _, _) in METHODS.items())
+        for name, entry in chosen.items():
+            entry["cost"]["per_million_rows"] = cost_in_service(name, in_service)
         pairs = compare_pairs(experiment, chosen)
         best, why = which_to_ship(chosen, pairs)
         write_json(path, {"methods": chosen, "pairs": pairs, "best": best, "why": why})
@@ -111,6 +115,12 @@ def cost(experiment: Experiment, method: str, trained: str | None, result: dict)
     return cost
 
 
+def cost_in_service(name: str, rows: list[dict]) -> float | None:
+    """What a million rows cost in the cheapest way of serving a method that the bench measured, or None."""
+    costs = [row["cost_per_million"] for row in rows if row["name"] == name and row["method"] != "linear_head_on_prompt"]
+    return min(costs, default=None)
+
+
 def compare_pairs(experiment: Experiment, chosen: dict[str, dict]) -> list[dict]:
     """Every pair of methods on the rows that both answered: McNemar's exact test, and a paired bootstrap of macro F1.
 
@@ -181,7 +191,10 @@ def sentence(pair: dict, chosen: dict[str, dict]) -> str:
 
 
 def which_to_ship(chosen: dict[str, dict], pairs: list[dict]) -> tuple[str, str]:
-    """The cheapest method that can't be told from the best one, of those measured on all test rows; and why."""
+    """The cheapest method that can't be told from the best one, of those measured on all test rows; and why.
+
+    The price is the bench's where it has measured all of them, else the multiply-adds of a row.
+    """
     n = max(entry["n"] for entry in chosen.values())
     measured = [name for name, entry in chosen.items() if entry["n"] == n]
     top = max(measured, key=lambda name: chosen[name]["f1_macro"])
@@ -190,11 +203,20 @@ def which_to_ship(chosen: dict[str, dict], pairs: list[dict]) -> tuple[str, str]
         if top in (pair["a"], pair["b"]) and not told_apart(pair):
             alike |= {pair["a"], pair["b"]} & set(measured)
 
-    def price(name: str) -> int:
-        return chosen[name]["cost"]["multiply_adds_per_row"]
+    unit = "per_million_rows"
+    if any(chosen[name]["cost"][unit] is None for name in alike):
+        unit = "multiply_adds_per_row"
+
+    def price(name: str) -> float:
+        return chosen[name]["cost"][unit]
+
+    def priced(name: str) -> str:
+        if unit == "per_million_rows":
+            return f"{price(name):.3g} for a million rows in service"
+        return f"{results.human(price(name))} multiply-adds a row"
 
     best = min(alike, key=lambda name: (price(name), -chosen[name]["f1_macro"]))
-    figures = f"macro F1 {chosen[best]['f1_macro']:.3f}, {results.human(price(best))} multiply-adds a row"
+    figures = f"macro F1 {chosen[best]['f1_macro']:.3f}, {priced(best)}"
     if best == top:
         others = "no cheaper method comes near enough that the tests can't tell it apart"
         return best, f"{chosen[best]['title']} is the best ({figures}), and {others} on {n} test rows."
@@ -203,7 +225,7 @@ def which_to_ship(chosen: dict[str, dict], pairs: list[dict]) -> tuple[str, str]
     low, high = sorted(sign * end for end in pair["ci95"])
     return best, (
         f"{chosen[best]['title']} ({figures}) is the cheapest that {n} test rows can't tell from the best, "
-        f"{chosen[top]['title']} ({chosen[top]['f1_macro']:.3f}, {results.human(price(top))}): F1 differs by "
+        f"{chosen[top]['title']} ({chosen[top]['f1_macro']:.3f}, {priced(top)}): F1 differs by "
         f"{sign * pair['f1_difference']:.3f}, 95 % interval {low:.3f} to {high:.3f}, which is not certain after correction "
         "for all pairs."
     )

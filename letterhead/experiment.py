@@ -218,13 +218,29 @@ class Eval(Section):
 
 
 class Bench(Section):
-    """How much is measured: rows with the experiment's own options and with R52's names, rows to train, paired runs."""
+    """How much is measured: rows with the experiment's own options and with R52's names, rows to train, paired runs.
+
+    In service: requests of each closed loop and its numbers of clients, requests of the open loop, the objective for its
+    99th percentile, and what an hour of the machine costs.
+    """
 
     scoring_rows: Count = 500
     scoring_names_rows: Count = 20
     scoring_runs: Annotated[int, Field(ge=3)] = 3
     training_rows: Count = 512
     training_runs: Annotated[int, Field(ge=3)] = 3
+    requests: Count = 200
+    concurrency: Annotated[list[Count], Field(min_length=1)] = [1, 4, 16]
+    open_requests: Count = 1000
+    objective_ms: Annotated[float, Field(gt=0)] = 1000
+    price_per_hour: Annotated[float, Field(gt=0)] = 1.0
+
+    @field_validator("concurrency")
+    @classmethod
+    def _single_stream_too(cls, concurrency: list[int]) -> list[int]:
+        if 1 not in concurrency:
+            raise ValueError("name 1 too: latencies are told for a single stream")
+        return sorted(set(concurrency))
 
 
 class Experiment(Section):

@@ -130,6 +130,11 @@ class PromptEncoder:
         """The prompt's token ids for an instruction that is already filled in."""
         return self._encode(instruction, self.answer_text(self.options[0]))[0]
 
+    def encode_before_option(self, text: str) -> list[int]:
+        """The prompt's ids and the answer's through its think block: the next token is the option's first."""
+        answer = self.answers[0]
+        return [*self.encode(text), *answer.ids[: answer.start]]
+
     @cached_property
     def answers(self) -> list[Answer]:
         """The options as trained, in the order of the labels.

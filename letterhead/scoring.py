@@ -173,7 +173,8 @@ def score_options(
     tree = OptionTree(answers, with_end)
     rows = [[*prompt, *tree.shared] for prompt in prompts]
     kept_of_row = tree.kept - len(tree.tokens)
-    n_prefix = min(_common_prefix(rows), min(len(row) for row in rows) - kept_of_row)
+    # One row shares its beginning with none; in two passes it would only be slower.
+    n_prefix = min(_common_prefix(rows), min(map(len, rows)) - kept_of_row) if len(rows) > 1 else 0
     prefix = _run_prefix(model, rows[0][:n_prefix])
     result = torch.zeros(len(rows), len(answers), dtype=torch.float64)
     tokens = n_prefix

@@ -29,26 +29,51 @@ WHAT_A_PICTURE_SHOWS = {
     "losses": "Cross-entropy against training step, logarithmic: training, and on test rows (for SFT the option's own)",
     "confusion": "Confusion matrices: rows are the true classes, columns the predicted ones",
     "reliability": "How often a prediction is right against how sure the method was; points as large as their share of rows",
+    "service": "Requests per second of closed loops; latency of open loops against the rate (broken off where it misses "
+    "the objective, the dashed line)",
 }
+DECODES = {
+    "generate": "whole answer",
+    "one_token": "one token",
+    "forward": "letters in one forward",
+    "head": "classifier",
+}
+SERVED = {
+    "tfidf": "TF-IDF",
+    "bert": "BERT",
+    "linear_head": "linear head",
+    "linear_head_on_prompt": "linear head on the prompt",
+    "sft": "SFT",
+    "sft_folded": "SFT folded into a head",
+}
+ENGINES = {"sklearn": "scikit-learn", "hf": "HF", "vllm": "vLLM"}
 
 
 def main(experiment: Experiment) -> None:
     made = {name: stage_outputs(experiment, name) for name in STAGES}
     sources = {path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()}
     config = experiment.model_dump(mode="json")
-    stage = Stage(experiment, "report", {"made": made, "sources": sources, "config": config})
-    paths = {name: stage.folder / f"{name}.png" for name in WHAT_A_PICTURE_SHOWS}
+    bench = read_json(experiment.results_folder / "bench_rps.json")
+    stage = Stage(experiment, "report", {"made": made, "sources": sources, "config": config, "bench": bench})
+    paths = {name: stage.folder / f"{name}.png" for name in WHAT_A_PICTURE_SHOWS if bench or name != "service"}
     page, text = stage.folder / "report.html", stage.folder / "REPORT.md"
     if not stage.is_current():
         comparison = read_json(experiment.results_folder / "comparison.json")
         draw(experiment, comparison, paths)
-        context = gather(experiment, comparison)
+        if bench:
+            pictures.draw_service(paths["service"], {served(row): row for row in bench["rows"]}, bench["objective_ms"])
+        context = gather(experiment, comparison) | {"bench": bench, "served": served, "article_rps": article.RPS}
         images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
         for path, template, more in ((page, "report.html.jinja", {"images": images}), (text, "report.md.jinja", {})):
             with atomic_open(path) as file:
                 file.write(environment().get_template(template).render(context | more))
         stage.finish([page, text, *paths.values()])
     print(f"{page} and REPORT.md beside it")
+
+
+def served(row: dict) -> str:
+    """What a reader calls a row of the bench."""
+    return f"{SERVED[row['method']]}, {ENGINES[row['engine']]}, {DECODES[row['decode']]}"
 
 
 def environment() -> jinja2.Environment:

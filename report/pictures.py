@@ -107,3 +107,37 @@ def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, path)
+
+
+def draw_service(path: Path, rows: dict[str, dict], objective_ms: float) -> None:
+    """Throughput of the closed loops, and the latency of the open ones against the rate at which requests arrive.
+
+    Parameters
+    ----------
+    rows : title → row of the bench
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.36 * len(rows) + 2.4), layout="constrained")
+    clients = list(next(iter(rows.values()))["closed"])
+    height = 0.8 / len(clients)
+    for number, n in enumerate(clients):
+        reached = [row["closed"][n]["rps"] for row in rows.values()]
+        at = np.arange(len(rows)) + (number - (len(clients) - 1) / 2) * height
+        left.barh(at, reached, height, label=f"{n} client{'' if n == '1' else 's'}")
+    left.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    left.set(xlabel="requests per second, logarithmic", xscale="log")
+    left.invert_yaxis()
+    left.grid(axis="x", alpha=0.3)
+    left.legend(fontsize=8)
+    for title, row in rows.items():
+        if row["open"]:
+            loops = sorted(row["open"], key=lambda loop: loop["rate"])
+            rates = [loop["rate"] for loop in loops]
+            (line,) = right.plot(rates, [loop["p99_ms"] for loop in loops], marker="o", markersize=4, label=title)
+            right.plot(rates, [loop["p50_ms"] for loop in loops], ":", marker=".", markersize=4, color=line.get_color())
+    right.axhline(objective_ms, linestyle="--", color="grey", linewidth=1)
+    right.set(xlabel="requests per second that arrive (Poisson)", ylabel="latency, ms: p99 (line), p50 (dots)")
+    right.set(xscale="log", yscale="log")
+    right.grid(alpha=0.3)
+    if right.get_lines()[1:]:
+        right.legend(fontsize=7)
+    save(figure, path)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from letterhead.classifier import model_folder, named_method
 from letterhead.experiment import Experiment
-from letterhead.processes import VllmServer
 from letterhead.records import LetterheadError
+from letterhead.service import VllmServer
 from letterhead.stage import OFFLINE, run
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from letterhead import classifier, tfidf
+from letterhead import classifier, folding, tfidf
 from letterhead.checkpoints import require_model
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, write_json
@@ -132,7 +132,7 @@ def test_the_folded_model_is_the_sft_model(make_experiment, decoder):
     prompts = [encoder.encode(text) for text in texts]
     decoder_model = load_decoder(experiment.decoder.folder, "float32")
     scores = score_options(decoder_model, prompts, encoder.answers, False, 4096).log_likelihood
-    ids = [export.folded_prompt(encoder, text) for text in texts]
+    ids = [encoder.encode_before_option(text) for text in texts]
     with torch.inference_mode():
         logits = torch.cat([model(**tokenizer.pad({"input_ids": [one]}, return_tensors="pt")).logits for one in ids])
         batch = model(**tokenizer.pad({"input_ids": ids[:8]}, return_tensors="pt")).logits
@@ -145,7 +145,7 @@ def test_the_folded_model_is_the_sft_model(make_experiment, decoder):
 
     as_text = read_json(folder / "letterhead_export.json")["rows_whose_prompt_works_as_text"]
     if decoder == "qwen3":  # "\n\n" is one token, whatever follows: text works
-        assert as_text == export.CHECKED_ROWS
+        assert as_text == folding.CHECKED_ROWS
         classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
         prompt = tokenizer.decode(ids[0], clean_up_tokenization_spaces=False)
         assert classify(prompt)[0]["label"] == LABELS[int(scores[0].argmax())]

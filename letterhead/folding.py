@@ -1,0 +1,102 @@
+"""A letter is a head: an SFT checkpoint folded into an ordinary sequence classifier.
+
+The score rows are the vocabulary projection's rows of the option letters, so that, given the ids of a prompt through its
+think block (PromptEncoder.encode_before_option), the logits are the letters' scores.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from letterhead import results
+from letterhead.checkpoints import model_identity
+from letterhead.classifier import model_folder
+from letterhead.experiment import Experiment
+from letterhead.prompt import PromptEncoder, load_prompt_encoder
+from letterhead.records import LetterheadError, atomic_folder, read_json, write_json
+from letterhead.scoring import load_decoder
+
+CHECKED_ROWS = 64
+TOLERANCE = 1e-4
+
+
+def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
+    """Fold a checkpoint, check it on test rows, and write it to runs/<experiment>/export/NAME, unless it is there.
+
+    Returns
+    -------
+    tuple : the folder, and what letterhead_export.json in it says
+
+    Raises
+    ------
+    LetterheadError : not an SFT checkpoint, one that is not there, or one that can't be folded
+    """
+    if not name.startswith("sft@"):
+        raise LetterheadError(f"{name}: is no SFT checkpoint; BERT and the linear head are sequence classifiers already")
+    source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
+    encoder, origin = load_prompt_encoder(experiment), model_identity(source)
+    facts = read_json(target / "letterhead_export.json")
+    if facts and facts["made_from"] == origin and facts["options"] == encoder.options:
+        return target, facts
+    prompts = [encoder.encode_before_option(row["text"]) for row in results.read_rows(experiment, "test")[:CHECKED_ROWS]]
+    decoder = load_decoder(source, "float32")
+    folded = fold(decoder, encoder, experiment.labels)
+    off = largest_difference(decoder, folded, encoder, prompts)
+    if off > TOLERANCE:
+        raise LetterheadError(
+            f"{source}: the folded logits differ by {off:.2g} from the decoder's; this model can't be folded"
+        )
+    facts = {"made_from": origin, "labels": experiment.labels, "options": encoder.options, "largest_difference": off}
+    facts |= {"rows_checked": len(prompts), "architecture": type(folded).__name__}
+    facts |= {"rows_whose_prompt_works_as_text": sum(text_gives_ids(encoder, ids) for ids in prompts)}
+    with atomic_folder(target) as folder:
+        folded.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+        write_json(folder / "letterhead_export.json", facts)
+    return target, facts
+
+
+def fold(decoder, encoder: PromptEncoder, labels: list[str]):
+    """The sequence classifier whose scores are the decoder's logits of the option letters.
+
+    Raises
+    ------
+    LetterheadError : options of several tokens, or an architecture without a sequence classifier
+    """
+    answers = encoder.answers
+    spelled = [answer.ids[answer.start : answer.stop] for answer in answers]
+    if any(len(ids) != 1 for ids in spelled) or len({tuple(answer.ids[: answer.start]) for answer in answers}) != 1:
+        raise LetterheadError(
+            "an option has several tokens, and only single letters can be folded; set prompt.options: letters"
+        )
+    config = decoder.config.__class__.from_dict(decoder.config.to_dict())
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.pad_token_id, config.tie_word_embeddings = encoder.tokenizer.pad_token_id, False
+    try:
+        folded = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise LetterheadError(f"{config.model_type}: transformers has no sequence classifier for it ({error})") from None
+    folded.base_model.load_state_dict(decoder.base_model.state_dict())
+    with torch.no_grad():
+        folded.score.weight.copy_(decoder.get_output_embeddings().weight[[ids[0] for ids in spelled]])
+    return folded.eval()
+
+
+@torch.inference_mode()
+def largest_difference(decoder, folded, encoder: PromptEncoder, prompts: list[list[int]]) -> float:
+    """The largest difference between the folded logits and the decoder's logits of the letters."""
+    letters = [answer.ids[answer.start] for answer in encoder.answers]
+    off = 0.0
+    for ids in prompts:
+        given = torch.tensor([ids], device=decoder.device)
+        own = decoder(given, logits_to_keep=1).logits[0, -1, letters]
+        off = max(off, (folded.to(decoder.device)(given).logits[0] - own).abs().max().item())
+    return off
+
+
+def text_gives_ids(encoder: PromptEncoder, ids: list[int]) -> bool:
+    """Whether the prompt written as text is encoded to the same ids."""
+    text = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return encoder.tokenizer(text)["input_ids"] == ids
