@@ -13,9 +13,11 @@ MAKEFLAGS += --no-print-directory
 
 LOCK := requirements/train.txt
 READY := .venv/.ready-$(shell sha256sum $(LOCK) 2>/dev/null | cut -c1-16)
-LOCK_SERVE := requirements/serve-$(if $(wildcard /dev/nvidia0),gpu,cpu).txt
+GPU := $(wildcard /dev/nvidia0)
+LOCK_SERVE := requirements/serve-$(if $(GPU),gpu,cpu).txt
 READY_SERVE := .venv-serve/.ready-$(shell sha256sum $(LOCK_SERVE) 2>/dev/null | cut -c1-16)
 RUN := .venv/bin/python -m
+ON_CPU := $(if $(GPU),,decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false)
 STAGE = --experiment "$$EXP" --set "$$SET"
 export EXP SET IN OUT MODEL PORT
 
@@ -58,9 +60,22 @@ compare: eval-ckpts zero-shot tfidf bert linear-head ## every method on the same
 report: compare ## report.html (opens from disk) and REPORT.md, with pictures
 	@$(RUN) report.build $(STAGE)
 
+bench: compare $(READY_SERVE) ## requests per second of every method in HF and vLLM; then the choice and the report anew
+	@$(RUN) bench.rps $(STAGE)
+	@$(RUN) eval.compare $(STAGE)
+	@$(RUN) report.build $(STAGE)
+
+bench-shape: $(READY) $(READY_SERVE) ## time and memory of the article's models (random weights) on this machine
+	@$(RUN) prep.shape --experiment shape
+	@$(MAKE) sft EXP=shape SET="$(ON_CPU) $$SET"
+	@$(RUN) bench.shape --experiment shape --set "$(ON_CPU) $$SET"
+
 bench-scoring: sft ## scoring speed and agreement against lm-evaluation-harness
 	@$(MAKE) data EXP=r52 SET=
 	@$(RUN) bench.scoring $(STAGE)
+
+bench-training: data ## training throughput of BERT and the linear head: rows grouped by length against plain
+	@$(RUN) bench.training $(STAGE)
 
 predict: $(READY) ## label a CSV file: make predict IN=rows.csv OUT=labelled.csv MODEL=best
 	@$(RUN) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
@@ -71,18 +86,12 @@ export: $(READY) ## fold an SFT checkpoint into a sequence classifier: make expo
 serve: $(READY) $(READY_SERVE) ## serve a checkpoint with vLLM on 127.0.0.1: make serve MODEL=sft PORT=8000
 	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT"
 
-bench: ## requests per second (not built yet)
-	@echo "bench: requests per second are not built yet; bench-scoring measures the scorer" >&2; exit 1
-
-bench-training: data ## training throughput of BERT and the linear head: rows grouped by length against plain
-	@$(RUN) bench.training $(STAGE)
-
 demo: report ## everything but the bench, end to end, on the embedded default
 
-smoke: $(READY) ## the same on 64 rows: minutes, for CI
-	@$(MAKE) report EXP=smoke
+smoke: $(READY) ## the same on 64 rows, with the bench: minutes, for CI
+	@$(MAKE) bench EXP=smoke
 
-test: $(READY) ## lint, then the tests
+test: $(READY) $(READY_SERVE) ## lint, then the tests
 	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
 	@$(RUN) pytest
 
@@ -92,4 +101,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP made (data/EXP and runs/EXP); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP"
 
-.PHONY: help setup setup-serve data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export serve bench bench-scoring bench-training demo smoke test lint clean
+.PHONY: help setup setup-serve data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export serve bench bench-scoring bench-shape bench-training demo smoke test lint clean

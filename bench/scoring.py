@@ -8,6 +8,7 @@ encoding of them gives other ids than training saw, that is counted and reported
 """
 
 import itertools
+import math
 import operator
 import os
 import statistics
@@ -173,8 +174,12 @@ def share_of_matmul_rate(model, work, tokens: int) -> dict:
     def attention_flops(query, key, value, *_, **__):  # torch counts the other kernels of attention, not the CPU's
         return sdpa_flop_count(query, key, value)
 
-    cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+    def packed_flops(input, weight, *_, out_shape, **__):
+        return 2 * math.prod(out_shape) * input[-1]
+
+    counted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+    counted[torch.ops.mkldnn._linear_pointwise] = packed_flops
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         work()
     flops, rates, shares = counter.get_total_flops(), [], []
     for _ in range(3):
@@ -190,20 +195,20 @@ def share_of_matmul_rate(model, work, tokens: int) -> dict:
 
 
 def matmul_rate(model, tokens: int) -> float:
-    """FLOP/s of one pass of bare matrix products, one for each linear layer's weight."""
+    """FLOP/s of one pass of bare matrix products: the model's linear layers, as they are."""
     import torch
 
-    weights = [m.weight for layer in model.base_model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+    linear = [m for layer in model.base_model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {m.in_features: torch.randn(tokens, m.in_features, dtype=model.dtype, device=model.device) for m in linear}
     with torch.inference_mode():
         for timed in (False, True):
             start = time.perf_counter()
-            for weight in weights:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-            if weights[0].is_cuda:
+            for module in linear:
+                module(inputs[module.in_features])
+            if model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start if timed else 0.0
-    return sum(2 * tokens * w.numel() for w in weights) / seconds
+    return sum(2 * tokens * m.in_features * m.out_features for m in linear) / seconds
 
 
 def profile(work) -> dict[str, float]:

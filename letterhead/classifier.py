@@ -41,8 +41,10 @@ def model_folder(experiment: Experiment, name: str) -> Path:
     LetterheadError : no such method, or its checkpoint is not there (of the heads the best and the last are kept)
     """
     method, _, step = name.partition("@")
-    if method.startswith("zero_shot") or name == "sft@0":
+    if method.startswith("zero_shot") or name in ("sft@0", "linear_head@0"):
         return experiment.decoder.folder
+    if name == "bert@0":
+        return experiment.encoder.folder
     stages = {"sft": "sft", "bert": "bert", "linear_head": "linear-head"}
     if method not in stages:
         raise LetterheadError(f"{name}: no such method; choose best, tfidf, {', '.join(f'{m}@STEP' for m in stages)}")
@@ -77,11 +79,12 @@ def _head(experiment: Experiment, folder: Path, method: str) -> Classifier:
     import torch
 
     from letterhead import heads
+    from letterhead.packing import pack
     from letterhead.prompt import TextEncoder
 
     head = (experiment.encoder if method == "bert" else experiment.decoder).head
     model, tokenizer = heads.load_head(folder, experiment.labels), heads.load_tokenizer(folder)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = pack(model.to("cuda" if torch.cuda.is_available() else "cpu").eval())
     encoder = TextEncoder(tokenizer, head.max_length)
     return lambda texts: heads.classify(model, tokenizer, encoder.encode(texts), head.per_device_eval_batch_size)
 

@@ -40,7 +40,7 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     if facts and facts["made_from"] == origin and facts["options"] == encoder.options:
         return target, facts
     prompts = [encoder.encode_before_option(row["text"]) for row in results.read_rows(experiment, "test")[:CHECKED_ROWS]]
-    decoder = load_decoder(source, "float32")
+    decoder = load_decoder(source, "float32", packed=False)
     folded = fold(decoder, encoder, experiment.labels)
     off = largest_difference(decoder, folded, encoder, prompts)
     if off > TOLERANCE:

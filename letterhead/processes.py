@@ -8,13 +8,20 @@ we started is not enough.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from typing import Any
+
+from letterhead.records import LetterheadError
 
 
 def die_with_parent(how: int = signal.SIGKILL) -> None:
@@ -42,6 +49,23 @@ def guard(command: list[str]) -> int:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
     return child.wait()
+
+
+def call_in_a_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process, so that its load time and peak memory are its own.
+
+    Raises
+    ------
+    LetterheadError : the process was killed
+    """
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=die_with_parent) as pool:
+            return pool.submit(work, *arguments).result()
+    except BrokenProcessPool:
+        raise LetterheadError(
+            f"{work.__name__}: its process was killed, most likely for want of memory; free some and run again"
+        ) from None
 
 
 def free_port() -> int:

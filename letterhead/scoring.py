@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from letterhead.checkpoints import require_model
+from letterhead.packing import pack
 from letterhead.prompt import Answer
 
 # Logits held at once: rows × positions × vocabulary; 2**26 float32 are 256 MiB.
@@ -126,8 +127,8 @@ class OptionTree:
         return torch.stack([predicted[:, columns].sum(-1) for columns in self._columns], dim=1)
 
 
-def load_decoder(folder: Path, dtype: str) -> PreTrainedModel:
-    """Load a decoder for scoring: safetensors only, on the GPU if there is one.
+def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedModel:
+    """Load a decoder for scoring: safetensors only, on the GPU if there is one; on a CPU with packed linear layers.
 
     `dtype` is float32, bfloat16 or auto: bfloat16 on a GPU that has it, else float32 (without AMX a CPU's bfloat16 is
     slower).
@@ -143,7 +144,8 @@ def load_decoder(folder: Path, dtype: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
     )
-    return model.to("cuda" if gpu else "cpu").eval()
+    model = model.to("cuda" if gpu else "cpu").eval()
+    return pack(model) if packed else model
 
 
 @torch.inference_mode()

@@ -144,6 +144,11 @@ class VllmServer:
         self._process = subprocess.Popen(command, stdout=open(log, "w"), stderr=subprocess.STDOUT, env=os.environ | offline)
 
     @property
+    def pid(self) -> int:
+        """The process that ends the server's when it ends."""
+        return self._process.pid
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
@@ -218,7 +223,7 @@ class VllmServer:
     def peak_memory_mb(self) -> int:
         """The most memory that each of the server's processes has held, summed, in MiB."""
         peak = 0
-        for process in psutil.Process(self._process.pid).children(recursive=True):
+        for process in psutil.Process(self.pid).children(recursive=True):
             with suppress(OSError):
                 peak += int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1])
         return peak // 1024

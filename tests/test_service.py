@@ -1,0 +1,199 @@
+"""Service: vLLM answers as the scorer does, its failures are told clearly, and nothing that was started stays behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from letterhead import folding, load, service
+from letterhead.metrics import NO_ANSWER
+from letterhead.prompt import Answer, load_prompt_encoder
+from letterhead.records import LetterheadError, write_json
+from letterhead.scoring import load_decoder, score_options
+from prep import data
+from tests.conftest import ROOT
+from tests.test_prompt import LABELS, nasty_rows, write_csv
+
+SERVED_ROWS = 16
+needs_vllm = pytest.mark.skipif(not (ROOT / ".venv-serve").exists(), reason="no serving environment: make setup-serve")
+
+
+@pytest.fixture
+def served(make_experiment, fetched, monkeypatch):
+    """The real SmolLM2 as an experiment's decoder, and where vLLM lies."""
+    monkeypatch.setattr(service, "ENVIRONMENT", ROOT / ".venv-serve")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    write_csv("rows.csv", nasty_rows(120))
+    experiment = make_experiment(
+        "rows.csv", LABELS, decoder_folder=fetched["smollm2"], data={"rows": {"validation": 10, "test": 20}}
+    )
+    data.main(experiment)
+    return experiment
+
+
+def ask_all(server: service.VllmServer, route: service.Route, prompts: list[list[int]]) -> list:
+    async def go() -> list:
+        async with service.client() as client:
+            return await asyncio.gather(*(server.ask(client, route, ids) for ids in prompts))
+
+    return asyncio.run(go())
+
+
+def processes_of(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def gone(processes: list[psutil.Process], patience_s: float = 20) -> bool:
+    return not psutil.wait_procs(processes, timeout=patience_s)[1]
+
+
+@needs_vllm
+def test_vllm_answers_as_the_scorer_does_and_outlives_its_clients(served):
+    encoder, model = load_prompt_encoder(served), load_decoder(served.decoder.folder, "float32")
+    texts = [text for text, _ in nasty_rows(SERVED_ROWS)]
+    scores = score_options(model, [encoder.encode(text) for text in texts], encoder.answers, False, 2048)
+    ids = [encoder.encode_before_option(text) for text in texts]
+    with service.VllmServer(served.decoder.folder, "generate", 512, Path("vllm.log")) as server:
+        started = processes_of(server.pid)
+        told = ask_all(server, service.one_token_route(encoder.answers), ids)
+        assert [answer for answer, _ in told] == scores.log_likelihood.argmax(1).tolist()
+        assert np.abs(np.array([p for _, p in told]) - scores.probabilities("mean")).max() < 1e-4
+
+        before = server.phases()
+        answers = ask_all(server, service.generate_route(encoder.answers), [encoder.encode(text) for text in texts[:4]])
+        assert all(answer == NO_ANSWER and p is None for answer, p in answers)  # SmolLM2 was not taught the answer
+        assert all(server.phases()[phase] > before[phase] for phase in service.PHASES)
+
+        with pytest.raises(httpx.ReadTimeout):
+            long = {"model": service.NAME, "prompt": ids[0], "max_tokens": 300, "ignore_eos": True}
+            httpx.post(f"{server.url}/v1/completions", json=long, timeout=0.5)
+        again = ask_all(server, service.one_token_route(encoder.answers), ids[:1])
+        assert again[0][0] == told[0][0]
+        with pytest.raises(LetterheadError, match="status 400"):
+            ask_all(server, service.text_route(4), [ids[0] * 10])
+        with pytest.raises(LetterheadError, match=f"port {server.port} of 127.0.0.1 is taken"):
+            service.VllmServer(served.decoder.folder, "generate", 512, Path("other.log"), port=server.port)
+
+        for process in started:
+            process.kill()
+        with pytest.raises(LetterheadError, match="vLLM ended .*vllm.log says"):
+            ask_all(server, service.one_token_route(encoder.answers), ids)
+    assert gone(started)
+
+
+@needs_vllm
+def test_vllm_classifies_with_the_folded_model_as_the_scorer_does(served):
+    folder, _ = folding.export_folded(served, "sft@0")
+    encoder, model = load_prompt_encoder(served), load_decoder(served.decoder.folder, "float32")
+    texts = [text for text, _ in nasty_rows(SERVED_ROWS)]
+    scores = score_options(model, [encoder.encode(text) for text in texts], encoder.answers, False, 2048)
+    with service.VllmServer(folder, "pooling", 512, Path("vllm.log")) as server:
+        started = processes_of(server.pid)
+        told = ask_all(server, service.classify_route(), [encoder.encode_before_option(text) for text in texts])
+    assert gone(started)
+    assert [answer for answer, _ in told] == scores.log_likelihood.argmax(1).tolist()
+    assert np.abs(np.array([p for _, p in told]) - scores.probabilities("sum")).max() < 1e-4
+
+
+@needs_vllm
+def test_a_model_that_vllm_cannot_serve_is_told_from_one_that_does_not_fit(served, tiny_models):
+    with (
+        pytest.raises(LetterheadError, match=r"vLLM ended \(exit code \d+\) on .*max_model_len"),
+        service.VllmServer(served.decoder.folder, "generate", 10_000_000, Path("vllm.log")),
+    ):
+        pass
+    write_json("strange/config.json", {"architectures": ["StrangeForCausalLM"], "model_type": "llama"})
+    with (
+        pytest.raises(service.NotSupported, match=r"strange: vLLM says: Model architectures \['StrangeForCausalLM'\]"),
+        service.VllmServer(Path("strange"), "generate", 64, Path("vllm.log")),
+    ):
+        pass
+
+
+def test_without_a_serving_environment_the_error_names_the_target(workplace):
+    with pytest.raises(LetterheadError, match="no serving environment; run: make setup-serve"):
+        service.VllmServer(Path("model"), "generate", 64, Path("vllm.log"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_guarded_command_dies_with_its_parent(tmp_path, how):
+    # Parent → guard → command → grandchild: all must go, however the parent ends.
+    grandchild = f"import subprocess; subprocess.Popen(['sleep', '600']); open({str(tmp_path / 'up')!r}, 'w'); input()"
+    parent = (
+        "import subprocess, sys; "
+        f"subprocess.Popen([sys.executable, '-m', 'letterhead.processes', sys.executable, '-c', {grandchild!r}], "
+        "stdin=subprocess.PIPE).wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (tmp_path / "up").exists():
+        time.sleep(0.05)
+    started = processes_of(process.pid)
+    assert "sleep" in {one.name() for one in started}
+    process.send_signal(how)
+    process.wait()
+    assert gone(started)
+
+
+def test_answers_are_read_by_their_token_ids():
+    answers = [Answer([7, 8, 30, 2, 9], 2, 3), Answer([7, 8, 31, 2, 9], 2, 3)]
+    route = service.generate_route(answers)
+    assert route.body([5])["max_tokens"] == 4 and route.body([5])["stop_token_ids"] == [2]
+
+    def generated(ids: list[int]) -> int:
+        return route.read({"choices": [{"token_ids": ids}]})[0]
+
+    assert [generated([7, 8, 31, 2]), generated([7, 8, 30, 2])] == [1, 0]
+    assert generated([7, 8, 31]) == generated([8, 31, 2]) == generated([]) == NO_ANSWER
+    told = {"choices": [{"logprobs": {"top_logprobs": [{"token_id:31": -1.0, "token_id:30": -3.0, "token_id:4": 0.0}]}}]}
+    answer, probabilities = service.one_token_route(answers).read(told)
+    assert answer == 1 and probabilities == pytest.approx(torch.tensor([-3.0, -1.0]).softmax(0).tolist())
+
+
+def test_closed_loops_keep_so_many_requests_in_flight():
+    flying, most = 0, 0
+
+    async def send(request: int) -> int:
+        nonlocal flying, most
+        flying += 1
+        most = max(most, flying)
+        await asyncio.sleep(0.01)
+        flying -= 1
+        return request * 2
+
+    measured = asyncio.run(load.closed_loop(send, range(40), 4, "test"))
+    assert most == 4 and measured.answers.tolist() == [2 * i for i in range(40)]
+    figures = measured.figures()
+    assert figures["requests"] == 40 and figures["p50_ms"] >= 10 and figures["rps"] <= 400
+    batches = []
+
+    def answer(batch: list[int]) -> list[int]:
+        batches.append(len(batch))
+        return list(batch)
+
+    measured = load.closed_loop_of_batches(answer, list(range(10)), 4, "test")
+    assert batches == [4, 4, 2] and measured.answers.tolist() == list(range(10))
+
+
+def test_open_loops_count_the_wait_and_break_off_when_the_objective_is_missed():
+    worker = asyncio.Semaphore(1)
+
+    async def send(request: int) -> int:
+        async with worker:  # one at a time, 10 ms each: 100 a second at most
+            await asyncio.sleep(0.01)
+        return request
+
+    slow, held = asyncio.run(load.open_loop(send, range(200), 30, 0.5, 1, "test"))
+    assert held and len(slow.answers) == 200 and slow.answers.tolist() == list(range(200))
+    assert slow.seconds == pytest.approx(200 / 30, rel=0.35)  # Poisson arrivals: 6.7 s, standard deviation 7 %
+    fast, held = asyncio.run(load.open_loop(send, range(200), 400, 0.3, 1, "test"))
+    assert not held and len(fast.answers) < 200
+    assert (fast.latencies > 0.3).sum() == 3  # 1 % of 200 may miss it, the third breaks it off
