@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-from letterhead import folding, load, service
+from bench import rows
+from letterhead import folding, load, processes, service
 from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import Answer, load_prompt_encoder
 from letterhead.records import LetterheadError, write_json
@@ -197,3 +198,51 @@ def test_open_loops_count_the_wait_and_break_off_when_the_objective_is_missed():
     fast, held = asyncio.run(load.open_loop(send, range(200), 400, 0.3, 1, "test"))
     assert not held and len(fast.answers) < 200
     assert (fast.latencies > 0.3).sum() == 3  # 1 % of 200 may miss it, the third breaks it off
+
+
+def test_a_bench_row_is_measured_once_on_texts_that_never_come_twice(make_experiment, monkeypatch):
+    write_csv("rows.csv", nasty_rows(120))
+    bench = {"requests": 10, "concurrency": [4, 1], "open_requests": 0}
+    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"validation": 10, "test": 20}}, bench=bench)
+    data.main(experiment)
+    assert [clients for clients, _ in rows.loops(experiment)] == [1, 4]
+    for clients, drawn in rows.loops(experiment):
+        assert len(drawn) == {1: 10, 4: 12}[clients] and {row["split"] for row in drawn} == {"test"}
+        assert len({row["text"] for row in drawn}) == len(drawn)
+    many = rows.draw(experiment, 1000, 3)
+    assert len({row["text"] for row in many}) == len(many) == 120
+    assert [row["split"] for row in many] == ["test"] * 20 + ["validation"] * 10 + ["train"] * 90
+
+    measured = (rows.Row("sft", "hf", "forward"), rows.Row("sft", "hf", "generate"))
+    done, skipped = rows.measure_rows(experiment, measured, {"sft": "sft@0"}, Path("bench"))
+    assert not skipped and [row["decode"] for row in done] == ["forward", "generate"]
+    forward, generate = done
+    assert forward["closed"].keys() == {"1", "4"} and forward["requests"] == 10 and forward["accuracy_requests"] == 22
+    assert forward["p50_ms"] <= forward["p95_ms"] <= forward["p99_ms"] and forward["rps_single"] > 0
+    encoder, model = load_prompt_encoder(experiment), load_decoder(experiment.decoder.folder, "float32")
+    asked = [row for _, drawn in rows.loops(experiment) for row in drawn]
+    scores = score_options(model, [encoder.encode(r["text"]) for r in asked], encoder.answers, False, 2048).log_likelihood
+    right = [LABELS[i] == row["label"] for i, row in zip(scores.argmax(1), asked, strict=True)]
+    assert forward["accuracy"] == pytest.approx(np.mean(right)) and forward["unread_answers"] == 0
+    assert generate["unread_answers"] == 22 and generate["accuracy"] == 0  # random weights never write the answer
+    assert generate["prefill_ms"] > 0 and generate["decode_ms"] > 0
+
+    monkeypatch.setattr(rows, "measure", lambda *_: pytest.fail("measured again"))
+    assert rows.measure_rows(experiment, measured, {"sft": "sft@0"}, Path("bench")) == (done, [])
+
+
+def test_options_of_several_tokens_are_left_out_with_the_reason(make_experiment):
+    write_csv("rows.csv", nasty_rows(120))
+    keys = {"rows": {"validation": 10, "test": 20}}
+    experiment = make_experiment("rows.csv", LABELS, data=keys, prompt={"options": "names"})
+    for row in (rows.Row("sft", "vllm", "one_token"), rows.Row("sft_folded", "vllm", "head")):
+        assert "names of several tokens" in rows.measure(experiment, row, "sft@0", Path("bench"))["why"]
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_so():
+    with pytest.raises(LetterheadError, match="kill_myself: its process was killed, most likely for want of memory"):
+        processes.call_in_a_process(kill_myself)
+
+
+def kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
