@@ -20,7 +20,8 @@ from letterhead.experiment import Experiment
 from letterhead.load import Measured, closed_loop, closed_loop_of_batches, open_loop
 from letterhead.metrics import NO_ANSWER
 from letterhead.processes import call_in_a_process
-from letterhead.records import device_name, peak_memory, read_json, write_json
+from letterhead.records import peak_memory, read_json, write_json
+from letterhead.scoring import precision
 from letterhead.stage import OFFLINE, stage_outputs
 
 WARM_UP = 8
@@ -61,7 +62,7 @@ def measure_rows(experiment: Experiment, rows: Sequence[Row], names: dict[str, s
     """
     folders = {method: model_folder(experiment, name) for method, name in names.items() if method != "tfidf"}
     measured = experiment.bench.model_dump(include={"requests", "concurrency", "open_requests", "objective_ms"})
-    settings = {"bench": measured, "data": stage_outputs(experiment, "data"), "dtype": dtype(experiment)}
+    settings = {"bench": measured, "data": stage_outputs(experiment, "data"), "dtype": precision(experiment.decoder.dtype)}
     settings |= {"prompt": experiment.prompt.model_dump(), "cutoff_len": experiment.sft_arguments()["cutoff_len"]}
     settings |= {"models": {method: [str(path), model_identity(path)] for method, path in folders.items()}}
     done, skipped = [], []
@@ -218,7 +219,9 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
     model, route, encode = asked_of_vllm(experiment, row, name)
     runner = "pooling" if row.decode == "head" else "generate"
     length = model_length(experiment, row)
-    with service.VllmServer(model, runner, length, folder / f"{row.key}.log", dtype=dtype(experiment)) as server:
+    with service.VllmServer(
+        model, runner, length, folder / f"{row.key}.log", dtype=precision(experiment.decoder.dtype)
+    ) as server:
         async with service.client() as client:
 
             async def send(request: dict) -> int:
@@ -291,10 +294,3 @@ def model_length(experiment: Experiment, row: Row) -> int:
     if row.method == "bert":
         return experiment.encoder.head.max_length
     return experiment.decoder.head.max_length if row.method == "linear_head" else experiment.sft_arguments()["cutoff_len"]
-
-
-def dtype(experiment: Experiment) -> str:
-    """The precision of the decoder in service."""
-    if experiment.decoder.dtype != "auto":
-        return experiment.decoder.dtype
-    return "float32" if device_name() == "cpu" else "bfloat16"

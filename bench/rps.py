@@ -7,10 +7,11 @@ The rows are measured by bench/rows.py; here they are chosen, compared and writt
 
 import os
 
-from bench.rows import Row, dtype, measure_rows
+from bench.rows import Row, measure_rows
 from letterhead.classifier import named_method
 from letterhead.experiment import Experiment
 from letterhead.records import atomic_open, device_name, machine, read_json, write_json
+from letterhead.scoring import precision
 from letterhead.stage import OFFLINE, Stage, run
 
 ROWS = (
@@ -44,7 +45,12 @@ def main(experiment: Experiment) -> None:
     for row in rows:
         row["cost_per_million"] = cost_per_million(row, price)
     record = {"rows": rows, "skipped": skipped, "ratios": ratios(rows), "objective_ms": experiment.bench.objective_ms}
-    record |= {"price_per_hour": price, "names": names, "dtype": dtype(experiment), "device": device_name()}
+    record |= {
+        "price_per_hour": price,
+        "names": names,
+        "dtype": precision(experiment.decoder.dtype),
+        "device": device_name(),
+    }
     path, table = (experiment.results_folder / f"bench_rps.{end}" for end in ("json", "md"))
     write_json(path, record | {"machine": machine(), "versions": {"vllm": vllm_version()}})
     with atomic_open(table) as file:

@@ -9,7 +9,7 @@ The weights are random, so accuracies mean nothing; time and memory depend on th
 import os
 from pathlib import Path
 
-from bench.rps import Row, measure_rows
+from bench.rows import Row, measure_rows
 from bench.scoring import compare, draw_rows, summary
 from letterhead.experiment import Experiment
 from letterhead.processes import call_in_a_process

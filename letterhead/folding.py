@@ -7,17 +7,19 @@ think block (PromptEncoder.encode_before_option), the logits are the letters' sc
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from letterhead import results
 from letterhead.checkpoints import model_identity
 from letterhead.classifier import model_folder
 from letterhead.experiment import Experiment
+from letterhead.packing import pack
 from letterhead.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.records import LetterheadError, atomic_folder, read_json, write_json
 from letterhead.scoring import load_decoder
 
-CHECKED_ROWS = 64
+CHECKED_ROWS = 512
 TOLERANCE = 1e-4
 
 
@@ -42,17 +44,17 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     prompts = [encoder.encode_before_option(row["text"]) for row in results.read_rows(experiment, "test")[:CHECKED_ROWS]]
     decoder = load_decoder(source, "float32", packed=False)
     folded = fold(decoder, encoder, experiment.labels)
-    off = largest_difference(decoder, folded, encoder, prompts)
-    if off > TOLERANCE:
-        raise LetterheadError(
-            f"{source}: the folded logits differ by {off:.2g} from the decoder's; this model can't be folded"
-        )
-    facts = {"made_from": origin, "labels": experiment.labels, "options": encoder.options, "largest_difference": off}
-    facts |= {"rows_checked": len(prompts), "architecture": type(folded).__name__}
-    facts |= {"rows_whose_prompt_works_as_text": sum(text_gives_ids(encoder, ids) for ids in prompts)}
     with atomic_folder(target) as folder:
         folded.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
+        off, same = compare(pack(decoder), pack(folded.to(decoder.device)), encoder, prompts)
+        if off > TOLERANCE:
+            raise LetterheadError(
+                f"{source}: the folded logits differ by {off:.2g} from the decoder's; this model can't be folded"
+            )
+        facts = {"made_from": origin, "labels": experiment.labels, "options": encoder.options, "largest_difference": off}
+        facts |= {"rows_checked": len(prompts), "same_predictions": same, "architecture": type(folded).__name__}
+        facts |= {"rows_whose_prompt_works_as_text": sum(text_gives_ids(encoder, ids) for ids in prompts)}
         write_json(folder / "letterhead_export.json", facts)
     return target, facts
 
@@ -85,15 +87,17 @@ def fold(decoder, encoder: PromptEncoder, labels: list[str]):
 
 
 @torch.inference_mode()
-def largest_difference(decoder, folded, encoder: PromptEncoder, prompts: list[list[int]]) -> float:
-    """The largest difference between the folded logits and the decoder's logits of the letters."""
+def compare(decoder, folded, encoder: PromptEncoder, prompts: list[list[int]]) -> tuple[float, int]:
+    """The largest difference between the folded logits and the decoder's logits of the letters, and on how many prompts
+    both have the same highest."""
     letters = [answer.ids[answer.start] for answer in encoder.answers]
-    off = 0.0
-    for ids in prompts:
+    off, same = 0.0, 0
+    for ids in tqdm(prompts, desc="checking the fold", unit=" rows"):
         given = torch.tensor([ids], device=decoder.device)
-        own = decoder(given, logits_to_keep=1).logits[0, -1, letters]
-        off = max(off, (folded.to(decoder.device)(given).logits[0] - own).abs().max().item())
-    return off
+        own, other = decoder(given, logits_to_keep=1).logits[0, -1, letters], folded(given).logits[0]
+        off = max(off, (other - own).abs().max().item())
+        same += int(own.argmax() == other.argmax())
+    return off, same
 
 
 def text_gives_ids(encoder: PromptEncoder, ids: list[int]) -> bool:

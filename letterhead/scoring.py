@@ -127,11 +127,17 @@ class OptionTree:
         return torch.stack([predicted[:, columns].sum(-1) for columns in self._columns], dim=1)
 
 
+def precision(dtype: str) -> str:
+    """What `auto` stands for: bfloat16 on a GPU that has it, else float32 (without AMX a CPU's bfloat16 is slower)."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
 def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedModel:
     """Load a decoder for scoring: safetensors only, on the GPU if there is one; on a CPU with packed linear layers.
 
-    `dtype` is float32, bfloat16 or auto: bfloat16 on a GPU that has it, else float32 (without AMX a CPU's bfloat16 is
-    slower).
+    `dtype` is float32, bfloat16 or auto (see `precision`).
 
     Raises
     ------
@@ -139,10 +145,8 @@ def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedMod
     """
     require_model(folder)
     gpu = torch.cuda.is_available()
-    if dtype == "auto":
-        dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
+        folder, dtype=precision(dtype), attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
     )
     model = model.to("cuda" if gpu else "cpu").eval()
     return pack(model) if packed else model

@@ -19,8 +19,8 @@ def main(experiment: Experiment, model: str) -> None:
 
     folder, facts = export_folded(experiment, named_method(experiment, model))
     checked, as_text = facts["rows_checked"], facts["rows_whose_prompt_works_as_text"]
-    off = f"logits within {facts['largest_difference']:.2g} of the decoder's on {checked} rows"
-    print(f"{folder}: {facts['architecture']}, {off}")
+    off = f"logits within {facts['largest_difference']:.2g} of the decoder's"
+    print(f"{folder}: {facts['architecture']}, {off}, the same prediction on {facts['same_predictions']} of {checked} rows")
     if as_text == checked:
         print("the prompt works as text too: the tokenizer gives the ids of training on all rows")
     else:

@@ -2,7 +2,7 @@
 
     python -m serve.start --experiment quick --model sft@80 --port 8000
 
-sft@STEP generates; bert@STEP, linear_head@STEP and folded@STEP (made by `make export`) classify.
+sft generates; bert, linear_head and folded (made by `make export`) classify; each may name its @STEP.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from letterhead.classifier import model_folder, named_method
 from letterhead.experiment import Experiment
 from letterhead.records import LetterheadError
+from letterhead.scoring import precision
 from letterhead.service import VllmServer
 from letterhead.stage import OFFLINE, run
 
@@ -23,7 +24,7 @@ def main(experiment: Experiment, model: str, port: str) -> None:
     name, folder, runner, length = served(experiment, model)
     log = experiment.run_folder / "serve" / f"{name}.log"
     print(f"loading {folder}; vLLM's log is {log}", flush=True)
-    with VllmServer(folder, runner, length, log, int(port)) as server:
+    with VllmServer(folder, runner, length, log, int(port), precision(experiment.decoder.dtype)) as server:
         route = "/v1/completions" if runner == "generate" else "/classify"
         print(f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} s); Ctrl-C ends it", flush=True)
         while True:
@@ -39,11 +40,12 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
     LetterheadError : no such model, or one that vLLM can't serve
     """
     cutoff = experiment.sft_arguments()["cutoff_len"]
-    if model.startswith("folded@"):
-        folder = experiment.run_folder / "export" / f"sft@{model.partition('@')[2]}"
+    if model.partition("@")[0] == "folded":
+        source = named_method(experiment, "sft" + model.removeprefix("folded"))
+        folder = experiment.run_folder / "export" / source
         if not (folder / "config.json").is_file():
-            raise LetterheadError(f"{folder}: not exported; run: make export EXP={experiment.name} MODEL={folder.name}")
-        return model, folder, "pooling", cutoff
+            raise LetterheadError(f"{folder}: not exported; run: make export EXP={experiment.name} MODEL={source}")
+        return source.replace("sft", "folded"), folder, "pooling", cutoff
     name = named_method(experiment, model)
     method = name.partition("@")[0]
     if method not in ("sft", "bert", "linear_head"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from letterhead import classifier, folding, tfidf
+from letterhead import classifier, tfidf
 from letterhead.checkpoints import require_model
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, write_json
@@ -143,9 +143,11 @@ def test_the_folded_model_is_the_sft_model(make_experiment, decoder):
     assert np.abs(relative - expected).max() < 1e-4
     assert model.config.id2label == dict(enumerate(LABELS))
 
-    as_text = read_json(folder / "letterhead_export.json")["rows_whose_prompt_works_as_text"]
+    facts = read_json(folder / "letterhead_export.json")
+    assert facts["same_predictions"] == facts["rows_checked"] == len(texts) and facts["largest_difference"] < 1e-4
+    as_text = facts["rows_whose_prompt_works_as_text"]
     if decoder == "qwen3":  # "\n\n" is one token, whatever follows: text works
-        assert as_text == folding.CHECKED_ROWS
+        assert as_text == len(texts)
         classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
         prompt = tokenizer.decode(ids[0], clean_up_tokenization_spaces=False)
         assert classify(prompt)[0]["label"] == LABELS[int(scores[0].argmax())]
