@@ -13,7 +13,7 @@ MAKEFLAGS += --no-print-directory
 
 LOCK := requirements/train.txt
 READY := .venv/.ready-$(shell sha256sum $(LOCK) 2>/dev/null | cut -c1-16)
-GPU := $(wildcard /dev/nvidia0)
+GPU := $(wildcard /dev/nvidia[0-9]*)
 LOCK_SERVE := requirements/serve-$(if $(GPU),gpu,cpu).txt
 READY_SERVE := .venv-serve/.ready-$(shell sha256sum $(LOCK_SERVE) 2>/dev/null | cut -c1-16)
 RUN := .venv/bin/python -m

@@ -20,14 +20,15 @@ from letterhead.experiment import Experiment
 from letterhead.load import Measured, closed_loop, closed_loop_of_batches, open_loop
 from letterhead.metrics import NO_ANSWER
 from letterhead.processes import call_in_a_process
-from letterhead.records import peak_memory, read_json, write_json
+from letterhead.records import device_name, machine, peak_memory, read_json, write_json
 from letterhead.scoring import precision
+from letterhead.service import vllm_version
 from letterhead.stage import OFFLINE, stage_outputs
 
 WARM_UP = 8
 THOUGHT_TOKENS = 16
-# The open loop begins near what a closed loop reached, and goes down by a sixth until the objective is held.
-FIRST_RATE, STEP_DOWN, LOWEST_RATE = 0.9, 5 / 6, 0.2
+# The open loops begin near what a closed loop reached, and go up or down by so much to the highest rate that holds.
+FIRST_RATE, STEP, LOWEST_RATE, MOST_RATES = 0.9, 1.2, 0.2, 20
 FOLDED_READS = ("linear_head_on_prompt", "sft_folded")
 
 
@@ -64,15 +65,19 @@ def measure_rows(experiment: Experiment, rows: Sequence[Row], names: dict[str, s
     measured = experiment.bench.model_dump(include={"requests", "concurrency", "open_requests", "objective_ms"})
     settings = {"bench": measured, "data": stage_outputs(experiment, "data"), "dtype": precision(experiment.decoder.dtype)}
     settings |= {"prompt": experiment.prompt.model_dump(), "cutoff_len": experiment.sft_arguments()["cutoff_len"]}
-    settings |= {"models": {method: [str(path), model_identity(path)] for method, path in folders.items()}}
+    settings |= {"eval": experiment.eval.model_dump(include={"batch_tokens", "score"}), "seed": experiment.seed}
+    for section in (experiment.encoder, experiment.decoder):
+        settings[str(section.folder)] = section.head.model_dump(include={"max_length", "per_device_eval_batch_size"})
+    settings |= {"machine": machine(), "device": device_name(), "vllm": vllm_version()}
+    identities = {method: [str(path), model_identity(path)] for method, path in folders.items()}
     done, skipped = [], []
     for row in rows:
-        kept = folder / f"{row.key}.json"
+        kept, of_row = folder / f"{row.key}.json", settings | {"model": identities.get(row.method)}
         result = read_json(kept)
-        if not result or result.pop("settings") != settings:
+        if not result or result.pop("settings") != of_row:
             print(f"{row.key}: {names[row.method]}", flush=True)
             result = measure(experiment, row, names[row.method], folder)
-            write_json(kept, result | {"settings": settings})
+            write_json(kept, result | {"settings": of_row})
         (skipped if "why" in result else done).append(result)
     return done, skipped
 
@@ -192,7 +197,10 @@ def generator(experiment: Experiment, folder: Path, phases: dict[str, list]) -> 
         first = None
 
         def __call__(self, input_ids, scores, **kwargs):
-            self.first = self.first or time.perf_counter()
+            if self.first is None:
+                if input_ids.is_cuda:
+                    torch.cuda.synchronize()
+                self.first = time.perf_counter()
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     @torch.inference_mode()
@@ -200,7 +208,13 @@ def generator(experiment: Experiment, folder: Path, phases: dict[str, list]) -> 
         begin, clock = time.perf_counter(), Clock()
         prompts = [encoder.encode(text) for text in texts]
         batch = encoder.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        asked = {"max_new_tokens": max(map(len, trained)), "do_sample": False, "pad_token_id": pad, "eos_token_id": ends}
+        asked = {
+            "max_new_tokens": max(map(len, trained)),
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+            "pad_token_id": pad,
+            "eos_token_id": ends,
+        }
         made = model.generate(**batch, **asked, stopping_criteria=[clock]).tolist()
         phases["prefill"].append(clock.first - begin)
         phases["decode"].append(time.perf_counter() - clock.first)
@@ -244,19 +258,19 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
 
 
 async def open_loops(experiment: Experiment, row: Row, send, told: dict) -> dict:
-    """Poisson arrivals at falling rates, until the 99th percentile is within the objective."""
+    """Poisson arrivals at rates a step apart: up while p99 is within the objective, else down until it is."""
     objective, reached = experiment.bench.objective_ms, max(loop["rps"] for loop in told["closed"].values())
-    tried, share = [], FIRST_RATE
-    rows = draw(experiment, experiment.bench.open_requests, 1000)
-    while rows and share >= LOWEST_RATE and told["p50_ms"] < objective:
-        rate = share * reached
+    rows, tried, rate, best = draw(experiment, experiment.bench.open_requests, 1000), [], FIRST_RATE * reached, None
+    while rows and rate >= LOWEST_RATE * reached and told["p50_ms"] < objective:
         title = f"{row.key}, {rate:.2f} a second"
         measured, held = await open_loop(send, rows, rate, objective / 1000, experiment.seed, title)
         tried.append({"rate": rate, "held": held, **measured.figures()})
         if held:
-            return {"open": tried, "rps_at_objective": rate}
-        share *= STEP_DOWN
-    return {"open": tried, "rps_at_objective": None}
+            best = rate
+        if held != tried[0]["held"] or (held and len(tried) == MOST_RATES):
+            break
+        rate = rate * STEP if held else rate / STEP
+    return {"open": tried, "rps_at_objective": best}
 
 
 async def thought_again(experiment: Experiment, server, client, encode) -> dict:
@@ -285,7 +299,8 @@ def asked_of_vllm(experiment: Experiment, row: Row, name: str) -> tuple:
     if row.decode == "one_token":
         return folder, service.one_token_route(encoder.answers), encoder.encode_before_option
     if row.method == "sft_folded":
-        folder, _ = export_folded(experiment, name)
+        # In a process of its own, which gives the GPU's memory back before vLLM asks for it.
+        folder, _ = call_in_a_process(export_folded, experiment, name)
     return folder, service.classify_route(), encoder.encode_before_option
 
 

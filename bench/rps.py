@@ -11,7 +11,9 @@ from bench.rows import Row, measure_rows
 from letterhead.classifier import named_method
 from letterhead.experiment import Experiment
 from letterhead.records import atomic_open, device_name, machine, read_json, write_json
+from letterhead.results import bench_made_from
 from letterhead.scoring import precision
+from letterhead.service import vllm_version
 from letterhead.stage import OFFLINE, Stage, run
 
 ROWS = (
@@ -52,6 +54,7 @@ def main(experiment: Experiment) -> None:
         "device": device_name(),
     }
     path, table = (experiment.results_folder / f"bench_rps.{end}" for end in ("json", "md"))
+    record["made_from"] = bench_made_from(experiment)
     write_json(path, record | {"machine": machine(), "versions": {"vllm": vllm_version()}})
     with atomic_open(table) as file:
         file.write(as_table(read_json(path)))
@@ -68,14 +71,6 @@ def ratios(rows: list[dict]) -> dict[str, float | None]:
 def cost_per_million(row: dict, price_per_hour: float) -> float:
     """What a million rows cost on a machine at that price, kept busy: the closed loop with the highest throughput."""
     return 1e6 * price_per_hour / 3600 / max(loop["rps"] for loop in row["closed"].values())
-
-
-def vllm_version() -> str:
-    """The version of vLLM in the serving environment."""
-    from letterhead.service import ENVIRONMENT
-
-    found = sorted(ENVIRONMENT.glob("lib/python*/site-packages/vllm*.dist-info"))
-    return found[0].name.removesuffix(".dist-info") if found else "none"
 
 
 def as_table(record: dict) -> str:

@@ -31,7 +31,7 @@ def main(experiment: Experiment) -> None:
     stages = sorted({stage for stages in METHODS.values() for stage in stages[:2] if stage})
     made = {name: stage_outputs(experiment, name) for name in stages}
     records = {name: read_json(experiment.run_folder / name / "stage.json") for name in stages}
-    bench = read_json(experiment.results_folder / "bench_rps.json") or {"rows": []}
+    bench = results.read_bench(experiment) or {"rows": []}
     in_service = [{key: row[key] for key in ("method", "name", "cost_per_million")} for row in bench["rows"]]
     stage = Stage(experiment, "compare", {"stages": records, "seed": experiment.seed, "service": in_service})
     path = experiment.results_folder / "comparison.json"

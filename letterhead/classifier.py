@@ -81,10 +81,12 @@ def _head(experiment: Experiment, folder: Path, method: str) -> Classifier:
     from letterhead import heads
     from letterhead.packing import pack
     from letterhead.prompt import TextEncoder
+    from letterhead.scoring import precision
 
     head = (experiment.encoder if method == "bert" else experiment.decoder).head
     model, tokenizer = heads.load_head(folder, experiment.labels), heads.load_tokenizer(folder)
-    model = pack(model.to("cuda" if torch.cuda.is_available() else "cpu").eval())
+    dtype = getattr(torch, precision(experiment.decoder.dtype))  # the decoder's, so that methods compare
+    model = pack(model.to("cuda" if torch.cuda.is_available() else "cpu", dtype).eval())
     encoder = TextEncoder(tokenizer, head.max_length)
     return lambda texts: heads.classify(model, tokenizer, encoder.encode(texts), head.per_device_eval_batch_size)
 

@@ -220,8 +220,8 @@ class Eval(Section):
 class Bench(Section):
     """How much is measured: rows with the experiment's own options and with R52's names, rows to train, paired runs.
 
-    In service: requests of each closed loop and its numbers of clients, requests of the open loop, the objective for its
-    99th percentile, and what an hour of the machine costs.
+    In service: requests of each closed loop and its numbers of clients, requests of an open loop (0: none is measured), the
+    objective for its 99th percentile, and what an hour of the machine costs.
     """
 
     scoring_rows: Count = 500
@@ -231,7 +231,7 @@ class Bench(Section):
     training_runs: Annotated[int, Field(ge=3)] = 3
     requests: Count = 200
     concurrency: Annotated[list[Count], Field(min_length=1)] = [1, 4, 16]
-    open_requests: Count = 1000
+    open_requests: Annotated[int, Field(ge=0)] = 1000
     objective_ms: Annotated[float, Field(gt=0)] = 1000
     price_per_hour: Annotated[float, Field(gt=0)] = 1.0
 

@@ -19,12 +19,11 @@ from letterhead.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.records import LetterheadError, atomic_folder, read_json, write_json
 from letterhead.scoring import load_decoder
 
-CHECKED_ROWS = 512
 TOLERANCE = 1e-4
 
 
 def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
-    """Fold a checkpoint, check it on test rows, and write it to runs/<experiment>/export/NAME, unless it is there.
+    """Fold a checkpoint, check it on all test rows, and write it to runs/<experiment>/export/NAME, unless it is there.
 
     Returns
     -------
@@ -37,11 +36,13 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     if not name.startswith("sft@"):
         raise LetterheadError(f"{name}: is no SFT checkpoint; BERT and the linear head are sequence classifiers already")
     source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
-    encoder, origin = load_prompt_encoder(experiment), model_identity(source)
+    encoder = load_prompt_encoder(experiment)
+    made_from = {"model": model_identity(source), "prompt": experiment.prompt.model_dump(), "labels": experiment.labels}
+    made_from |= {"answers": [answer.ids for answer in encoder.answers]}
     facts = read_json(target / "letterhead_export.json")
-    if facts and facts["made_from"] == origin and facts["options"] == encoder.options:
+    if facts and facts["made_from"] == made_from:
         return target, facts
-    prompts = [encoder.encode_before_option(row["text"]) for row in results.read_rows(experiment, "test")[:CHECKED_ROWS]]
+    prompts = [encoder.encode_before_option(row["text"]) for row in results.read_rows(experiment, "test")]
     decoder = load_decoder(source, "float32", packed=False)
     folded = fold(decoder, encoder, experiment.labels)
     with atomic_folder(target) as folder:
@@ -52,7 +53,7 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
             raise LetterheadError(
                 f"{source}: the folded logits differ by {off:.2g} from the decoder's; this model can't be folded"
             )
-        facts = {"made_from": origin, "labels": experiment.labels, "options": encoder.options, "largest_difference": off}
+        facts = {"made_from": made_from, "largest_difference": off}
         facts |= {"rows_checked": len(prompts), "same_predictions": same, "architecture": type(folded).__name__}
         facts |= {"rows_whose_prompt_works_as_text": sum(text_gives_ids(encoder, ids) for ids in prompts)}
         write_json(folder / "letterhead_export.json", facts)

@@ -29,7 +29,7 @@ class Measured:
 
     def figures(self) -> dict[str, float]:
         """Requests per second, and percentiles of the latency in ms."""
-        p50, p95, p99 = np.percentile(self.latencies * 1000, (50, 95, 99))
+        p50, p95, p99 = np.percentile(self.latencies * 1000, (50, 95, 99), method="lower").tolist()
         rps = len(self.latencies) / self.seconds
         return {"rps": rps, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "requests": len(self.latencies)}
 

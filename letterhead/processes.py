@@ -1,10 +1,10 @@
 """Child processes that never outlive their parent.
 
-python -m letterhead.processes COMMAND …
+python -m letterhead.processes PARENT COMMAND …
 
 runs a command with all its children in a group of its own, and kills the group when the command ends, when it is told to
-stop, or when its parent dies, kill -9 included (Linux tells it). vLLM starts processes of its own, so ending the one that
-we started is not enough.
+stop, or when the process PARENT dies, kill -9 included (Linux tells it). vLLM starts processes of its own, so ending the
+one that we started is not enough.
 """
 
 import ctypes
@@ -31,23 +31,22 @@ def die_with_parent(how: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
 
 
-def guard(command: list[str]) -> int:
-    """Run a command in a process group of its own; when this ends, for whatever reason, the group is killed."""
-    parent = os.getppid()
+def guarded(command: list[str]) -> list[str]:
+    """The command line that runs a command under `guard`, as a child of this process."""
+    return [sys.executable, "-m", "letterhead.processes", str(os.getpid()), *command]
+
+
+def guard(parent: int, command: list[str]) -> int:
+    """Run a command in a process group of its own; when this, or the parent, ends for whatever reason, so does the group."""
+    told = []
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(how, lambda *_: told.append(True))
     die_with_parent(signal.SIGTERM)
-    child = subprocess.Popen(command, start_new_session=True)
-
-    def stop(*_) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        with suppress(KeyboardInterrupt):
-            while child.poll() is None and os.getppid() == parent:
-                time.sleep(0.1)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+    child = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+    while child.poll() is None and not told and os.getppid() == parent:
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
     return child.wait()
 
 
@@ -76,4 +75,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(sys.argv[1:]))
+    sys.exit(guard(int(sys.argv[1]), sys.argv[2:]))

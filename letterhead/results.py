@@ -15,6 +15,7 @@ from letterhead.metrics import NO_ANSWER, classification_figures
 from letterhead.records import LetterheadError, device_name, read_json, read_jsonl, versions, write_json, write_jsonl
 
 SPLITS = ("test", "validation")
+BENCHED = ("data", "sft", "bert", "linear-head", "tfidf")
 
 
 def result_files(experiment: Experiment, name: str, split: str) -> tuple[Path, Path]:
@@ -50,6 +51,18 @@ def read_result(experiment: Experiment, name: str, split: str) -> dict:
 def read_predictions(experiment: Experiment, name: str, split: str) -> list[dict]:
     """A result's predictions, in the rows' order."""
     return list(read_jsonl(result_files(experiment, name, split)[1]))
+
+
+def bench_made_from(experiment: Experiment) -> dict[str, str]:
+    """What the service figures hang on: the hash of each stage's inputs that trained something, or made the rows."""
+    records = {name: read_json(experiment.run_folder / name / "stage.json") for name in BENCHED}
+    return {name: record and record["inputs_sha256"] for name, record in records.items()}
+
+
+def read_bench(experiment: Experiment) -> dict | None:
+    """The service figures, if they are there and those of the models that are there now."""
+    bench = read_json(experiment.results_folder / "bench_rps.json")
+    return bench if bench and bench["made_from"] == bench_made_from(experiment) else None
 
 
 def kept_result(experiment: Experiment, name: str, split: str, inputs_sha256: str) -> dict | None:

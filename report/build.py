@@ -53,7 +53,7 @@ def main(experiment: Experiment) -> None:
     made = {name: stage_outputs(experiment, name) for name in STAGES}
     sources = {path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()}
     config = experiment.model_dump(mode="json")
-    bench = read_json(experiment.results_folder / "bench_rps.json")
+    bench = results.read_bench(experiment)
     stage = Stage(experiment, "report", {"made": made, "sources": sources, "config": config, "bench": bench})
     paths = {name: stage.folder / f"{name}.png" for name in WHAT_A_PICTURE_SHOWS if bench or name != "service"}
     page, text = stage.folder / "report.html", stage.folder / "REPORT.md"

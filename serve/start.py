@@ -2,15 +2,17 @@
 
     python -m serve.start --experiment quick --model sft@80 --port 8000
 
-sft generates; bert, linear_head and folded (made by `make export`) classify; each may name its @STEP.
+sft generates; bert, linear_head and folded (which `make export` makes too) classify; each may name its @STEP.
 """
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from letterhead.classifier import model_folder, named_method
 from letterhead.experiment import Experiment
+from letterhead.folding import export_folded
 from letterhead.records import LetterheadError
 from letterhead.scoring import precision
 from letterhead.service import VllmServer
@@ -27,9 +29,11 @@ def main(experiment: Experiment, model: str, port: str) -> None:
     with VllmServer(folder, runner, length, log, int(port), precision(experiment.decoder.dtype)) as server:
         route = "/v1/completions" if runner == "generate" else "/classify"
         print(f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} s); Ctrl-C ends it", flush=True)
-        while True:
-            server.require_alive()
-            time.sleep(1)
+        with suppress(KeyboardInterrupt):
+            while True:
+                server.require_alive()
+                time.sleep(1)
+        print("ended")
 
 
 def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
@@ -42,9 +46,7 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
     cutoff = experiment.sft_arguments()["cutoff_len"]
     if model.partition("@")[0] == "folded":
         source = named_method(experiment, "sft" + model.removeprefix("folded"))
-        folder = experiment.run_folder / "export" / source
-        if not (folder / "config.json").is_file():
-            raise LetterheadError(f"{folder}: not exported; run: make export EXP={experiment.name} MODEL={source}")
+        folder, _ = export_folded(experiment, source)
         return source.replace("sft", "folded"), folder, "pooling", cutoff
     name = named_method(experiment, model)
     method = name.partition("@")[0]

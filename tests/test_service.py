@@ -70,8 +70,15 @@ def test_vllm_answers_as_the_scorer_does_and_outlives_its_clients(served):
         assert np.abs(np.array([p for _, p in told]) - scores.probabilities("mean")).max() < 1e-4
 
         before = server.phases()
-        answers = ask_all(server, service.generate_route(encoder.answers), [encoder.encode(text) for text in texts[:4]])
+        asked = [encoder.encode(text) for text in texts[:4]]
+        answers = ask_all(server, service.generate_route(encoder.answers), asked)
         assert all(answer == NO_ANSWER and p is None for answer, p in answers)  # SmolLM2 was not taught the answer
+        # Take what HF's generate writes for an answer that was taught: vLLM must write the same ids, and they are read.
+        model.generation_config.eos_token_id = None
+        made = model.generate(torch.tensor([asked[0]]), max_new_tokens=40, do_sample=False)[0, len(asked[0]) :].tolist()
+        end = next(i for i in range(3, 40) if made[i] not in made[:i])  # the end token must not come before its place
+        taught = [Answer([*made[: end - 1], 0, made[end]], end - 1, end), Answer(made[: end + 1], end - 1, end)]
+        assert ask_all(server, service.generate_route(taught), asked[:1]) == [(1, None)]
         assert all(server.phases()[phase] > before[phase] for phase in service.PHASES)
 
         with pytest.raises(httpx.ReadTimeout):
@@ -108,7 +115,7 @@ def test_vllm_classifies_with_the_folded_model_as_the_scorer_does(served):
 @needs_vllm
 def test_a_model_that_vllm_cannot_serve_is_told_from_one_that_does_not_fit(served, tiny_models):
     with (
-        pytest.raises(LetterheadError, match=r"vLLM ended \(exit code \d+\) on .*max_model_len"),
+        pytest.raises(LetterheadError, match=r"(?s)vLLM ended \(exit code \d+\) on .*max_model_len"),
         service.VllmServer(served.decoder.folder, "generate", 10_000_000, Path("vllm.log")),
     ):
         pass
@@ -125,23 +132,31 @@ def test_without_a_serving_environment_the_error_names_the_target(workplace):
         service.VllmServer(Path("model"), "generate", 64, Path("vllm.log"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_guarded_command_dies_with_its_parent(tmp_path, how):
-    # Parent → guard → command → grandchild: all must go, however the parent ends.
-    grandchild = f"import subprocess; subprocess.Popen(['sleep', '600']); open({str(tmp_path / 'up')!r}, 'w'); input()"
+@pytest.mark.parametrize("whom", ["parent", "guard"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_guarded_command_dies_with_its_parent_and_with_its_guard(tmp_path, how, whom):
+    # Parent → guard → command → the command's own children.
+    command = f"import subprocess; subprocess.Popen(['sleep', '600']); open({str(tmp_path / 'up')!r}, 'w'); input()"
+    if whom == "guard" and how == signal.SIGKILL:  # nobody is left to kill the group: the command must look after its own
+        command = f"open({str(tmp_path / 'up')!r}, 'w'); input()"
     parent = (
-        "import subprocess, sys; "
-        f"subprocess.Popen([sys.executable, '-m', 'letterhead.processes', sys.executable, '-c', {grandchild!r}], "
-        "stdin=subprocess.PIPE).wait()"
+        "import subprocess, sys; from letterhead.processes import guarded; "
+        f"subprocess.Popen(guarded([sys.executable, '-c', {command!r}]), stdin=subprocess.PIPE).wait()"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], env=os.environ | {"PYTHONPATH": str(ROOT)})
     while not (tmp_path / "up").exists():
         time.sleep(0.05)
     started = processes_of(process.pid)
-    assert "sleep" in {one.name() for one in started}
-    process.send_signal(how)
-    process.wait()
+    guard = psutil.Process(process.pid).children()[0]
+    assert len(started) >= 2
+    (process if whom == "parent" else guard).send_signal(how)
+    assert process.wait(20) is not None
     assert gone(started)
+
+
+def test_a_guard_whose_parent_is_gone_already_starts_nothing_that_stays():
+    command = [sys.executable, "-m", "letterhead.processes", "1", "sleep", "600"]  # as if an ancestor had taken it in
+    assert subprocess.run(command, cwd=ROOT, timeout=20).returncode != 0
 
 
 def test_answers_are_read_by_their_token_ids():
