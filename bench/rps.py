@@ -75,7 +75,7 @@ def cost_per_million(row: dict, price_per_hour: float) -> float:
 
 def as_table(record: dict) -> str:
     """The rows in Markdown."""
-    clients = list(record["rows"][0]["closed"])
+    clients = sorted(record["rows"][0]["closed"], key=int)
     machine = f"{record['device']} ({record['machine']}), {record['dtype']}, {record['versions']['vllm']}"
     columns = ["method", "engine", "decode", "RPS, 1 client", "p50 ms", "p95 ms", "p99 ms"]
     columns += [f"RPS, {n} clients" for n in clients if n != "1"]
@@ -89,7 +89,7 @@ def as_table(record: dict) -> str:
         held = row["rps_at_objective"]
         cells += ["–" if row["engine"] != "vllm" else "none" if held is None else f"{held:.2f}", f"{row['accuracy']:.3f}"]
         cells += ["–" if row[key] is None else f"{row[key]:.0f}" for key in ("prefill_ms", "decode_ms")]
-        cells += [str(row["peak_memory_mb"]), f"{row['load_seconds']:.0f}", f"{row['cost_per_million']:.2f}"]
+        cells += [str(row["peak_memory_mb"]), f"{row['load_seconds']:.0f}", f"{row['cost_per_million']:.3g}"]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",

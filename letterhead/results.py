@@ -62,7 +62,11 @@ def bench_made_from(experiment: Experiment) -> dict[str, str]:
 def read_bench(experiment: Experiment) -> dict | None:
     """The service figures, if they are there and those of the models that are there now."""
     bench = read_json(experiment.results_folder / "bench_rps.json")
-    return bench if bench and bench["made_from"] == bench_made_from(experiment) else None
+    if not bench or bench["made_from"] != bench_made_from(experiment):
+        return None
+    for row in bench["rows"]:  # JSON keeps the numbers of clients as text, sorted as such
+        row["closed"] = dict(sorted(row["closed"].items(), key=lambda loop: int(loop[0])))
+    return bench
 
 
 def kept_result(experiment: Experiment, name: str, split: str, inputs_sha256: str) -> dict | None:

@@ -7,6 +7,7 @@ holds; so a run that was killed goes on behind it and ends with the bytes it wou
 """
 
 import csv
+import fcntl
 import io
 import os
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from letterhead.checkpoints import model_identity
 from letterhead.classifier import load_classifier, model_folder, named_method
 from letterhead.experiment import Experiment
 from letterhead.prompt import keep_words
-from letterhead.records import LetterheadError, read_json, sha256_file, sha256_json, write_json
-from letterhead.stage import OFFLINE, run
+from letterhead.records import LetterheadError, device_name, read_json, sha256_file, sha256_json, write_json
+from letterhead.scoring import precision
+from letterhead.stage import OFFLINE, run, stage_outputs
 
 CHUNK = 1024
 DIGITS = 6
@@ -32,15 +34,18 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
         raise LetterheadError(f"{target}: OUT is IN; name another file")
-    header, _ = read_header(source, experiment)
+    header, text_column = read_header(source, experiment)
     name = named_method(experiment, model)
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
     inputs = sha256_json(
         {
             "source": sha256_file(source),
             "method": name,
-            "model": None if name == "tfidf" else model_identity(model_folder(experiment, name)),
+            "model": stage_outputs(experiment, "data")
+            if name == "tfidf"
+            else model_identity(model_folder(experiment, name)),
             "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
+            "device": [device_name(), precision(experiment.decoder.dtype)],
         }
     )
     progress = read_json(progress_file)
@@ -51,11 +56,15 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     classify = load_classifier(experiment, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as file, tqdm(desc=f"predicting with {name}", unit=" rows", initial=progress["rows"]) as bar:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LetterheadError(f"{part}: another process is writing it; wait for it, or name another OUT") from None
         file.truncate(progress["bytes"])
         if not progress["rows"]:
             columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
             file.write(as_csv([columns]))
-        rows = islice(read_rows(source, experiment), progress["rows"], None)
+        rows = islice(read_rows(source, experiment, text_column), progress["rows"], None)
         for chunk in iter(lambda: list(islice(rows, CHUNK)), []):
             probabilities = classify([text for _, text in chunk])
             lines = [
@@ -85,10 +94,14 @@ def read_header(path: Path, experiment: Experiment) -> tuple[list[str], int]:
 
     Raises
     ------
-    LetterheadError : no such file, no such column
+    LetterheadError : no such file, no such column, not UTF-8
     """
     if not path.is_file():
         raise LetterheadError(f"{path}: no such file; say IN=file.csv")
+    with open(path, "rb") as file:
+        line = next((number for number, line in enumerate(file, 1) if not is_utf8(line)), None)
+    if line:
+        raise LetterheadError(f"{path} line {line}: not UTF-8; save the file as UTF-8 CSV")
     with open(path, encoding="utf-8-sig", newline="") as file:
         header, column = next(csv.reader(file), []), experiment.data.columns.text
     if column not in header:
@@ -97,19 +110,18 @@ def read_header(path: Path, experiment: Experiment) -> tuple[list[str], int]:
     return header, header.index(column)
 
 
-def read_rows(path: Path, experiment: Experiment) -> Iterator[tuple[list[str], str]]:
-    """Each row's fields, and its text as the experiment cuts it.
+def read_rows(path: Path, experiment: Experiment, at: int) -> Iterator[tuple[list[str], str]]:
+    """Each row's fields, and its text, which stands at position `at`, as the experiment cuts it.
 
     Raises
     ------
     LetterheadError : a row that cannot be read, or that has no text; names file and row
     """
-    header, at = read_header(path, experiment)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         number = 0
         try:
-            next(reader)
+            header = next(reader)
             for number, fields in enumerate(reader, 1):
                 if not fields:
                     raise LetterheadError(f"{path} row {number}: empty line; delete it")
@@ -120,8 +132,17 @@ def read_rows(path: Path, experiment: Experiment) -> Iterator[tuple[list[str], s
                 if not fields[at].strip():
                     raise LetterheadError(f"{path} row {number}: the text is empty; fill it in, or delete the row")
                 yield fields, keep_words(fields[at], experiment.data.max_words).strip()
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise LetterheadError(f"{path} row {number + 1}: {error}; save the file as UTF-8 CSV") from None
+        except csv.Error as error:
+            raise LetterheadError(f"{path} row {number + 1}: {error}; mend its quotes") from None
+
+
+def is_utf8(line: bytes) -> bool:
+    """Whether bytes are text in UTF-8."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Predict and export: the same bytes after a kill, the same answers as the evaluation, a letter folded into a head."""
 
 import csv
+import fcntl
 import json
 import os
 import random
@@ -71,23 +72,37 @@ def test_predictions_keep_rows_order_and_columns(experiment, model, monkeypatch)
 
 
 def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(experiment):
-    write_csv("in.csv", nasty_rows(6000))
+    write_csv("in.csv", nasty_rows(20_000))
     command = [sys.executable, "-m", "serve.predict", "--experiment", "mine", "--in", "in.csv", "--model", "tfidf", "--out"]
 
     def start(out: str) -> subprocess.Popen:
         return subprocess.Popen([*command, out], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
 
+    def done() -> int:
+        return (read_json("out.csv.part.json") or {"rows": 0})["rows"]
+
     assert start("whole.csv").wait(300) == 0
-    for kill in range(3):
-        process = start("out.csv")
-        while process.poll() is None and not Path("out.csv.part.json").exists():
+    kills = []
+    for seed in range(3):
+        before, process = done(), start("out.csv")
+        while process.poll() is None and done() <= before:
             time.sleep(0.002)
-        time.sleep(random.Random(kill).uniform(0, 0.6))
+        time.sleep(random.Random(seed).uniform(0, 0.04))  # about a chunk's time: anywhere in its work
         process.send_signal(signal.SIGKILL)
         process.wait()
+        kills.append(done())
+    assert 0 < kills[0] < kills[1] < kills[2] < 20_000 and not Path("out.csv").exists()
     assert start("out.csv").wait(300) == 0
     assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
-    assert len(read("out.csv")) == 6001
+    assert len(read("out.csv")) == 20_001
+
+
+def test_two_predictions_into_one_file_do_not_mix(experiment):
+    Path("in.csv").write_text("text\none\ntwo\n")
+    with open("out.csv.part", "ab") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        with pytest.raises(LetterheadError, match="out.csv.part: another process is writing it"):
+            predict.main(experiment, "in.csv", "out.csv", "tfidf")
 
 
 def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, monkeypatch):
@@ -104,6 +119,10 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, mo
     Path("in.csv").write_text("text,n\none,1,2\n")
     with pytest.raises(LetterheadError, match="row 1: 3 fields, the header has 2"):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
+    for encoding in ("latin-1", "utf-16"):
+        Path("in.csv").write_bytes("text\none\ncafé\n".encode(encoding))
+        with pytest.raises(LetterheadError, match=r"in.csv line [13]: not UTF-8; save the file as UTF-8 CSV"):
+            predict.main(experiment, "in.csv", "out.csv", "tfidf")
     with pytest.raises(LetterheadError, match="run: make compare EXP=mine"):
         predict.main(experiment, "rows.csv", "out.csv", "best")
     with pytest.raises(LetterheadError, match="bert@7: no whole checkpoint; .* holds steps none"):
