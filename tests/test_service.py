@@ -200,17 +200,20 @@ def test_closed_loops_keep_so_many_requests_in_flight():
 
 
 def test_open_loops_count_the_wait_and_break_off_when_the_objective_is_missed():
-    worker = asyncio.Semaphore(1)
+    async def loop(rate: float, objective_s: float) -> tuple[load.Measured, bool]:
+        worker = asyncio.Semaphore(1)
 
-    async def send(request: int) -> int:
-        async with worker:  # one at a time, 10 ms each: 100 a second at most
-            await asyncio.sleep(0.01)
-        return request
+        async def send(request: int) -> int:
+            async with worker:  # one at a time, 10 ms each: 100 a second at most
+                await asyncio.sleep(0.01)
+            return request
 
-    slow, held = asyncio.run(load.open_loop(send, range(200), 30, 0.5, 1, "test"))
-    assert held and len(slow.answers) == 200 and slow.answers.tolist() == list(range(200))
+        return await load.open_loop(send, range(200), rate, objective_s, 1, "test")
+
+    slow, held = asyncio.run(loop(30, 0.5))
+    assert held and slow.answers.tolist() == list(range(200))
     assert slow.seconds == pytest.approx(200 / 30, rel=0.35)  # Poisson arrivals: 6.7 s, standard deviation 7 %
-    fast, held = asyncio.run(load.open_loop(send, range(200), 400, 0.3, 1, "test"))
+    fast, held = asyncio.run(loop(400, 0.3))
     assert not held and len(fast.answers) < 200
     assert (fast.latencies > 0.3).sum() == 3  # 1 % of 200 may miss it, the third breaks it off
 
