@@ -7,19 +7,21 @@ OUT ?=
 MODEL ?= best
 PORT ?= 8000
 PYTHON ?= python3
+# How many GPUs (or, without one, processes) a stage uses; one, whatever is visible. Only `make … NPROC=2` changes it.
+NPROC = 1
+# `make … PREFLIGHT=no` leaves out the check before a run on a GPU.
+PREFLIGHT ?= yes
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
 LOCK := requirements/train.txt
 READY := .venv/.ready-$(shell sha256sum $(LOCK) 2>/dev/null | cut -c1-16)
-GPU := $(wildcard /dev/nvidia[0-9]*)
-LOCK_SERVE := requirements/serve-$(if $(GPU),gpu,cpu).txt
-READY_SERVE := .venv-serve/.ready-$(shell sha256sum $(LOCK_SERVE) 2>/dev/null | cut -c1-16)
+LOCKS_SERVE := requirements/serve-cpu.txt requirements/serve-gpu.txt
+READY_SERVE := .venv-serve/.ready-$(shell cat $(LOCKS_SERVE) 2>/dev/null | sha256sum | cut -c1-16)
 RUN := .venv/bin/python -m
-ON_CPU := $(if $(GPU),,decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false)
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL PORT
+export EXP SET IN OUT MODEL PORT NPROC
 
 help: ## print this list
 	@echo 'make TARGET [EXP=name] [SET="key=value …"]    experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
@@ -31,7 +33,16 @@ $(READY): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK) .venv $@
 
 setup-serve: $(READY_SERVE) ## build .venv-serve (vLLM: for the GPU if there is one, else for the CPU)
 
-$(READY_SERVE): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_SERVE) .venv-serve $@
+# What torch sees decides between the locks: `letterhead.devices` prints gpu or cpu.
+$(READY_SERVE): | $(READY)
+	@device=$$($(RUN) letterhead.devices) && PYTHON="$(PYTHON)" requirements/install.sh requirements/serve-$$device.txt .venv-serve $@
+
+preflight: $(READY) ## before a rented GPU costs money: device, disk, memory, hub, labels, prompts; go or no-go
+	@$(RUN) prep.preflight $(STAGE) --when always
+
+# On a GPU the same, by itself, before what takes hours.
+preflight-on-gpu: $(READY)
+	@[ "$(PREFLIGHT)" = no ] || $(RUN) prep.preflight $(STAGE) --when gpu
 
 data: $(READY) ## fetch models and data, make rows, Alpaca JSON and the data card
 	@$(RUN) prep.data $(STAGE)
@@ -57,18 +68,18 @@ linear-head: data ## put a linear head on the decoder and fine-tune it (HF Train
 compare: eval-ckpts zero-shot tfidf bert linear-head ## every method on the same rows, every pair tested, which to ship
 	@$(RUN) eval.compare $(STAGE)
 
-report: compare ## report.html (opens from disk) and REPORT.md, with pictures
+report: preflight-on-gpu compare ## report.html (opens from disk) and REPORT.md, with pictures
 	@$(RUN) report.build $(STAGE)
 
-bench: compare $(READY_SERVE) ## requests per second of every method in HF and vLLM; then the choice and the report anew
+bench: preflight-on-gpu compare $(READY_SERVE) ## requests per second of every method in HF and vLLM; then the choice and the report anew
 	@$(RUN) bench.rps $(STAGE)
 	@$(RUN) eval.compare $(STAGE)
 	@$(RUN) report.build $(STAGE)
 
 bench-shape: $(READY) $(READY_SERVE) ## time and memory of the article's models (random weights) on this machine
 	@$(RUN) prep.shape --experiment shape
-	@$(MAKE) sft EXP=shape SET="$(ON_CPU) $$SET"
-	@$(RUN) bench.shape --experiment shape --set "$(ON_CPU) $$SET"
+	@[ "$$($(RUN) letterhead.devices)" = gpu ] || SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false $$SET"; \
+	$(MAKE) sft EXP=shape SET="$$SET" && $(RUN) bench.shape --experiment shape --set "$$SET"
 
 bench-scoring: sft ## scoring speed and agreement against lm-evaluation-harness
 	@$(MAKE) data EXP=r52 SET=
@@ -101,4 +112,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP made (data/EXP and runs/EXP); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP"
 
-.PHONY: help setup setup-serve data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export serve bench bench-scoring bench-shape bench-training demo smoke test lint clean
+.PHONY: help setup setup-serve preflight preflight-on-gpu data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export serve bench bench-scoring bench-shape bench-training demo smoke test lint clean

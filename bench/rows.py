@@ -19,9 +19,9 @@ from letterhead.classifier import load_classifier, model_folder
 from letterhead.experiment import Experiment
 from letterhead.load import Measured, closed_loop, closed_loop_of_batches, open_loop
 from letterhead.metrics import NO_ANSWER
+from letterhead.precision import precision
 from letterhead.processes import call_in_a_process
 from letterhead.records import device_name, machine, peak_memory, read_json, write_json
-from letterhead.scoring import precision
 from letterhead.service import vllm_version
 from letterhead.stage import OFFLINE, stage_outputs
 
@@ -62,7 +62,8 @@ def measure_rows(experiment: Experiment, rows: Sequence[Row], names: dict[str, s
     tuple : the rows measured; those that can't be measured here, each with `why`
     """
     folders = {method: model_folder(experiment, name) for method, name in names.items() if method != "tfidf"}
-    measured = experiment.bench.model_dump(include={"requests", "concurrency", "open_requests", "objective_ms"})
+    measured = experiment.bench.model_dump(include={"open_requests", "objective_ms"})
+    measured["load"] = list(experiment.bench.load(gpu=device_name() != "cpu"))
     settings = {"bench": measured, "data": stage_outputs(experiment, "data"), "dtype": precision(experiment.decoder.dtype)}
     settings |= {"prompt": experiment.prompt.model_dump(), "cutoff_len": experiment.sft_arguments()["cutoff_len"]}
     settings |= {"eval": experiment.eval.model_dump(include={"batch_tokens", "score"}), "seed": experiment.seed}
@@ -112,8 +113,8 @@ def draw(experiment: Experiment, n: int, seed: int) -> list[dict]:
 
 def loops(experiment: Experiment) -> list[tuple[int, list[dict]]]:
     """For each number of clients the rows that they ask, a multiple of the number of clients."""
-    n = experiment.bench.requests
-    return [(clients, draw(experiment, -(-n // clients) * clients, clients)) for clients in experiment.bench.concurrency]
+    n, concurrency = experiment.bench.load(gpu=device_name() != "cpu")
+    return [(clients, draw(experiment, -(-n // clients) * clients, clients)) for clients in concurrency]
 
 
 def warm_up_rows(experiment: Experiment) -> list[dict]:
@@ -234,7 +235,12 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
     runner = "pooling" if row.decode == "head" else "generate"
     length = model_length(experiment, row)
     with service.VllmServer(
-        model, runner, length, folder / f"{row.key}.log", dtype=precision(experiment.decoder.dtype)
+        model,
+        runner,
+        length,
+        folder / f"{row.key}.log",
+        dtype=precision(experiment.decoder.dtype),
+        gpu_memory=experiment.serve.gpu_memory_utilization,
     ) as server:
         async with service.client() as client:
 
@@ -254,7 +260,7 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
             told |= await open_loops(experiment, row, send, told)
             if row.decode == "one_token":
                 told |= await thought_again(experiment, server, client, encode)
-            return told | {"load_seconds": server.load_seconds, "peak_memory_mb": server.peak_memory_mb()}
+            return told | {"load_seconds": server.load_seconds, **server.peak_memory()}
 
 
 async def open_loops(experiment: Experiment, row: Row, send, told: dict) -> dict:
@@ -277,7 +283,7 @@ async def thought_again(experiment: Experiment, server, client, encode) -> dict:
     """How many answers, generated freely behind the prompt's think block, hold thinking again."""
     from letterhead import service
 
-    rows = draw(experiment, experiment.bench.requests, 1)
+    rows = draw(experiment, experiment.bench.load(gpu=device_name() != "cpu")[0], 1)
     route = service.text_route(THOUGHT_TOKENS)
     texts = [await server.ask(client, route, encode(row["text"])) for row in rows]
     return {"thought_again": sum("think>" in text for text in texts), "thought_again_requests": len(rows)}

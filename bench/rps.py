@@ -10,9 +10,9 @@ import os
 from bench.rows import Row, measure_rows
 from letterhead.classifier import named_method
 from letterhead.experiment import Experiment
+from letterhead.precision import precision
 from letterhead.records import atomic_open, device_name, machine, read_json, write_json
 from letterhead.results import bench_made_from
-from letterhead.scoring import precision
 from letterhead.service import vllm_version
 from letterhead.stage import OFFLINE, Stage, run
 

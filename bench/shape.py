@@ -13,7 +13,7 @@ from bench.rows import Row, measure_rows
 from bench.scoring import compare, draw_rows, summary
 from letterhead.experiment import Experiment
 from letterhead.processes import call_in_a_process
-from letterhead.records import device_name, machine, peak_memory, read_json, read_jsonl, versions, write_json
+from letterhead.records import device_name, machine, peak_memory, read_json, versions, write_json
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
 ROWS = (
@@ -77,16 +77,12 @@ def scoring(experiment: Experiment) -> dict:
 def optimizer_steps(experiment: Experiment) -> dict:
     """Seconds and memory of the steps that LLaMA-Factory made."""
     arguments, stage = experiment.sft_arguments(), read_json(experiment.sft_folder / "stage.json")
-    folder = Path(arguments["output_dir"])
-    logged = list(read_jsonl(folder / "trainer_log.jsonl"))
-    elapsed = next(line["elapsed_time"] for line in logged if line["current_steps"] == stage["steps"])
-    hours, minutes, seconds = map(int, elapsed.split(":"))
     return {
         "steps": stage["steps"],
         "rows_per_step": arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"],
         "tokens": stage["tokens"],
-        "seconds": 3600 * hours + 60 * minutes + seconds,
-        "seconds_with_saving": read_json(folder / "all_results.json")["train_runtime"],
+        "seconds": stage["training_seconds"],
+        "seconds_with_saving": read_json(Path(arguments["output_dir"]) / "all_results.json")["train_runtime"],
         "peak_memory_mb": stage["peak_memory_mb"],
     }
 

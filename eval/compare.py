@@ -102,16 +102,13 @@ def cost(experiment: Experiment, method: str, trained: str | None, result: dict)
         "peak_memory_mb": scoring["peak_memory_mb"],
         "peak_gpu_memory_mb": scoring.get("peak_gpu_memory_mb"),
         "multiply_adds_per_row": round(result["parameters"] * result["tokens"] / result["n"]),
-        "resumed_from": 0,
     }
     if trained:
         training = record(trained)
-        seconds = training.get("training_seconds", training["seconds"])
-        cost |= {"train_rows": training["rows"], "training_seconds": round(seconds, 1)}
-        cost |= {"peak_memory_mb": max(training["peak_memory_mb"], scoring["peak_memory_mb"])}
-        cost |= {"resumed_from": training.get("resumed_from", 0), "epochs": training.get("epochs")}
-        if trained != METHODS[method][0]:
-            cost["peak_gpu_memory_mb"] = None  # trained by another program
+        cost |= {"train_rows": training["rows"], "epochs": training.get("epochs")}
+        cost["training_seconds"] = round(training.get("training_seconds", training["seconds"]), 1)
+        for peak in ("peak_memory_mb", "peak_gpu_memory_mb"):
+            cost[peak] = max((of[peak] for of in (training, scoring) if of.get(peak)), default=None)
     return cost
 
 

@@ -1,6 +1,5 @@
 """Score one model by the options' perplexity on each split; zero-shot and every SFT checkpoint go through here."""
 
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,10 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from letterhead import checkpoints, results
+from letterhead.devices import process_count
 from letterhead.experiment import Experiment
+from letterhead.processes import Workers
 from letterhead.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.records import sha256_file, sha256_json
-from letterhead.scoring import load_decoder, score_options
+from letterhead.scoring import load_decoder, score_in_parts
 
 # split → its rows, and their prompts as token ids
 Prompts = Callable[[str], tuple[list[dict], list[list[int]]]]
@@ -63,38 +64,36 @@ def score_model(
     """
     checkpoints.require_model(folder)
     weights = {p.name: made.get(str(p)) or sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
-    name, model, scored = f"sft@{step}", None, {}
-    for split in results.SPLITS:
-        rows_file = experiment.data_folder / f"{split}.jsonl"
-        if not rows_file.stat().st_size:
-            continue
-        inputs = sha256_json({"weights": weights, "rows": made[str(rows_file)], **scoring_inputs(experiment)})
-        if kept := results.kept_result(experiment, name, split, inputs):
-            scored[split] = kept
-            continue
-        model = model or load_decoder(folder, experiment.decoder.dtype)
-        rows, ids = prompts(split)
-        how, budget = experiment.eval.score, experiment.eval.batch_tokens
-        start = time.perf_counter()
-        with_end = experiment.prompt.options == "names"
-        scores = score_options(model, ids, encoder.answers, with_end, budget, progress=f"step {step}, {split}")
-        seconds = time.perf_counter() - start
-        truth = results.class_numbers(experiment, rows)
-        own = scores.log_likelihood[np.arange(len(rows)), truth] / scores.token_count[truth]
-        scored[split] = results.write_result(
-            experiment,
-            name,
-            split,
-            rows,
-            probabilities=scores.probabilities(how),
-            perplexity=scores.perplexity,
-            train_loss=train_loss,
-            eval_loss=float(-own.mean()),
-            seconds=round(seconds, 3),
-            tokens=scores.tokens,
-            parameters=checkpoints.parameters_per_token(model),
-            dtype=str(model.dtype).removeprefix("torch."),
-            model=str(folder),
-            inputs_sha256=inputs,
-        )
+    name, scored = f"sft@{step}", {}
+    how, with_end = experiment.eval.score, experiment.prompt.options == "names"
+    with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
+        for split in results.SPLITS:
+            rows_file = experiment.data_folder / f"{split}.jsonl"
+            if not rows_file.stat().st_size:
+                continue
+            inputs = sha256_json({"weights": weights, "rows": made[str(rows_file)], **scoring_inputs(experiment)})
+            if kept := results.kept_result(experiment, name, split, inputs):
+                scored[split] = kept
+                continue
+            rows, ids = prompts(split)
+            scores, seconds = score_in_parts(
+                workers, ids, encoder.answers, with_end, experiment.eval.batch_tokens, f"step {step}, {split}"
+            )
+            truth = results.class_numbers(experiment, rows)
+            own = scores.log_likelihood[np.arange(len(rows)), truth] / scores.token_count[truth]
+            scored[split] = results.write_result(
+                experiment,
+                name,
+                split,
+                rows,
+                probabilities=scores.probabilities(how),
+                perplexity=scores.perplexity,
+                train_loss=train_loss,
+                eval_loss=float(-own.mean()),
+                seconds=round(seconds, 3),
+                tokens=scores.tokens,
+                **workers.map(checkpoints.model_facts, [()])[0],
+                model=str(folder),
+                inputs_sha256=inputs,
+            )
     return scored

@@ -59,6 +59,11 @@ def parameters_per_token(model) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
 
 
+def model_facts(model) -> dict:
+    """What a result says of the model that it was computed with: parameters a token is multiplied with, and the dtype."""
+    return {"parameters": parameters_per_token(model), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
 def step_of(folder: Path) -> int:
     """The step at which a checkpoint was saved; -1 for a name that is not a checkpoint's."""
     prefix, _, step = folder.name.partition("-")

@@ -7,6 +7,7 @@ import numpy as np
 
 from letterhead import checkpoints, results
 from letterhead.experiment import Experiment
+from letterhead.processes import Workers
 from letterhead.records import LetterheadError, read_json
 
 # Texts → probabilities, shape (rows, classes)
@@ -75,18 +76,37 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
     raise LetterheadError(f"{name}: can't be used to predict; choose tfidf, bert, linear_head, sft or zero_shot_no_think")
 
 
+def in_parts(workers: Workers) -> Classifier:
+    """A classifier whose rows are spread over workers that have loaded one each."""
+
+    def classify(texts: Sequence[str]) -> np.ndarray:
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        parts = [part for rank in range(workers.n) if len(part := order[rank :: workers.n])]
+        found = workers.map(_classify, [([texts[row] for row in part],) for part in parts])
+        probabilities = np.empty((len(texts), found[0].shape[1]))
+        for part, of_part in zip(parts, found, strict=True):
+            probabilities[part] = of_part
+        return probabilities
+
+    return classify
+
+
+def _classify(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
+    return classifier(texts)
+
+
 def _head(experiment: Experiment, folder: Path, method: str) -> Classifier:
     import torch
 
     from letterhead import heads
     from letterhead.packing import pack
+    from letterhead.precision import cast, precision
     from letterhead.prompt import TextEncoder
-    from letterhead.scoring import precision
 
     head = (experiment.encoder if method == "bert" else experiment.decoder).head
     model, tokenizer = heads.load_head(folder, experiment.labels), heads.load_tokenizer(folder)
-    dtype = getattr(torch, precision(experiment.decoder.dtype))  # the decoder's, so that methods compare
-    model = pack(model.to("cuda" if torch.cuda.is_available() else "cpu", dtype).eval())
+    model = cast(model, precision(experiment.decoder.dtype))  # the decoder's, so that methods compare
+    model = pack(model.to("cuda" if torch.cuda.is_available() else "cpu").eval())
     encoder = TextEncoder(tokenizer, head.max_length)
     return lambda texts: heads.classify(model, tokenizer, encoder.encode(texts), head.per_device_eval_batch_size)
 

@@ -20,10 +20,11 @@ from letterhead.records import LetterheadError, atomic_folder, read_json, write_
 from letterhead.scoring import load_decoder
 
 TOLERANCE = 1e-4
+CHECKED_ROWS = 512
 
 
 def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
-    """Fold a checkpoint, check it on all test rows, and write it to runs/<experiment>/export/NAME, unless it is there.
+    """Fold a checkpoint, check it on up to 512 test rows, and write it to runs/<experiment>/export/NAME, unless it is there.
 
     Returns
     -------
@@ -42,7 +43,8 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     facts = read_json(target / "letterhead_export.json")
     if facts and facts["made_from"] == made_from:
         return target, facts
-    prompts = [encoder.encode_before_option(row["text"]) for row in results.read_rows(experiment, "test")]
+    rows = results.read_rows(experiment, "test")[:CHECKED_ROWS]
+    prompts = [encoder.encode_before_option(row["text"]) for row in rows]
     decoder = load_decoder(source, "float32", packed=False)
     folded = fold(decoder, encoder, experiment.labels)
     with atomic_folder(target) as folder:

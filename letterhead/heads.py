@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -24,10 +25,14 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from letterhead.checkpoints import require_model
+from letterhead.checkpoints import prune_optimizer_states, require_model
 from letterhead.experiment import Head
+from letterhead.precision import project_in_float32
 from letterhead.prompt import TextEncoder
 from letterhead.records import LetterheadError
+
+# Every so many evaluations a checkpoint is saved to resume from, even if it is not the best.
+RESUMABLE_EVERY = 4
 
 
 def load_head(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
@@ -49,7 +54,7 @@ def load_head(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
     )
     # A decoder's head reads the last token that is not a padding, so it must know the padding.
     model.config.pad_token_id = load_tokenizer(folder).pad_token_id
-    return model
+    return project_in_float32(model)
 
 
 def load_tokenizer(folder: Path):
@@ -72,7 +77,7 @@ def encoded(rows: Sequence[dict], classes: np.ndarray, encoder: TextEncoder, tit
 
 
 def training_arguments(head: Head, folder: Path | str, seed: int, best: str | None) -> TrainingArguments:
-    """HF's arguments for a head: evaluated and saved every `eval_steps`; the last checkpoint is kept, and the best.
+    """HF's arguments for a head: evaluated every `eval_steps`; of what is saved the last is kept, and the best.
 
     Parameters
     ----------
@@ -118,6 +123,17 @@ def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch:
     return probabilities
 
 
+def mean_over_rows(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy summed over a batch's rows, divided by the rows of the whole optimizer step, so that loss and gradients
+    do not depend on how the step is cut into batches and processes; without `num_items_in_batch` by the batch's own.
+
+    (Left to itself the Trainer would not divide by the accumulation: it takes a `forward` with **kwargs for one that does,
+    and sequence classifiers do not.)
+    """
+    total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
 class EpochLengthGroupedSampler(LengthGroupedSampler):
     """HF's sampler, drawn from seed and epoch, so that a resumed training sees the rows in the order it would have."""
 
@@ -145,8 +161,12 @@ class HeadTrainer(Trainer):
     model, arguments, tokenizer : as for Trainer
     train : from `encoded`
     evaluated : split → data set from `encoded`
-    on_evaluated : called with split, logits (rows, classes) in the rows' order, seconds, and how many tokens went through
-        the model, padding included; returns the metrics of that split
+    on_evaluated : called, in the first process, with split, logits (rows, classes) in the rows' order, seconds, and how many
+        tokens went through the model, padding included; returns the metrics of that split
+
+    Attributes
+    ----------
+    saving_seconds : spent on writing checkpoints so far
     """
 
     def __init__(
@@ -160,6 +180,7 @@ class HeadTrainer(Trainer):
     ):
         # The Trainer drops the column `length` before its samplers see the rows.
         self._lengths = {"train": np.array(train["length"])}
+        self.saving_seconds = 0.0
         self._order, self._on_evaluated, by_length = {}, on_evaluated, {}
         for split, rows in (evaluated or {}).items():  # longest first: what does not fit in memory fails at once
             self._lengths[split] = -np.sort(-np.array(rows["length"]))
@@ -173,16 +194,32 @@ class HeadTrainer(Trainer):
             train_dataset=train,
             eval_dataset=by_length or None,
             callbacks=[_LogWhatIsEvaluated],
+            compute_loss_func=mean_over_rows,
         )
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return EpochLengthGroupedSampler(batch, self._lengths["train"].tolist(), self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)  # they are sorted already
+
+    def _determine_best_metric(self, metrics, trial):
+        """Says, too, whether this evaluation is saved: a checkpoint is three times the model's size, the optimizer's state
+        included, so one that is not the best is saved only now and then, to resume from, and at the end."""
+        best, state = super()._determine_best_metric(metrics, trial), self.state
+        now_and_then = state.global_step // state.eval_steps % RESUMABLE_EVERY == 0
+        self.control.should_save &= best or now_and_then or state.global_step == state.max_steps
+        return best
+
+    def _save_checkpoint(self, model, trial):
+        start = time.perf_counter()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            prune_optimizer_states(Path(self.args.output_dir))
+        self.saving_seconds += time.perf_counter() - start
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         start = time.perf_counter()
@@ -194,7 +231,8 @@ class HeadTrainer(Trainer):
         logits[self._order[split]] = output.predictions
         lengths, batch = self._lengths[split], self.args.eval_batch_size
         tokens = sum(int(lengths[i]) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
-        metrics = self._on_evaluated(split, logits, seconds, tokens)
+        metrics = [self._on_evaluated(split, logits, seconds, tokens) if self.is_world_process_zero() else None]
+        (metrics,) = broadcast_object_list(metrics)  # from the first process to all
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 

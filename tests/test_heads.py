@@ -122,3 +122,37 @@ def test_predictions_come_back_in_the_rows_order_whatever_the_batches(fetched, t
     with torch.inference_mode():
         alone = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in data["input_ids"]])
     assert np.abs(alone.numpy() - logits).max() < 1e-4
+
+
+@pytest.mark.parametrize("rows", [192, 180], ids=["whole steps", "a last step of 52 rows"])
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+def test_accumulated_batches_train_as_one_batch_does(tiny_models, tmp_path, name, rows):
+    data = random_rows(rows)
+
+    def train(batch: int, accumulation: int) -> tuple[list[tuple], dict[str, torch.Tensor]]:
+        set_seed(0)
+        model = heads.load_head(tiny_models[name], list("abcd"))
+        for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+            dropout.p = 0.0
+        head = Head(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=1)
+        arguments = heads.training_arguments(head, tmp_path, 0, None)
+        arguments.eval_strategy = arguments.save_strategy = "no"
+        arguments.logging_steps, arguments.report_to = 1, []
+        trainer = heads.HeadTrainer(model, arguments, heads.load_tokenizer(tiny_models[name]), data)
+        trainer.train()
+        log = [(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "grad_norm" in line]
+        return log, model.state_dict()
+
+    (split, split_weights), (whole, whole_weights) = train(8, 8), train(64, 1)
+    assert len(split) == len(whole) == 3
+    assert np.allclose(split, whole, rtol=1e-4), (split, whole)
+    assert 1 < whole[0][0] < 4  # cross-entropy of four classes, untrained
+    assert all(torch.allclose(split_weights[key], whole_weights[key], atol=1e-5) for key in whole_weights)
+
+
+def random_rows(n: int) -> Dataset:
+    """Rows of random ids and classes of four."""
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(1000, 3000, size=size).tolist() for size in generator.integers(5, 40, size=n)]
+    labels = generator.integers(0, 4, size=n).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(one) for one in ids]})

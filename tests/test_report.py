@@ -62,7 +62,8 @@ def drawn(make_experiment, validation: int):
                     write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
     thinking = {
         "no_think_accuracy_same_rows": 0.4,
-        "times_no_think": 20.0,
+        "times_one_forward": 20.0,
+        "engine": "hf",
         "thought": 30,
         "begun": 32,
         "unfinished": 4,

@@ -1,6 +1,7 @@
 """Service: vLLM answers as the scorer does, its failures are told clearly, and nothing that was started stays behind."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from bench import rows
-from letterhead import folding, load, processes, service
+from eval import thinking, zero_shot
+from letterhead import folding, load, processes, results, service
+from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import Answer, load_prompt_encoder
 from letterhead.records import LetterheadError, write_json
@@ -113,6 +116,29 @@ def test_vllm_classifies_with_the_folded_model_as_the_scorer_does(served):
 
 
 @needs_vllm
+def test_thoughts_that_vllm_generates_go_on_row_by_row_behind_a_kill(served, monkeypatch):
+    """The route of a GPU, on the CPU's vLLM: `engine` decides, and is patched."""
+    monkeypatch.setattr(thinking, "engine", lambda: "vllm")
+    experiment = load_experiment("mine", "eval.thinking.rows=6 eval.thinking.tokens=10")
+    zero_shot.main(experiment)
+    result = results.read_result(experiment, "zero_shot_think", "test")
+    assert result["n"] == 6 and result["thinking"]["engine"] == "vllm" and result["seconds"] > 0
+    (path,) = Path("runs/mine/zero-shot").glob("answers-*.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = {answer["id"]: answer["text"] for line in lines for answer in json.loads(line)}
+    assert len(lines) == len(whole) == 6 and len(set(whole.values())) > 1
+
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    Path("runs/mine/zero-shot/stage.json").unlink()
+    asked = []
+    monkeypatch.setattr(thinking, "_ask", lambda *given, ask=thinking._ask: asked.append(given[3]) or ask(*given))
+    zero_shot.main(experiment)
+    assert len(asked[0]) == 3  # the missing rows alone
+    again = {answer["id"]: answer["text"] for line in path.read_bytes().splitlines() for answer in json.loads(line)}
+    assert again == whole
+
+
+@needs_vllm
 def test_a_model_that_vllm_cannot_serve_is_told_from_one_that_does_not_fit(served, tiny_models):
     with (
         pytest.raises(LetterheadError, match=r"(?s)vLLM ended \(exit code \d+\) on .*max_model_len"),
@@ -143,7 +169,8 @@ def test_a_guarded_command_dies_with_its_parent_and_with_its_guard(tmp_path, how
         "import subprocess, sys; from letterhead.processes import guarded; "
         f"subprocess.Popen(guarded([sys.executable, '-c', {command!r}]), stdin=subprocess.PIPE).wait()"
     )
-    process = subprocess.Popen([sys.executable, "-c", parent], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", parent], env=environment, preexec_fn=listen_to_signals)
     while not (tmp_path / "up").exists():
         time.sleep(0.05)
     started = processes_of(process.pid)
@@ -152,6 +179,12 @@ def test_a_guarded_command_dies_with_its_parent_and_with_its_guard(tmp_path, how
     (process if whom == "parent" else guard).send_signal(how)
     assert process.wait(20) is not None
     assert gone(started)
+
+
+def listen_to_signals() -> None:
+    """As a terminal starts a process: one that is started in the background inherits that signals are ignored."""
+    for how in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(how, signal.SIG_DFL)
 
 
 def test_a_guard_whose_parent_is_gone_already_starts_nothing_that_stays():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import zero_shot
+from eval import thinking, zero_shot
 from letterhead import results
 from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import load_prompt_encoder
@@ -38,7 +38,7 @@ NAMES = ["World", "Sports", "Science/Technology", "World Business"]
     ],
 )
 def test_the_option_is_the_first_after_the_thought(text, ended, options, expected):
-    assert zero_shot.read_answer(text, ended, options) == expected
+    assert thinking.read_answer(text, ended, options) == expected
 
 
 @pytest.mark.parametrize("enable", [True, False])
@@ -53,16 +53,16 @@ def test_the_thinking_prompt_is_the_prompt_without_no_think_and_without_a_think_
 
 def timeless(name: str, split: str = "test") -> tuple:
     result = read_json(f"runs/mine/results/{name}{'' if split == 'test' else '.' + split}.json")
-    thinking = {key: value for key, value in result.get("thinking", {}).items() if key != "times_no_think"}
+    thought = {key: value for key, value in result.get("thinking", {}).items() if key != "times_one_forward"}
     timed = ("seconds", "rows_per_second", "thinking")
-    return {key: value for key, value in result.items() if key not in timed}, thinking
+    return {key: value for key, value in result.items() if key not in timed}, thought
 
 
 def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment):
     write_csv("rows.csv", nasty_rows(80))
     keys = {"rows": {"validation": 10, "test": 20}}
-    thinking = {"rows": 7, "tokens": 6, "batch": 3}
-    experiment = make_experiment("rows.csv", LABELS, data=keys, eval={"thinking": thinking})
+    settings = {"rows": 7, "tokens": 6, "batch": 3}
+    experiment = make_experiment("rows.csv", LABELS, data=keys, eval={"thinking": settings})
     data.main(experiment)
     zero_shot.main(experiment)
     names = ("zero_shot_no_think", "zero_shot_calibrated", "zero_shot_think")

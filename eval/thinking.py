@@ -1,0 +1,235 @@
+"""Zero-shot with thinking: answers generated freely, and the option read from each.
+
+On a GPU with the serving environment vLLM generates, hundreds of rows at a time; elsewhere HF's generate does, in batches,
+each of which waits for its slowest row. What is done is kept, so that a killed run goes on behind it.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from letterhead import results, service
+from letterhead.devices import process_count
+from letterhead.experiment import Experiment
+from letterhead.metrics import NO_ANSWER
+from letterhead.precision import precision
+from letterhead.processes import Workers
+from letterhead.prompt import PromptEncoder, load_prompt_encoder
+from letterhead.stage import Stage
+
+SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # Qwen3's model card, thinking mode
+IN_FLIGHT = 256
+
+
+def engine() -> str:
+    """What generates: `vllm` where torch sees a GPU and the serving environment is there, else `hf`."""
+    return "vllm" if torch.cuda.is_available() and service.ENVIRONMENT.exists() else "hf"
+
+
+def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage) -> None:
+    """Generate answers to (a sample of) the test rows, read the option from each, write the result.
+
+    Parameters
+    ----------
+    workers : that have loaded the decoder; where vLLM generates they are ended first, since it wants their memory
+    no_think : the result of option perplexity on the test rows
+    """
+    settings, encoder = experiment.eval.thinking, load_prompt_encoder(experiment, thinking=True)
+    rows = results.read_rows(experiment, "test")
+    if settings.rows and settings.rows < len(rows):
+        drawn = np.random.default_rng([experiment.seed, 2]).choice(len(rows), settings.rows, replace=False)
+        rows = [rows[i] for i in sorted(drawn)]
+    answers = generate(experiment, workers, encoder, rows, stage)
+    read = [read_answer(answer["text"], answer["ended"], encoder.options) for answer in answers]
+    truth = results.class_numbers(experiment, rows)
+    seconds, tokens = sum(a["seconds"] for a in answers), sum(a["tokens"] for a in answers)
+    same = {row["id"] for row in rows}
+    alike = [line for line in results.read_predictions(experiment, "sft@0", "test") if line["id"] in same]
+    results.write_result(
+        experiment,
+        "zero_shot_think",
+        "test",
+        rows,
+        predicted=np.array([option for option, _ in read]),
+        seconds=round(seconds, 3),
+        tokens=tokens,
+        parameters=no_think["parameters"],
+        dtype=no_think["dtype"],
+        model=str(experiment.decoder.folder),
+        inputs_sha256=stage.inputs_sha256,
+        thinking={
+            "engine": answers[-1]["engine"],
+            "budget_tokens": settings.tokens,
+            "generated_tokens": sum(answer["generated"] for answer in answers),
+            "begun": sum("think>" in answer["text"] for answer in answers),
+            "thought": sum("</think>" in answer["text"] for answer in answers),
+            **{kind: sum(k == kind for _, k in read) for kind in ("answered", "unfinished", "unparsed")},
+            "no_think_accuracy_same_rows": sum(line["label"] == line["prediction"] for line in alike) / len(truth),
+            "times_one_forward": (seconds / len(rows)) / (no_think["seconds"] / no_think["n"]),
+        },
+    )
+
+
+def generate(experiment: Experiment, workers: Workers, encoder: PromptEncoder, rows: list[dict], stage: Stage) -> list[dict]:
+    """Answers by row: text, whether it ended by itself, tokens through the model and generated, seconds (their sum is the
+    time that all took)."""
+    prompts = [encoder.encode(row["text"]) for row in rows]
+    path = stage.folder / f"answers-{stage.inputs_sha256[:16]}.jsonl"
+    for old in set(stage.folder.glob("answers-*.jsonl")) - {path}:
+        old.unlink()
+    done = {answer["id"]: answer for answers in _whole_lines(path) for answer in answers}
+    missing = [i for i, row in enumerate(rows) if row["id"] not in done]
+    stop, of_engine = encoder.template.get_stop_token_ids(encoder.tokenizer), engine()
+    made = _generate_vllm if of_engine == "vllm" else _generate_hf
+    title = f"thinking ({of_engine})"
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        tqdm(total=len(rows), initial=len(rows) - len(missing), desc=title, unit=" rows") as bar,
+    ):
+        for several in made(experiment, workers, prompts, missing, stop) if missing else ():
+            answers = []
+            for i, new, seconds in several:
+                length = next((n for n, token in enumerate(new) if token in stop), len(new))
+                text = encoder.tokenizer.decode(new[:length], clean_up_tokenization_spaces=False)
+                answer = {"id": rows[i]["id"], "text": text, "ended": length < len(new), "engine": of_engine}
+                answer |= {"generated": length, "tokens": length + len(prompts[i]), "seconds": seconds}
+                answers.append(answer)
+                done[answer["id"]] = answer
+            file.write(json.dumps(answers, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(answers))
+    return [done[row["id"]] for row in rows]
+
+
+# Row number, the ids generated, seconds
+Generated = list[tuple[int, list[int], float]]
+
+
+def _generate_hf(
+    experiment: Experiment, workers: Workers, prompts: Sequence[list[int]], missing: list[int], stop: list[int]
+) -> Iterator[Generated]:
+    """HF's generate in batches of like length, each seeded by its place, one at a time in each worker."""
+    settings = experiment.eval.thinking
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    batches = [(begin, order[begin : begin + settings.batch]) for begin in range(0, len(order), settings.batch)]
+    wanted = set(missing)
+    batches = [(begin, rows) for begin, batch in batches if (rows := [i for i in batch if i in wanted])]
+    for at in range(0, len(batches), workers.n):
+        together, start = batches[at : at + workers.n], time.perf_counter()
+        given = [([prompts[i] for i in rows], experiment.seed + begin, settings.tokens, stop) for begin, rows in together]
+        made = workers.map(_generate_batch, given)
+        each = (time.perf_counter() - start) / sum(len(rows) for _, rows in together)
+        for (_, rows), news in zip(together, made, strict=True):
+            yield [(i, new, each) for i, new in zip(rows, news, strict=True)]
+
+
+@torch.inference_mode()
+def _generate_batch(model, prompts: list[list[int]], seed: int, tokens: int, stop: list[int]) -> list[list[int]]:
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    torch.manual_seed(seed)
+    return model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=tokens,
+        eos_token_id=stop,
+        pad_token_id=stop[0],
+        do_sample=True,
+        **SAMPLING,
+    )[:, width:].tolist()
+
+
+def _generate_vllm(
+    experiment: Experiment, workers: Workers, prompts: Sequence[list[int]], missing: list[int], stop: list[int]
+) -> Iterator[Generated]:
+    """A vLLM server, asked for the missing rows, each with a seed of its own; answers as they come."""
+    workers.unload()
+    gc.collect()
+    torch.cuda.empty_cache()
+    tokens = experiment.eval.thinking.tokens
+    server = service.VllmServer(
+        experiment.decoder.folder,
+        "generate",
+        max(len(prompts[i]) for i in missing) + tokens,
+        experiment.run_folder / "zero-shot" / "vllm.log",
+        dtype=precision(experiment.decoder.dtype),
+        gpu_memory=experiment.serve.gpu_memory_utilization,
+        processes=process_count(),
+    )
+    with server, asyncio.Runner() as runner:
+        answers, last = _ask(server, experiment.seed, prompts, missing, stop, tokens), time.perf_counter()
+
+        async def next_answer() -> tuple[int, list[int]] | None:
+            return await anext(answers, None)
+
+        while (answer := runner.run(next_answer())) is not None:
+            now = time.perf_counter()
+            yield [(*answer, now - last)]
+            last = now
+
+
+async def _ask(server, seed: int, prompts: Sequence[list[int]], rows: list[int], stop: list[int], tokens: int):
+    """Row number and generated ids, as answers come, so many requests in flight."""
+    waiting, flying = iter(rows), set()
+    async with service.client() as client:
+
+        async def one(i: int) -> tuple[int, list[int]]:
+            route = service.sampled_route(tokens, stop, SAMPLING | {"seed": seed + i})
+            return i, await server.ask(client, route, prompts[i])
+
+        try:
+            while True:
+                while len(flying) < IN_FLIGHT and (i := next(waiting, None)) is not None:
+                    flying.add(asyncio.create_task(one(i)))
+                if not flying:
+                    return
+                done, flying = await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        finally:
+            for task in flying:
+                task.cancel()
+
+
+def _whole_lines(path: Path) -> list:
+    """What is on disk, lists of answers; what a kill left of one is cut off."""
+    if not path.exists():
+        return []
+    whole, _, rest = path.read_bytes().rpartition(b"\n")
+    if rest:
+        os.truncate(path, len(whole) + bool(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def read_answer(text: str, ended: bool, options: list[str]) -> tuple[int, str]:
+    """The option that an answer names: the first one after </think>, or, of a model that did not think, the first at all.
+
+    Returns
+    -------
+    tuple : the option's number or NO_ANSWER; `answered`, `unfinished` (the budget, or the answer, ended before the thought
+        did) or `unparsed` (no option named)
+    """
+    _, thought, rest = text.partition("</think>")
+    if not thought:
+        if not ended or "<think>" in text:
+            return NO_ANSWER, "unfinished"
+        rest = text
+    letters = all(len(option) == 1 for option in options)
+    longest = sorted(range(len(options)), key=lambda i: -len(options[i]))
+    names = "|".join(f"({re.escape(options[i])})" for i in longest)
+    # Edges of ASCII words only: other scripts write no spaces.
+    found = re.search(rf"(?<![A-Za-z0-9_])(?:{names})(?![A-Za-z0-9_])", rest, 0 if letters else re.IGNORECASE)
+    return (longest[found.lastindex - 1], "answered") if found else (NO_ANSWER, "unparsed")

@@ -1,0 +1,70 @@
+"""How LLaMA-Factory is started: its arguments, in one process or, by torchrun, in several; and what a run of it will do."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from letterhead.devices import process_count, share_batch
+from letterhead.experiment import Experiment
+from letterhead.processes import torchrun
+from letterhead.stage import OFFLINE
+
+# The keys that make an optimizer step, with HF's defaults.
+STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+
+
+def command(experiment: Experiment, clock: Path, **more: Any) -> list[str]:
+    """The command line that trains the experiment's decoder; NPROC processes share the rows of a step.
+
+    Parameters
+    ----------
+    clock : the file that takes the seconds trained (sft/worker.py)
+    more : LLaMA-Factory's keys that override the YAML's and the experiment's
+
+    Raises
+    ------
+    LetterheadError : NPROC does not divide the rows of a step
+    """
+    extra = experiment.decoder.sft.overrides | experiment.sft_decided()
+    extra |= {"include_num_input_tokens_seen": "non_padding"} | more
+    n = process_count()
+    if n > 1:
+        extra |= dict(zip(STEP, share_batch(*step_of(experiment.sft_arguments()), n, "decoder.sft"), strict=True))
+    pairs = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in extra.items()]
+    given = [str(clock), str(experiment.decoder.sft.config), *pairs]
+    return torchrun(n, "sft.worker", given) if n > 1 else [sys.executable, "-m", "sft.worker", *given]
+
+
+def environment() -> dict[str, str]:
+    """The variables that LLaMA-Factory is started with."""
+    return (
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ | OFFLINE | {"LLAMAFACTORY_VERBOSITY": "WARN"}
+    )
+
+
+def step_of(arguments: dict[str, Any]) -> tuple[int, int]:
+    """Batch and gradient accumulation."""
+    return tuple(arguments.get(key, default) for key, default in STEP.items())
+
+
+def planned_steps(
+    rows: int, batch: int, accumulation: int, epochs: float, every: float, max_steps: int = -1
+) -> tuple[int, list[int]]:
+    """How many optimizer steps HF's Trainer makes, and at which of them it saves (or evaluates) every `every` steps, or at
+    that share of all if it is below 1; the last step is among them."""
+    batches = math.ceil(rows / batch)
+    steps = max_steps if max_steps > 0 else math.ceil(epochs * max(math.ceil(batches / accumulation), 1))
+    stride = math.ceil(steps * every) if every < 1 else int(every)
+    return steps, sorted({*range(stride, steps, stride), steps})
+
+
+def sft_plan(experiment: Experiment, rows: int) -> tuple[int, list[int]]:
+    """SFT's optimizer steps, and those at which it saves."""
+    arguments = experiment.sft_arguments()
+    epochs, max_steps = arguments.get("num_train_epochs", 3), arguments.get("max_steps", -1)
+    every = {"steps": arguments.get("save_steps", 500), "epoch": 1 / epochs}.get(arguments.get("save_strategy", "steps"))
+    steps, saves = planned_steps(rows, *step_of(arguments), epochs, every or 1, max_steps)
+    return steps, saves if every else []

