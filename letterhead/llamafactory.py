@@ -33,7 +33,8 @@ def command(experiment: Experiment, clock: Path, **more: Any) -> list[str]:
     n = process_count()
     if n > 1:
         extra |= dict(zip(STEP, share_batch(*step_of(experiment.sft_arguments()), n, "decoder.sft"), strict=True))
-    pairs = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in extra.items()]
+    # Quoted: LLaMA-Factory reads the values as YAML, where a bare `no` is false.
+    pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in extra.items()]
     given = [str(clock), str(experiment.decoder.sft.config), *pairs]
     return torchrun(n, "sft.worker", given) if n > 1 else [sys.executable, "-m", "sft.worker", *given]
 

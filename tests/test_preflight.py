@@ -12,8 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import prep.preflight
 from letterhead import needs
+from letterhead.experiment import load_experiment
+from prep import data
 from tests.conftest import ROOT
+from tests.test_prompt import LABELS, nasty_rows, write_csv
 
 # What is trained: architecture and shape, how, and the rows of a batch and their tokens.
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_hidden_layers": 8}
@@ -92,3 +96,86 @@ def test_parameters_are_those_of_the_model_tied_ones_once(tiny_models):
         model = CLASSES["llama" if name == "smollm2" else name][1].from_pretrained(tiny_models[name])
         assert needs.parameter_count(tiny_models[name]) == sum(p.numel() for p in model.parameters())
     assert torch.get_default_dtype() == torch.float32
+
+
+def preflight(**variables: str) -> subprocess.CompletedProcess:
+    """`make preflight` on experiments/mine.yaml, in a process of its own."""
+    command = [sys.executable, "-m", "prep.preflight", "--experiment", "mine", "--when", "always"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture
+def lock(workplace):
+    Path("requirements").symlink_to(ROOT / "requirements")
+
+
+def test_an_experiment_that_fits_is_a_go_before_and_after_its_rows_are_made(make_experiment, lock):
+    write_csv("rows.csv", nasty_rows(140))
+    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"train": 96, "validation": 10, "test": 20}})
+    before = preflight()
+    assert before.returncode == 0 and before.stdout.rstrip().endswith("GO"), before.stdout + before.stderr
+    assert "ok  steps:        not known before the rows are made" in before.stdout
+    data.main(experiment)
+    after = preflight()
+    assert after.returncode == 0, after.stdout + after.stderr
+    for told in (
+        "ok  device:       CPU",
+        f"ok  labels:       all {len(LABELS)} have training rows",
+        "ok  steps:        SFT 24, saved at 5, 10, 15, 20, 24; BERT 9, evaluated every 2; linear head 18",
+        "loss on: '<'=44 'think'=17400",
+        "(the longest row)",
+        "ok  hours:        not measured: no device",
+    ):
+        assert told in after.stdout, (told, after.stdout)
+
+
+def test_what_is_missing_is_a_no_with_its_mend_and_the_exit_code_says_so(make_experiment, lock):
+    write_csv("rows.csv", nasty_rows(140))
+    make_experiment(
+        "rows.csv",
+        [*LABELS, "Weather"],
+        sft={"bf16": True},
+        encoder_keys={"model": "hf:me/bert"},
+        data={"rows": {"validation": 2}},
+    )
+    told = preflight(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert told.returncode == 1
+    for line in (
+        "no  device:       no GPU, and the YAML says bf16; take a machine with a GPU, or (slow) SET=",
+        "no  models:       hf:me/bert: no hub answers at http://127.0.0.1:9",
+        "no  labels:       none of the first 20,000 training rows is of Weather; check data.labels",
+        "no  memory:       the encoder's configuration can't be had; mend `models` first",
+    ):
+        assert line in told.stdout, (line, told.stdout)
+    assert "NO-GO: device, models, labels," in told.stderr
+
+
+def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(make_experiment, workplace):
+    write_csv("rows.csv", nasty_rows(20))
+    Qwen3Config(vocab_size=151_936, **SMALL, architectures=["Qwen3ForCausalLM"]).save_pretrained("big")
+    make_experiment("rows.csv", LABELS, decoder_folder=Path("big"), encoder_keys={"model": "big"})
+    step = "per_device_train_batch_size=12 decoder.sft.overrides.gradient_accumulation_steps=8"
+    experiment = load_experiment("mine", f"decoder.sft.overrides.{step} decoder.sft.overrides.cutoff_len=2048")
+    with pytest.raises(
+        prep.preflight.No, match=r"SFT: SET=\"decoder.sft.overrides.per_device_train_batch_size=(\d+)"
+    ) as told:
+        prep.preflight.memory(prep.preflight.Plan(experiment, workplace))
+    fits = int(str(told.value).rsplit("SFT: SET=", 1)[1].split("batch_size=")[1].split()[0])
+    assert f"decoder.sft.overrides.gradient_accumulation_steps={96 // fits}" in str(told.value)
+    whole = needs.training_memory(Path("big"), fits, 2048, False, None, False).total + needs.CUDA_OVERHEAD
+    assert fits in (1, 2, 3, 4, 6) and whole <= 24 << 30
+
+
+def test_the_trial_times_twenty_steps_and_leaves_nothing_behind(make_experiment, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    write_csv("rows.csv", nasty_rows(140))
+    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"train": 96, "validation": 10, "test": 20}})
+    data.main(experiment)
+    assert 0 < prep.preflight.trial(experiment, tmp_path / "trial") < 30
+    assert not Path("runs/mine/sft").exists()
+
+
+def test_on_a_machine_without_a_gpu_a_run_is_not_held_up(make_experiment, capsys):
+    prep.preflight.main(make_experiment("rows.csv", LABELS), "gpu")
+    assert capsys.readouterr().out == ""

@@ -5,14 +5,15 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.scoring import peer_ids_are_trained, peer_pair
 from letterhead.checkpoints import require_model
 from letterhead.experiment import Prompt
+from letterhead.processes import Workers
 from letterhead.prompt import PromptEncoder
 from letterhead.records import LetterheadError
-from letterhead.scoring import OptionTree, load_decoder, score_options
+from letterhead.scoring import OptionTree, load_decoder, score_in_parts, score_options
 
 TEXTS = [
     "Oil prices rose again on Monday.",
@@ -71,6 +72,38 @@ def test_prompts_that_share_nothing_are_scored_too(tiny_models):
     prompts = [[5, 6, 7, 8], [9], [10, 11, 12]]
     scores = score_options(model, prompts, encoder.answers, False, 2048)
     assert np.abs(scores.log_likelihood - plain_log_likelihood(model, prompts, encoder.answers, False)).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_in_bfloat16_the_last_projection_is_float32_and_close_options_do_not_tie(tiny_models, name):
+    encoder, folder = encoder_of(tiny_models[name], "letters", [str(i) for i in range(26)]), tiny_models[name]
+    prompts = [encoder.encode(f"{text} {i}") for i in range(8) for text in TEXTS]
+    exact = load_decoder(folder, "float32")
+    half = load_decoder(folder, "bfloat16")
+    assert half.dtype == torch.bfloat16 and half.get_output_embeddings().weight.dtype == torch.float32
+    assert torch.equal(half.get_output_embeddings().weight, exact.get_output_embeddings().weight)
+    assert {buffer.dtype for buffer in half.buffers()} == {torch.float32}  # rotary frequencies
+    mine = score_options(half, prompts, encoder.answers, False, 1024).log_likelihood
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    theirs = score_options(plain, prompts, encoder.answers, False, 1024).log_likelihood
+
+    def ties(scores: np.ndarray) -> int:
+        return sum(len(set(row)) < len(row) for row in scores.tolist())
+
+    assert ties(theirs) > len(prompts) // 2 and ties(mine) == 0
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_rows_spread_over_processes_score_as_in_one(tiny_models, n):
+    encoder, folder = encoder_of(tiny_models["qwen3"], "names", NAMES), tiny_models["qwen3"]
+    prompts = [encoder.encode(text) for text in TEXTS]
+    alone = score_options(load_decoder(folder, "float32"), prompts, encoder.answers, True, 512)
+    with Workers(n, load_decoder, folder, "float32") as workers:
+        spread, seconds = score_in_parts(workers, prompts, encoder.answers, True, 512)
+        one, _ = score_in_parts(workers, prompts[:1], encoder.answers, True, 512)  # fewer rows than processes
+    assert np.abs(spread.log_likelihood - alone.log_likelihood).max() < 1e-4 and seconds > 0
+    assert np.abs(one.log_likelihood - alone.log_likelihood[:1]).max() < 1e-4
+    assert spread.token_count.tolist() == alone.token_count.tolist()
 
 
 def test_names_with_a_common_beginning_share_its_tokens(tiny_models):

@@ -71,6 +71,23 @@ def test_predictions_keep_rows_order_and_columns(experiment, model, monkeypatch)
     assert not list(Path("out").glob("*.part*"))
 
 
+def test_two_processes_predict_as_one_does_and_say_what_is_wrong_before_they_write(experiment, monkeypatch):
+    write_csv("in.csv", nasty_rows(50))
+    predict.main(experiment, "in.csv", "one.csv", "sft@0")
+    monkeypatch.setattr(predict, "CHUNK", 8)
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    predict.main(experiment, "in.csv", "two.csv", "sft@0")
+    one, two = read("one.csv"), read("two.csv")
+    n = len(LABELS)
+    assert [line[:-n] for line in one] == [line[:-n] for line in two]  # rows, order and predictions
+    numbers = [np.array([line[-n:] for line in lines[1:]], dtype=float) for lines in (one, two)]
+    assert np.abs(numbers[0] - numbers[1]).max() < 1e-4
+    with pytest.raises(LetterheadError, match="can't be used to predict"):
+        predict.main(experiment, "in.csv", "three.csv", "zero_shot_think@1")
+    assert not list(Path().glob("three.csv*"))
+
+
 def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(experiment):
     write_csv("in.csv", nasty_rows(20_000))
     command = [sys.executable, "-m", "serve.predict", "--experiment", "mine", "--in", "in.csv", "--model", "tfidf", "--out"]

@@ -8,10 +8,12 @@ import pytest
 
 from eval import thinking, zero_shot
 from letterhead import results
+from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import read_json
 from prep import data
+from tests.conftest import ROOT
 from tests.test_prompt import LABELS, nasty_rows, write_csv
 
 LETTERS = ["A", "B", "C", "D"]
@@ -58,7 +60,7 @@ def timeless(name: str, split: str = "test") -> tuple:
     return {key: value for key, value in result.items() if key not in timed}, thought
 
 
-def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment):
+def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment, monkeypatch):
     write_csv("rows.csv", nasty_rows(80))
     keys = {"rows": {"validation": 10, "test": 20}}
     settings = {"rows": 7, "tokens": 6, "batch": 3}
@@ -101,3 +103,16 @@ def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment):
     zero_shot.main(experiment)
     assert {name: timeless(name) for name in names} == whole
     assert [answer["text"] for line in answers.read_bytes().splitlines() for answer in json.loads(line)] == texts
+
+    # In two processes, and in batches of another size behind a kill: what is done stays, and NPROC decides nothing.
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    answers.unlink()
+    Path("runs/mine/zero-shot/stage.json").unlink()
+    zero_shot.main(experiment)
+    assert {name: timeless(name) for name in names} == whole
+    answers.write_bytes(lines[0])
+    Path("runs/mine/zero-shot/stage.json").unlink()
+    zero_shot.main(load_experiment("mine", "eval.thinking.batch=2"))
+    kept = [json.loads(line) for line in answers.read_bytes().splitlines()]
+    assert kept[0] == json.loads(lines[0]) and sum(map(len, kept)) == 7
