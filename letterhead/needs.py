@@ -44,7 +44,7 @@ class Memory:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in vars(self).items())
-        return f"{self.total / GIB:.1f} GiB ({parts})"
+        return f"{self.total / GIB:.2f} GiB ({parts})"
 
 
 def parameter_count(folder: Path, classes: int | None = None) -> int:
