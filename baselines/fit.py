@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from baselines.train import SECTIONS, checkpoint_folder
-from letterhead import checkpoints, heads, needs, results
+from letterhead import checkpoints, heads, results
 from letterhead.devices import process_count, share_batch
 from letterhead.experiment import Experiment
 from letterhead.processes import begin_worker
@@ -32,8 +32,8 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     settings, folder = getattr(experiment, section), checkpoint_folder(experiment, method)
     head = settings.head
     heads.require_length(settings.folder, head.max_length, f"{section}.head")
-    parameters = needs.parameter_count(settings.folder, len(experiment.labels))
-    needs.require_disk(folder, needs.head_disk(parameters), f"the training of {method}")
+    needed = checkpoints.head_disk(checkpoints.stored_parameters(settings.folder))
+    checkpoints.require_disk(folder, needed, f"the training of {method}")
     rows = results.read_rows(experiment, rows_name)
     splits = {split: results.read_rows(experiment, split) for split in results.SPLITS}
     splits = {split: of for split, of in splits.items() if of}

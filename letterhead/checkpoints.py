@@ -5,11 +5,15 @@ is whole when that file parses and every safetensors file is as long as its own 
 """
 
 import json
+import math
 import shutil
 import zipfile
 from pathlib import Path
 
 from letterhead.records import LetterheadError, read_json, sha256_file
+
+FLOAT = 4  # bytes of a float32, in which all weights are trained and saved
+GIB = 1 << 30
 
 
 def safetensors_error(path: Path) -> str | None:
@@ -62,6 +66,17 @@ def parameters_per_token(model) -> int:
 def model_facts(model) -> dict:
     """What a result says of the model that it was computed with: parameters a token is multiplied with, and the dtype."""
     return {"parameters": parameters_per_token(model), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def stored_parameters(folder: Path) -> int:
+    """How many numbers a model's safetensors files hold, by their headers: its parameters, tied ones once."""
+    tensors = (tensor for file in folder.glob("*.safetensors") for tensor in _header(file).items())
+    return sum(math.prod(tensor["shape"]) for name, tensor in tensors if name != "__metadata__")
+
+
+def _header(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def step_of(folder: Path) -> int:
@@ -135,3 +150,32 @@ def log_history(folder: Path) -> list[dict]:
     """What the Trainer logged up to the newest whole checkpoint: dictionaries with `step`, `loss`, …"""
     checkpoints = whole_checkpoints(folder)
     return read_json(checkpoints[-1] / "trainer_state.json")["log_history"] if checkpoints else []
+
+
+def sft_disk(parameters: int, saves: int) -> int:
+    """Bytes on disk at the peak of SFT: every checkpoint's float32 weights, the closing model, and two optimizer states,
+    since the old one is deleted when the new one is whole."""
+    return parameters * FLOAT * (saves + 1) + 2 * parameters * 2 * FLOAT
+
+
+def head_disk(parameters: int) -> int:
+    """Bytes on disk at the peak of a head's training: the best, the last and the one that is being written, the last two
+    with the optimizer's state."""
+    return parameters * FLOAT * 3 + 2 * parameters * 2 * FLOAT
+
+
+def require_disk(folder: Path, needed: int, what: str) -> None:
+    """Make sure that there is room for what a training will write, what it has written already counted.
+
+    Raises
+    ------
+    LetterheadError : there is less; says how much is free and how much is needed
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = (file for path in folder.glob("checkpoint-*") if step_of(path) >= 0 for file in path.rglob("*"))
+    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in there if file.is_file())
+    if free < needed:
+        raise LetterheadError(
+            f"{folder}: {what} needs {needed / GIB:.1f} GiB of disk at its peak, and {free / GIB:.1f} GiB are free; "
+            "free some and run again"
+        )

@@ -1,11 +1,10 @@
-"""What a training needs: bytes of memory and of disk, from the shape of the model alone, before any weight is there.
+"""What a training needs of memory, from the shape of the model alone, before any weight is there.
 
-Memory is that of tensors at the worst of four moments of an optimizer step with float32 weights and AdamW (a gradient is
+It is that of tensors at the worst of four moments of an optimizer step with float32 weights and AdamW (a gradient is
 there already, as it is in all but the first of accumulated batches). What is saved for the backward pass is not calculated
 but counted, on tensors without storage, as autograd saves it. Checked against measured peaks in tests/test_preflight.py.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from letterhead.checkpoints import step_of
-from letterhead.records import LetterheadError
+from letterhead.checkpoints import FLOAT, GIB
 
-FLOAT, HALF = 4, 2
-GIB = 1 << 30
+HALF = 2  # bytes of a bfloat16
 # CUDA's context, its libraries' workspaces and what the allocator can't fill; an estimate, never measured.
 CUDA_OVERHEAD = GIB
 LOGITS_BACKWARD = 12  # a logit's bytes in the backward pass of the loss: log-softmax, its gradient, and the logit's own
@@ -122,32 +119,3 @@ def _saved_bytes(model, batch: int, length: int, half: bool) -> int:
     with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         model(input_ids=ids, attention_mask=ids, labels=labels)
     return sum(storage.nbytes() for storage in found.values())
-
-
-def sft_disk(parameters: int, saves: int) -> int:
-    """Bytes on disk at the peak of SFT: every checkpoint's float32 weights, the closing model, and two optimizer states,
-    since the old one is deleted when the new one is whole."""
-    return parameters * FLOAT * (saves + 1) + 2 * parameters * 2 * FLOAT
-
-
-def head_disk(parameters: int) -> int:
-    """Bytes on disk at the peak of a head's training: the best, the last and the one that is being written, the last two
-    with the optimizer's state."""
-    return parameters * FLOAT * 3 + 2 * parameters * 2 * FLOAT
-
-
-def require_disk(folder: Path, needed: int, what: str) -> None:
-    """Make sure that there is room for what a training will write, what it has written already counted.
-
-    Raises
-    ------
-    LetterheadError : there is less; says how much is free and how much is needed
-    """
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    there = (file for path in folder.glob("checkpoint-*") if step_of(path) >= 0 for file in path.rglob("*"))
-    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in there if file.is_file())
-    if free < needed:
-        raise LetterheadError(
-            f"{folder}: {what} needs {needed / GIB:.1f} GiB of disk at its peak, and {free / GIB:.1f} GiB are free; "
-            "free some and run again"
-        )

@@ -16,7 +16,7 @@ from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
-from letterhead import devices
+from letterhead import checkpoints, devices
 from letterhead.experiment import Experiment
 from letterhead.records import LetterheadError, read_json, read_jsonl
 from letterhead.stage import run
@@ -270,10 +270,11 @@ def disk(plan: Plan) -> str:
     classes = len(plan.experiment.labels)
     decoder, encoder = needs.parameter_count(plan.folder("decoder")), needs.parameter_count(plan.folder("encoder"), classes)
     saves = len(sft_plan(plan.experiment, plan.n.get("decoder", 100_000))[1])
-    needed = {"SFT": needs.sft_disk(decoder, saves), "linear head": needs.head_disk(decoder)}
-    needed["BERT"] = needs.head_disk(encoder)
+    needed = {"SFT": checkpoints.sft_disk(decoder, saves), "linear head": checkpoints.head_disk(decoder)}
+    needed["BERT"] = checkpoints.head_disk(encoder)
     sizes = {"decoder": decoder, "encoder": encoder}
-    needed["models to fetch"] = sum(needs.FLOAT * sizes[name] for name, of in plan.sections.items() if not _on_disk(of))
+    missing = [sizes[name] for name, section in plan.sections.items() if not _on_disk(section)]
+    needed["models to fetch"] = checkpoints.FLOAT * sum(missing)
     free, total = shutil.disk_usage(".").free, sum(needed.values())
     said = f"{total / 1e9:.1f} GB needed (" + ", ".join(f"{what} {size / 1e9:.1f}" for what, size in needed.items())
     said += f"), {free / 1e9:.1f} GB free"

@@ -77,16 +77,15 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
     """
     import torch
 
-    from letterhead import needs
-
     if arguments.get("bf16") and not arguments.get("use_cpu") and not torch.cuda.is_available():
         raise LetterheadError(
             f"{experiment.decoder.sft.config}: bf16 needs a GPU, and none is here; run it on one, or (slow) add "
             'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
         )
     rows = read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
-    parameters = needs.parameter_count(experiment.decoder.folder)
-    needs.require_disk(Path(arguments["output_dir"]), needs.sft_disk(parameters, len(sft_plan(experiment, rows)[1])), "SFT")
+    saves = len(sft_plan(experiment, rows)[1])
+    needed = checkpoints.sft_disk(checkpoints.stored_parameters(experiment.decoder.folder), saves)
+    checkpoints.require_disk(Path(arguments["output_dir"]), needed, "SFT")
     more = {}
     if resume:
         print(f"resuming from {resume}")

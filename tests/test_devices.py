@@ -12,7 +12,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from llamafactory.hparams import get_ray_args, get_train_args
 
 from eval import thinking
-from letterhead import devices, llamafactory, needs, scoring, service, stage
+from letterhead import checkpoints, devices, llamafactory, scoring, service, stage
 from letterhead.experiment import load_experiment
 from letterhead.records import LetterheadError
 from tests.conftest import ROOT
@@ -183,11 +183,11 @@ def test_a_bench_on_a_gpu_asks_more():
 
 def test_a_training_that_does_not_fit_on_the_disk_says_so_before_it_begins(tmp_path, monkeypatch):
     gib = 1 << 30
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 20 * gib})())
-    needs.require_disk(tmp_path / "not/yet/there", 20 * gib, "SFT")
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 20 * gib})())
+    checkpoints.require_disk(tmp_path / "not/yet/there", 20 * gib, "SFT")
     with pytest.raises(LetterheadError, match="SFT needs 22.2 GiB of disk at its peak, and 20.0 GiB are free; free some"):
-        needs.require_disk(tmp_path / "not/yet/there", needs.sft_disk(596_049_920, 5), "SFT")
-    assert needs.head_disk(596_049_920) < 20 * 7.15e9 / 8
+        checkpoints.require_disk(tmp_path / "not/yet/there", checkpoints.sft_disk(596_049_920, 5), "SFT")
+    assert checkpoints.head_disk(596_049_920) < 20 * 7.15e9 / 8
 
 
 def test_a_mirror_is_asked_without_xet(monkeypatch):

@@ -274,4 +274,4 @@ def test_two_processes_train_as_one_does_and_die_with_their_parent(make_experime
         process.kill()
         process.wait()
         assert not psutil.wait_procs(started, timeout=20)[1]
-        finish(stage, NPROC="2")
+    finish("bert", NPROC="2")  # goes on from a checkpoint of two processes

@@ -13,7 +13,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import prep.preflight
-from letterhead import needs
+from letterhead import checkpoints, needs
 from letterhead.experiment import load_experiment
 from prep import data
 from tests.conftest import ROOT
@@ -60,7 +60,7 @@ def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(fetched, 
     measured = next(json.loads(line)["peak"] for line in finished.stdout.splitlines() if line.startswith('{"peak"'))
     classes = None if how["kind"] == "sft" else 2
     said = needs.training_memory(Path("model"), how["batch"], how["length"], how["half"], classes, how["checkpointing"])
-    print(f"\n{name}: measured {measured / needs.GIB:.2f} GiB, estimated {said}, ratio {said.total / measured:.2f}")
+    print(f"\n{name}: measured {measured / checkpoints.GIB:.2f} GiB, estimated {said}, ratio {said.total / measured:.2f}")
     assert said.total == pytest.approx(measured, rel=0.2)
 
 
@@ -86,7 +86,7 @@ def test_the_estimate_in_bfloat16_is_within_a_fifth_of_what_torch_tracks(workpla
         tracked = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     said = needs.training_memory(Path("model"), 8, 120, True, None, True)
     print(
-        f"\nqwen3, bfloat16, checkpointing: tracked {tracked / needs.GIB:.2f} GiB, {said}, ratio {said.total / tracked:.2f}"
+        f"\nqwen3, bfloat16: tracked {tracked / checkpoints.GIB:.2f} GiB, estimated {said}, ratio {said.total / tracked:.2f}"
     )
     assert said.total == pytest.approx(tracked, rel=0.2)
 
@@ -95,6 +95,7 @@ def test_parameters_are_those_of_the_model_tied_ones_once(tiny_models):
     for name in ("smollm2", "qwen3"):
         model = CLASSES["llama" if name == "smollm2" else name][1].from_pretrained(tiny_models[name])
         assert needs.parameter_count(tiny_models[name]) == sum(p.numel() for p in model.parameters())
+        assert checkpoints.stored_parameters(tiny_models[name]) == needs.parameter_count(tiny_models[name])
     assert torch.get_default_dtype() == torch.float32
 
 
