@@ -71,11 +71,11 @@ def guard(parent: int, command: list[str]) -> int:
     child = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, close_fds=False)
     descendants: set[psutil.Process] = set()
     while child.poll() is None and not told and os.getppid() == parent:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             descendants.update(psutil.Process(child.pid).children(recursive=True))
         time.sleep(0.1)
     for process in descendants:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             process.kill()
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
