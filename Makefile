@@ -71,7 +71,7 @@ compare: eval-ckpts zero-shot tfidf bert linear-head ## every method on the same
 report: preflight-on-gpu compare ## report.html (opens from disk) and REPORT.md, with pictures
 	@$(RUN) report.build $(STAGE)
 
-bench: preflight-on-gpu compare $(READY_SERVE) ## requests per second of every method in HF and vLLM; then the choice and the report anew
+bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF and vLLM; then the choice and the report anew
 	@$(RUN) bench.rps $(STAGE)
 	@$(RUN) eval.compare $(STAGE)
 	@$(RUN) report.build $(STAGE)

@@ -7,13 +7,17 @@ import os
 import time
 from pathlib import Path
 
+from letterhead.processes import begin_worker
+
+if __name__ == "__main__":
+    begin_worker()
+
 import torch
 
 from baselines.train import SECTIONS, checkpoint_folder
 from letterhead import checkpoints, heads, results
 from letterhead.devices import process_count, share_batch
 from letterhead.experiment import Experiment
-from letterhead.processes import begin_worker
 from letterhead.prompt import TextEncoder
 from letterhead.records import read_json
 from letterhead.stage import OFFLINE, run
@@ -98,5 +102,4 @@ def mean_loss(log: list[dict], step: int) -> float:
 
 
 if __name__ == "__main__":
-    begin_worker()
     run(main, __doc__.splitlines()[0], list(SECTIONS), {"inputs": "the stage's hash", "resume": "a checkpoint, or none"})

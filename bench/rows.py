@@ -26,7 +26,7 @@ from letterhead.service import vllm_version
 from letterhead.stage import OFFLINE, stage_outputs
 
 WARM_UP = 8
-THOUGHT_TOKENS = 16
+THOUGHT_TOKENS, THOUGHTS = 16, 200
 # The open loops begin near what a closed loop reached, and go up or down by so much to the highest rate that holds.
 FIRST_RATE, STEP, LOWEST_RATE, MOST_RATES = 0.9, 1.2, 0.2, 20
 FOLDED_READS = ("linear_head_on_prompt", "sft_folded")
@@ -283,7 +283,7 @@ async def thought_again(experiment: Experiment, server, client, encode) -> dict:
     """How many answers, generated freely behind the prompt's think block, hold thinking again."""
     from letterhead import service
 
-    rows = draw(experiment, experiment.bench.load(gpu=device_name() != "cpu")[0], 1)
+    rows = draw(experiment, min(experiment.bench.load(gpu=False)[0], THOUGHTS), 1)
     route = service.text_route(THOUGHT_TOKENS)
     texts = [await server.ask(client, route, encode(row["text"])) for row in rows]
     return {"thought_again": sum("think>" in text for text in texts), "thought_again_requests": len(rows)}

@@ -83,12 +83,13 @@ def generate(experiment: Experiment, workers: Workers, encoder: PromptEncoder, r
     """Answers by row: text, whether it ended by itself, tokens through the model and generated, seconds (their sum is the
     time that all took)."""
     prompts = [encoder.encode(row["text"]) for row in rows]
-    path = stage.folder / f"answers-{stage.inputs_sha256[:16]}.jsonl"
+    of_engine = engine()
+    path = stage.folder / f"answers-{of_engine}-{stage.inputs_sha256[:16]}.jsonl"
     for old in set(stage.folder.glob("answers-*.jsonl")) - {path}:
         old.unlink()
     done = {answer["id"]: answer for answers in _whole_lines(path) for answer in answers}
     missing = [i for i, row in enumerate(rows) if row["id"] not in done]
-    stop, of_engine = encoder.template.get_stop_token_ids(encoder.tokenizer), engine()
+    stop = encoder.template.get_stop_token_ids(encoder.tokenizer)
     made = _generate_vllm if of_engine == "vllm" else _generate_hf
     title = f"thinking ({of_engine})"
     with (

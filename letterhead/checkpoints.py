@@ -164,6 +164,12 @@ def head_disk(parameters: int) -> int:
     return parameters * FLOAT * 3 + 2 * parameters * 2 * FLOAT
 
 
+def bytes_written(folder: Path) -> int:
+    """Bytes of the checkpoints in a folder."""
+    there = (file for path in folder.glob("checkpoint-*") if step_of(path) >= 0 for file in path.rglob("*"))
+    return sum(file.stat().st_size for file in there if file.is_file())
+
+
 def require_disk(folder: Path, needed: int, what: str) -> None:
     """Make sure that there is room for what a training will write, what it has written already counted.
 
@@ -172,8 +178,7 @@ def require_disk(folder: Path, needed: int, what: str) -> None:
     LetterheadError : there is less; says how much is free and how much is needed
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    there = (file for path in folder.glob("checkpoint-*") if step_of(path) >= 0 for file in path.rglob("*"))
-    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in there if file.is_file())
+    free = shutil.disk_usage(place).free + bytes_written(folder)
     if free < needed:
         raise LetterheadError(
             f"{folder}: {what} needs {needed / GIB:.1f} GiB of disk at its peak, and {free / GIB:.1f} GiB are free; "

@@ -41,15 +41,14 @@ def choose_devices() -> None:
     ------
     LetterheadError : fewer GPUs than NPROC, or a GPU that torch can't use
     """
-    n = process_count()
+    narrow()  # first: the driver reads the variable once, when torch asks it for the first time
     if refused := unusable_gpu():
         raise LetterheadError(refused)
-    if n > 1:
+    if (n := process_count()) > 1:
         import torch
 
         if 0 < torch.cuda.device_count() < n:
             raise LetterheadError(f"NPROC={n}, but torch sees {torch.cuda.device_count()} GPUs; lower NPROC")
-    narrow()
 
 
 def narrow() -> None:
@@ -73,7 +72,7 @@ def worker_environment(rank: int) -> dict[str, str]:
 
 def unusable_gpu() -> str | None:
     """Why torch can't use an NVIDIA GPU that is there, with the mend; None where it can, or where there is none."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not (driver := nvidia_driver()):
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not (driver := nvidia_driver()):
         return None
     import torch
 
@@ -149,16 +148,16 @@ def require_compiler(python: Path, environment: Mapping[str, str] = os.environ) 
         )
 
 
-def gpu_memory_used_mb() -> int:
-    """MiB in use on all NVIDIA GPUs of this machine together, whoever uses them, by NVML."""
+def gpu_memory_used_mb() -> int | None:
+    """MiB in use on all NVIDIA GPUs of this machine together, whoever uses them; None where NVML does not tell."""
     import pynvml
 
-    pynvml.nvmlInit()
     try:
+        pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         return sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles) >> 20
-    finally:
-        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
 
 
 if __name__ == "__main__":

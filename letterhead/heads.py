@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from letterhead.checkpoints import prune_optimizer_states, require_model
 from letterhead.experiment import Head
-from letterhead.precision import project_in_float32
+from letterhead.precision import gpu_has_bfloat16, project_in_float32
 from letterhead.prompt import TextEncoder
 from letterhead.records import LetterheadError
 
@@ -105,7 +105,7 @@ def training_arguments(head: Head, folder: Path | str, seed: int, best: str | No
         greater_is_better=True if best else None,
         logging_steps=head.eval_steps / 5,
         report_to="tensorboard",
-        bf16=gpu and torch.cuda.is_bf16_supported(),
+        bf16=gpu_has_bfloat16(),
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
     )

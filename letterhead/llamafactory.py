@@ -66,6 +66,8 @@ def sft_plan(experiment: Experiment, rows: int) -> tuple[int, list[int]]:
     """SFT's optimizer steps, and those at which it saves."""
     arguments = experiment.sft_arguments()
     epochs, max_steps = arguments.get("num_train_epochs", 3), arguments.get("max_steps", -1)
-    every = {"steps": arguments.get("save_steps", 500), "epoch": 1 / epochs}.get(arguments.get("save_strategy", "steps"))
-    steps, saves = planned_steps(rows, *step_of(arguments), epochs, every or 1, max_steps)
-    return steps, saves if every else []
+    steps, saves = planned_steps(rows, *step_of(arguments), epochs, arguments.get("save_steps", 500), max_steps)
+    strategy = arguments.get("save_strategy", "steps")
+    if strategy == "epoch":
+        saves = [math.ceil(steps * epoch / epochs) for epoch in range(1, math.ceil(epochs) + 1)]
+    return steps, saves if strategy in ("steps", "epoch") else []

@@ -76,13 +76,17 @@ def training_memory(
         linear = (m.weight.numel() for m in whole.base_model.modules() if isinstance(m, torch.nn.Linear))
         casts = HALF * sum(linear) if half else 0  # autocast keeps them to the end of the forward pass
     at_once = {"weights": FLOAT * parameters, "gradients": FLOAT * parameters, "optimizer": 2 * FLOAT * parameters}
-    of_largest = (FLOAT + (HALF if half else 0)) * max(parameter.numel() for parameter in whole.parameters())
+    largest = max(parameter.numel() for parameter in whole.parameters())
+    if classes is None:  # the projection's gradient comes first, by way of its cast's
+        of_largest = {"activations": saved, "casts": (FLOAT + (HALF if half else 0)) * largest}
+    else:  # the embedding's comes last, when nothing is left that was saved
+        of_largest = {"activations": 0, "casts": FLOAT * largest}
     in_forward = (HALF if half else 0) + 2 * FLOAT  # the logits, in float32, and their log-softmax
     moments = [
         Memory(**at_once, activations=saved, logits=in_forward * outputs, casts=casts),  # the loss
         Memory(**at_once, activations=saved, logits=LOGITS_BACKWARD * outputs, casts=0),  # its gradient
         Memory(**at_once, activations=saved + layer, logits=0, casts=0),  # the last layer's gradient
-        Memory(**at_once, activations=saved, logits=0, casts=of_largest),  # the largest weight's gradient
+        Memory(**at_once, **of_largest, logits=0),  # the largest weight's gradient, before it is added
     ]
     return max(moments, key=lambda memory: memory.total)
 

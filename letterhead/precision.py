@@ -14,7 +14,12 @@ def precision(dtype: str) -> str:
     """What `auto` stands for: bfloat16 on a GPU that has it, else float32 (without AMX a CPU's bfloat16 is slower)."""
     if dtype != "auto":
         return dtype
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if gpu_has_bfloat16() else "float32"
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether there is a GPU that multiplies bfloat16 itself; torch emulates it on those before Ampere."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Float32Linear(nn.Linear):

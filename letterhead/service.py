@@ -252,8 +252,8 @@ class VllmServer:
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 peak += sum(int(kibibytes) for kibibytes in re.findall(r"VmHWM:\s*(\d+)", status))
         told = {"peak_memory_mb": peak // 1024}
-        if self._gpu_memory_before is not None:
-            told["peak_gpu_memory_mb"] = gpu_memory_used_mb() - self._gpu_memory_before
+        if None not in (before := self._gpu_memory_before, now := gpu_memory_used_mb() if before is not None else None):
+            told["peak_gpu_memory_mb"] = now - before
         return told
 
 

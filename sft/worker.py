@@ -44,6 +44,8 @@ class Clock(TrainerCallback):
             self._write(state)
             self._saving = time.perf_counter()
 
+    on_epoch_end = on_step_end  # where `save_strategy: epoch` decides to save
+
     def on_save(self, args, state, control, **kwargs):
         self._start += time.perf_counter() - self._saving
 

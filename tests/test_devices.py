@@ -10,9 +10,10 @@ import torch
 import yaml
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from llamafactory.hparams import get_ray_args, get_train_args
+from packaging.requirements import Requirement
 
 from eval import thinking
-from letterhead import checkpoints, devices, llamafactory, scoring, service, stage
+from letterhead import checkpoints, devices, llamafactory, precision, scoring, service, stage
 from letterhead.experiment import load_experiment
 from letterhead.records import LetterheadError
 from tests.conftest import ROOT
@@ -47,13 +48,19 @@ def gpu(monkeypatch):
     ],
 )
 def test_one_gpu_is_used_whatever_is_visible_unless_nproc_says_more(monkeypatch, given, n, expected):
-    monkeypatch.setattr(devices, "nvidia_driver", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("NPROC", str(n))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    seen_by_the_driver = []  # which reads the variable when it is first asked, and never again
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: "580.1")
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: seen_by_the_driver.append(os.environ["CUDA_VISIBLE_DEVICES"]) or True
+    )
     devices.choose_devices()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    assert set(seen_by_the_driver) <= {expected} and os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    assert seen_by_the_driver or expected == ""
     seen = [devices.worker_environment(rank)["CUDA_VISIBLE_DEVICES"] for rank in range(n)]
     assert ",".join(filter(None, seen)) == expected
 
@@ -81,8 +88,9 @@ def test_a_gpu_that_torch_cannot_use_stops_a_stage_and_never_trains_on_the_cpu_b
     monkeypatch.setattr("sys.argv", ["prep/data.py"])
     with pytest.raises(SystemExit, match="error: an NVIDIA GPU is here"):
         stage.run(lambda *_: pytest.fail("the stage ran"), "a stage")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU on purpose
-    devices.choose_devices()
+    for on_purpose in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", on_purpose)
+        devices.choose_devices()
     assert "built for the CPU only; remove .venv" in devices.why_unusable("580.1", "2.14.1+cpu", None)
 
 
@@ -119,6 +127,9 @@ def test_the_article_on_two_gpus_is_torchrun_with_half_the_accumulation(monkeypa
     assert two[1:3] == ["-m", "torch.distributed.run"] and two[two.index("--nproc-per-node") + 1] == "2"
     assert {"gradient_accumulation_steps=4", "per_device_train_batch_size=12"} <= set(two)
     assert llamafactory.sft_plan(experiment, 120_000) == (1250, [250, 500, 750, 1000, 1250])
+    by_epoch = "decoder.sft.overrides.save_strategy=epoch decoder.sft.overrides.num_train_epochs="
+    assert llamafactory.sft_plan(load_experiment("ag_news", by_epoch + "1"), 120_000) == (1250, [1250])
+    assert llamafactory.sft_plan(load_experiment("ag_news", by_epoch + "2"), 120_000) == (2500, [1250, 2500])
     assert llamafactory.environment()["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
@@ -190,6 +201,26 @@ def test_a_training_that_does_not_fit_on_the_disk_says_so_before_it_begins(tmp_p
     assert checkpoints.head_disk(596_049_920) < 20 * 7.15e9 / 8
 
 
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert precision.precision("auto") == "float32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert precision.precision("auto") == "bfloat16"
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("name", ["train", "serve-cpu", "serve-gpu"])
+def test_a_lock_names_one_version_of_each_package_for_every_python(name, version):
+    lines = re.findall(r"^([a-zA-Z0-9].*?) \\$", (ROOT / f"requirements/{name}.txt").read_text(), re.MULTILINE)
+    wanted = list(map(Requirement, lines))
+    here = {"python_version": version, "python_full_version": f"{version}.1", "sys_platform": "linux"}
+    named = [r for r in wanted if not r.marker or r.marker.evaluate(here)]
+    versions = {r.name: str(r.specifier).removeprefix("==") for r in named}
+    assert len(versions) == len(named) > 100
+    if name == "serve-gpu":  # an older cuda-python would overwrite files of cuda-bindings
+        assert versions["cuda-python"].split(".")[0] == versions["cuda-bindings"].split(".")[0] == "13"
+
+
 def test_a_mirror_is_asked_without_xet(monkeypatch):
     monkeypatch.setattr("sys.argv", ["prep/data.py", "--experiment", "none"])
     monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
@@ -207,8 +238,7 @@ def test_the_yamls_for_many_gpus_are_llamafactorys():
     assert deepspeed.is_zero3() and deepspeed.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
     ray = yaml.safe_load((folder / "qwen3_0.6b_full_sft_ray.yaml").read_text())
     assert get_ray_args(ray).ray_num_workers == 4
-    workers = ray.pop("ray_num_workers")
-    for values, n in ((zero3, 1), (ray, workers)):
+    for values, n in ((zero3, 1), (ray, ray["ray_num_workers"])):
         on_cpu = values | {"use_cpu": True, "bf16": False, "report_to": "none"}
         args = get_train_args(on_cpu)[2]
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * n

@@ -4,19 +4,31 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
 
 import prep.preflight
 from letterhead import checkpoints, needs
 from letterhead.experiment import load_experiment
 from prep import data
 from tests.conftest import ROOT
+from tests.test_data import Hub
 from tests.test_prompt import LABELS, nasty_rows, write_csv
 
 # What is trained: architecture and shape, how, and the rows of a batch and their tokens.
@@ -64,30 +76,35 @@ def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(fetched, 
     assert said.total == pytest.approx(measured, rel=0.2)
 
 
-def test_the_estimate_in_bfloat16_is_within_a_fifth_of_what_torch_tracks(workplace):
+@pytest.mark.parametrize("classes", [None, 4], ids=["SFT, checkpointing", "head"])
+def test_the_estimate_in_bfloat16_is_within_a_fifth_of_what_torch_tracks(workplace, classes):
     # A CPU without bfloat16 takes minutes and scratch memory for it, so torch's own tracker counts tensors without storage.
     shape = {**SMALL, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 3}
     config = Qwen3Config(vocab_size=60_000, tie_word_embeddings=True, **shape, architectures=["Qwen3ForCausalLM"])
     config.save_pretrained("model")
     with FakeTensorMode():
-        model = Qwen3ForCausalLM(config).train()
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-        model.enable_input_require_grads()
+        if classes:
+            config.num_labels, config.pad_token_id = classes, 0
+            model = Qwen3ForSequenceClassification(config).train()
+        else:
+            model = Qwen3ForCausalLM(config).train()
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
         optimizer, tracker = torch.optim.AdamW(model.parameters(), fused=True), MemTracker()
         tracker.track_external(model, optimizer)
         ids = torch.ones(8, 120, dtype=torch.long)
+        labels = torch.zeros(8, dtype=torch.long) if classes else ids
         with tracker:
             for _ in range(2):
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = model(input_ids=ids, attention_mask=ids, labels=ids, use_cache=False).loss
+                    loss = model(input_ids=ids, attention_mask=ids, labels=labels, use_cache=False).loss
                 loss.backward()
                 optimizer.step(), optimizer.zero_grad(set_to_none=False)  # a gradient stays, as between accumulated batches
                 tracker.reset_mod_stats()
         tracked = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    said = needs.training_memory(Path("model"), 8, 120, True, None, True)
-    print(
-        f"\nqwen3, bfloat16: tracked {tracked / checkpoints.GIB:.2f} GiB, estimated {said}, ratio {said.total / tracked:.2f}"
-    )
+    said = needs.training_memory(Path("model"), 8, 120, True, classes, not classes)
+    ratio = said.total / tracked
+    print(f"\nbfloat16, {classes} classes: tracked {tracked / checkpoints.GIB:.2f} GiB, estimated {said}, ratio {ratio:.2f}")
     assert said.total == pytest.approx(tracked, rel=0.2)
 
 
@@ -145,11 +162,41 @@ def test_what_is_missing_is_a_no_with_its_mend_and_the_exit_code_says_so(make_ex
     for line in (
         "no  device:       no GPU, and the YAML says bf16; take a machine with a GPU, or (slow) SET=",
         "no  models:       hf:me/bert: no hub answers at http://127.0.0.1:9",
-        "no  labels:       none of the first 20,000 training rows is of Weather; check data.labels",
+        "no  labels:       none of the 140 training rows is of Weather; check data.labels",
         "no  memory:       the encoder's configuration can't be had; mend `models` first",
     ):
         assert line in told.stdout, (line, told.stdout)
     assert "NO-GO: device, models, labels," in told.stderr
+
+
+class ModelHub(Hub):
+    """Serves one model the way the hub does, in as far as huggingface_hub asks."""
+
+    def answer(self, body: bool):
+        if not self.path.startswith("/api/models/me/bert") or "/tree/" in self.path:
+            return super().answer(body)
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
+        info = {"id": "me/bert", "sha": self.COMMIT, "siblings": siblings, "private": False, "tags": []}
+        self.send(json.dumps(info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}).encode(), body)
+
+
+def test_a_model_at_the_hub_is_looked_at_and_not_fetched(make_experiment, tiny_models, lock, monkeypatch):
+    files = {path.name: path.read_bytes() for path in tiny_models["bert"].iterdir()}
+    monkeypatch.setattr(ModelHub, "files", files)
+    write_csv("rows.csv", nasty_rows(140))
+    make_experiment("rows.csv", LABELS, encoder_keys={"model": "hf:me/bert", "head": {"max_length": 128}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
+    told = preflight(**online)
+    assert told.returncode == 0, told.stdout + told.stderr
+    size = len(files["model.safetensors"])
+    assert f"hf:me/bert at the hub, {size / 1e9:.1f} GB" in told.stdout and "BERT 0." in told.stdout
+    assert not list(Path().rglob("hub/**/*.safetensors")) and not Path("model/bert").exists()
+    del files["model.safetensors"]
+    told = preflight(**online)
+    server.shutdown()
+    assert told.returncode == 1 and "no  models:       hf:me/bert: holds no safetensors file" in told.stdout
 
 
 def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(make_experiment, workplace):

@@ -14,6 +14,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerSt
 from letterhead import checkpoints, stage
 from letterhead.records import LetterheadError
 from letterhead.stage import Stage
+from sft import worker
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,3 +98,28 @@ def test_a_stage_runs_once_at_a_time(make_experiment, monkeypatch):
         Stage(experiment, "sft", 1)
     del first
     Stage(experiment, "sft", 1)
+
+
+@pytest.mark.parametrize("decides", ["on_step_end", "on_epoch_end"])
+def test_the_clock_leaves_out_saving_and_goes_on_after_a_resume(tmp_path, decides, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    file = tmp_path / "clock.json"
+
+    def train(first: int, last: int) -> dict:
+        """10 s a step, 100 s a checkpoint after each second step."""
+        clock, state = worker.Clock(file), TrainerState(is_world_process_zero=True)
+        state.global_step = first
+        clock.on_train_begin(None, state, TrainerControl())
+        for state.global_step in range(first + 1, last + 1):
+            now[0] += 10
+            control = TrainerControl(should_save=state.global_step % 2 == 0)
+            getattr(clock, decides)(None, state, control)
+            if control.should_save:
+                now[0] += 100
+                clock.on_save(None, state, control)
+        clock.on_train_end(None, state, TrainerControl())
+        return json.loads(file.read_text())["training_seconds"]
+
+    assert train(0, 4) == {"2": 20.0, "4": 40.0}
+    assert train(2, 6) == {"2": 20.0, "4": 40.0, "6": 60.0}  # killed after step 4, resumed from step 2
