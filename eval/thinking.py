@@ -193,7 +193,7 @@ async def _ask(server, seed: int, prompts: Sequence[list[int]], rows: list[int],
 
         try:
             while True:
-                while len(flying) < IN_FLIGHT and (i := next(waiting, None)) is not None:
+                while len(flying) < IN_FLIGHT * process_count() and (i := next(waiting, None)) is not None:
                     flying.add(asyncio.create_task(one(i)))
                 if not flying:
                     return

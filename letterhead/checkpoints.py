@@ -60,6 +60,8 @@ def parameters_per_token(model) -> int:
     from torch.nn import Embedding
 
     embeddings = {id(p) for m in model.modules() if isinstance(m, Embedding) for p in m.parameters()}
+    if getattr(model.config, "tie_word_embeddings", False) and (projection := model.get_output_embeddings()):
+        embeddings |= {id(p) for p in projection.parameters()}  # in bfloat16 a float32 copy
     return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
 
 

@@ -86,6 +86,11 @@ def why_unusable(driver: str, torch_version: str, cuda: str | None) -> str:
     if cuda is None:
         return f"{there} is built for the CPU only; remove .venv and run: make setup, {on_the_cpu}"
     oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
+    if oldest and driver != "unknown" and int(driver.split(".")[0]) >= int(oldest.split(".")[0]):
+        return (
+            f"{there}, built for CUDA {cuda}, sees none; set CUDA_VISIBLE_DEVICES to one that is there, or give this "
+            f"container the right to use it, {on_the_cpu}"
+        )
     needs = f"CUDA {cuda}, which needs driver {oldest} or newer" if oldest else f"CUDA {cuda}"
     return f"{there}, built for {needs}, can't use it; update the driver (nvidia-smi shows what it sees), {on_the_cpu}"
 

@@ -96,6 +96,7 @@ def text_route(tokens: int) -> Route:
 def sampled_route(tokens: int, stop: list[int], sampling: dict[str, float]) -> Route:
     """Generate up to so many tokens by sampling (temperature, top_p, top_k, seed); ids in, ids with the stop token out."""
     fixed = {"model": NAME, "max_tokens": tokens, "stop_token_ids": stop, "return_token_ids": True, **sampling}
+    fixed["ignore_eos"] = True  # the stop tokens are the template's, as in HF's generate; the model's own may be another
     return Route("/v1/completions", lambda ids: fixed | {"prompt": ids}, lambda reply: reply["choices"][0]["token_ids"])
 
 

@@ -29,6 +29,7 @@ from prep.fetch import fetch_model
 from prep.shape import qwen3_tokenizer as qwen3_tokenizer_of_vocabulary
 
 ROOT = Path(__file__).parent.parent
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's; what a GPU decides is tested with torch's view patched
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -91,6 +91,7 @@ def test_a_gpu_that_torch_cannot_use_stops_a_stage_and_never_trains_on_the_cpu_b
     for on_purpose in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", on_purpose)
         devices.choose_devices()
+    assert "sees none; set CUDA_VISIBLE_DEVICES" in devices.why_unusable("580.1", "2.14.1", "13.0")
     assert "built for the CPU only; remove .venv" in devices.why_unusable("580.1", "2.14.1+cpu", None)
 
 

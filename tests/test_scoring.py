@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.scoring import peer_ids_are_trained, peer_pair
-from letterhead.checkpoints import require_model
+from letterhead.checkpoints import model_facts, require_model
 from letterhead.experiment import Prompt
 from letterhead.processes import Workers
 from letterhead.prompt import PromptEncoder
@@ -81,6 +81,7 @@ def test_in_bfloat16_the_last_projection_is_float32_and_close_options_do_not_tie
     exact = load_decoder(folder, "float32")
     half = load_decoder(folder, "bfloat16")
     assert half.dtype == torch.bfloat16 and half.get_output_embeddings().weight.dtype == torch.float32
+    assert model_facts(half)["parameters"] == model_facts(exact)["parameters"]
     assert torch.equal(half.get_output_embeddings().weight, exact.get_output_embeddings().weight)
     assert {buffer.dtype for buffer in half.buffers()} == {torch.float32}  # rotary frequencies
     mine = score_options(half, prompts, encoder.answers, False, 1024).log_likelihood
