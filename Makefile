@@ -88,6 +88,9 @@ bench-scoring: sft ## scoring speed and agreement against lm-evaluation-harness
 bench-training: data ## training throughput of BERT and the linear head: rows grouped by length against plain
 	@$(RUN) bench.training $(STAGE)
 
+bench-precision: sft ## which predictions bfloat16 changes, with its last projection in bfloat16 and in float32
+	@$(RUN) bench.precision $(STAGE)
+
 predict: $(READY) ## label a CSV file: make predict IN=rows.csv OUT=labelled.csv MODEL=best
 	@$(RUN) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
 
@@ -112,4 +115,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP made (data/EXP and runs/EXP); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP"
 
-.PHONY: help setup setup-serve preflight preflight-on-gpu data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export serve bench bench-scoring bench-shape bench-training demo smoke test lint clean
+.PHONY: help setup setup-serve preflight preflight-on-gpu data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export serve bench bench-precision bench-scoring bench-shape bench-training demo smoke test lint clean

@@ -403,7 +403,6 @@ CHECKS: dict[str, Callable[[Plan], str]] = {
 
 
 if __name__ == "__main__":
+    # What is wrong with the devices is told with the rest.
     options = {"when": "always, or gpu: only where torch sees one"}
-    run(
-        main, __doc__.splitlines()[0], options=options, devices=devices.narrow
-    )  # what is wrong with them is told with the rest
+    run(main, __doc__.splitlines()[0], options=options, devices=devices.narrow)
