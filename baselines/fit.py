@@ -18,6 +18,7 @@ from baselines.train import SECTIONS, checkpoint_folder
 from letterhead import checkpoints, heads, results
 from letterhead.devices import process_count, share_batch
 from letterhead.experiment import Experiment
+from letterhead.precision import precision
 from letterhead.prompt import TextEncoder
 from letterhead.records import read_json
 from letterhead.stage import OFFLINE, run
@@ -47,7 +48,8 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     )
     shared = head.model_copy(update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation})
     best = "validation_f1_macro" if "validation" in splits else None
-    arguments = heads.training_arguments(shared, folder, experiment.seed, best)
+    dtype = precision(experiment.decoder.dtype, settings.folder)
+    arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype)
     set_seed(experiment.seed)
     # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so they are loaded here.
     model = heads.load_head(resume or settings.folder, experiment.labels)
@@ -78,7 +80,7 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
             seconds=round(seconds, 3),
             tokens=tokens,
             parameters=multiplied,
-            dtype="bfloat16 by autocast" if arguments.bf16 else "float32",
+            dtype=dtype,
             model=str(folder / f"checkpoint-{step}"),
             inputs_sha256=inputs_sha256,
         )

@@ -64,7 +64,8 @@ def measure_rows(experiment: Experiment, rows: Sequence[Row], names: dict[str, s
     folders = {method: model_folder(experiment, name) for method, name in names.items() if method != "tfidf"}
     measured = experiment.bench.model_dump(include={"open_requests", "objective_ms"})
     measured["load"] = list(experiment.bench.load(gpu=device_name() != "cpu"))
-    settings = {"bench": measured, "data": stage_outputs(experiment, "data"), "dtype": precision(experiment.decoder.dtype)}
+    dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
+    settings = {"bench": measured, "data": stage_outputs(experiment, "data"), "dtype": dtype}
     settings |= {"prompt": experiment.prompt.model_dump(), "cutoff_len": experiment.sft_arguments()["cutoff_len"]}
     settings |= {"eval": experiment.eval.model_dump(include={"batch_tokens", "score"}), "seed": experiment.seed}
     for section in (experiment.encoder, experiment.decoder):
@@ -239,7 +240,7 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
         runner,
         length,
         folder / f"{row.key}.log",
-        dtype=precision(experiment.decoder.dtype),
+        dtype=precision(experiment.decoder.dtype, model),
         gpu_memory=experiment.serve.gpu_memory_utilization,
     ) as server:
         async with service.client() as client:

@@ -50,7 +50,7 @@ def main(experiment: Experiment) -> None:
     record |= {
         "price_per_hour": price,
         "names": names,
-        "dtype": precision(experiment.decoder.dtype),
+        "dtype": precision(experiment.decoder.dtype, experiment.decoder.folder),
         "device": device_name(),
     }
     path, table = (experiment.results_folder / f"bench_rps.{end}" for end in ("json", "md"))

@@ -47,6 +47,7 @@ def throughput(experiment: Experiment, section, rows: list[dict], group: bool) -
     from transformers import set_seed
 
     from letterhead import heads
+    from letterhead.precision import precision
     from letterhead.prompt import TextEncoder
 
     head: Head = section.head.model_copy(update={"group_by_length": group, "num_train_epochs": 1})
@@ -55,7 +56,8 @@ def throughput(experiment: Experiment, section, rows: list[dict], group: bool) -
     train = heads.encoded(rows, results.class_numbers(experiment, rows), encoder, "encoding")
     set_seed(experiment.seed)
     with TemporaryDirectory() as folder:
-        arguments = heads.training_arguments(head, folder, experiment.seed, None)
+        dtype = precision(experiment.decoder.dtype, section.folder)
+        arguments = heads.training_arguments(head, folder, experiment.seed, None, dtype)
         arguments.eval_strategy = arguments.save_strategy = "no"
         arguments.report_to = []
         trainer = heads.HeadTrainer(heads.load_head(section.folder, experiment.labels), arguments, tokenizer, train)

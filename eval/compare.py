@@ -21,14 +21,17 @@ METHODS = {
     "zero_shot_calibrated": ("zero-shot", None, "LLM zero-shot, calibrated"),
     "zero_shot_think": ("zero-shot", None, "LLM zero-shot, thinking"),
     "tfidf": ("tfidf", "tfidf", "TF-IDF + logistic regression"),
+    "tfidf_all": ("tfidf-all", "tfidf-all", "TF-IDF, all rows"),
     "bert": ("bert", "bert", "BERT"),
+    "bert_all": ("bert-all", "bert-all", "BERT, all rows"),
     "linear_head": ("linear-head", "linear-head", "LLM, linear head"),
     "sft": ("eval-ckpts", "sft", "LLM, SFT (answers with an option)"),
 }
 
 
 def main(experiment: Experiment) -> None:
-    stages = sorted({stage for stages in METHODS.values() for stage in stages[:2] if stage})
+    methods = {name: of for name, of in METHODS.items() if results.has_more_rows(experiment) or not name.endswith("_all")}
+    stages = sorted({stage for stages in methods.values() for stage in stages[:2] if stage})
     made = {name: stage_outputs(experiment, name) for name in stages}
     records = {name: read_json(experiment.run_folder / name / "stage.json") for name in stages}
     bench = results.read_bench(experiment) or {"rows": []}
@@ -36,7 +39,7 @@ def main(experiment: Experiment) -> None:
     stage = Stage(experiment, "compare", {"stages": records, "seed": experiment.seed, "service": in_service})
     path = experiment.results_folder / "comparison.json"
     if not stage.is_current():
-        chosen = dict(choose(experiment, method, made[of]) for method, (of, _, _) in METHODS.items())
+        chosen = dict(choose(experiment, method, made[of]) for method, (of, _, _) in methods.items())
         for name, entry in chosen.items():
             entry["cost"]["per_million_rows"] = cost_in_service(name, in_service)
         pairs = compare_pairs(experiment, chosen)
@@ -114,7 +117,13 @@ def cost(experiment: Experiment, method: str, trained: str | None, result: dict)
 
 def cost_in_service(name: str, rows: list[dict]) -> float | None:
     """What a million rows cost in the cheapest way of serving a method that the bench measured, or None."""
-    costs = [row["cost_per_million"] for row in rows if row["name"] == name and row["method"] != "linear_head_on_prompt"]
+    method, _, _ = name.partition("@")
+    alike = method.removesuffix("_all") if method.endswith("_all") else None  # more rows to learn from, the same price
+    costs = [
+        row["cost_per_million"]
+        for row in rows
+        if (row["name"] == name and row["method"] != "linear_head_on_prompt") or row["method"] == alike
+    ]
     return min(costs, default=None)
 
 

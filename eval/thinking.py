@@ -166,7 +166,7 @@ def _generate_vllm(
         "generate",
         max(len(prompts[i]) for i in missing) + tokens,
         experiment.run_folder / "zero-shot" / "vllm.log",
-        dtype=precision(experiment.decoder.dtype),
+        dtype=precision(experiment.decoder.dtype, experiment.decoder.folder),
         gpu_memory=experiment.serve.gpu_memory_utilization,
         processes=process_count(),
     )

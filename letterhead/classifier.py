@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from letterhead import checkpoints, results
+from letterhead import checkpoints, results, tfidf
 from letterhead.experiment import Experiment
 from letterhead.processes import Workers
 from letterhead.records import LetterheadError, read_json
@@ -21,7 +21,7 @@ def named_method(experiment: Experiment, name: str) -> str:
     ------
     LetterheadError : nothing was compared yet, or no such method
     """
-    if "@" in name or name == "tfidf":
+    if "@" in name or name in tfidf.ROWS:
         return name
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None:
@@ -44,9 +44,9 @@ def model_folder(experiment: Experiment, name: str) -> Path:
     method, _, step = name.partition("@")
     if method.startswith("zero_shot") or name in ("sft@0", "linear_head@0"):
         return experiment.decoder.folder
-    if name == "bert@0":
+    if name in ("bert@0", "bert_all@0"):
         return experiment.encoder.folder
-    stages = {"sft": "sft", "bert": "bert", "linear_head": "linear-head"}
+    stages = {"sft": "sft", "bert": "bert", "bert_all": "bert-all", "linear_head": "linear-head"}
     if method not in stages:
         raise LetterheadError(f"{name}: no such method; choose best, tfidf, {', '.join(f'{m}@STEP' for m in stages)}")
     folder = experiment.run_folder / stages[method] / "checkpoints"
@@ -64,12 +64,10 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
     LetterheadError : no such method or checkpoint, or one that gives no probabilities
     """
     method = name.partition("@")[0]
-    if method == "tfidf":
-        from letterhead import tfidf
-
-        model = tfidf.fit(results.read_rows(experiment, "train"), experiment.seed)
+    if method in tfidf.ROWS:
+        model = tfidf.fit(results.read_rows(experiment, tfidf.ROWS[method]), experiment.seed)
         return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
-    if method in ("bert", "linear_head"):
+    if method in ("bert", "bert_all", "linear_head"):
         return _head(experiment, model_folder(experiment, name), method)
     if method in ("sft", "zero_shot_no_think"):
         return _options(experiment, model_folder(experiment, name))
@@ -99,14 +97,14 @@ def _head(experiment: Experiment, folder: Path, method: str) -> Classifier:
     import torch
 
     from letterhead import heads
-    from letterhead.packing import pack
+    from letterhead.cpu import pack
     from letterhead.precision import cast, precision
     from letterhead.prompt import TextEncoder
 
-    head = (experiment.encoder if method == "bert" else experiment.decoder).head
+    head = (experiment.encoder if method.startswith("bert") else experiment.decoder).head
     model, tokenizer = heads.load_head(folder, experiment.labels), heads.load_tokenizer(folder)
-    model = cast(model, precision(experiment.decoder.dtype))  # the decoder's, so that methods compare
-    model = pack(model.to("cuda" if torch.cuda.is_available() else "cpu").eval())
+    model = cast(model, precision(experiment.decoder.dtype, folder)).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = pack(model.eval())
     encoder = TextEncoder(tokenizer, head.max_length)
     return lambda texts: heads.classify(model, tokenizer, encoder.encode(texts), head.per_device_eval_batch_size)
 

@@ -218,7 +218,8 @@ class Eval(Section):
 
 
 class Bench(Section):
-    """How much is measured: rows with the experiment's own options and with R52's names, rows to train, paired runs.
+    """How much is measured: rows with the experiment's own options and with R52's names, rows to train, optimizer steps of
+    SFT, paired runs.
 
     In service: requests of each closed loop and its numbers of clients (null: what suits the device, see `load`), requests
     of an open loop (0: none is measured), the objective for its 99th percentile, and what an hour of the machine costs.
@@ -229,6 +230,8 @@ class Bench(Section):
     scoring_runs: Annotated[int, Field(ge=3)] = 3
     training_rows: Count = 512
     training_runs: Annotated[int, Field(ge=3)] = 3
+    sft_steps: Count = 12
+    sft_runs: Annotated[int, Field(ge=3)] = 3
     requests: Count | None = None
     concurrency: Annotated[list[Count], Field(min_length=1)] | None = None
     open_requests: Annotated[int, Field(ge=0)] = 1000

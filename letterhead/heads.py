@@ -1,9 +1,10 @@
 """A linear head on an encoder or a decoder, trained with HF's Trainer on the raw text.
 
-Weights are float32; on a GPU that has it, bfloat16 is used by autocast only (a head on bfloat16 weights would not move at
-a learning rate of 1e-5).
+Weights are float32; bfloat16 is used by autocast only (a head on bfloat16 weights would not move at a learning rate of
+1e-5).
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,10 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 from torch.utils.data import SequentialSampler
+from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,10 +28,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 
 from letterhead.checkpoints import prune_optimizer_states, require_model
+from letterhead.cpu import attention, pack, use_onednn
 from letterhead.experiment import Head
-from letterhead.precision import gpu_has_bfloat16, project_in_float32
+from letterhead.precision import cast, project_in_float32
 from letterhead.prompt import TextEncoder
 from letterhead.records import LetterheadError
 
@@ -43,12 +49,14 @@ def load_head(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
     LetterheadError : no model there, or one that is cut off
     """
     require_model(folder)
+    use_onednn()
     names = dict(enumerate(labels))
     model = AutoModelForSequenceClassification.from_pretrained(
         folder,
         id2label=names,
         label2id={name: i for i, name in names.items()},
         dtype=torch.float32,
+        attn_implementation=attention(),
         use_safetensors=True,
         trust_remote_code=False,
     )
@@ -76,12 +84,15 @@ def encoded(rows: Sequence[dict], classes: np.ndarray, encoder: TextEncoder, tit
     return raw.map(encode, batched=True, remove_columns=["text"], desc=title)
 
 
-def training_arguments(head: Head, folder: Path | str, seed: int, best: str | None) -> TrainingArguments:
+def training_arguments(
+    head: Head, folder: Path | str, seed: int, best: str | None, dtype: str = "float32"
+) -> TrainingArguments:
     """HF's arguments for a head: evaluated every `eval_steps`; of what is saved the last is kept, and the best.
 
     Parameters
     ----------
     best : the metric that decides which is best, or None where no split may decide it
+    dtype : float32, or bfloat16 by autocast
     """
     gpu = torch.cuda.is_available()
     return TrainingArguments(
@@ -105,22 +116,31 @@ def training_arguments(head: Head, folder: Path | str, seed: int, best: str | No
         greater_is_better=True if best else None,
         logging_steps=head.eval_steps / 5,
         report_to="tensorboard",
-        bf16=gpu_has_bfloat16(),
+        bf16=dtype == "bfloat16",
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
     )
 
 
 @torch.inference_mode()
-def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int) -> np.ndarray:
-    """Probabilities of the classes, shape (rows, classes), in the order of `ids`; like lengths share a batch."""
+def class_logits(
+    model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int, progress: str | None = None
+) -> np.ndarray:
+    """Logits of the classes, float32 of shape (rows, classes), in the order of `ids`; like lengths share a batch."""
     order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
-    probabilities = np.zeros((len(ids), model.config.num_labels))
-    for begin in range(0, len(order), batch):
-        rows = order[begin : begin + batch]
-        inputs = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
-        probabilities[rows] = model(**inputs).logits.double().softmax(-1).cpu().numpy()
-    return probabilities
+    logits = np.zeros((len(ids), model.config.num_labels), np.float32)
+    with tqdm(total=len(ids), desc=progress, unit=" rows", disable=progress is None, mininterval=0.5) as bar:
+        for begin in range(0, len(order), batch):
+            rows = order[begin : begin + batch]
+            inputs = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
+            logits[rows] = model(**inputs).logits.float().cpu().numpy()
+            bar.update(len(rows))
+    return logits
+
+
+def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int) -> np.ndarray:
+    """Probabilities of the classes, shape (rows, classes), in the order of `ids`."""
+    return softmax(class_logits(model, tokenizer, ids, batch).astype(np.float64), axis=-1)
 
 
 def mean_over_rows(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
@@ -223,10 +243,13 @@ class HeadTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         start = time.perf_counter()
-        kwargs["prediction_loss_only"] = False  # which the Trainer takes for granted without compute_metrics
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        seconds = time.perf_counter() - start
         split = metric_key_prefix.removeprefix("eval_")
+        if self.args.device.type == "cpu" and self.args.world_size == 1:
+            output = self._evaluate_packed(split, metric_key_prefix)
+        else:
+            kwargs["prediction_loss_only"] = False  # which the Trainer takes for granted without compute_metrics
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        seconds = time.perf_counter() - start
         logits = np.empty_like(output.predictions)
         logits[self._order[split]] = output.predictions
         lengths, batch = self._lengths[split], self.args.eval_batch_size
@@ -235,6 +258,16 @@ class HeadTrainer(Trainer):
         (metrics,) = broadcast_object_list(metrics)  # from the first process to all
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def _evaluate_packed(self, split: str, prefix: str) -> EvalLoopOutput:
+        """What the Trainer's loop gives, by a copy of the model that is made for inference."""
+        model, rows = copy.deepcopy(self.model), self.eval_dataset[split]
+        vars(model).pop("forward", None)  # accelerate's, which computes in autocast
+        model = pack(cast(model, "bfloat16" if self.args.bf16 else "float32").eval())
+        logits = class_logits(model, self.processing_class, rows["input_ids"], self.args.eval_batch_size, f"scoring {split}")
+        labels = np.array(rows["labels"])
+        loss = log_loss(labels, softmax(logits.astype(np.float64), axis=-1), labels=range(logits.shape[1]))
+        return EvalLoopOutput(logits, labels, {f"{prefix}_loss": loss}, len(labels))
 
 
 def require_length(folder: Path, max_length: int, key: str) -> None:

@@ -1,4 +1,7 @@
-"""How LLaMA-Factory is started: its arguments, in one process or, by torchrun, in several; and what a run of it will do."""
+"""How LLaMA-Factory is started: its arguments, in one process or, by torchrun, in several; and what a run of it will do.
+
+What its YAML leaves open is filled in for the device; the YAML alone, without us, trains the same in float32.
+"""
 
 import json
 import math
@@ -7,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from letterhead.devices import process_count, share_batch
 from letterhead.experiment import Experiment
+from letterhead.precision import precision
 from letterhead.processes import torchrun
 from letterhead.stage import OFFLINE
 
@@ -28,7 +34,7 @@ def command(experiment: Experiment, clock: Path, **more: Any) -> list[str]:
     ------
     LetterheadError : NPROC does not divide the rows of a step
     """
-    extra = experiment.decoder.sft.overrides | experiment.sft_decided()
+    extra = for_device(experiment) | experiment.decoder.sft.overrides | experiment.sft_decided()
     extra |= {"include_num_input_tokens_seen": "non_padding"} | more
     n = process_count()
     if n > 1:
@@ -37,6 +43,17 @@ def command(experiment: Experiment, clock: Path, **more: Any) -> list[str]:
     pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in extra.items()]
     given = [str(clock), str(experiment.decoder.sft.config), *pairs]
     return torchrun(n, "sft.worker", given) if n > 1 else [sys.executable, "-m", "sft.worker", *given]
+
+
+def for_device(experiment: Experiment) -> dict[str, Any]:
+    """LLaMA-Factory's keys that suit this device, of those that the YAML leaves open: the precision (`decoder.dtype`, see
+    `precision`), and on a CPU attention by plain matrix products."""
+    arguments, keys = experiment.sft_arguments(), {}
+    if not {"bf16", "fp16", "pure_bf16"} & set(arguments):
+        keys["bf16"] = precision(experiment.decoder.dtype, experiment.decoder.folder) == "bfloat16"
+    if not torch.cuda.is_available():
+        keys |= {"use_cpu": True, "flash_attn": "disabled"}
+    return {key: value for key, value in keys.items() if key not in arguments}
 
 
 def environment() -> dict[str, str]:

@@ -4,17 +4,28 @@ A bfloat16 has 8 bits of mantissa: logits of 16 to 32 lie on a grid of 1/8, so c
 first label. The projection of the few positions that are read costs nothing in float32.
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from letterhead.cpu import prefers_bfloat16
 
-def precision(dtype: str) -> str:
-    """What `auto` stands for: bfloat16 on a GPU that has it, else float32 (without AMX a CPU's bfloat16 is slower)."""
+
+def precision(dtype: str, folder: Path) -> str:
+    """What `auto` stands for: bfloat16 on a GPU that has it, and on a CPU where it is faster; else float32.
+
+    Parameters
+    ----------
+    dtype : auto, float32 or bfloat16
+    folder : the model's, whose shapes decide on a CPU
+    """
     if dtype != "auto":
         return dtype
-    return "bfloat16" if gpu_has_bfloat16() else "float32"
+    half = gpu_has_bfloat16() if torch.cuda.is_available() else prefers_bfloat16(folder)
+    return "bfloat16" if half else "float32"
 
 
 def gpu_has_bfloat16() -> bool:

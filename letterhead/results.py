@@ -29,6 +29,12 @@ def read_rows(experiment: Experiment, name: str) -> list[dict]:
     return list(read_jsonl(experiment.data_folder / f"{name}.jsonl"))
 
 
+def has_more_rows(experiment: Experiment) -> bool:
+    """Whether train has more rows than the methods are compared on (decoder.train_rows)."""
+    card = read_json(experiment.data_folder / "data_card.json")
+    return card["sft"]["rows"] < card["rows"]["train"]
+
+
 def class_numbers(experiment: Experiment, rows: Sequence[dict]) -> np.ndarray:
     """The number of each row's label, shape (rows,)."""
     number = {name: i for i, name in enumerate(experiment.labels)}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from letterhead.checkpoints import require_model
-from letterhead.packing import pack
+from letterhead.cpu import attention, pack, use_onednn
 from letterhead.precision import cast, precision
 from letterhead.processes import Workers
 from letterhead.prompt import Answer
@@ -141,10 +141,11 @@ def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedMod
     LetterheadError : no checkpoint there, or one that is cut off
     """
     require_model(folder)
+    use_onednn()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
+        folder, dtype=torch.float32, attn_implementation=attention(), use_safetensors=True, trust_remote_code=False
     )
-    model = cast(model, precision(dtype)).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = cast(model, precision(dtype, folder)).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return pack(model) if packed else model
 
 

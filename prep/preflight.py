@@ -295,6 +295,8 @@ def disk(plan: Plan) -> str:
     saves = len(sft_plan(plan.experiment, plan.n.get("decoder", 100_000))[1])
     peaks = {"sft": checkpoints.sft_disk(decoder, saves), "linear-head": checkpoints.head_disk(decoder)}
     peaks["bert"] = checkpoints.head_disk(encoder)
+    if plan.experiment.decoder.train_rows:
+        peaks["bert-all"] = peaks["bert"]
     needed = {}
     for stage, peak in peaks.items():  # what a finished or resumed training has written is there already
         folder = plan.experiment.run_folder / stage
@@ -330,7 +332,7 @@ def memory(plan: Plan) -> str:
     said, mends = [], []
     for title, (inputs, name, batch, accumulation, outputs, checkpointed, key) in trainings.items():
         length, how = plan.longest(inputs)
-        half = bool(arguments.get("bf16")) if title == "SFT" else True
+        half = bool(arguments.get("bf16", True)) if title == "SFT" else True  # left open, a GPU takes it
         batch, accumulation = devices.share_batch(batch, accumulation, n, key)
         needed = {
             rows: needs.training_memory(plan.folder(name), rows, length, half, outputs, checkpointed)

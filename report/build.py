@@ -12,15 +12,26 @@ import jinja2
 import numpy as np
 import yaml
 
-from letterhead import checkpoints, metrics, results
+from letterhead import checkpoints, metrics, results, tfidf
 from letterhead.experiment import Experiment
 from letterhead.records import atomic_open, read_json, sha256_file
 from letterhead.stage import Stage, run, stage_outputs
 from report import article, pictures
 
 HERE = Path(__file__).parent
-TRAINED = ("sft", "bert", "linear_head")
-STAGES = ("data", "sft", "eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head", "compare")
+TRAINED = ("sft", "bert", "bert_all", "linear_head")
+STAGES = (
+    "data",
+    "sft",
+    "eval-ckpts",
+    "zero-shot",
+    "tfidf",
+    "tfidf-all",
+    "bert",
+    "bert-all",
+    "linear-head",
+    "compare",
+)
 SHOWN_ROWS = 15
 SHOWN_CHARACTERS = 400
 WHAT_A_PICTURE_SHOWS = {
@@ -118,7 +129,8 @@ def escape_markdown(value: object) -> str:
 def gather(experiment: Experiment, comparison: dict) -> dict:
     """All that the templates show."""
     ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
-    by_name, trained = dict(ranked), [name for name, entry in ranked if entry["method"] in (*TRAINED, "tfidf")]
+    stages = [name for name in STAGES if results.has_more_rows(experiment) or not name.endswith("-all")]
+    by_name, trained = dict(ranked), [name for name, entry in ranked if entry["method"] in (*TRAINED, *tfidf.ROWS)]
     wrong, split = hard_rows(experiment, trained)
     return {
         "experiment": experiment,
@@ -135,7 +147,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "shown": SHOWN_ROWS,
         "card": read_json(experiment.data_folder / "data_card.json"),
         "config": yaml.safe_dump(experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
-        "stages": {name: read_json(experiment.run_folder / name / "stage.json") for name in STAGES},
+        "stages": {name: read_json(experiment.run_folder / name / "stage.json") for name in stages},
         "pictures": WHAT_A_PICTURE_SHOWS,
         "draws": f"{metrics.PAIRED_DRAWS:,}",
     }

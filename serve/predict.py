@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from letterhead import tfidf
 from letterhead.checkpoints import model_identity
 from letterhead.classifier import in_parts, load_classifier, model_folder, named_method
 from letterhead.devices import process_count
@@ -45,10 +46,10 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             "source": sha256_file(source),
             "method": name,
             "model": stage_outputs(experiment, "data")
-            if name == "tfidf"
+            if name in tfidf.ROWS
             else model_identity(model_folder(experiment, name)),
             "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
-            "device": [device_name(), precision(experiment.decoder.dtype), process_count()],
+            "device": [device_name(), precision(experiment.decoder.dtype, experiment.decoder.folder), process_count()],
         }
     )
     progress = read_json(progress_file)

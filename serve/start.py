@@ -27,7 +27,7 @@ def main(experiment: Experiment, model: str, port: str) -> None:
     name, folder, runner, length = served(experiment, model)
     log = experiment.run_folder / "serve" / f"{name}.log"
     print(f"loading {folder}; vLLM's log is {log}", flush=True)
-    dtype, memory = precision(experiment.decoder.dtype), experiment.serve.gpu_memory_utilization
+    dtype, memory = precision(experiment.decoder.dtype, folder), experiment.serve.gpu_memory_utilization
     with VllmServer(folder, runner, length, log, int(port), dtype, memory, process_count()) as server:
         route = "/v1/completions" if runner == "generate" else "/classify"
         print(f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} s); Ctrl-C ends it", flush=True)
@@ -52,11 +52,11 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
         return source.replace("sft", "folded"), folder, "pooling", cutoff
     name = named_method(experiment, model)
     method = name.partition("@")[0]
-    if method not in ("sft", "bert", "linear_head"):
+    if method not in ("sft", "bert", "bert_all", "linear_head"):
         raise LetterheadError(f"{name}: vLLM serves sft, bert, linear_head and folded; choose one with MODEL=")
     if method == "sft":
         return name, model_folder(experiment, name), "generate", cutoff
-    head = (experiment.encoder if method == "bert" else experiment.decoder).head
+    head = (experiment.encoder if method.startswith("bert") else experiment.decoder).head
     return name, model_folder(experiment, name), "pooling", head.max_length
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from letterhead import checkpoints
 from letterhead.experiment import Experiment
-from letterhead.llamafactory import command, environment, sft_plan
+from letterhead.llamafactory import command, environment, for_device, sft_plan
 from letterhead.processes import guarded
 from letterhead.records import LetterheadError, read_json
 from letterhead.stage import Stage, run, stage_outputs
@@ -54,6 +54,7 @@ def main(experiment: Experiment) -> None:
         tokens=state.get("num_input_tokens_seen"),
         steps=state["global_step"],
         training_seconds=clock["training_seconds"][str(state["global_step"])],
+        dtype="bfloat16 by autocast" if (for_device(experiment) | arguments).get("bf16") else "float32",
         peak_gpu_memory_mb=clock["peak_gpu_memory_mb"],
         resumed_from=checkpoints.step_of(resume) if resume else 0,
     )

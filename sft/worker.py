@@ -1,8 +1,10 @@
-"""LLaMA-Factory's `train` with a clock in it: training counts, saving does not. Started by sft/train.py, also by torchrun.
+"""LLaMA-Factory's `train` with two callbacks: a clock (training counts, saving does not), and the vocabulary projected only
+where a token of the answer is predicted. Started by sft/train.py, also by torchrun.
 
 python -m sft.worker CLOCK.json CONFIG.yaml key=value …
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -13,8 +15,11 @@ if __name__ == "__main__":
     begin_worker()
 
 import torch
+from torch.nn import functional
 from transformers import TrainerCallback
+from transformers.modeling_outputs import CausalLMOutput
 
+from letterhead.cpu import use_onednn
 from letterhead.records import read_json, write_json
 
 
@@ -53,7 +58,36 @@ class Clock(TrainerCallback):
         self._write(state)
 
 
+class ProjectAnswersOnly(TrainerCallback):
+    """Projects hidden states to the vocabulary where the loss reads them: a few answer tokens of a prompt of a hundred.
+
+    LLaMA-Factory projects every position, takes the softmax of each, and multiplies most by zero. Loss and gradients are
+    the same but for the order of summation.
+    """
+
+    IGNORED = -100  # HF's label of a position without loss
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        plain = model.forward
+
+        @functools.wraps(plain)
+        def forward(*given, labels=None, num_items_in_batch=None, **inputs):
+            if labels is None:
+                return plain(*given, **inputs)
+            hidden = model.base_model(*given, **inputs, use_cache=False).last_hidden_state
+            following = functional.pad(labels, (0, 1), value=self.IGNORED)[:, 1:]
+            read = following != self.IGNORED
+            logits, targets = model.get_output_embeddings()(hidden[read]), following[read]
+            loss = model.loss_function(
+                logits, None, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=targets
+            )
+            return CausalLMOutput(loss=loss)
+
+        model.forward = forward
+
+
 if __name__ == "__main__":
     from llamafactory.train.tuner import run_exp
 
-    run_exp(callbacks=[Clock(Path(sys.argv.pop(1)))])
+    use_onednn()
+    run_exp(callbacks=[Clock(Path(sys.argv.pop(1))), ProjectAnswersOnly()])

@@ -51,9 +51,10 @@ def head(given: dict) -> None:
     ids = np.random.default_rng(0).integers(1000, 3000, size=(n, given["length"])).tolist()
     rows = Dataset.from_dict({"input_ids": ids, "labels": [0, 1] * (n // 2), "length": [given["length"]] * n})
     settings = Head(per_device_train_batch_size=given["batch"], gradient_accumulation_steps=2, num_train_epochs=1)
-    arguments = heads.training_arguments(settings, "made", 0, None)
+    arguments = heads.training_arguments(settings, "made", 0, None, "bfloat16" if given["half"] else "float32")
     arguments.eval_strategy = arguments.save_strategy = "no"
-    arguments.report_to, arguments.bf16 = [], given["half"]
+    arguments.report_to = []
+    heads.attention = lambda: "sdpa"  # as on a GPU, for which the estimate is
     model = heads.load_head(Path(given["model"]), ["no", "yes"])
     trainer = heads.HeadTrainer(model, arguments, heads.load_tokenizer(Path(given["model"])), rows)
     trainer.add_callback(Peak())

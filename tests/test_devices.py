@@ -204,9 +204,9 @@ def test_a_training_that_does_not_fit_on_the_disk_says_so_before_it_begins(tmp_p
 
 def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert precision.precision("auto") == "float32"
+    assert precision.precision("auto", Path("any")) == "float32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert precision.precision("auto") == "bfloat16"
+    assert precision.precision("auto", Path("any")) == "bfloat16"
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])

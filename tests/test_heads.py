@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from letterhead import heads
 from letterhead.experiment import Head, load_experiment
@@ -122,6 +122,23 @@ def test_predictions_come_back_in_the_rows_order_whatever_the_batches(fetched, t
     with torch.inference_mode():
         alone = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in data["input_ids"]])
     assert np.abs(alone.numpy() - logits).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["bert", "smollm2"])
+def test_a_packed_copy_evaluates_as_the_trainer_does_and_leaves_the_model_alone(tiny_models, tmp_path, name):
+    set_seed(0)
+    model, tokenizer = heads.load_head(tiny_models[name], list("abcd")), heads.load_tokenizer(tiny_models[name])
+    before, data = copy.deepcopy(model.state_dict()), random_rows(30)
+    arguments = heads.training_arguments(Head(per_device_eval_batch_size=4), tmp_path, 0, None)
+    trainer = heads.HeadTrainer(model, arguments, tokenizer, data, {"test": data})
+    packed = trainer._evaluate_packed("test", "eval_test")
+    loader = trainer.get_eval_dataloader("test")
+    theirs = Trainer.evaluation_loop(trainer, loader, "", prediction_loss_only=False, metric_key_prefix="eval_test")
+    assert np.abs(packed.predictions - theirs.predictions).max() < 1e-4
+    assert (packed.label_ids == theirs.label_ids).all()
+    assert math.isclose(packed.metrics["eval_test_loss"], theirs.metrics["eval_test_loss"], rel_tol=1e-4)
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before) and model.training
 
 
 @pytest.mark.parametrize("rows", [192, 180], ids=["whole steps", "a last step of 52 rows"])

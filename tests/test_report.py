@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eval import compare
-from letterhead import results
+from letterhead import results, tfidf
 from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
 from letterhead.records import LetterheadError, read_json, write_json
@@ -27,17 +27,27 @@ MARKUP = [
     "</p></article><h1>owned</h1>",
     "{{ 7 * 7 }} {% raw %} ${jndi} &lt;b&gt; | a | b |\n# owned\n- [x](javascript:alert(1)) `code` *b* ![i](https://example.org/i.png)",
 ]
-SKILL = {"tfidf": 3.4, "bert": 3.0, "linear_head": 2.9, "sft": 2.5, "zero_shot_no_think": 0.3, "zero_shot_calibrated": 0.8}
+SKILL = {
+    "tfidf": 3.4,
+    "tfidf_all": 3.6,
+    "bert": 3.0,
+    "bert_all": 3.3,
+    "linear_head": 2.9,
+    "sft": 2.5,
+    "zero_shot_no_think": 0.3,
+    "zero_shot_calibrated": 0.8,
+}
 
 
 def drawn(make_experiment, validation: int):
     """An experiment whose data are real and full of markup, and whose predictions are drawn; compared and reported."""
     write_csv("rows.csv", [(f"It's {i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3]) for i in range(400)])
-    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"validation": validation, "test": 150}})
+    rows = {"rows": {"validation": validation, "test": 150}}
+    experiment = make_experiment("rows.csv", LABELS, data=rows, decoder_keys={"train_rows": 100})
     data.main(experiment)
     rng = np.random.default_rng(0)
     made = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
-    files = {stage: [] for stage in ("eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head")}
+    files = {stage: [] for stage, _, _ in compare.METHODS.values()}
 
     def write(stage: str, name: str, split: str, skill: float, **more) -> None:
         rows = results.read_rows(experiment, split)[: more.pop("n", None)]
@@ -53,12 +63,12 @@ def drawn(make_experiment, validation: int):
         files[stage] += results.result_files(experiment, name, split)
 
     for method, (stage, trained, _) in compare.METHODS.items():
-        for step in (10, 20, 30) if trained and method != "tfidf" else (None,):
+        for step in (10, 20, 30) if trained and method not in tfidf.ROWS else (None,):
             for split in results.SPLITS:
                 if method != "zero_shot_think":
                     # Validation likes step 20 best, test likes step 30.
                     skill = SKILL[method] - (0 if step in (None, 20) else 2 if split == "validation" else -2 * (step == 30))
-                    cost = {"parameters": 2 if method == "tfidf" else 1000}
+                    cost = {"parameters": 2 if method in tfidf.ROWS else 1000}
                     write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
     thinking = {
         "no_think_accuracy_same_rows": 0.4,
@@ -85,7 +95,7 @@ def compared(make_experiment):
 
 def test_the_checkpoint_is_chosen_on_validation_and_every_pair_is_tested(compared):
     comparison = read_json("runs/mine/results/comparison.json")
-    assert len(comparison["methods"]) == 7 and len(comparison["pairs"]) == 21
+    assert len(comparison["methods"]) == 9 and len(comparison["pairs"]) == 36
     for name in ("bert@20", "linear_head@20", "sft@20"):
         entry = comparison["methods"][name]
         validation = {s: results.read_result(compared, f"{entry['method']}@{s}", "validation") for s in (10, 20, 30)}
