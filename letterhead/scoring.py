@@ -184,7 +184,7 @@ def score_options(
     tokens = n_prefix
     with tqdm(total=len(rows), desc=progress, unit=" rows", disable=progress is None, mininterval=0.5) as bar:
         for batch in _batches([len(row) - n_prefix for row in rows], tree, batch_tokens, model.config.vocab_size):
-            inputs = _inputs([rows[i][n_prefix:] for i in batch], tree, n_prefix, model.device)
+            inputs = _inputs([rows[i][n_prefix:] for i in batch], tree, n_prefix, model.dtype, model.device)
             logits = model(
                 **inputs, past_key_values=_expand(prefix, len(batch)), use_cache=True, logits_to_keep=tree.kept
             ).logits
@@ -270,12 +270,15 @@ def _batches(lengths: list[int], tree: OptionTree, batch_tokens: int, vocabulary
     return batches
 
 
-def _inputs(rows: list[list[int]], tree: OptionTree, n_prefix: int, device: torch.device) -> dict[str, torch.Tensor]:
+def _inputs(
+    rows: list[list[int]], tree: OptionTree, n_prefix: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Token ids, positions and mask of a batch.
 
     Rows are padded on the left, so that the positions that predict stand in the same columns for all; behind them
     stand the tree's nodes. A query sees the prefix, what precedes it in its row, and, in the tree, its ancestors; a
-    padding sees itself, since a softmax over nothing is not a number.
+    padding sees itself, since a softmax over nothing is not a number. The mask is one to be added: eager attention adds what
+    it is given.
     """
     length, nodes = max(len(row) for row in rows), len(tree.tokens)
     ids = torch.zeros(len(rows), length + nodes, dtype=torch.long)
@@ -292,5 +295,6 @@ def _inputs(rows: list[list[int]], tree: OptionTree, n_prefix: int, device: torc
     sees[length:, length:] = tree.visibility()
     mask = (sees & real[:, None, :]) | torch.eye(length + nodes, dtype=torch.bool)
     mask = torch.cat([torch.ones(len(rows), length + nodes, n_prefix, dtype=torch.bool), mask], dim=-1)
-    batch = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
+    added = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    batch = {"input_ids": ids, "position_ids": positions, "attention_mask": added[:, None]}
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -127,7 +127,7 @@ def test_projecting_answers_only_gives_the_loss_and_gradients_of_projecting_all(
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
 def test_scores_are_the_same_packed_or_not_in_any_batch_on_one_thread_or_two(fetched, dtype):
-    encoder, tolerance = encoder_of(fetched["smollm2"], "names", NAMES), 1e-4 if dtype == "float32" else 0.3
+    encoder, tolerance = encoder_of(fetched["smollm2"], "names", NAMES), 1e-4 if dtype == "float32" else 1.0
     prompts, threads = [encoder.encode(text) for text in TEXTS], torch.get_num_threads()
     packed, plain = (load_decoder(fetched["smollm2"], dtype, packed=how) for how in (True, False))
     assert any(isinstance(module, PackedLinear) for module in packed.modules())
