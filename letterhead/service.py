@@ -259,7 +259,8 @@ class VllmServer:
 
 
 def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> list[str]:
-    """vLLM's options that hang on the device."""
+    """vLLM's options that hang on the device; on a CPU it serves in float32, the only precision held against the scorer."""
+    dtype = dtype if gpu else "float32"
     options = ["--dtype", dtype]
     if dtype != "float32":  # vLLM's own default is the model's dtype for a generating model
         options += ["--hf-overrides", json.dumps({"head_dtype": "float32"})]

@@ -29,10 +29,10 @@ MARKUP = [
 ]
 SKILL = {
     "tfidf": 3.4,
-    "tfidf_all": 3.6,
+    "tfidf_all": 3.0,
     "bert": 3.0,
-    "bert_all": 3.3,
-    "linear_head": 2.9,
+    "bert_all": 2.8,
+    "linear_head": 3.2,
     "sft": 2.5,
     "zero_shot_no_think": 0.3,
     "zero_shot_calibrated": 0.8,
