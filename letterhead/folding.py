@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 from letterhead import results
 from letterhead.checkpoints import model_identity
 from letterhead.classifier import model_folder
+from letterhead.cpu import pack
 from letterhead.experiment import Experiment
-from letterhead.packing import pack
 from letterhead.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.records import LetterheadError, atomic_folder, read_json, write_json
 from letterhead.scoring import load_decoder

@@ -97,7 +97,9 @@ def make_experiment(workplace, fetched, tiny_models):
         values = {
             "title": "a test",
             "data": {"source": source, "labels": labels, "rows": {"validation": 2, "test": 4}} | sections.pop("data", {}),
-            "decoder": {"model": str(folder), "sft": {"config": "sft.yaml"}} | sections.pop("decoder_keys", {}),
+            # float32, so that what must be equal is equal on every processor
+            "decoder": {"model": str(folder), "dtype": "float32", "sft": {"config": "sft.yaml"}}
+            | sections.pop("decoder_keys", {}),
             "encoder": {"model": str(fetched["minilm"])} | sections.pop("encoder_keys", {}),
         }
         Path("experiments").mkdir(exist_ok=True)
