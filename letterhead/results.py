@@ -30,8 +30,15 @@ def read_rows(experiment: Experiment, name: str) -> list[dict]:
 
 
 def has_more_rows(experiment: Experiment) -> bool:
-    """Whether train has more rows than the methods are compared on (decoder.train_rows)."""
-    card = read_json(experiment.data_folder / "data_card.json")
+    """Whether train has more rows than the methods are compared on (decoder.train_rows).
+
+    Raises
+    ------
+    LetterheadError : no rows were made yet
+    """
+    path = experiment.data_folder / "data_card.json"
+    if (card := read_json(path)) is None:
+        raise LetterheadError(f"{path}: not made yet; run: make data EXP={experiment.name}")
     return card["sft"]["rows"] < card["rows"]["train"]
 
 

@@ -129,7 +129,9 @@ def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
     """
     record = read_json(experiment.run_folder / name / "stage.json")
     if record is None:
-        raise LetterheadError(f"{experiment.run_folder / name}: not made yet; run: make {name} EXP={experiment.name}")
+        raise LetterheadError(
+            f"{experiment.run_folder / name}: not made yet; run: make {name.removesuffix('-all')} EXP={experiment.name}"
+        )
     return {path: output["sha256"] for path, output in record["outputs"].items()}
 
 

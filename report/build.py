@@ -61,7 +61,7 @@ ENGINES = {"sklearn": "scikit-learn", "hf": "HF", "vllm": "vLLM"}
 
 
 def main(experiment: Experiment) -> None:
-    made = {name: stage_outputs(experiment, name) for name in STAGES}
+    made = {name: stage_outputs(experiment, name) for name in stages_of(experiment)}
     sources = {path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()}
     config = experiment.model_dump(mode="json")
     bench = results.read_bench(experiment)
@@ -80,6 +80,11 @@ def main(experiment: Experiment) -> None:
                 file.write(environment().get_template(template).render(context | more))
         stage.finish([page, text, *paths.values()])
     print(f"{page} and REPORT.md beside it")
+
+
+def stages_of(experiment: Experiment) -> list[str]:
+    """The stages that the report is of; those on all rows only where the methods share fewer."""
+    return [name for name in STAGES if results.has_more_rows(experiment) or not name.endswith("-all")]
 
 
 def served(row: dict) -> str:
@@ -129,7 +134,6 @@ def escape_markdown(value: object) -> str:
 def gather(experiment: Experiment, comparison: dict) -> dict:
     """All that the templates show."""
     ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
-    stages = [name for name in STAGES if results.has_more_rows(experiment) or not name.endswith("-all")]
     by_name, trained = dict(ranked), [name for name, entry in ranked if entry["method"] in (*TRAINED, *tfidf.ROWS)]
     wrong, split = hard_rows(experiment, trained)
     return {
@@ -147,7 +151,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "shown": SHOWN_ROWS,
         "card": read_json(experiment.data_folder / "data_card.json"),
         "config": yaml.safe_dump(experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
-        "stages": {name: read_json(experiment.run_folder / name / "stage.json") for name in stages},
+        "stages": {name: read_json(experiment.run_folder / name / "stage.json") for name in stages_of(experiment)},
         "pictures": WHAT_A_PICTURE_SHOWS,
         "draws": f"{metrics.PAIRED_DRAWS:,}",
     }
