@@ -5,6 +5,7 @@ Weights are float32; bfloat16 is used by autocast only (a head on bfloat16 weigh
 """
 
 import copy
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -261,10 +262,15 @@ class HeadTrainer(Trainer):
 
     def _evaluate_packed(self, split: str, prefix: str) -> EvalLoopOutput:
         """What the Trainer's loop gives, by a copy of the model that is made for inference."""
-        model, rows = copy.deepcopy(self.model), self.eval_dataset[split]
-        vars(model).pop("forward", None)  # accelerate's, which computes in autocast
+        # A copy whose parameters are views, so that only what is cast or packed takes memory.
+        views = {id(parameter): torch.nn.Parameter(parameter.detach(), False) for parameter in self.model.parameters()}
+        model, rows = copy.deepcopy(self.model, views), self.eval_dataset[split]
+        for wrapped in ("forward", "_original_forward"):  # accelerate's, which computes in autocast
+            vars(model).pop(wrapped, None)
         model = pack(cast(model, "bfloat16" if self.args.bf16 else "float32").eval())
         logits = class_logits(model, self.processing_class, rows["input_ids"], self.args.eval_batch_size, f"scoring {split}")
+        del model
+        gc.collect()  # modules are cycles, and the next evaluation must not find this copy still there
         labels = np.array(rows["labels"])
         loss = log_loss(labels, softmax(logits.astype(np.float64), axis=-1), labels=range(logits.shape[1]))
         return EvalLoopOutput(logits, labels, {f"{prefix}_loss": loss}, len(labels))
