@@ -230,7 +230,7 @@ class Bench(Section):
     scoring_runs: Annotated[int, Field(ge=3)] = 3
     training_rows: Count = 512
     training_runs: Annotated[int, Field(ge=3)] = 3
-    sft_steps: Count = 12
+    sft_steps: Annotated[int, Field(ge=4)] = 12
     sft_runs: Annotated[int, Field(ge=3)] = 3
     requests: Count | None = None
     concurrency: Annotated[list[Count], Field(min_length=1)] | None = None

@@ -32,7 +32,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from letterhead.checkpoints import prune_optimizer_states, require_model
-from letterhead.cpu import attention, pack, use_onednn
+from letterhead.cpu import attention, pack, quicken_dropout, use_onednn
 from letterhead.experiment import Head
 from letterhead.precision import cast, project_in_float32
 from letterhead.prompt import TextEncoder
@@ -63,7 +63,7 @@ def load_head(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
     )
     # A decoder's head reads the last token that is not a padding, so it must know the padding.
     model.config.pad_token_id = load_tokenizer(folder).pad_token_id
-    return project_in_float32(model)
+    return quicken_dropout(project_in_float32(model))
 
 
 def load_tokenizer(folder: Path):

@@ -6,14 +6,23 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from letterhead import cpu, llamafactory
-from letterhead.cpu import PackedLinear, linear_shapes, matmul_rates, pack, prefers_bfloat16, use_onednn
+from letterhead.cpu import (
+    PackedLinear,
+    linear_shapes,
+    matmul_rates,
+    pack,
+    prefers_bfloat16,
+    quick_dropout,
+    quicken_dropout,
+    use_onednn,
+)
 from letterhead.precision import precision
 from letterhead.records import read_json
 from letterhead.scoring import load_decoder, score_options
-from sft.worker import ProjectAnswersOnly
+from sft.worker import LessWork
 from tests.test_scoring import NAMES, TEXTS, encoder_of
 
 needs_bfloat16 = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
@@ -102,9 +111,10 @@ def batch_of(folder) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("half", [False, pytest.param(True, marks=needs_bfloat16)])
 @pytest.mark.parametrize("name", ["smollm2", "qwen3"])
 def test_projecting_answers_only_gives_the_loss_and_gradients_of_projecting_all(tiny_models, name, half):
-    plain = AutoModelForCausalLM.from_pretrained(tiny_models[name], dtype=torch.float32).train()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_models[name], dtype=torch.float32, attn_implementation="eager").train()
     ours, batch, projected = copy.deepcopy(plain), batch_of(tiny_models[name]), []
-    ProjectAnswersOnly().on_init_end(None, None, None, model=ours)
+    LessWork().on_init_end(None, None, None, model=ours)
+    assert (plain.config._attn_implementation, ours.config._attn_implementation) == ("eager", "matrix_products")
     ours.get_output_embeddings().register_forward_hook(lambda module, inputs, output: projected.append(len(inputs[0])))
     for more in ({}, {"num_items_in_batch": torch.tensor(50)}):  # as the Trainer calls it with gradient accumulation
         losses = []
@@ -120,7 +130,41 @@ def test_projecting_answers_only_gives_the_loss_and_gradients_of_projecting_all(
     tokens = int((batch["labels"] != -100).sum())
     assert projected == [tokens, tokens] and tokens < batch["labels"].numel() / 4
     rows = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    assert torch.equal(ours(**rows).logits, plain(**rows).logits)  # without labels nothing changes
+    assert torch.allclose(ours(**rows).logits, plain(**rows).logits, atol=1e-4)  # without labels nothing changes
+
+
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=needs_bfloat16)])
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "bert"])
+def test_attention_by_matrix_products_gives_what_eager_gives(tiny_models, name, half):
+    """Causal and not, heads that share keys and heads that do not, rows padded; outputs and gradients."""
+    batch = {"input_ids": torch.arange(5, 65).view(3, 20), "attention_mask": torch.ones(3, 20, dtype=torch.long)}
+    batch["attention_mask"][1, 7:] = 0
+    hidden, gradients = [], []
+    for attention in ("eager", "matrix_products"):
+        model = AutoModel.from_pretrained(tiny_models[name], dtype=torch.float32, attn_implementation=attention).eval()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            seen = model(**batch).last_hidden_state.float() * batch["attention_mask"][..., None]
+        seen.square().sum().backward()
+        hidden.append(seen.detach())
+        gradients.append(torch.cat([of.grad.flatten() for of in model.parameters() if of.grad is not None]))
+    for eager, ours in (hidden, gradients):
+        assert (eager - ours).norm() <= (2e-2 if half else 1e-5) * eager.norm()
+
+
+def test_quick_dropout_drops_the_share_it_is_told_and_keeps_the_mean():
+    torch.manual_seed(0)
+    rows = torch.ones(999, 1001, requires_grad=True)
+    dropped = quick_dropout(rows, 0.1)
+    dropped.sum().backward()
+    share, n = (dropped == 0).float().mean().item(), rows.numel()
+    assert abs(share - 0.1) < 4 * (0.1 * 0.9 / n) ** 0.5 and torch.equal(rows.grad, dropped.detach())
+    assert torch.allclose(dropped[dropped != 0], torch.tensor(1 / 0.9))
+    neighbours = ((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).float().mean().item()  # drawn independently
+    assert abs(neighbours - 0.01) < 5e-4 and not torch.equal(quick_dropout(rows, 0.1), dropped)
+    torch.manual_seed(0)
+    assert torch.equal(quick_dropout(rows, 0.1), dropped)
+    layer = quicken_dropout(torch.nn.Sequential(torch.nn.Dropout(0.5)))
+    assert (layer(rows) == 0).any() and torch.equal(layer.eval()(rows), rows)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
