@@ -6,6 +6,7 @@ IN ?=
 OUT ?=
 MODEL ?= best
 PORT ?= 8000
+STUDY ?= curve
 PYTHON ?= python3
 # How many GPUs (or, without one, processes) a stage uses; one, whatever is visible. Only `make … NPROC=2` changes it.
 NPROC = 1
@@ -24,7 +25,7 @@ READY_SERVE := .venv-serve/.ready-$(shell cat $(LOCKS_SERVE) 2>/dev/null | sha25
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.arena_max=1
 RUN := .venv/bin/python -m
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL PORT NPROC
+export EXP SET IN OUT MODEL PORT STUDY NPROC
 
 help: ## print this list
 	@echo 'make TARGET [EXP=name] [SET="key=value …"]    experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
@@ -70,7 +71,10 @@ bert: data ## fine-tune BERT with a linear head (HF Trainer), on the rows that t
 linear-head: data ## put a linear head on the decoder and fine-tune it (HF Trainer)
 	@$(RUN) baselines.train linear_head $(STAGE)
 
-compare: eval-ckpts zero-shot tfidf bert linear-head ## every method on the same rows, every pair tested, which to ship
+seeds: data ## train every method once more for each further seed that the experiment names
+	@$(RUN) study.seeds $(STAGE)
+
+compare: eval-ckpts zero-shot tfidf bert linear-head seeds ## every method on the same rows, every pair tested, which to ship
 	@$(RUN) eval.compare $(STAGE)
 
 report: preflight-on-gpu compare ## report.html (opens from disk) and REPORT.md, with pictures
@@ -108,6 +112,12 @@ export: $(READY) ## fold an SFT checkpoint into a sequence classifier: make expo
 serve: $(READY) $(READY_SERVE) ## serve a checkpoint with vLLM on 127.0.0.1: make serve MODEL=sft PORT=8000
 	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT"
 
+study: $(READY) ## vary keys of an experiment, each cell with every seed: make study STUDY=curve (experiments/studies/)
+	@$(RUN) study.run $(STAGE) --study "$$STUDY"
+
+curve: ## the first of the studies: macro F1 against the number of labelled rows, all methods on the same rows
+	@$(MAKE) study STUDY=curve
+
 demo: report ## everything but the bench, end to end, on the embedded default
 
 smoke: $(READY) ## the same on 64 rows, with the bench: minutes, for CI
@@ -120,7 +130,7 @@ test: $(READY) $(READY_SERVE) ## lint, then the tests
 lint: $(READY) ## lint and format in place
 	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
-clean: ## remove what EXP made (data/EXP and runs/EXP); fetched models and packages stay
-	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP"
+clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
+	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve preflight preflight-on-gpu data sft eval-ckpts zero-shot tfidf bert linear-head compare report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training demo smoke test lint clean
+.PHONY: help setup setup-serve preflight preflight-on-gpu data sft eval-ckpts zero-shot tfidf bert linear-head compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean

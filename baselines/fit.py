@@ -47,7 +47,7 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
         head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), f"{section}.head"
     )
     shared = head.model_copy(update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation})
-    best = "validation_f1_macro" if "validation" in splits else None
+    best = "validation_log_loss" if "validation" in splits else None
     dtype = precision(experiment.decoder.dtype, settings.folder)
     arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype)
     set_seed(experiment.seed)
@@ -84,7 +84,7 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
             model=str(folder / f"checkpoint-{step}"),
             inputs_sha256=inputs_sha256,
         )
-        return {key: result[key] for key in ("accuracy", "f1_macro", "ece")}
+        return {key: result[key] for key in ("accuracy", "f1_macro", "log_loss", "ece")}
 
     trainer = heads.HeadTrainer(model, arguments, tokenizer, sets.pop("train"), sets, write)
     state = read_json(resume / "trainer_state.json") if resume else None

@@ -11,6 +11,7 @@ from sklearn.pipeline import Pipeline
 
 from letterhead import results, tfidf
 from letterhead.experiment import Experiment
+from letterhead.metrics import FIGURES
 from letterhead.stage import Stage, run, stage_outputs
 
 
@@ -21,12 +22,18 @@ def main(experiment: Experiment, method: str) -> None:
         return
     rows_name = tfidf.ROWS[method]
     rows_of = {name: data[str(experiment.data_folder / f"{name}.jsonl")] for name in (rows_name, *results.SPLITS)}
-    inputs = {"rows": rows_of, "model": tfidf.MODEL, "labels": experiment.labels, "seed": experiment.seed}
+    inputs = {
+        "rows": rows_of,
+        "model": tfidf.MODEL,
+        "labels": experiment.labels,
+        "seed": experiment.seed,
+        "figures": FIGURES,
+    }
     stage = Stage(experiment, method.replace("_", "-"), inputs)
     if not stage.is_current():
         start = time.perf_counter()
         train = results.read_rows(experiment, rows_name)
-        model = tfidf.fit(train, experiment.seed)
+        model = tfidf.fit(train, results.read_rows(experiment, "validation"), experiment.seed)
         seconds, files, scored = time.perf_counter() - start, [], 0.0
         for split in results.SPLITS:
             if rows := results.read_rows(experiment, split):
@@ -54,7 +61,7 @@ def evaluate(experiment: Experiment, method: str, model: Pipeline, split: str, r
         parameters=len(experiment.labels),
         device="cpu",
         dtype="float64",
-        model=f"TF-IDF of words and word pairs, logistic regression (C = {tfidf.MODEL['C']})",
+        model=f"TF-IDF of words and word pairs, logistic regression (C = {model[1].C})",
         inputs_sha256=inputs_sha256,
     )
 

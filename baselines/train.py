@@ -14,6 +14,7 @@ from pathlib import Path
 from letterhead import checkpoints, results
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
+from letterhead.metrics import FIGURES
 from letterhead.processes import guarded, torchrun
 from letterhead.records import LetterheadError, atomic_open, read_json
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
@@ -44,6 +45,7 @@ def main(experiment: Experiment, method: str) -> None:
         "head": settings.head.model_dump(),
         "labels": experiment.labels,
         "seed": experiment.seed,
+        "figures": FIGURES,
         "rows": [data[str(file)] for file in files],
         "model": checkpoints.model_identity(settings.folder),
     }

@@ -17,7 +17,8 @@ def main(experiment: Experiment) -> None:
     from eval.score import scoring_inputs
 
     made = stage_outputs(experiment, "sft") | stage_outputs(experiment, "data")
-    stage = Stage(experiment, "eval-ckpts", {"made": made, **scoring_inputs(experiment)})
+    inputs = {"made": made, "untrained": experiment.eval.untrained, **scoring_inputs(experiment)}
+    stage = Stage(experiment, "eval-ckpts", inputs)
     table = experiment.results_folder / "sft_checkpoints.md"
     if not stage.is_current():
         folder = Path(experiment.sft_arguments()["output_dir"])
@@ -25,17 +26,19 @@ def main(experiment: Experiment) -> None:
         if not trained:
             raise LetterheadError(f"{folder}: no whole checkpoint to score; run: make sft EXP={experiment.name}")
         log = checkpoints.log_history(folder)
-        scored, files = score_all(experiment, {0: experiment.decoder.folder} | trained, made, log)
+        untrained = {0: experiment.decoder.folder} if experiment.eval.untrained else {}
+        scored, files = score_all(experiment, untrained | trained, made, log)
         pictures = draw(experiment, scored, log)
         by_steps = experiment.sft_arguments().get("save_strategy", "steps") == "steps"
         with atomic_open(table) as file:
-            expected = expected_steps(folder) if by_steps else []
+            expected = expected_steps(folder)[not experiment.eval.untrained :] if by_steps else []
             file.write(results.checkpoint_table(experiment, "SFT checkpoints", scored, expected))
         stage.finish(
             [*files, table, *pictures],
             rows=sum(result["n"] for result in scored.values()),
             tokens=sum(result["tokens"] for result in scored.values()),
-            scoring_seconds=round(sum(result["seconds"] for result in scored.values()), 1),
+            # Step 0 is the zero-shot row's.
+            scoring_seconds=round(sum(result["seconds"] for (step, _), result in scored.items() if step), 1),
         )
     print(table.read_text(encoding="utf-8"))
     print(f"{table} and sft_f1.png, sft_loss.png beside it")

@@ -3,22 +3,23 @@
 python -m eval.compare --experiment quick
 """
 
+import math
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from letterhead import metrics, results
+from letterhead import decision, metrics, results
 from letterhead.experiment import Experiment
 from letterhead.records import LetterheadError, read_json, write_json
 from letterhead.stage import Stage, run, stage_outputs
 
-ALPHA = 0.05
 # method → the stage that leaves its results, the stage that trains it, and what a reader calls it
 METHODS = {
     "zero_shot_no_think": ("zero-shot", None, "LLM zero-shot, option perplexity"),
-    "zero_shot_calibrated": ("zero-shot", None, "LLM zero-shot, calibrated"),
+    "zero_shot_calibrated": ("zero-shot", None, "LLM zero-shot, contextual calibration"),
     "zero_shot_think": ("zero-shot", None, "LLM zero-shot, thinking"),
     "tfidf": ("tfidf", "tfidf", "TF-IDF + logistic regression"),
     "tfidf_all": ("tfidf-all", "tfidf-all", "TF-IDF, all rows"),
@@ -27,6 +28,11 @@ METHODS = {
     "linear_head": ("linear-head", "linear-head", "LLM, linear head"),
     "sft": ("eval-ckpts", "sft", "LLM, SFT (answers with an option)"),
 }
+# Stages of methods that another seed trains otherwise.
+RETRAINED = ("bert", "bert-all", "linear-head", "eval-ckpts")
+FEW_ROWS = 10  # a class with fewer test rows is named
+FEW_SHOWN = 5
+ROWS_THAT_DECIDE = {"rows_if_as_seen": "if the loss is as seen", "rows_if_equal": "if the two are equal"}
 
 
 def main(experiment: Experiment) -> None:
@@ -34,17 +40,34 @@ def main(experiment: Experiment) -> None:
     stages = sorted({stage for stages in methods.values() for stage in stages[:2] if stage})
     made = {name: stage_outputs(experiment, name) for name in stages}
     records = {name: read_json(experiment.run_folder / name / "stage.json") for name in stages}
+    further = [
+        (training, {name: stage_outputs(training, name) for name in stages if name in RETRAINED})
+        for training in experiment.trainings()[1:]
+    ]
     bench = results.read_bench(experiment) or {"rows": []}
     in_service = [{key: row[key] for key in ("method", "name", "cost_per_million")} for row in bench["rows"]]
-    stage = Stage(experiment, "compare", {"stages": records, "seed": experiment.seed, "service": in_service})
+    inputs = {"stages": records, "seed": experiment.seed, "service": in_service, "compare": experiment.compare.model_dump()}
+    inputs["further"] = [made_of_it for _, made_of_it in further]
+    stage = Stage(experiment, "compare", inputs)
     path = experiment.results_folder / "comparison.json"
     if not stage.is_current():
         chosen = dict(choose(experiment, method, made[of]) for method, (of, _, _) in methods.items())
         for name, entry in chosen.items():
             entry["cost"]["per_million_rows"] = cost_in_service(name, in_service)
-        pairs = compare_pairs(experiment, chosen)
-        best, why = which_to_ship(chosen, pairs)
-        write_json(path, {"methods": chosen, "pairs": pairs, "best": best, "why": why})
+            entry["calibration"] = calibration(experiment, name, entry)
+            entry["trainings"] = [one_training(experiment, entry)]
+        answers = {name: [read_answers(experiment, name, entry["n"])] for name, entry in chosen.items()}
+        for training, made_of_it in further:
+            for name, entry in chosen.items():
+                if (of := METHODS[entry["method"]][0]) in made_of_it:
+                    again, result = choose(training, entry["method"], made_of_it[of])
+                    answers[name].append(read_answers(training, again, result["n"]))
+                    entry["trainings"].append(one_training(training, result))
+        for name, entry in chosen.items():
+            average(experiment, entry, answers[name])
+        pairs = compare_pairs(experiment, chosen, answers)
+        decided = which_to_ship(experiment, chosen, answers)
+        write_json(path, {"methods": chosen, "pairs": pairs, "best": decided["ship"], **decided})
         stage.finish([path], rows=max(entry["n"] for entry in chosen.values()))
     print(summary(read_json(path)))
 
@@ -75,7 +98,7 @@ def choose(experiment: Experiment, method: str, files: dict[str, str]) -> tuple[
         step, how = results.best_step({s: validation[s] for s in steps if s in validation}), "validation"
     else:
         step, how = max(steps), "the last step; no validation rows"
-    on_test = results.best_step({s: test[s] for s in steps})
+    on_test = results.highest_f1({s: test[s] for s in steps})
     result = test[step]
     entry = {key: value for key, value in result.items() if key not in ("inputs_sha256", "versions")}
     title = METHODS[method][2]
@@ -100,6 +123,7 @@ def cost(experiment: Experiment, method: str, trained: str | None, result: dict)
     cost = {
         "train_rows": 0,
         "training_seconds": 0.0,
+        "stage_seconds": 0.0,
         "test_seconds": result["seconds"],
         "scoring_seconds": result["seconds"] if method == "zero_shot_think" else scoring["scoring_seconds"],
         "peak_memory_mb": scoring["peak_memory_mb"],
@@ -110,6 +134,7 @@ def cost(experiment: Experiment, method: str, trained: str | None, result: dict)
         training = record(trained)
         cost |= {"train_rows": training["rows"], "epochs": training.get("epochs")}
         cost["training_seconds"] = round(training.get("training_seconds", training["seconds"]), 1)
+        cost["stage_seconds"] = training["seconds"]
         for peak in ("peak_memory_mb", "peak_gpu_memory_mb"):
             cost[peak] = max((of[peak] for of in (training, scoring) if of.get(peak)), default=None)
     return cost
@@ -118,123 +143,236 @@ def cost(experiment: Experiment, method: str, trained: str | None, result: dict)
 def cost_in_service(name: str, rows: list[dict]) -> float | None:
     """What a million rows cost in the cheapest way of serving a method that the bench measured, or None."""
     method, _, _ = name.partition("@")
-    alike = method.removesuffix("_all") if method.endswith("_all") else None  # more rows to learn from, the same price
+    # More rows to learn from, or none, and the same price.
+    untrained = method in ("zero_shot_no_think", "zero_shot_calibrated")
+    alike = ("sft", "sft_folded") if untrained else (method.removesuffix("_all"),) if method.endswith("_all") else ()
     costs = [
         row["cost_per_million"]
         for row in rows
-        if (row["name"] == name and row["method"] != "linear_head_on_prompt") or row["method"] == alike
+        if (row["name"] == name and row["method"] != "linear_head_on_prompt") or row["method"] in alike
     ]
     return min(costs, default=None)
 
 
-def compare_pairs(experiment: Experiment, chosen: dict[str, dict]) -> list[dict]:
-    """Every pair of methods on the rows that both answered: McNemar's exact test, and a paired bootstrap of macro F1.
+def one_training(experiment: Experiment, entry: dict) -> dict:
+    """What the comparison keeps of one training of a method."""
+    return {"seed": experiment.seed} | {key: entry[key] for key in ("step", "f1_macro", "accuracy")}
+
+
+def average(experiment: Experiment, entry: dict, answers: list[dict]) -> None:
+    """Put the mean over trainings in place of the first one's F1 and accuracy, and an interval that holds both noises."""
+    if len(answers) > 1:
+        truth, predicted = aligned(experiment, {entry["method"]: answers})
+        interval = metrics.macro_f1(truth, predicted[entry["method"]], len(experiment.labels)).interval(0.025)
+        entry["f1_macro_ci95"] = np.clip(interval, 0, 1).tolist()
+        for key in ("f1_macro", "accuracy"):
+            entry[key] = float(np.mean([training[key] for training in entry["trainings"]]))
+
+
+def calibration(experiment: Experiment, name: str, entry: dict) -> dict | None:
+    """The temperature that calibrates a method on validation rows, if one does, and the error that it leaves on test."""
+    if entry["ece"] is None or entry["f1_macro_validation"] is None:
+        return None
+
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+        lines = results.read_predictions(experiment, name, split)
+        probabilities = [[line["probabilities"][label] for label in experiment.labels] for line in lines]
+        return results.class_numbers(experiment, lines), np.array(probabilities)
+
+    if (at := metrics.temperature(*read("validation"), experiment.seed)) is None:
+        return None
+    truth, probabilities = read("test")
+    scaled = metrics.tempered(probabilities, at)
+    return {
+        "temperature": at,
+        "ece": metrics.calibration_error(scaled.max(axis=1), scaled.argmax(axis=1) == truth),
+        "ece_floor": metrics.calibration_floor(scaled.max(axis=1), experiment.seed),
+    }
+
+
+def read_answers(experiment: Experiment, name: str, n: int) -> dict[str, tuple[int, int]]:
+    """Row id → class number of the truth and of the prediction on test.
 
     Raises
     ------
-    LetterheadError : two methods were measured on different rows, or a file of predictions is cut off
+    LetterheadError : a file of predictions is cut off
     """
-    number = {name: i for i, name in enumerate(experiment.labels)}
-    answers = {}
-    for name in chosen:
-        lines = results.read_predictions(experiment, name, "test")
-        answers[name] = {line["id"]: (line["label"], line["prediction"]) for line in lines}
-        if len(answers[name]) != chosen[name]["n"]:
-            path = results.result_files(experiment, name, "test")[1]
-            raise LetterheadError(f"{path}: {len(lines)} rows, not {chosen[name]['n']}; delete it and run again")
-    pairs = []
-    for a, b in combinations(chosen, 2):
-        ids = [i for i in answers[a] if i in answers[b]]
-        if len(ids) < min(len(answers[a]), len(answers[b])) or any(answers[a][i][0] != answers[b][i][0] for i in ids):
+    number = {label: i for i, label in enumerate(experiment.labels)}
+    lines = results.read_predictions(experiment, name, "test")
+    if len(lines) != n:
+        path = results.result_files(experiment, name, "test")[1]
+        raise LetterheadError(f"{path}: {len(lines)} rows, not {n}; delete it and run again")
+    return {line["id"]: (number[line["label"]], number.get(line["prediction"], metrics.NO_ANSWER)) for line in lines}
+
+
+def aligned(experiment: Experiment, answers: dict[str, list[dict]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Truth, shape (rows,), and predictions of each method, shape (trainings, rows), in one order of rows.
+
+    Raises
+    ------
+    LetterheadError : they were measured on different rows
+    """
+    first = next(iter(answers))
+    truth = {i: of for i, (of, _) in answers[first][0].items()}
+    for other, trainings in answers.items():
+        if any({i: of for i, (of, _) in training.items()} != truth for training in trainings):
             raise LetterheadError(
-                f"{a} and {b} were measured on different rows; delete {experiment.results_folder}, run again"
+                f"{first} and {other} were measured on different rows; delete {experiment.results_folder}, run again"
             )
-        truth = np.array([number[answers[a][i][0]] for i in ids])
-        predicted = [np.array([number.get(answers[m][i][1], metrics.NO_ANSWER) for i in ids]) for m in (a, b)]
-        difference, ci95, p = metrics.f1_difference(truth, *predicted, len(number), experiment.seed)
-        right = [values == truth for values in predicted]
+    predicted = {name: np.array([[of[i][1] for i in truth] for of in trainings]) for name, trainings in answers.items()}
+    return np.array(list(truth.values())), predicted
+
+
+def compare_pairs(experiment: Experiment, chosen: dict[str, dict], answers: dict[str, list[dict]]) -> list[dict]:
+    """Every pair of trained methods, for the reader; which to ship does not hang on it.
+
+    The difference of macro F1 with the interval of one pair by itself, and McNemar's exact test; the p-values of either are
+    corrected for the number of pairs.
+    """
+    truth, predicted = aligned(experiment, {name: answers[name] for name, entry in chosen.items() if is_trained(entry)})
+    pairs = []
+    for a, b in combinations(predicted, 2):
+        difference = metrics.f1_loss(truth, predicted[b], predicted[a], len(experiment.labels))
+        right = [predicted[name][0] == truth for name in (a, b)]  # McNemar's test is one of two trained files
         pairs.append(
             {
                 "a": a,
                 "b": b,
-                "n": len(ids),
-                "f1_difference": difference,
+                "n": len(truth),
+                "f1_difference": difference.value,
                 "accuracy_difference": float(right[0].mean() - right[1].mean()),
-                "ci95": ci95,
-                "bootstrap_p": p,
+                "ci95": list(difference.interval(0.025)),
+                "f1_p": difference.p,
                 "mcnemar_p": metrics.mcnemar_p(*right),
                 "only_a_right": int(np.sum(right[0] & ~right[1])),
                 "only_b_right": int(np.sum(~right[0] & right[1])),
             }
         )
-    keys = [(pair, key) for pair in pairs for key in ("mcnemar_p", "bootstrap_p")]
-    for (pair, key), corrected in zip(keys, metrics.holm([pair[key] for pair, key in keys]), strict=True):
-        pair[f"{key}_holm"] = corrected
+    for key in ("f1_p", "mcnemar_p"):
+        for pair, corrected in zip(pairs, metrics.holm([pair[key] for pair in pairs]), strict=True):
+            pair[f"{key}_holm"] = corrected
     for pair in pairs:
         pair["sentence"] = sentence(pair, chosen)
     return pairs
 
 
-def told_apart(pair: dict) -> bool:
-    """Whether one of the two tests, all tests of all pairs corrected together, tells the methods apart."""
-    return min(pair["mcnemar_p_holm"], pair["bootstrap_p_holm"]) < ALPHA
+def is_trained(entry: dict) -> bool:
+    """Whether an entry of the comparison was trained on rows."""
+    return METHODS[entry["method"]][1] is not None
 
 
 def sentence(pair: dict, chosen: dict[str, dict]) -> str:
     """A pair in words."""
-    a, b = chosen[pair["a"]]["title"], chosen[pair["b"]]["title"]
-    low, high = pair["ci95"]
+
+    def named(name: str) -> str:
+        return f"{chosen[name]['title']} ({chosen[name]['cost']['train_rows']:,} rows)"
+
+    better, worse = (pair["a"], pair["b"]) if pair["f1_difference"] > 0 else (pair["b"], pair["a"])
+    low, high = pair["ci95"] if better == pair["a"] else [-end for end in reversed(pair["ci95"])]
     figures = (
-        f"F1 difference {pair['f1_difference']:+.3f} ({low:+.3f} to {high:+.3f}), "
-        f"McNemar p = {pair['mcnemar_p_holm']:.2g}, bootstrap p = {pair['bootstrap_p_holm']:.2g}, both after Holm"
+        f"F1 {signed(abs(pair['f1_difference']))}, its own 95 % interval {signed(low)} to {signed(high)}, "
+        f"p = {pair['f1_p_holm']:.2g} after Holm"
     )
-    if not told_apart(pair):
-        return f"{a} and {b} can't be told apart on {pair['n']} rows: {figures}."
-    if pair["f1_difference"] * pair["accuracy_difference"] < 0:
-        return f"{a} and {b} differ on {pair['n']} rows, one better in F1, the other in accuracy: {figures}."
-    better, worse = (a, b) if pair["f1_difference"] + pair["accuracy_difference"] > 0 else (b, a)
-    return f"{better} is better than {worse} on {pair['n']} rows: {figures}."
+    if pair["f1_p_holm"] < decision.ALPHA:
+        return f"{named(better)} has a higher macro F1 than {named(worse)}: {figures}."
+    return f"{named(better)} over {named(worse)}: {figures}: chance could do that."
 
 
-def which_to_ship(chosen: dict[str, dict], pairs: list[dict]) -> tuple[str, str]:
-    """The cheapest method that can't be told from the best one, of those measured on all test rows; and why.
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign; what rounds to 0 has none."""
+    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
-    The price is the bench's where it has measured all of them, else the multiply-adds of a row.
+
+def which_to_ship(experiment: Experiment, chosen: dict[str, dict], answers: dict[str, list[dict]]) -> dict:
+    """The decision (letterhead.decision) among the methods that were measured on all test rows, and its reasons in words.
+
+    The price is the bench's where it has measured every trained method, else the multiply-adds of a row.
     """
     n = max(entry["n"] for entry in chosen.values())
-    measured = [name for name, entry in chosen.items() if entry["n"] == n]
-    top = max(measured, key=lambda name: chosen[name]["f1_macro"])
-    alike = {top}
-    for pair in pairs:
-        if top in (pair["a"], pair["b"]) and not told_apart(pair):
-            alike |= {pair["a"], pair["b"]} & set(measured)
+    names = [name for name, entry in chosen.items() if entry["n"] == n]
+    truth, predicted = aligned(experiment, {name: answers[name] for name in names})
+    in_service = all(chosen[name]["cost"]["per_million_rows"] is not None for name in names if is_trained(chosen[name]))
+    unit = "per_million_rows" if in_service else "multiply_adds_per_row"
+    prices = {name: math.inf if (price := chosen[name]["cost"][unit]) is None else price for name in names}
+    decided = decision.decide(truth, predicted, prices, len(experiment.labels), experiment.compare.margin)
+    counts = dict(zip(experiment.labels, np.bincount(truth, minlength=len(experiment.labels)).tolist(), strict=True))
+    decided |= {
+        "n": n,
+        "trainings": len(experiment.trainings()),
+        "prices": {name: price for name, price in prices.items() if price < math.inf},
+        "price_unit": unit,
+        "rare_classes": {label: rows for label, rows in counts.items() if rows < FEW_ROWS},
+    }
+    return decided | words(decided, chosen)
 
-    unit = "per_million_rows"
-    if any(chosen[name]["cost"][unit] is None for name in alike):
-        unit = "multiply_adds_per_row"
 
-    def price(name: str) -> float:
-        return chosen[name]["cost"][unit]
+def words(decided: dict, chosen: dict[str, dict]) -> dict:
+    """The decision in sentences: `why`, `how_sure`, `how_dear`, `what_would_change`."""
+    n, margin, top, ship = decided["n"], decided["margin"], decided["top"], decided["ship"]
+    prices, found, unit = decided["prices"], decided["candidates"], decided["price_unit"]
 
-    def priced(name: str) -> str:
-        if unit == "per_million_rows":
-            return f"{price(name):.3g} for a million rows in service"
-        return f"{results.human(price(name))} multiply-adds a row"
+    def named(name: str) -> str:
+        rows = chosen[name]["cost"]["train_rows"]
+        return f"{chosen[name]['title']} ({f'{rows:,} training rows' if rows else 'no training'})"
 
-    best = min(alike, key=lambda name: (price(name), -chosen[name]["f1_macro"]))
-    figures = f"macro F1 {chosen[best]['f1_macro']:.3f}, {priced(best)}"
-    if best == top:
-        others = "no cheaper method comes near enough that the tests can't tell it apart"
-        return best, f"{chosen[best]['title']} is the best ({figures}), and {others} on {n} test rows."
-    pair = next(pair for pair in pairs if {pair["a"], pair["b"]} == {best, top})
-    sign = 1 if pair["a"] == top else -1
-    low, high = sorted(sign * end for end in pair["ci95"])
-    return best, (
-        f"{chosen[best]['title']} ({figures}) is the cheapest that {n} test rows can't tell from the best, "
-        f"{chosen[top]['title']} ({chosen[top]['f1_macro']:.3f}, {priced(top)}): F1 differs by "
-        f"{sign * pair['f1_difference']:.3f}, 95 % interval {low:.3f} to {high:.3f}, which is not certain after correction "
-        "for all pairs."
-    )
+    best = f"{named(top)} has the highest macro F1, {chosen[top]['f1_macro']:.3f} on {n:,} test rows"
+    cheaper = [name for name in found if prices[name] < prices.get(top, math.inf)]
+    if not decided["established"]:
+        why = f"{best}, and no method is shown to be within {margin:g} of all others: these rows are too few to say more."
+    elif ship != top:
+        why = (
+            f"{named(ship)}, macro F1 {chosen[ship]['f1_macro']:.3f} on {n:,} test rows, is the cheapest that is shown to "
+            f"lose less than {margin:g}. {best}."
+        )
+    elif cheaper:
+        why = f"{best}; no cheaper method is shown to be within {margin:g} of it."
+    else:
+        why = f"{best}, and none is cheaper."
+    sure = []
+    for name, of in found.items():
+        line = f"{named(name)}: {of['verdict']}; macro F1 {signed(-of['loss'])} ({signed(-of['high'])} to "
+        line += f"{signed(-of['low'])}) against {named(of['against'])}."
+        if of["verdict"] == decision.UNDECIDED:
+            needed = [f"{of[key]:,} {what}" for key, what in ROWS_THAT_DECIDE.items() if of[key]]
+            line += f" Test rows that would decide: {', '.join(needed)}." if needed else " Only more trainings would decide."
+        sure.append(line)
+    if decided["trainings"] == 1:
+        sure.append(
+            "The bounds hold the noise of the rows, for these trained files; seeds: [1, 2, 3] adds that of training."
+        )
+    else:
+        sure.append(
+            f"The bounds hold the noise of the rows and of {decided['trainings']} trainings (TF-IDF and zero-shot: one); "
+            "what is served are the first training's files."
+        )
+    if few := list(decided["rare_classes"].items()):
+        some = ", ".join(f"{label} ({rows})" for label, rows in few[:FEW_SHOWN]) + (" …" if len(few) > FEW_SHOWN else "")
+        sure.append(f"Fewer than {FEW_ROWS} test rows: {some}; a class without one is left out of every figure.")
+    known = sorted((name for name in chosen if name in prices), key=lambda name: prices[name])
+    compared = [name for name in known if is_trained(chosen[name]) or name in found]
+    dear = [f"{named(name)}: {priced(prices[name], unit)}." for name in compared]
+    pairs = [(ship, name) if prices.get(name, 0) > prices[ship] else (name, ship) for name in compared if name != ship]
+    change = [line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))]
+    return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
+
+
+def priced(price: float, unit: str) -> str:
+    """A price in words."""
+    if unit == "per_million_rows":
+        return f"{price:.3g} for a million rows in service, in the currency of bench.price_per_hour"
+    return f"{results.human(price)} multiply-adds a row"
+
+
+def break_even(cheap: str, dear: str, decided: dict, chosen: dict[str, dict], named: Callable[[str], str]) -> str | None:
+    """From which price of an error on the dearer of two methods is worth it, in words; None where it errs no less."""
+    fewer = chosen[dear]["accuracy"] - chosen[cheap]["accuracy"]
+    more = decided["prices"][dear] - decided["prices"][cheap]
+    if fewer <= 0 or more <= 0:
+        return None
+    spared = f"{named(dear)} made {1000 * fewer:.1f} errors in 1,000 rows fewer than {named(cheap)}"
+    if decided["price_unit"] == "per_million_rows":
+        return f"{spared}: if that holds, it pays where 1,000 errors cost more than {more / 1000 / fewer:.2g}."
+    return f"{spared}, at {results.human(more / fewer)} multiply-adds for each (`make bench` puts a price on them)."
 
 
 def summary(comparison: dict) -> str:
@@ -244,7 +382,8 @@ def summary(comparison: dict) -> str:
         low, high = entry["f1_macro_ci95"]
         figures = f"{entry['accuracy']:9.4f} {entry['f1_macro']:9.4f}  {low:.3f} to {high:.3f}"
         lines.append(f"{entry['title']:34} {entry['step'] or '':>6} {entry['n']:6} {figures}")
-    return "\n".join([*lines, f"ship {comparison['best']}: {comparison['why']}"])
+    how = "ship" if comparison["established"] else "ship (not established)"
+    return "\n".join([*lines, f"{how} {comparison['best']}: {comparison['why']}", *comparison["how_sure"]])
 
 
 if __name__ == "__main__":

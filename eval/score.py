@@ -9,6 +9,7 @@ import numpy as np
 from letterhead import checkpoints, results
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
+from letterhead.metrics import FIGURES
 from letterhead.processes import Workers
 from letterhead.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.records import sha256_file, sha256_json
@@ -26,6 +27,7 @@ def scoring_inputs(experiment: Experiment) -> dict:
         "labels": experiment.labels,
         "score": experiment.eval.score,
         "seed": experiment.seed,
+        "figures": FIGURES,
         "dtype": experiment.decoder.dtype,
         "template": {key: arguments.get(key) for key in ("template", "cutoff_len", "enable_thinking", "default_system")},
     }

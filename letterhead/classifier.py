@@ -65,7 +65,9 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
     """
     method = name.partition("@")[0]
     if method in tfidf.ROWS:
-        model = tfidf.fit(results.read_rows(experiment, tfidf.ROWS[method]), experiment.seed)
+        model = tfidf.fit(
+            results.read_rows(experiment, tfidf.ROWS[method]), results.read_rows(experiment, "validation"), experiment.seed
+        )
         return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
     if method in ("bert", "bert_all", "linear_head"):
         return _head(experiment, model_folder(experiment, name), method)

@@ -58,7 +58,11 @@ class Rows(Section):
 
 
 class Data(Section):
-    """Where the rows come from and what is done to them; see prep/sources.py for the forms of `source`."""
+    """Where the rows come from and what is done to them; see prep/sources.py for the forms of `source`.
+
+    `duplicates`, `shared` and `near_duplicates` say whether train loses a text that stands in it twice, that stands in test
+    or validation too, or that nearly does. `seed` draws the splits and subsets: another training seed changes no rows.
+    """
 
     source: str
     encoding: list[str] = ["utf-8"]
@@ -69,6 +73,8 @@ class Data(Section):
     rows: Rows = Field(default_factory=Rows)
     duplicates: Literal["drop", "keep"] = "drop"
     shared: Literal["drop", "keep"] = "keep"
+    near_duplicates: Literal["drop", "keep"] = "keep"
+    seed: int = 42
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -210,10 +216,12 @@ class Thinking(Section):
 
 
 class Eval(Section):
-    """How checkpoints are scored: `mean` is perplexity, `sum` the log-likelihood of the whole option."""
+    """How checkpoints are scored: `mean` is perplexity, `sum` the log-likelihood of the whole option; with `untrained` the
+    decoder before training, step 0, too."""
 
     score: Literal["mean", "sum"] = "mean"
     batch_tokens: Count = 2048
+    untrained: bool = True
     thinking: Thinking = Field(default_factory=Thinking)
 
 
@@ -253,6 +261,12 @@ class Bench(Section):
         return self.requests or requests, self.concurrency or concurrency
 
 
+class Compare(Section):
+    """What decides which method to ship: the loss of macro F1 that a lower price is worth, set before a test row is seen."""
+
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
+
+
 class Serve(Section):
     """How vLLM serves: the share of a GPU's memory that it may take; the default leaves a desktop alive."""
 
@@ -260,11 +274,16 @@ class Serve(Section):
 
 
 class Experiment(Section):
-    """A validated experiment. `name` is its file's name; all that it makes lies under data/NAME and runs/NAME."""
+    """A validated experiment. `name` is its file's name; all that it makes lies under data/NAME and runs/NAME.
 
-    name: str
+    `seeds`, if there are any, are those of as many trainings of every method, the first of which stands for all where one
+    model is served, and takes the place of `seed`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     title: str
     seed: int = 42
+    seeds: list[int] = []
     data: Data
     prompt: Prompt = Field(default_factory=Prompt)
     decoder: Decoder = Field(default_factory=Decoder)
@@ -272,6 +291,20 @@ class Experiment(Section):
     eval: Eval = Field(default_factory=Eval)
     bench: Bench = Field(default_factory=Bench)
     serve: Serve = Field(default_factory=Serve)
+    compare: Compare = Field(default_factory=Compare)
+
+    @model_validator(mode="after")
+    def _the_first_of_seeds(self) -> "Experiment":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one stands twice, and would be counted twice")
+        if self.seeds:
+            self.seed = self.seeds[0]
+        return self
+
+    def trainings(self) -> list["Experiment"]:
+        """This experiment, and for each further seed one that differs in its seed and its name alone."""
+        further = [{"name": f"{self.name}.seed{seed}", "seed": seed, "seeds": []} for seed in self.seeds[1:]]
+        return [self, *(self.model_copy(update=keys) for keys in further)]
 
     @model_validator(mode="after")
     def _one_seed(self) -> "Experiment":

@@ -92,7 +92,7 @@ def training_arguments(
 
     Parameters
     ----------
-    best : the metric that decides which is best, or None where no split may decide it
+    best : the loss that decides which is best, or None where no split may decide it
     dtype : float32, or bfloat16 by autocast
     """
     gpu = torch.cuda.is_available()
@@ -114,7 +114,7 @@ def training_arguments(
         save_steps=head.eval_steps,
         save_total_limit=2,  # with 1 the Trainer ends by deleting the last one for the best
         metric_for_best_model=best,
-        greater_is_better=True if best else None,
+        greater_is_better=False if best else None,
         logging_steps=head.eval_steps / 5,
         report_to="tensorboard",
         bf16=dtype == "bfloat16",

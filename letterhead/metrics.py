@@ -1,72 +1,123 @@
-"""Classification figures and comparisons, from scikit-learn and statsmodels, and bootstrap intervals."""
+"""Classification figures and comparisons, from scikit-learn and statsmodels, and the standard errors of macro F1.
+
+Macro F1 is a smooth function of the shares of rows with a truth and a prediction, so its standard error follows from each
+row's influence on it (the delta method; Hampel 1974), and that of a difference on the same rows from the differences of
+influence. Pseudo-rows, half of them right, keep the error above zero where a test shows none: four for a share (Agresti &
+Coull 1998), two for a difference of paired shares (Agresti & Min 2005).
+"""
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from scipy.stats import t
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-BOOTSTRAP_DRAWS = 2000
-PAIRED_DRAWS = 10_000  # more, so that a p-value can survive its correction for many pairs
 ECE_BINS = 15
+FLOOR_DRAWS = 1000
+# Which figures a result holds and how a checkpoint is chosen; results of another version are computed anew.
+FIGURES = 2
+FOLDS = 5
 NO_ANSWER = -1
 
 
-def f1_macro(confusion: np.ndarray) -> np.ndarray:
-    """Macro F1 of confusion matrices (rows true, columns predicted), shape (…, classes, columns) → (…).
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its standard error.
 
-    Columns beyond the classes are answers that name no class. F1 of a class is 2 TP / (2 TP + FP + FN); the mean is over
-    the classes that are true or predicted at least once, as scikit-learn's is.
+    rows, sigma : how many rows it comes from, pseudo-rows included, and the standard deviation of a row's part in it
+    training_variance : what the spread over trainings adds to the error's square; more rows do not lower it
+    df : degrees of freedom, infinite where the error comes from rows alone
     """
-    return _mean_f1(np.diagonal(confusion, axis1=-2, axis2=-1), _either(confusion))
+
+    value: float
+    rows: int
+    sigma: float
+    training_variance: float = 0.0
+    df: float = math.inf
+
+    @property
+    def se(self) -> float:
+        return math.sqrt(self.sigma**2 / self.rows + self.training_variance)
+
+    def interval(self, alpha: float) -> tuple[float, float]:
+        """The two one-sided bounds that each err in a share `alpha` of cases."""
+        half = float(t.ppf(1 - alpha, self.df)) * self.se
+        return self.value - half, self.value + half
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value of the figure being 0."""
+        return float(2 * t.sf(abs(self.value) / self.se, self.df))
 
 
-def _either(confusion: np.ndarray) -> np.ndarray:
-    """How often each class is true plus how often it is predicted: 2 TP + FP + FN."""
-    return confusion.sum(-1) + confusion.sum(-2)[..., : confusion.shape[-2]]
-
-
-def _mean_f1(hits: np.ndarray, either: np.ndarray) -> np.ndarray:
-    f1 = np.divide(2 * hits, either, out=np.zeros(hits.shape), where=either > 0)
-    return f1.sum(-1) / (either > 0).sum(-1)
-
-
-def f1_macro_ci95(confusion: np.ndarray, seed: int) -> list[float]:
-    """95 % percentile bootstrap interval of macro F1 (Efron & Tibshirani 1993, ch. 13).
-
-    To draw rows with replacement is to draw the cells of their confusion matrix from a multinomial distribution.
-    """
-    n = int(confusion.sum())
-    draws = np.random.default_rng(seed).multinomial(n, confusion.ravel() / n, size=BOOTSTRAP_DRAWS)
-    return np.percentile(f1_macro(draws.reshape(-1, *confusion.shape)), [2.5, 97.5]).tolist()
-
-
-def f1_difference(
-    truth: np.ndarray, a: np.ndarray, b: np.ndarray, classes: int, seed: int
-) -> tuple[float, list[float], float]:
-    """Macro F1 of predictions `a` minus that of `b` on the same rows, with a paired bootstrap over rows.
+def macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> Estimate:
+    """Macro F1 of one or more trainings of a method, over the classes that have rows.
 
     Parameters
     ----------
-    truth, a, b : class numbers, shape (rows,); NO_ANSWER in a prediction names no class
-
-    Returns
-    -------
-    tuple : the difference; its 95 % percentile interval; the two-sided p-value, twice the smaller share of draws on
-        either side of 0, with one added to draws and hits (Davison & Hinkley 1997, §4.2)
+    truth : class numbers, shape (rows,)
+    predicted : class numbers or NO_ANSWER, shape (trainings, rows)
+    classes : how many there are
     """
-    cells, counts = np.unique(np.stack([truth, a, b]), axis=1, return_counts=True)
-    true = np.eye(classes)[cells[0]]
+    return _estimate(truth, [(1.0, predicted)], classes, pseudo_rows=4)
 
-    def f1(draws: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        named = np.eye(classes + 1)[predicted][:, :classes]  # NO_ANSWER, -1, falls on the column that is cut off
-        return _mean_f1(draws @ (true * named), draws @ (true + named))
 
-    draws = np.random.default_rng(seed).multinomial(len(truth), counts / len(truth), size=PAIRED_DRAWS)
-    differences = f1(draws, cells[1]) - f1(draws, cells[2])
-    tail = min((differences <= 0).sum(), (differences >= 0).sum())
-    p = min(1.0, 2 * (tail + 1) / (PAIRED_DRAWS + 1))
-    observed = f1(counts[None], cells[1]) - f1(counts[None], cells[2])
-    return float(observed[0]), np.percentile(differences, [2.5, 97.5]).tolist(), float(p)
+def plain_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
+    """Macro F1 as scikit-learn has it, the mean over trainings; parameters as for `macro_f1`."""
+    return _estimate(truth, [(1.0, predicted)], classes, pseudo_rows=0).value
+
+
+def f1_loss(truth: np.ndarray, candidate: np.ndarray, other: np.ndarray, classes: int) -> Estimate:
+    """By how much macro F1 is lower with `candidate` than with `other`; parameters as for `macro_f1`."""
+    return _estimate(truth, [(1.0, other), (-1.0, candidate)], classes, pseudo_rows=2)
+
+
+def _estimate(truth: np.ndarray, parts: list[tuple[float, np.ndarray]], classes: int, pseudo_rows: int) -> Estimate:
+    """A sum of macro F1s, each times its sign and averaged over its trainings.
+
+    Several trainings add the variance over them, divided by their number; the degrees of freedom are Satterthwaite's (1946).
+    """
+    present = np.unique(truth)
+    rights = np.indices((2,) * len(parts)).reshape(len(parts), -1)  # each combination of right and wrong
+    more = np.repeat(present, rights.shape[1])
+    # A wrong pseudo-row names the next class, so that it weighs as much as a wrong row does.
+    wrong = np.repeat(np.roll(present, -1) if len(present) > 1 else [NO_ANSWER], rights.shape[1])
+    weights = np.concatenate([np.ones(len(truth)), np.full(len(more), pseudo_rows / len(more))])
+    n, value, influence = len(truth) + pseudo_rows, 0.0, np.zeros(len(weights))
+    variances, dfs = [], []
+    for (sign, predicted), right in zip(parts, rights, strict=True):
+        added = np.where(np.tile(right, len(present)) == 1, more, wrong)
+        found = [_influence(np.append(truth, more), np.append(one, added), weights, classes) for one in predicted]
+        values = np.array([figure for figure, _ in found])
+        value += sign * values.mean()
+        influence += sign * np.mean([of for _, of in found], axis=0)
+        if len(values) > 1:
+            variances.append(values.var(ddof=1) / len(values))
+            dfs.append(len(values) - 1)
+    sigma = math.sqrt(weights @ influence**2 / n)
+    total = sum(variances) + sigma**2 / n
+    spread = sum(variance**2 / df for variance, df in zip(variances, dfs, strict=True))
+    return Estimate(float(value), n, sigma, float(sum(variances)), total**2 / spread if spread else math.inf)
+
+
+def _influence(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, classes: int) -> tuple[float, np.ndarray]:
+    """Macro F1 of weighted rows over the classes that have some, and each row's influence on it, which has mean 0."""
+
+    def share(of: np.ndarray, where: np.ndarray) -> np.ndarray:
+        return np.bincount(of[where], weights[where], classes) / weights.sum()
+
+    right, named = truth == predicted, predicted != NO_ANSWER
+    true, hits = share(truth, truth >= 0), share(truth, right)
+    either, present = true + share(predicted, named), true > 0
+    f1 = np.divide(2 * hits, either, out=np.zeros(classes), where=present)
+    slope = np.divide(1, either, out=np.zeros(classes), where=present) / present.sum()
+    influence = 2 * slope[truth] * right - (f1 * slope)[truth] - np.where(named, (f1 * slope)[predicted], 0.0)
+    return float(f1[present].mean()), influence
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -77,6 +128,52 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """
     bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
     return float(np.abs(np.bincount(bins, weights=right - confidence)).sum() / len(right))
+
+
+def calibration_floor(confidence: np.ndarray, seed: int) -> float:
+    """The calibration error that a perfectly calibrated method with these confidences, shape (rows,), is expected to show.
+
+    With few rows to a bin it is far from 0 (Bröcker & Smith 2007): the mean over draws of right and wrong as the confidences
+    say.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = (calibration_error(confidence, rng.random(len(confidence)) < confidence) for _ in range(FLOOR_DRAWS))
+    return float(np.mean(list(drawn)))
+
+
+def temperature(truth: np.ndarray, probabilities: np.ndarray, seed: int) -> float | None:
+    """The temperature that calibrates probabilities (Guo et al. 2017), or None where it does not help.
+
+    It is fitted to the log loss, and helps if on folds left out it lowers the log loss by more than a standard error.
+
+    Parameters
+    ----------
+    truth : class numbers, shape (rows,); of rows that decide nothing else than the checkpoint
+    probabilities : shape (rows, classes)
+    seed : of the folds
+    """
+    logits = np.log(np.clip(probabilities, 1e-12, None))
+
+    def losses(rows: np.ndarray, at: float) -> np.ndarray:
+        return -log_softmax(logits[rows] / at, axis=1)[np.arange(len(rows)), truth[rows]]
+
+    def fitted(rows: np.ndarray) -> float:
+        found = minimize_scalar(lambda log: losses(rows, math.exp(log)).mean(), bounds=(-3, 3), method="bounded")
+        return math.exp(found.x)
+
+    if len(truth) < 2 * FOLDS:
+        return None
+    everything = np.random.default_rng(seed).permutation(len(truth))
+    gains = []
+    for part in np.array_split(everything, FOLDS):
+        gains.append(losses(part, 1.0) - losses(part, fitted(np.setdiff1d(everything, part))))
+    gain = np.concatenate(gains)
+    return fitted(everything) if gain.mean() > gain.std(ddof=1) / math.sqrt(len(gain)) else None
+
+
+def tempered(probabilities: np.ndarray, at: float) -> np.ndarray:
+    """Probabilities, shape (rows, classes), at a temperature; the most probable class stays."""
+    return softmax(np.log(np.clip(probabilities, 1e-12, None)) / at, axis=1)
 
 
 def mcnemar_p(a_right: np.ndarray, b_right: np.ndarray) -> float:
@@ -99,18 +196,20 @@ def classification_figures(
 ) -> dict:
     """Accuracy, macro precision, recall and F1 with its interval, figures per class, and expected calibration error.
 
+    The macro figures are means over the classes that have rows, so that one stray answer can't bring in a class of its own.
+
     Parameters
     ----------
     truth : class numbers, shape (rows,)
     labels : the classes' names
-    seed : of the bootstrap
+    seed : of the draws behind `ece_floor`
     probabilities : shape (rows, classes)
     predicted : class numbers or NO_ANSWER, shape (rows,); without them the most probable class
 
     Returns
     -------
-    dict : keys as in a result file (accuracy, precision_macro, …, per_class, ece), `log_loss`, and `confusion`, whose
-        rows are the true classes and whose columns the predicted ones, with one more for rows without an answer, if any
+    dict : keys as in a result file (accuracy, precision_macro, …, per_class, ece), `ece_floor`, `log_loss`, and `confusion`,
+        whose rows are the true classes and whose columns the predicted ones, with one more for rows without an answer
     """
     if predicted is None:
         predicted = probabilities.argmax(axis=1)
@@ -119,12 +218,14 @@ def classification_figures(
     confusion = confusion_matrix(truth, given, labels=[*numbers, len(labels)])[: len(labels)]
     if not confusion[:, -1].any():
         confusion = confusion[:, :-1]
-    present = numbers[_either(confusion) > 0]
+    present = np.unique(truth)
     precision, recall, f1, support = precision_recall_fscore_support(truth, given, labels=numbers, zero_division=0)
     macro = precision_recall_fscore_support(truth, given, labels=present, average="macro", zero_division=0)
-    ece = entropy = None
+    interval = macro_f1(truth, predicted[None], len(labels)).interval(0.025)
+    ece = floor = entropy = None
     if probabilities is not None:
         ece = calibration_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == truth)
+        floor = calibration_floor(probabilities.max(axis=1), seed)
         entropy = float(log_loss(truth, probabilities, labels=numbers))
     return {
         "n": len(truth),
@@ -132,8 +233,9 @@ def classification_figures(
         "precision_macro": float(macro[0]),
         "recall_macro": float(macro[1]),
         "f1_macro": float(macro[2]),
-        "f1_macro_ci95": f1_macro_ci95(confusion, seed),
+        "f1_macro_ci95": np.clip(interval, 0, 1).tolist(),
         "ece": ece,
+        "ece_floor": floor,
         "log_loss": entropy,
         "confusion": confusion.tolist(),
         "per_class": {

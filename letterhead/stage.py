@@ -141,11 +141,13 @@ def run(
     choices: Sequence[str] = (),
     options: dict[str, str] | None = None,
     devices: Callable[[], None] = choose_devices,
+    with_arguments: bool = False,
 ) -> None:
     """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend into one message.
 
     With `choices` the first argument is one of them, and `main` gets it after the experiment; then it gets the values of
     `options` (name → what it is), each of which must be given. `devices` chooses the devices before anything starts them.
+    `with_arguments` hands on what --experiment and --set said, to who starts other stages.
     """
     parser = argparse.ArgumentParser(description=description)
     if choices:
@@ -165,7 +167,8 @@ def run(
         experiment = load_experiment(arguments.experiment, arguments.set)
         if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
             print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
-        main(experiment, *([arguments.choice] if choices else []), *given)
+        said = [arguments.experiment, arguments.set] if with_arguments else []
+        main(experiment, *([arguments.choice] if choices else []), *said, *given)
     except LetterheadError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

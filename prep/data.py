@@ -3,7 +3,8 @@
     python -m prep.data --experiment quick
 
 Two passes. The first reads the source row by row into a pool on disk and keeps, in arrays, each row's label and a hash
-of its text (about 20 bytes a row). From these the splits are drawn. The second copies the pool's lines to their files.
+of its text (about 20 bytes a row). From these the splits are drawn (the search for near-duplicates takes a kilobyte a
+row). The second copies the pool's lines to their files.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import jsonlines
 import numpy as np
+from sklearn.feature_extraction.text import HashingVectorizer
 from tqdm import tqdm
 
 from letterhead.checkpoints import model_identity
@@ -24,6 +26,7 @@ from letterhead.experiment import Experiment
 from letterhead.prompt import PromptEncoder, keep_words, load_prompt_encoder
 from letterhead.records import LetterheadError, atomic_open, exclusive, write_json
 from letterhead.stage import OFFLINE, Stage, run
+from letterhead.tfidf import TOKEN
 from prep.fetch import CACHE, fetch_model
 from prep.sources import RawRow, local_sha256, open_source
 
@@ -34,6 +37,9 @@ UNUSED = -1
 SFT_KEYS = ("template", "cutoff_len", "enable_thinking", "dataset")
 # Enough rows for percentiles of the token lengths; tokenising a million would take longer than all the rest.
 LENGTH_SAMPLE = 5000
+# Texts are near-duplicates if they share so much of their runs of three words.
+ALIKE = 0.75
+CHUNK = 500
 
 
 def main(experiment: Experiment) -> None:
@@ -47,7 +53,6 @@ def main(experiment: Experiment) -> None:
     inputs = {
         "data": data.model_dump(mode="json"),
         "prompt": experiment.prompt.model_dump(),
-        "seed": experiment.seed,
         "train_rows": experiment.decoder.train_rows,
         "sft": {key: experiment.sft_arguments().get(key) for key in SFT_KEYS},
         "models": [model_identity(experiment.decoder.folder), model_identity(experiment.encoder.folder)],
@@ -64,7 +69,7 @@ def main(experiment: Experiment) -> None:
     with ExitStack() as stack:
         stack.callback(pool_path.unlink, missing_ok=True)
         pool, card = read_pool(source.splits, experiment, pool_path)
-        chosen = draw_splits(pool, experiment, card)
+        chosen = draw_splits(pool, experiment, card, pool_path)
         decoder_rows = draw_decoder_rows(pool, chosen, experiment)
         encoder = load_prompt_encoder(experiment)
         write_rows(pool_path, chosen, decoder_rows, experiment, encoder, card)
@@ -161,8 +166,10 @@ def stratified(candidates: np.ndarray, label: np.ndarray, n: int, rng: np.random
     return np.sort(np.concatenate(drawn))
 
 
-def draw_splits(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
+def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path) -> np.ndarray:
     """Decide for every row of the pool which split it goes to; what is repeated or left out is counted in `card`.
+
+    Of two subsets that differ in data.rows.train alone the smaller is part of the larger, if each label has rows in both.
 
     Returns
     -------
@@ -172,7 +179,7 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
     ------
     LetterheadError : a split would be empty, or asks for more rows than there are
     """
-    rows, rng = experiment.data.rows, np.random.default_rng(experiment.seed)
+    rows, rng = experiment.data.rows, np.random.default_rng(experiment.data.seed)
     label, source, _ = pool.arrays()
     if not (source == 0).any():
         raise LetterheadError(f"{experiment.data.source}: holds no rows to train on")
@@ -191,11 +198,22 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
         if own:
             chosen[candidates] = UNUSED
         chosen[drawn] = number
+    near = []
+    if experiment.data.near_duplicates == "drop":
+        near = near_duplicates(pool_path, chosen)
+        again = sorted({number for _, _, numbers in near for number in numbers})
+        chosen[again] = UNUSED
+        card["dropped"]["text nearly one of test or validation"] = len(again)
     train = np.flatnonzero(chosen == 0)
     if not len(train):
         raise LetterheadError("no rows are left to train on; lower data.rows.test or data.rows.validation")
     chosen[train] = UNUSED
     chosen[stratified(train, label, min(rows.train or len(train), len(train)), rng)] = 0
+    if experiment.data.near_duplicates == "keep":
+        near = near_duplicates(pool_path, chosen)
+    card["near_duplicates"] = {split: [] for split in SPLITS[1:]}
+    for at, pair, _ in near:
+        card["near_duplicates"][SPLITS[chosen[at]]].append(pair)
     card["rows"] |= {split: int((chosen == number).sum()) for number, split in enumerate(SPLITS)}
     counts = [np.bincount(label[chosen == n], minlength=len(experiment.labels)).tolist() for n in range(len(SPLITS))]
     card["label_counts"] = {s: dict(zip(experiment.labels, c, strict=True)) for s, c in zip(SPLITS, counts, strict=True)}
@@ -230,13 +248,53 @@ def drop_repeated(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
     return chosen
 
 
+def near_duplicates(pool_path: Path, chosen: np.ndarray) -> list[tuple[int, tuple[str, str], np.ndarray]]:
+    """Rows of test and validation whose text nearly stands in train: Jaccard similarity of runs of three words (Broder 1997)
+    of at least `ALIKE`, computed for all pairs, so that none is missed.
+
+    Returns
+    -------
+    list : the row's number; its id and that of the train row most alike; the numbers of all train rows that are alike
+    """
+    counter = HashingVectorizer(
+        ngram_range=(3, 3), token_pattern=TOKEN, n_features=1 << 22, binary=True, norm=None, alternate_sign=False
+    )
+    ids, numbers, runs = {}, {}, {}
+    for name, mine in (("train", chosen == 0), ("others", chosen > 0)):
+        numbers[name], ids[name] = np.flatnonzero(mine), []
+
+        def texts(mine=mine, ids=ids[name]):
+            with open(pool_path, encoding="utf-8", newline="\n") as pool:
+                for line, wanted in zip(pool, mine, strict=True):
+                    if wanted:
+                        row = json.loads(line)
+                        ids.append(row["id"])
+                        yield row["text"]
+
+        runs[name] = counter.transform(texts()) if mine.any() else None
+    if runs["train"] is None or runs["others"] is None:
+        return []
+    sizes, transposed, found = runs["train"].getnnz(axis=1), runs["train"].T.tocsr(), []
+    for begin in tqdm(range(0, len(numbers["others"]), CHUNK), desc="looking for near-duplicates", unit=f" x {CHUNK} rows"):
+        part = runs["others"][begin : begin + CHUNK]
+        shared = (part @ transposed).tocoo()
+        alike = shared.data / (part.getnnz(axis=1)[shared.row] + sizes[shared.col] - shared.data)
+        for row in np.unique(shared.row[alike >= ALIKE]):
+            columns = shared.col[(shared.row == row) & (alike >= ALIKE)]
+            nearest = shared.col[shared.row == row][alike[shared.row == row].argmax()]
+            at = begin + int(row)
+            pair = (ids["others"][at], ids["train"][nearest])
+            found.append((int(numbers["others"][at]), pair, numbers["train"][columns]))
+    return found
+
+
 def draw_decoder_rows(pool: Pool, chosen: np.ndarray, experiment: Experiment) -> np.ndarray:
     """Which rows of train the decoder is trained on: booleans, shape (rows,)."""
     label = pool.arrays()[0]
     train = np.flatnonzero(chosen == 0)
     n = min(experiment.decoder.train_rows or len(train), len(train))
     mask = np.zeros(len(chosen), bool)
-    mask[stratified(train, label, n, np.random.default_rng([experiment.seed, 1]))] = True
+    mask[stratified(train, label, n, np.random.default_rng([experiment.data.seed, 1]))] = True
     return mask
 
 
@@ -302,6 +360,7 @@ def summary(card: dict) -> str:
     lines += [f"dropped: {n} ({reason})" for reason, n in card["dropped"].items() if n]
     lines += [f"duplicates in {split}: {n}" for split, n in card["duplicates"].items() if n]
     lines += [f"{split} texts that stand in train too: {n}" for split, n in card["shared_with_train"].items() if n]
+    lines += [f"{split} texts nearly in train: {len(pairs)}" for split, pairs in card["near_duplicates"].items() if pairs]
     lines += [f"texts cut to fit cutoff_len: {sft['cut_to_cutoff_len']}"] if sft["cut_to_cutoff_len"] else []
     return "\n".join(lines)
 

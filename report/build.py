@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 import yaml
 
+from eval import compare
 from letterhead import checkpoints, metrics, results, tfidf
 from letterhead.experiment import Experiment
 from letterhead.records import atomic_open, read_json, sha256_file
@@ -35,7 +36,7 @@ STAGES = (
 SHOWN_ROWS = 15
 SHOWN_CHARACTERS = 400
 WHAT_A_PICTURE_SHOWS = {
-    "ranking": "Macro F1 of every method on the test rows, with 95 % bootstrap intervals",
+    "ranking": "Macro F1 on the test rows with 95 % intervals: the trained methods, and, on an axis of its own, zero-shot",
     "f1": "Macro F1 on test and validation rows against training step",
     "losses": "Cross-entropy against training step, logarithmic: training, and on test rows (for SFT the option's own)",
     "confusion": "Confusion matrices: rows are the true classes, columns the predicted ones",
@@ -102,7 +103,14 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"figure": figure, "duration": duration, "human": results.human, "short": short, "md": escape_markdown}
+    made.filters |= {
+        "figure": figure,
+        "signed": compare.signed,
+        "duration": duration,
+        "human": results.human,
+        "short": short,
+        "md": escape_markdown,
+    }
     return made
 
 
@@ -142,7 +150,6 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "ranked": ranked,
         "titles": {name: entry["title"] for name, entry in ranked},
         "comparison": comparison,
-        "main_pairs": [pair for pair in comparison["pairs"] if pair["a"] in trained and pair["b"] in trained],
         "article": article if article.is_the_articles(experiment) else None,
         "overfit": overfitting(experiment),
         "trained": trained,
@@ -153,7 +160,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "config": yaml.safe_dump(experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
         "stages": {name: read_json(experiment.run_folder / name / "stage.json") for name in stages_of(experiment)},
         "pictures": WHAT_A_PICTURE_SHOWS,
-        "draws": f"{metrics.PAIRED_DRAWS:,}",
+        "tfidf_settings": len(tfidf.MODEL["C"]),
     }
 
 
@@ -179,11 +186,12 @@ def overfitting(experiment: Experiment) -> str:
     for step in (last, after):
         lines = results.read_predictions(experiment, f"bert@{step}", "test")
         predicted.append(np.array([experiment.labels.index(line["prediction"]) for line in lines]))
-    f1, (low, high), _ = metrics.f1_difference(truth, *predicted, len(experiment.labels), experiment.seed)
+    change = metrics.f1_loss(truth, *(of[None] for of in reversed(predicted)), len(experiment.labels))
+    low, high = change.interval(0.025)
     loss = test[last]["eval_loss"] - test[after]["eval_loss"]
     words += (
         f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss changes by {loss:+.3f} and macro F1 "
-        f"by {f1:+.4f} (95 % interval {low:+.4f} to {high:+.4f}): "
+        f"by {compare.signed(change.value, 4)} (95 % interval {compare.signed(low, 4)} to {compare.signed(high, 4)}): "
     )
     if high < 0:
         return words + "it overfits after two epochs, as the article says."
@@ -216,7 +224,8 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
     pictures.use_fonts()
     methods = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     entries = [entry for _, entry in methods]
-    pictures.draw_ranking(paths["ranking"], entries)
+    groups = [[entry for entry in entries if compare.is_trained(entry) == trained] for trained in (True, False)]
+    pictures.draw_ranking(paths["ranking"], groups)
     f1, losses = {}, {}
     for entry in (entry for entry in entries if entry["method"] in TRAINED):
         method, title = entry["method"], entry["title"]
@@ -246,7 +255,7 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
             lines = results.read_predictions(experiment, name, "test")
             confidence = np.array([max(line["probabilities"].values()) for line in lines])
             right = np.array([line["prediction"] == line["label"] for line in lines])
-            sure[entry["title"]] = (confidence, right, entry["ece"])
+            sure[entry["title"]] = (confidence, right, entry["ece"], entry["ece_floor"])
     pictures.draw_reliability(paths["reliability"], sure)
 
 

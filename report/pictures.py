@@ -20,25 +20,36 @@ def use_fonts() -> None:
     plt.rcParams["font.family"] = ["DejaVu Sans", *found]
 
 
-def draw_ranking(path: Path, methods: list[dict]) -> None:
-    """Macro F1 with its interval, the best on top.
+def draw_ranking(path: Path, groups: list[list[dict]]) -> None:
+    """Macro F1 with its interval, the best on top; a panel with an axis of its own for each group.
 
     Parameters
     ----------
-    methods : entries of the comparison, best first
+    groups : entries of the comparison, best first in each
     """
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(methods) + 1.2), layout="constrained")
-    for y, entry in enumerate(reversed(methods)):
-        low, high = entry["f1_macro_ci95"]
-        axes.plot([low, high], [y, y], color="#8fa8c8", linewidth=5, solid_capstyle="butt")
-        axes.plot(entry["f1_macro"], y, "o", color="#1b3a63")
-        axes.annotate(
-            f"{entry['f1_macro']:.3f}", (entry["f1_macro"], y), (0, 8), textcoords="offset points", ha="center", size=8
-        )
-    names = [f"{entry['title']} (n = {entry['n']})" for entry in reversed(methods)]
-    axes.set_yticks(range(len(methods)), names)
-    axes.set(xlabel="macro F1 on test rows, 95 % bootstrap interval", ylim=(-0.6, len(methods) - 0.2))
-    axes.grid(axis="x", alpha=0.3)
+    groups = [methods for methods in groups if methods]
+    heights = [0.5 * len(methods) + 0.6 for methods in groups]
+    figure, panels = plt.subplots(
+        len(groups), figsize=(7.5, sum(heights)), layout="constrained", height_ratios=heights, squeeze=False
+    )
+    for axes, methods in zip(panels[:, 0], groups, strict=True):
+        for y, entry in enumerate(reversed(methods)):
+            low, high = entry["f1_macro_ci95"]
+            axes.plot([low, high], [y, y], color="#8fa8c8", linewidth=5, solid_capstyle="butt")
+            axes.plot(entry["f1_macro"], y, "o", color="#1b3a63")
+            if len(each := [training["f1_macro"] for training in entry["trainings"]]) > 1:
+                axes.plot(each, [y - 0.25] * len(each), "|", color="#1b3a63")
+            axes.annotate(
+                f"{entry['f1_macro']:.3f}", (entry["f1_macro"], y), (0, 8), textcoords="offset points", ha="center", size=8
+            )
+        learnt = [
+            f"{rows:,} training rows" if (rows := m["cost"]["train_rows"]) else "no training" for m in reversed(methods)
+        ]
+        names = [f"{m['title']}\n{rows}, {m['n']:,} test rows" for m, rows in zip(reversed(methods), learnt, strict=True)]
+        axes.set_yticks(range(len(methods)), names, fontsize=8)
+        axes.set(ylim=(-0.6, len(methods) - 0.2))
+        axes.grid(axis="x", alpha=0.3)
+    panels[-1, 0].set_xlabel("macro F1 on test rows, 95 % interval")
     save(figure, path)
 
 
@@ -89,19 +100,19 @@ def draw_confusions(path: Path, methods: list[dict], labels: list[str]) -> None:
     save(figure, path)
 
 
-def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray, float]]) -> None:
+def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray, float, float]]) -> None:
     """Accuracy against confidence in equal-width bins; the area of a point is the share of rows in its bin.
 
     Parameters
     ----------
-    methods : title → (confidence of the prediction, whether it was right, ECE)
+    methods : title → (confidence of the prediction, whether it was right, ECE, what a perfectly calibrated one would show)
     """
     figure, axes = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
     axes.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
-    for title, (confidence, right, ece) in methods.items():
+    for title, (confidence, right, ece, floor) in methods.items():
         accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=ECE_BINS, strategy="uniform")
         rows = np.histogram(confidence, bins=ECE_BINS, range=(0, 1))[0]
-        (line,) = axes.plot(mean_confidence, accuracy, linewidth=0.8, label=f"{title}, ECE {ece:.3f}")
+        (line,) = axes.plot(mean_confidence, accuracy, linewidth=0.8, label=f"{title}, ECE {ece:.3f} (floor {floor:.3f})")
         axes.scatter(mean_confidence, accuracy, s=4 + 150 * rows[rows > 0] / rows.sum(), color=line.get_color(), alpha=0.8)
     axes.set(xlabel="confidence (highest probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)

@@ -101,6 +101,45 @@ def test_a_standard_split_is_kept_and_what_it_shares_is_counted_and_dropped_by_a
     assert read_json(experiment.data_folder / "data_card.json")["rows"]["train"] == 35
 
 
+NEAR = "Shares of the maker of small engines fell by a tenth on Tuesday after it had warned of lower profits this year"
+
+
+def test_texts_that_are_nearly_in_train_are_named_and_can_be_taken_out(make_experiment):
+    """One word changed, or one Han character; the same words in another order are another text."""
+    han = "中国队在周二的比赛中以二比一战胜了日本队晋级决赛"
+    train = [
+        ("0", NEAR),
+        ("1", han),
+        ("0", " ".join(sorted(NEAR.split()))),
+        *(("1", f"Row {i} of some kind") for i in range(20)),
+    ]
+    test = [("0", NEAR.replace("this year", "this month")), ("1", han.replace("周二", "周三"))]
+    for name, rows_of in (("train", train), ("test", test), ("validation", [("0", "Another text of no length at all")])):
+        write_csv(f"d/{name}.csv", [(text, LABELS[int(label)]) for label, text in rows_of])
+    keys = {"rows": {"validation": 1, "test": 2}}
+    data.main(make_experiment("d/{split}.csv", LABELS, data=keys))
+    card = read_json("data/mine/data_card.json")
+    assert card["near_duplicates"]["validation"] == [] and card["rows"]["train"] == 23
+    assert sorted(card["near_duplicates"]["test"]) == [["test:1", "train:1"], ["test:2", "train:2"]]
+    data.main(experiment := make_experiment("d/{split}.csv", LABELS, data=keys | {"near_duplicates": "drop"}))
+    card = read_json("data/mine/data_card.json")
+    assert card["rows"]["train"] == 21 and card["dropped"]["text nearly one of test or validation"] == 2
+    assert NEAR not in texts(experiment, "train") and len(card["near_duplicates"]["test"]) == 2
+
+
+def test_subsets_are_nested_and_the_split_keeps_its_seed(make_experiment):
+    write_csv("a.csv", rows(200))
+    made = {}
+    for n, seed in ((20, 1), (40, 2), (80, 3), (None, 4)):
+        keys = {"rows": {"train": n, "validation": 20, "test": 30}, "seed": 5}
+        data.main(experiment := make_experiment("a.csv", LABELS, data=keys, seed=seed))
+        made[n] = {split: texts(experiment, split) for split in ("train", "validation", "test")}
+    assert all(made[n][split] == made[None][split] for n in made for split in ("validation", "test"))
+    assert set(made[20]["train"]) < set(made[40]["train"]) < set(made[80]["train"]) < set(made[None]["train"])
+    with pytest.raises(LetterheadError, match="seeds: one stands twice"):
+        make_experiment("a.csv", LABELS, seeds=[1, 2, 1])
+
+
 def test_alpaca_rows_are_the_articles(make_experiment):
     write_csv("a.csv", rows(20))
     experiment = make_experiment("a.csv", LABELS, decoder_keys={"train_rows": 8}, sft={"dataset": "agnews_train"})

@@ -176,26 +176,28 @@ def random_rows(n: int) -> Dataset:
 
 
 @pytest.mark.parametrize(
-    "f1", [None, [0.1, 0.5, 0.4, 0.3, 0.6, 0.2, 0.2, 0.1, 0.2, 0.3]], ids=["no validation", "validation"]
+    "losses", [None, [0.9, 0.5, 0.6, 0.7, 0.4, 0.8, 0.8, 0.9, 0.8, 0.7]], ids=["no validation", "validation"]
 )
-def test_only_the_best_the_last_and_now_and_then_one_is_saved_and_saving_is_clocked(tiny_models, tmp_path, f1):
-    data, seen, saved = random_rows(80), iter(f1 or []), []
+def test_only_the_best_the_last_and_now_and_then_one_is_saved_and_saving_is_clocked(tiny_models, tmp_path, losses):
+    data, seen, saved = random_rows(80), iter(losses or []), []
     head = Head(per_device_train_batch_size=8, num_train_epochs=1, eval_steps=0.1)
-    arguments = heads.training_arguments(head, tmp_path, 0, "validation_f1_macro" if f1 else None)
+    arguments = heads.training_arguments(head, tmp_path, 0, "validation_log_loss" if losses else None)
     arguments.report_to = []
     model, tokenizer = heads.load_head(tiny_models["bert"], list("abcd")), heads.load_tokenizer(tiny_models["bert"])
 
     def note(split, *_):
-        return {"f1_macro": next(seen)} if f1 else {}
+        return {"log_loss": next(seen)} if losses else {}
 
     class Slow(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
             saved.append((state.global_step, trainer.saving_seconds))
 
-    trainer = heads.HeadTrainer(model, arguments, tokenizer, data, {"validation" if f1 else "test": data}, note)
+    trainer = heads.HeadTrainer(model, arguments, tokenizer, data, {"validation" if losses else "test": data}, note)
     trainer.add_callback(Slow())
     trainer.train()
-    assert [step for step, _ in saved] == ([1, 2, 4, 5, 8, 10] if f1 else [4, 8, 10])
+    assert [step for step, _ in saved] == ([1, 2, 4, 5, 8, 10] if losses else [4, 8, 10])
     assert 0 < saved[0][1] < saved[-1][1]
     kept = {path.name: (path / "optimizer.pt").exists() for path in tmp_path.glob("checkpoint-*")}
-    assert kept == ({"checkpoint-5": False, "checkpoint-10": True} if f1 else {"checkpoint-8": False, "checkpoint-10": True})
+    assert kept == (
+        {"checkpoint-5": False, "checkpoint-10": True} if losses else {"checkpoint-8": False, "checkpoint-10": True}
+    )

@@ -1,13 +1,24 @@
-"""Figures equal scikit-learn's, scipy's and torchmetrics'; the bootstrap interval covers what it should."""
+"""Figures equal scikit-learn's, scipy's and torchmetrics'; intervals cover what they should."""
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_score, recall_score
+from scipy.stats import binomtest, bootstrap, ttest_ind
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 from torchmetrics.classification import MulticlassCalibrationError
 
-from letterhead.metrics import NO_ANSWER, classification_figures, f1_difference, f1_macro, f1_macro_ci95, holm, mcnemar_p
+from letterhead.metrics import (
+    NO_ANSWER,
+    calibration_error,
+    calibration_floor,
+    classification_figures,
+    f1_loss,
+    holm,
+    macro_f1,
+    mcnemar_p,
+    temperature,
+    tempered,
+)
 
 
 def drawn(seed: int, n: int, classes: int, skill: float = 0.7):
@@ -52,12 +63,13 @@ def test_a_certain_prediction_falls_into_the_last_bin_of_the_calibration_error()
     assert abs(figures["ece"] - plain_ece(truth, probabilities)) < 1e-6
 
 
-def test_macro_f1_of_a_confusion_matrix_is_scikit_learns_also_with_absent_classes():
-    for seed in range(20):
-        truth, probabilities = drawn(seed, 12, 6, skill=0.3)
-        predicted = probabilities.argmax(1)
-        confusion = confusion_matrix(truth, predicted, labels=range(6))
-        assert abs(f1_macro(confusion) - f1_score(truth, predicted, average="macro", zero_division=0)) < 1e-12
+def test_macro_figures_are_means_over_the_classes_that_have_rows():
+    """One stray answer that names a class without a row would else cost 1 / classes of the score."""
+    truth, predicted = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 1, 1, 2, 3])
+    figures = classification_figures(truth, list("abcde"), 0, predicted=predicted)
+    assert figures["f1_macro"] == f1_score(truth, predicted, labels=[0, 1, 2], average="macro")
+    assert figures["f1_macro"] > f1_score(truth, predicted, average="macro")
+    assert figures["recall_macro"] == recall_score(truth, predicted, labels=[0, 1, 2], average="macro")
 
 
 def test_rows_without_an_answer_are_wrong_and_no_class_of_their_own():
@@ -69,26 +81,81 @@ def test_rows_without_an_answer_are_wrong_and_no_class_of_their_own():
     assert abs(figures["f1_macro"] - f1_score(truth, predicted, **options)) < 1e-12
     assert abs(figures["recall_macro"] - recall_score(truth, predicted, **options)) < 1e-12
     assert np.array(figures["confusion"]).shape == (4, 5) and np.sum(figures["confusion"]) == 300
-    assert abs(f1_macro(np.array(figures["confusion"])) - figures["f1_macro"]) < 1e-12
     assert figures["ece"] is None and figures["f1_macro_ci95"][0] < figures["f1_macro"] < figures["f1_macro_ci95"][1]
 
 
-def test_the_paired_bootstrap_equals_one_that_draws_rows():
-    truth, strong = drawn(1, 250, 3, skill=1.0)
-    _, other = drawn(2, 250, 3, skill=0.0)
-    a, b = strong.argmax(1), np.where(np.arange(250) % 3, strong.argmax(1), other.argmax(1))
+def pair(seed: int, n: int, classes: int):
+    """Truth and two sets of predictions that share most of their errors; some rows have no answer."""
+    truth, strong = drawn(seed, n, classes, skill=1.0)
+    _, other = drawn(seed + 1, n, classes, skill=0.0)
+    a, b = strong.argmax(1), np.where(np.arange(n) % 3, strong.argmax(1), other.argmax(1))
     b[::40] = NO_ANSWER
+    return truth, a, b
 
-    def difference(rows):
-        options = {"labels": range(3), "average": "macro", "zero_division": 0}
+
+def test_standard_errors_are_those_of_scipys_bootstrap_over_rows():
+    truth, a, b = pair(1, 800, 3)
+    options = {"labels": range(3), "average": "macro", "zero_division": 0}
+
+    def lost(rows) -> float:
+        rows = rows.astype(int)
         return f1_score(truth[rows], a[rows], **options) - f1_score(truth[rows], b[rows], **options)
 
-    found, interval, p = f1_difference(truth, a, b, 3, seed=0)
-    assert abs(found - difference(np.arange(250))) < 1e-12
-    rng = np.random.default_rng(5)
-    draws = [difference(rng.integers(250, size=250)) for _ in range(1500)]
-    assert np.abs(np.percentile(draws, [2.5, 97.5]) - interval).max() < 0.012
-    assert p < 0.01 and f1_difference(truth, a, a, 3, seed=0) == (0.0, [0.0, 0.0], 1.0)
+    rows = (np.arange(800),)
+    reference = bootstrap(rows, lost, n_resamples=1500, rng=np.random.default_rng(0), vectorized=False, method="basic")
+    found = f1_loss(truth, b[None], a[None], 3)
+    assert abs(found.se / reference.standard_error - 1) < 0.08 and abs(found.value - lost(rows[0])) < 2e-3
+    one = bootstrap(rows, lambda rows: f1_score(truth[rows.astype(int)], a[rows.astype(int)], **options), n_resamples=1500,
+                    rng=np.random.default_rng(0), vectorized=False, method="basic")  # fmt: skip
+    assert abs(macro_f1(truth, a[None], 3).se / one.standard_error - 1) < 0.08
+    assert found.p < 0.01 and f1_loss(truth, a[None], a[None], 3).p == 1
+
+
+def test_nothing_has_an_interval_of_no_width():
+    truth = np.arange(300) % 4
+    low, high = macro_f1(truth, truth[None], 4).interval(0.025)
+    assert low < 0.999 < high and low > 0.97  # 300 rows without an error leave room for about 1 %
+    low, high = f1_loss(truth, truth[None], truth[None], 4).interval(0.025)
+    assert -0.02 < low < -0.002 and 0.002 < high < 0.02
+    assert classification_figures(truth, list("abcd"), 0, predicted=truth)["f1_macro_ci95"][1] == 1.0
+
+
+def test_trainings_add_their_spread_to_the_error_of_the_rows():
+    """Satterthwaite's degrees of freedom, as scipy's Welch test has them when rows say nothing."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(40_000) % 2
+    a, b = (
+        [np.where(rng.random(40_000) < share, truth, 1 - truth) for share in of] for of in ((0.9, 0.93, 0.96), (0.8, 0.9))
+    )
+    found = f1_loss(truth, np.array(b), np.array(a), 2)
+    values = [[f1_score(truth, one, average="macro") for one in of] for of in (a, b)]
+    welch = ttest_ind(*values, equal_var=False)
+    assert abs(found.value - (np.mean(values[0]) - np.mean(values[1]))) < 1e-3
+    assert abs(found.df / welch.df - 1) < 0.02 and abs(found.p / welch.pvalue - 1) < 0.02
+    assert f1_loss(truth, np.array(b[:1]), np.array(a[:1]), 2).df == np.inf
+
+
+def test_the_calibration_error_stands_beside_what_a_perfect_one_would_show():
+    rng, n = np.random.default_rng(0), 300
+    confidence = rng.uniform(0.6, 1.0, n)
+    shown = [calibration_error(confidence, rng.random(n) < confidence) for _ in range(300)]
+    assert abs(calibration_floor(confidence, 1) - np.mean(shown)) < 0.003 and np.mean(shown) > 0.02
+
+
+def test_a_temperature_is_found_where_confidence_is_wrong_and_only_there():
+    truth, probabilities = drawn(0, 2000, 4, skill=1.0)
+    odds = np.exp(np.log(probabilities) * 1.0)
+    calibrated = odds / odds.sum(1, keepdims=True)
+    for at in (0.4, 3.0):  # too sure, too modest
+        wrong = tempered(calibrated, at)
+        found = temperature(truth[:400], wrong[:400], seed=0)
+        base = temperature(truth[:400], calibrated[:400], seed=0) or 1.0
+        assert abs(found * at / base - 1) < 0.25
+        assert log_loss(truth[400:], tempered(wrong, found)[400:]) < log_loss(truth[400:], wrong[400:])
+        assert (wrong.argmax(1) == tempered(wrong, found).argmax(1)).all()
+    best = tempered(calibrated, temperature(truth, calibrated, seed=0) or 1.0)
+    assert temperature(truth[:300], best[:300], seed=1) is None
+    assert temperature(truth[:9], best[:9], seed=1) is None
 
 
 def test_mcnemar_is_the_binomial_test_of_the_rows_on_which_they_differ():
@@ -108,21 +175,26 @@ def test_holm_multiplies_by_the_number_of_tests_still_standing():
 R8 = np.array([1596, 253, 2840, 41, 190, 206, 108, 251]) / 5485  # the mix of its training split
 
 
-@pytest.mark.parametrize(("mix", "n", "band"), [(np.full(4, 0.25), 2000, (0.93, 0.97)), (R8, 2189, (0.90, 0.97))])
-def test_the_interval_covers_in_simulation(mix, n, band):
+@pytest.mark.parametrize(
+    ("mix", "right", "n", "band"),
+    [
+        (np.full(4, 0.25), 0.88, 2000, (0.93, 0.97)),
+        (R8, 0.88, 2189, (0.91, 0.97)),
+        (R8, 0.95, 400, (0.88, 0.99)),
+        (np.full(4, 0.25), 0.995, 300, (0.93, 1.0)),
+    ],
+)
+def test_the_interval_covers_in_simulation(mix, right, n, band):
     """The share of 1,000 simulated test sets whose interval holds the true macro F1; `pytest -s` prints it."""
     rng, classes = np.random.default_rng(0), len(mix)
-    shares = np.full((classes, classes), 0.12 / (classes - 1))
-    np.fill_diagonal(shares, 0.88)
+    shares = np.full((classes, classes), (1 - right) / (classes - 1))
+    np.fill_diagonal(shares, right)
     cells = mix[:, None] * shares
-    covered = 0
-    for trial in range(1000):
-        low, high = f1_macro_ci95(rng.multinomial(n, cells.ravel()).reshape(classes, classes), seed=trial)
-        covered += low <= f1_macro(cells) <= high
-    print(f"{classes} classes, n = {n}: {covered / 10:.1f} % covered")
+    hits = np.diagonal(cells)
+    f1, covered = 2 * hits / (cells.sum(0) + cells.sum(1)), 0
+    for _ in range(1000):
+        truth, predicted = np.divmod(rng.choice(classes**2, n, p=cells.ravel()), classes)
+        low, high = macro_f1(truth, predicted[None], classes).interval(0.025)
+        covered += low <= f1[np.unique(truth)].mean() <= high
+    print(f"{classes} classes, accuracy {right}, n = {n}: {covered / 10:.1f} % covered")
     assert band[0] <= covered / 1000 <= band[1]
-
-
-def test_the_interval_is_seeded():
-    confusion = np.array([[40, 3], [5, 30]])
-    assert f1_macro_ci95(confusion, 1) == f1_macro_ci95(confusion, 1) != f1_macro_ci95(confusion, 2)

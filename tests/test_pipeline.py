@@ -143,7 +143,7 @@ def test_stages_end_to_end_and_after_kills_as_if_undisturbed(make_experiment, ti
     optimizers = sorted(str(p.parent.name) for p in Path("runs/mine/sft/checkpoints").glob("*/optimizer.pt"))
     assert optimizers == ["checkpoint-12"]
     paths = [path for folder in ("data", "runs") for path in Path(folder).rglob("*") if path.name != ".lock"]
-    assert "Can they be told apart?" in Path("runs/mine/report/report.html").read_text()
+    assert "How sure?" in Path("runs/mine/report/report.html").read_text()
     # The best checkpoint on validation and the last are kept, and their results are among those of every evaluation.
     by_step = {step: read_result(experiment, f"linear_head@{step}", "validation") for step in (7, 14, 21, 28, 35, 36)}
     kept = {int(path.name.split("-")[1]) for path in Path("runs/mine/linear-head/checkpoints").glob("checkpoint-*")}

@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,22 +29,22 @@ MARKUP = [
     "{{ 7 * 7 }} {% raw %} ${jndi} &lt;b&gt; | a | b |\n# owned\n- [x](javascript:alert(1)) `code` *b* ![i](https://example.org/i.png)",
 ]
 SKILL = {
-    "tfidf": 3.4,
-    "tfidf_all": 3.0,
+    "tfidf": 2.6,
+    "tfidf_all": 2.8,
     "bert": 3.0,
-    "bert_all": 2.8,
-    "linear_head": 3.2,
-    "sft": 2.5,
+    "bert_all": 3.2,
+    "linear_head": 3.4,
+    "sft": 0.9,
     "zero_shot_no_think": 0.3,
     "zero_shot_calibrated": 0.8,
 }
 
 
-def drawn(make_experiment, validation: int, train_rows: int | None = 100):
+def drawn(make_experiment, validation: int, train_rows: int | None = 100, **sections):
     """An experiment whose data are real and full of markup, and whose predictions are drawn; compared and reported."""
     write_csv("rows.csv", [(f"It's {i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3]) for i in range(400)])
     rows = {"rows": {"validation": validation, "test": 150}}
-    experiment = make_experiment("rows.csv", LABELS, data=rows, decoder_keys={"train_rows": train_rows})
+    experiment = make_experiment("rows.csv", LABELS, data=rows, decoder_keys={"train_rows": train_rows}, **sections)
     data.main(experiment)
     rng = np.random.default_rng(0)
     made = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
@@ -63,14 +64,17 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100):
         results.write_result(experiment, name, split, rows, probabilities=probabilities, train_loss=0.5, **made | more)
         files[stage] += results.result_files(experiment, name, split)
 
-    for method, (stage, trained, _) in methods.items():
-        for step in (10, 20, 30) if trained and method not in tfidf.ROWS else (None,):
+    def train(method: str, stage: str, steps: tuple) -> None:
+        for step in steps:
             for split in results.SPLITS:
-                if method != "zero_shot_think":
-                    # Validation likes step 20 best, test likes step 30.
-                    skill = SKILL[method] - (0 if step in (None, 20) else 2 if split == "validation" else -2 * (step == 30))
-                    cost = {"parameters": 2 if method in tfidf.ROWS else 1000}
-                    write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
+                # Validation likes step 20 best, test likes step 30.
+                skill = SKILL[method] - (0 if step in (None, 20) else 2 if split == "validation" else -2 * (step == 30))
+                cost = {"parameters": 2 if method in tfidf.ROWS else 1000}
+                write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
+
+    for method, (stage, trained, _) in methods.items():
+        if method != "zero_shot_think":
+            train(method, stage, (10, 20, 30) if trained and method not in tfidf.ROWS else (None,))
     thinking = {
         "no_think_accuracy_same_rows": 0.4,
         "times_one_forward": 20.0,
@@ -81,12 +85,20 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100):
         "unparsed": 2,
     }
     write("zero-shot", "zero_shot_think", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
-    for stage, paths in files.items():
-        Stage(experiment, stage, 0).finish(paths, rows=190, scoring_seconds=2.0)
-    Stage(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
-    compare.main(experiment)
-    build.main(experiment)
-    return experiment
+    first = experiment
+    for experiment in first.trainings():
+        if experiment is not first:
+            files = {stage: [] for stage in compare.RETRAINED}
+            shutil.copytree(first.data_folder, experiment.data_folder)
+            for method, (stage, _, _) in methods.items():
+                if stage in files:
+                    train(method, stage, (10, 20, 30))
+        for stage, paths in files.items():
+            Stage(experiment, stage, 0).finish(paths, rows=190, scoring_seconds=2.0)
+        Stage(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
+    compare.main(first)
+    build.main(first)
+    return first
 
 
 @pytest.fixture
@@ -94,36 +106,73 @@ def compared(make_experiment):
     return drawn(make_experiment, validation=60)
 
 
-def test_the_checkpoint_is_chosen_on_validation_and_every_pair_is_tested(compared):
+def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_described(compared):
     comparison = read_json("runs/mine/results/comparison.json")
-    assert len(comparison["methods"]) == 9 and len(comparison["pairs"]) == 36
+    assert len(comparison["methods"]) == 9 and len(comparison["pairs"]) == 15
     for name in ("bert@20", "linear_head@20", "sft@20"):
         entry = comparison["methods"][name]
         validation = {s: results.read_result(compared, f"{entry['method']}@{s}", "validation") for s in (10, 20, 30)}
         assert entry["chosen_on"] == "validation" and results.best_step(validation) == 20
+        assert min(validation, key=lambda step: validation[step]["log_loss"]) == 20
         assert entry["best_on_test"]["step"] == 30 and entry["best_on_test"]["f1_macro"] > entry["f1_macro"]
         assert entry["f1_macro"] == results.read_result(compared, name, "test")["f1_macro"]
     pairs = {(pair["a"], pair["b"]): pair for pair in comparison["pairs"]}
-    assert pairs["zero_shot_think", "tfidf"]["n"] == 40 and pairs["bert@20", "linear_head@20"]["n"] == 150
-    near, far = pairs["bert@20", "linear_head@20"], pairs["zero_shot_no_think", "bert@20"]
-    assert re.match(r"BERT and LLM, linear head can't be told apart on 150 rows: .* p = ", near["sentence"])
-    assert far["sentence"].startswith("BERT is better than LLM zero-shot, option perplexity on 150 rows")
-    assert far["mcnemar_p"] <= far["mcnemar_p_holm"] < 0.05 and far["f1_difference"] < far["ci95"][1] < 0
+    assert all(pair["n"] == 150 for pair in pairs.values())
+    near, far = pairs["bert@20", "linear_head@20"], pairs["tfidf", "sft@20"]
+    assert "chance could do that" in near["sentence"] and "-0.000" not in near["sentence"]
+    assert far["sentence"].startswith("TF-IDF + logistic regression (190 rows) has a higher macro F1 than LLM, SFT")
+    assert far["f1_p"] <= far["f1_p_holm"] < 0.05 and 0 < far["ci95"][0] < far["f1_difference"]
 
 
-def test_the_cheapest_that_cannot_be_told_from_the_best_is_shipped(compared):
+def test_checkpoints_that_tie_go_to_the_lower_loss():
+    tied = {10: {"f1_macro": 0.9, "log_loss": 0.5}, 20: {"f1_macro": 0.9, "log_loss": 0.4}}
+    assert results.best_step(tied) == results.highest_f1(tied) == 20
+    tied |= {30: {"f1_macro": 0.8, "log_loss": 0.3}, 40: {"f1_macro": 0.95, "log_loss": 0.6}}
+    assert results.best_step(tied) == 30 and results.highest_f1(tied) == 40
+
+
+def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(compared):
+    """150 rows can't show a loss below 0.01, and the cheapest is not shipped for want of evidence against it."""
     comparison = read_json("runs/mine/results/comparison.json")
-    methods, best = comparison["methods"], comparison["best"]
-    top = max((name for name in methods if methods[name]["n"] == 150), key=lambda name: methods[name]["f1_macro"])
-    alike = {top} | {
-        name
-        for pair in comparison["pairs"]
-        if top in (pair["a"], pair["b"]) and min(pair["mcnemar_p_holm"], pair["bootstrap_p_holm"]) >= 0.05
-        for name in (pair["a"], pair["b"])
-    }
-    price = {name: methods[name]["cost"]["multiply_adds_per_row"] for name in alike}
-    assert len(set(price.values())) > 1
-    assert best in alike and price[best] == min(price.values()) and methods[best]["title"] in comparison["why"]
+    top = max(comparison["methods"], key=lambda name: comparison["methods"][name]["f1_macro"])
+    assert not comparison["established"] and comparison["best"] == comparison["top"] == top
+    undecided = [of for of in comparison["candidates"].values() if of["verdict"] == "undecided"]
+    assert undecided and all(of["low"] < 0.01 < of["high"] and of["rows_if_equal"] > 150 for of in undecided)
+    page, text = (Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md"))
+    for shown in (page, text):
+        assert "(not established)" in shown and "Test rows that would decide" in shown and "What would change it?" in shown
+        assert "-0.000" not in shown and f"{undecided[0]['rows_if_equal']:,} if the two are equal" in shown
+    assert "190 training rows" in comparison["why"]
+
+
+def test_what_is_nearly_as_good_and_cheap_is_shipped_and_the_price_of_an_error_that_would_change_it_is_told(make_experiment):
+    drawn(make_experiment, validation=60, compare={"margin": 0.3})
+    comparison = read_json("runs/mine/results/comparison.json")
+    shipped = comparison["candidates"][comparison["best"]]
+    assert comparison["established"] and shipped["verdict"] == "fits" and shipped["high"] < 0.3
+    cheaper = [n for n, price in comparison["prices"].items() if price < comparison["prices"][comparison["best"]]]
+    assert all(comparison["candidates"][name]["verdict"] != "fits" for name in cheaper)
+    hopeless = comparison["candidates"].get("zero_shot_no_think")
+    assert hopeless is None or hopeless["verdict"] == "costs more"
+    assert any("errors in 1,000 rows fewer than" in line for line in comparison["what_would_change"])
+
+
+def test_seeds_are_averaged_and_their_spread_is_shown(make_experiment, monkeypatch):
+    """The same test rows for all; an interval of rows and trainings; the report shows each."""
+    experiment = drawn(make_experiment, validation=60, seeds=[7, 8, 9])
+    assert (experiment.seed, experiment.data.seed) == (7, 42)
+    comparison = read_json("runs/mine/results/comparison.json")
+    entry = comparison["methods"]["bert@20"]
+    assert [training["seed"] for training in entry["trainings"]] == [7, 8, 9] and comparison["trainings"] == 3
+    values = [training["f1_macro"] for training in entry["trainings"]]
+    assert len(set(values)) == 3 and entry["f1_macro"] == pytest.approx(np.mean(values))
+    alone = results.read_result(experiment, "bert@20", "test")["f1_macro_ci95"]
+    low, high = entry["f1_macro_ci95"]
+    assert low < entry["f1_macro"] < high and (low, high) != tuple(alone)
+    assert len(comparison["methods"]["tfidf"]["trainings"]) == 1
+    page = Path("runs/mine/report/report.html").read_text()
+    assert " ".join(f"{value:.3f}" for value in values) in page and "the mean of seeds 7, 8, 9" in page
+    assert "of the rows and of 3 trainings" in page
 
 
 def test_results_on_other_rows_and_predictions_cut_off_are_refused(compared):
@@ -221,7 +270,8 @@ def test_the_browser_test_can_fail(workplace):
         assert browser.evaluate("document.documentElement.scrollWidth") > 390
 
 
-def test_the_bench_prices_the_choice_and_stands_in_the_report(compared):
+def test_the_bench_prices_the_choice_and_stands_in_the_report(make_experiment):
+    compared = drawn(make_experiment, validation=60, compare={"margin": 0.5})
     methods = read_json("runs/mine/results/comparison.json")["methods"]
     loop = {"rps": 2.0, "p50_ms": 400.0, "p95_ms": 700.0, "p99_ms": 900.0, "requests": 200}
     costs = {("tfidf", "sklearn", "head"): 9.0, ("bert", "hf", "head"): 8.0, ("linear_head", "hf", "head"): 7.0}
@@ -251,9 +301,10 @@ def test_the_bench_prices_the_choice_and_stands_in_the_report(compared):
     build.main(compared)
     comparison = read_json("runs/mine/results/comparison.json")
     prices = {name: entry["cost"]["per_million_rows"] for name, entry in comparison["methods"].items()}
-    assert prices["sft@20"] == 8.5 and prices["linear_head@20"] == 7.0 and prices["zero_shot_no_think"] is None
-    assert comparison["best"] == "linear_head@20"  # told apart by nobody, and the cheapest in service
-    assert "7 for a million rows in service" in comparison["why"]
+    assert prices["sft@20"] == 8.5 and prices["linear_head@20"] == 7.0
+    assert prices["zero_shot_no_think"] == 8.5 and prices["zero_shot_think"] is None  # served as the same model after SFT is
+    assert comparison["best"] == "linear_head@20"  # of those within 0.5 the cheapest in service
+    assert any("7 for a million rows in service" in line for line in comparison["how_dear"])
     page, text = (Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md"))
     for shown in (page, html.unescape(text)):
         assert all(figure in shown for figure in ("60.3", "13.2", "27.1", "38.1", "SFT folded into a head, vLLM", "1.50"))

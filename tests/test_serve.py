@@ -55,7 +55,9 @@ def test_predictions_keep_rows_order_and_columns(experiment, model, monkeypatch)
     assert [line[3] for line in lines] == [LABELS[i] for i in probabilities.argmax(1)]
     texts = [text.strip() for _, text, _ in rows]
     if model == "tfidf":
-        fitted = tfidf.fit([json.loads(line) for line in open("data/mine/train.jsonl")], 42)
+        fitted = tfidf.fit(
+            *([json.loads(line) for line in open(f"data/mine/{name}.jsonl")] for name in ("train", "validation")), 42
+        )
         expected = fitted.predict(texts).tolist()
     else:
         encoder = load_prompt_encoder(experiment)

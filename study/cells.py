@@ -1,0 +1,37 @@
+"""Run targets of the Makefile for an experiment that differs from another in some keys: each is an ordinary experiment."""
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from letterhead.devices import process_count
+from letterhead.experiment import Experiment
+from letterhead.records import LetterheadError
+
+
+def settings(overrides: str, keys: dict[str, Any]) -> str:
+    """What SET is for keys over a user's own overrides."""
+    pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
+    return " ".join([overrides, *map(shlex.quote, pairs)]).strip()
+
+
+def seed_keys(experiment: Experiment) -> dict[str, Any]:
+    """The keys of a single training of an experiment: its name, its seed, and the seed of the rows."""
+    return {"name": experiment.name, "seed": experiment.seed, "seeds": [], "data.seed": experiment.data.seed}
+
+
+def make(experiment: str, overrides: str, targets: Sequence[str]) -> None:
+    """Have make bring targets up to date.
+
+    Raises
+    ------
+    LetterheadError : one of them failed (its message is on the terminal)
+    """
+    # What the outer make was told on its command line would override what this one is told.
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")}
+    command = ["make", *targets, f"EXP={experiment}", f"SET={overrides}", f"NPROC={process_count()}"]
+    if subprocess.run(command, env=environment).returncode:
+        raise LetterheadError(f"{shlex.join(command)} failed; its message is above")

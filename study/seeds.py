@@ -1,0 +1,19 @@
+"""Train every method once more for each further seed of an experiment; nothing where there is one seed.
+
+python -m study.seeds --experiment quick
+"""
+
+from letterhead.experiment import Experiment
+from letterhead.stage import run
+from study.cells import make, seed_keys, settings
+
+TARGETS = ("eval-ckpts", "bert", "linear-head")
+
+
+def main(experiment: Experiment, name: str, overrides: str) -> None:
+    for training in experiment.trainings()[1:]:
+        make(name, settings(overrides, seed_keys(training)), TARGETS)
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0], with_arguments=True)

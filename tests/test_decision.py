@@ -1,0 +1,188 @@
+"""Which method is shipped: errors are as rare as promised, hopeless methods change nothing, the promised rows decide."""
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from letterhead.decision import ALPHA, COSTS_MORE, FITS, UNDECIDED, decide, rows_that_decide
+from letterhead.metrics import NO_ANSWER, f1_loss
+
+MARGIN = 0.01
+RIGHT, APART = 0.95, 0.04  # accuracy of the better method, and the share of rows that only one of the two gets right
+
+
+def answers(rng, n: int, classes: int, losses: list[float], trainings: int = 1, spread: float = 0.0):
+    """Truth in equal shares, a method, and others whose macro F1 (here the accuracy) is lower by so much.
+
+    `spread` is the standard deviation of a training's accuracy around its method's.
+    """
+
+    def wrong(size) -> np.ndarray:
+        return (truth + rng.integers(1, classes, size=size)) % classes
+
+    truth = np.arange(n) % classes
+    base = rng.random(n) < RIGHT
+    found = {}
+    lost_by = {"top": None} | {f"cheap{i}": lost for i, lost in enumerate(losses)}
+    for name, lost in lost_by.items():
+        made = []
+        for _ in range(trainings):
+            off = (lost or 0.0) + spread * rng.normal()
+            if lost is None and not spread:
+                right = base
+            else:
+                only_base, only_this = (APART + off) / 2, (APART - off) / 2
+                right = np.where(base, rng.random(n) >= only_base / RIGHT, rng.random(n) < only_this / (1 - RIGHT))
+            made.append(np.where(right, truth, wrong(n)))
+        found[name] = np.array(made)
+    return truth, found
+
+
+def prices(found: dict) -> dict[str, float]:
+    return {name: 9.0 if name == "top" else 1.0 + i / 10 for i, name in enumerate(found)}
+
+
+def verdicts(trials: int, seed: int, classes: int, **given) -> dict[str, float]:
+    """How often the one cheap method gets each verdict against the other one."""
+    rng, counted = np.random.default_rng(seed), dict.fromkeys((FITS, COSTS_MORE, UNDECIDED), 0)
+    for _ in range(trials):
+        truth, found = answers(rng, classes=classes, **given)
+        # The order of prices makes `cheap0` a candidate even where it came out on top.
+        decided = decide(truth, found, prices(found), classes, MARGIN)
+        counted[decided["candidates"]["cheap0"]["verdict"]] += 1
+    return {verdict: n / trials for verdict, n in counted.items()}
+
+
+@pytest.mark.parametrize("classes", [4, 8])
+@pytest.mark.parametrize("n", [300, 2000, 7600])
+def test_how_often_each_verdict_falls(n, classes):
+    """True losses of nothing, the margin, and twice the margin; `pytest -s` prints the shares."""
+    trials, found = 400, {}
+    for times in (0, 1, 2):
+        found[times] = verdicts(trials, seed=n + times, classes=classes, n=n, losses=[times * MARGIN])
+        shares = ", ".join(f"{verdict} {share:.1%}" for verdict, share in found[times].items())
+        print(f"{n} rows, {classes} classes, true loss {times} x margin: {shares}")
+    noise = 2.33 * (ALPHA * (1 - ALPHA) / trials) ** 0.5
+    assert found[1][FITS] <= ALPHA + noise and found[1][COSTS_MORE] <= ALPHA + noise
+    assert found[2][FITS] <= found[1][FITS] + noise and found[0][COSTS_MORE] <= ALPHA
+    if n == 7600:
+        assert found[0][FITS] > 0.7 and found[2][COSTS_MORE] > 0.7  # with rows enough it is not always undecided
+
+
+@pytest.mark.parametrize("true", [0.0, 0.02])
+def test_the_promised_number_of_rows_decides(true):
+    rng, classes = np.random.default_rng(3), 4
+    truth, found = answers(rng, 100_000, classes, [true])
+    of = f1_loss(truth, found["cheap0"], found["top"], classes)
+    n = rows_that_decide(of, abs(MARGIN - true), ALPHA)
+    print(f"true loss {true}: {n} rows promised")
+    shares = verdicts(400, seed=1, classes=classes, n=n, losses=[true])
+    assert shares[FITS if true < MARGIN else COSTS_MORE] >= 0.8 - 2.33 * (0.8 * 0.2 / 400) ** 0.5, shares
+
+
+def test_several_methods_at_the_margin_do_not_add_up_their_errors():
+    rng, trials, shipped = np.random.default_rng(0), 300, 0
+    for _ in range(trials):
+        truth, found = answers(rng, 1000, 4, [MARGIN, MARGIN, MARGIN, 0.04])
+        verdict = decide(truth, found, prices(found), 4, MARGIN)["candidates"]
+        shipped += any(verdict[name]["verdict"] == FITS for name in found if name != "top" and name in verdict)
+    print(f"some of three methods at the margin, and a worse one, fits: {shipped / trials:.1%}")
+    assert shipped / trials <= ALPHA + 2.33 * (ALPHA * (1 - ALPHA) / trials) ** 0.5
+
+
+@pytest.mark.parametrize("spread", [0.002, 0.01])
+def test_trainings_that_differ_keep_the_error(spread):
+    """Three trainings of each method, whose accuracies scatter as little as rows do, and more."""
+    shares = verdicts(300, seed=5, classes=4, n=2000, losses=[MARGIN], trainings=3, spread=spread)
+    print(f"three trainings, standard deviation {spread}: {shares}")
+    assert shares[FITS] <= ALPHA + 2.33 * (ALPHA * (1 - ALPHA) / 300) ** 0.5
+    if spread < MARGIN / 2:  # trainings that hardly differ leave it to the rows
+        easy = verdicts(100, seed=6, classes=4, n=7600, losses=[0.0], trainings=3, spread=spread)
+        assert easy[FITS] > 0.5, easy
+
+
+def test_trainings_that_differ_too_much_are_not_mended_by_rows():
+    truth, found = answers(np.random.default_rng(2), 2000, 4, [0.0], trainings=3, spread=0.03)
+    of = f1_loss(truth, found["cheap0"], found["top"], 4)
+    assert of.training_variance > 0 and rows_that_decide(of, MARGIN, ALPHA) is None
+    assert rows_that_decide(of, 0.9, ALPHA) > 0
+
+
+R8 = np.array([1596, 253, 2840, 41, 190, 206, 108, 251]) / 5485
+
+
+@pytest.mark.parametrize(("n", "apart"), [(300, 0.012), (1000, 0.012), (300, 0.04), (2189, 0.04)])
+@pytest.mark.parametrize("mix", [np.full(4, 0.25), R8], ids=["balanced", "R8"])
+def test_unbalanced_classes_and_nested_errors_keep_the_level(mix, n, apart):
+    """Few rows tell the two methods apart (at 1.2 % nearly all errors of one are the other's too), and classes are rare.
+
+    The true loss of macro F1 is exactly the margin: the cheap method errs more on every class alike.
+    """
+    rng, trials, fits, classes = np.random.default_rng(n), 400, 0, len(mix)
+    only_top, only_cheap = (apart + MARGIN) / 2, (apart - MARGIN) / 2
+
+    def cells(right: float) -> np.ndarray:  # shares of (truth, prediction): errors fall on the other classes by their mix
+        shares = np.array([mix * (1 - right) / (1 - mix[k]) for k in range(classes)])
+        np.fill_diagonal(shares, right)
+        return mix[:, None] * shares
+
+    def f1(cell: np.ndarray) -> float:
+        return float((2 * np.diagonal(cell) / (cell.sum(0) + cell.sum(1))).mean())
+
+    def wrong(truth: np.ndarray) -> np.ndarray:
+        drawn = rng.choice(classes, (8, len(truth)), p=mix)
+        return drawn[(drawn != truth).argmax(0), np.arange(len(truth))]
+
+    true = f1(cells(RIGHT)) - f1(cells(RIGHT - MARGIN))
+    for _ in range(trials):
+        truth = np.repeat(np.arange(classes), np.maximum(1, np.round(mix * n).astype(int)))
+
+        right = rng.random(len(truth)) < RIGHT
+        top = np.where(right, truth, wrong(truth))
+        still = rng.random(len(truth)) >= only_top / RIGHT
+        cheap = np.where(right, np.where(still, truth, wrong(truth)), top)
+        cheap = np.where(~right & (rng.random(len(truth)) < only_cheap / (1 - RIGHT)), truth, cheap)
+        decided = decide(truth, {"top": top[None], "cheap": cheap[None]}, {"top": 9.0, "cheap": 1.0}, classes, true)
+        fits += decided["candidates"]["cheap"]["verdict"] == FITS
+    print(f"{classes} classes, {n} rows, apart on {apart:.1%}: true loss {true:.4f} = margin, fits in {fits / trials:.1%}")
+    assert fits / trials <= ALPHA + 2.33 * (ALPHA * (1 - ALPHA) / trials) ** 0.5
+
+
+def test_hopeless_methods_change_nothing():
+    """Neither one that guesses nor one without answers changes the verdicts, dear or cheap."""
+    rng = np.random.default_rng(0)
+    truth, found = answers(rng, 2000, 4, [0.0, 0.004])
+    price = prices(found)
+    alone = decide(truth, found, price, 4, MARGIN)
+    guesses = {"guess": rng.integers(4, size=(1, 2000)), "mute": np.full((1, 2000), NO_ANSWER)}
+    for cost in (0.1, 8.0, 99.0):
+        more = decide(truth, found | guesses, price | dict.fromkeys(guesses, cost), 4, MARGIN)
+        assert (more["ship"], more["established"], more["alpha"]) == (alone["ship"], alone["established"], alone["alpha"])
+        for name, verdict in alone["candidates"].items():
+            assert more["candidates"][name] == verdict
+
+
+def test_less_data_does_not_ship_the_cheaper_method():
+    """With few rows nothing is established and the best is shipped; a better and cheaper method always is."""
+    rng = np.random.default_rng(0)
+    truth, found = answers(rng, 60, 4, [0.03])
+    found["cheap0"] = found["top"].copy()
+    found["cheap0"][0, :2] = (truth[:2] + 1) % 4
+    found["top"][0, :2] = truth[:2]
+    few = decide(truth, found, {"top": 9.0, "cheap0": 1.0}, 4, MARGIN)
+    assert not few["established"] and few["ship"] == few["top"] and few["candidates"]["cheap0"]["verdict"] == UNDECIDED
+    truth, found = answers(rng, 7600, 4, [0.03])
+    swapped = {"top": found["cheap0"], "cheap0": found["top"]}
+    better = decide(truth, swapped, {"top": 9.0, "cheap0": 1.0}, 4, MARGIN)
+    assert (better["ship"], better["established"], better["top"]) == ("cheap0", True, "cheap0")
+    assert list(better["candidates"]) == ["cheap0"]
+    equal = decide(truth, {"a": found["top"], "b": found["top"]}, {"a": 1.0, "b": 2.0}, 4, MARGIN)
+    assert (equal["ship"], equal["established"]) == ("a", True)
+
+
+def test_bounds_are_scipys_where_macro_f1_is_the_accuracy():
+    truth, found = answers(np.random.default_rng(1), 7600, 4, [0.01])
+    right = {name: (of[0] == truth).astype(float) for name, of in found.items()}
+    theirs = ttest_rel(right["top"], right["cheap0"]).confidence_interval(1 - 2 * ALPHA)
+    ours = f1_loss(truth, found["cheap0"], found["top"], 4).interval(ALPHA)
+    assert np.abs(np.array(ours) - np.array(theirs)).max() < 3e-4

@@ -1,0 +1,159 @@
+"""A study's cells are ordinary experiments on nested rows, done once each, and its sentences say what its table says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from letterhead import results
+from letterhead.experiment import load_experiment
+from letterhead.records import LetterheadError, read_json, read_jsonl
+from letterhead.stage import Stage
+from prep import data
+from study import run
+from study.cells import make, seed_keys, settings
+from tests.test_data import write_csv
+
+LABELS = ["a", "b", "c"]
+STAGES = {"tfidf": ("tfidf",), "bert": ("bert",), "linear-head": ("linear-head",), "eval-ckpts": ("eval-ckpts", "sft")}
+# The better with many rows is the worse with few.
+SKILL = {
+    "bert": lambda rows: 0.01 * rows,
+    "linear_head": lambda rows: 1.6,
+    "tfidf": lambda rows: 0.5,
+    "sft": lambda rows: 1.0,
+}
+
+
+@pytest.fixture
+def studied(make_experiment, monkeypatch):
+    """An experiment, a study of it, and what `make` was asked for; its trainings are drawn, not trained."""
+    write_csv("rows.csv", [(f"text {i} of {'many ' * (i % 5)}words", LABELS[i % 3]) for i in range(500)])
+    rows = {"validation": 30, "test": 150}
+    experiment = make_experiment("rows.csv", LABELS, data={"rows": rows}, decoder_keys={"train_rows": 60})
+    Path("experiments/studies").mkdir()
+    keys = {"title": "How many rows?", "rows": [30, 60, None], "seeds": [1, 2], "keys": {"eval.untrained": False}}
+    Path("experiments/studies/curve.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    asked = []
+
+    def fake(name: str, overrides: str, targets) -> None:
+        cell = load_experiment(name, overrides)
+        asked.append(cell.name)
+        if len(asked) == fake.fails_at:
+            raise LetterheadError("killed")
+        data.main(cell)
+        rng = np.random.default_rng([cell.seed, 1])
+        n = read_json(cell.data_folder / "data_card.json")["rows"]["train"]
+        for target in targets:
+            method = {"eval-ckpts": "sft", "zero-shot": "zero"}.get(target, target.replace("-", "_"))
+            names = ["zero_shot_no_think", "zero_shot_calibrated"] if method == "zero" else [method]
+            files = []
+            for one in names:
+                for split in results.SPLITS:
+                    of = results.read_rows(cell, split)
+                    score = rng.normal(size=(len(of), 3))
+                    score[np.arange(len(of)), results.class_numbers(cell, of)] += SKILL.get(one, lambda _: 0.1)(n)
+                    odds = np.exp(score)
+                    step = f"{one}@10" if one in ("bert", "linear_head", "sft") else one
+                    results.write_result(
+                        cell, step, split, of, probabilities=odds / odds.sum(1, keepdims=True), seconds=1.0, tokens=900,
+                        parameters={"tfidf": 3}.get(one, 1000), dtype="float32", model="m", inputs_sha256="0",
+                    )  # fmt: skip
+                    files += results.result_files(cell, step, split)
+            for stage in STAGES.get(target, (target,)):
+                Stage(cell, stage, 0).finish(files, rows=n, scoring_seconds=1.0)
+
+    fake.fails_at = 0
+    monkeypatch.setattr(run, "make", fake)
+    return experiment, asked, fake
+
+
+def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
+    experiment, asked, fake = studied
+    fake.fails_at = 4
+    with pytest.raises(LetterheadError, match="killed"):
+        run.main(experiment, "mine", "", "curve")
+    fake.fails_at = 0
+    run.main(experiment, "mine", "", "curve")
+    cells = [f"mine.curve.{rows}.seed{seed}" for seed in (1, 2) for rows in (30, 60, 320)]
+    assert asked == ["mine", *cells[:3], "mine", *cells[2:]]  # what was done before the failure is not done again
+    run.main(experiment, "mine", "", "curve")
+    assert asked[9:] == ["mine"]
+
+    def ids(cell: str, split: str) -> set[str]:
+        return {row["id"] for row in read_jsonl(Path("data", cell, f"{split}.jsonl"))}
+
+    for split in ("test", "validation"):
+        assert all(ids(cell, split) == ids("mine", split) for cell in cells)
+    for seed in (1, 2):
+        few, some, all_ = (ids(f"mine.curve.{rows}.seed{seed}", "decoder_train") for rows in (30, 60, 320))
+        assert few < some < all_ and len(few) == 30 and few == ids("mine.curve.30.seed1", "train")
+
+    made = read_json("runs/mine/curve/study.json")
+    assert [cell["cell"] for cell in made["cells"]] == ["30", "60", "320"]
+    for cell in made["cells"]:
+        label = cell["cell"]
+        for method, of in cell["methods"].items():
+            name = method if method == "tfidf" else f"{method}@10"
+            each = [
+                results.read_result(load_experiment("mine", f"name=mine.curve.{label}.seed{seed}"), name, "test")["f1_macro"]
+                for seed in (1, 2)
+            ]
+            assert of["f1_macro"] == pytest.approx(np.mean(each)) and of["train_rows"] == int(label)
+            assert of["f1_macro_ci95"][0] < of["f1_macro"] <= of["f1_macro_ci95"][1]
+    best, fits, *passed = made["sentences"]
+    assert best == "Highest macro F1 (mean of 2 seeds): LLM, linear head at 30 to 60 rows, BERT at 320 rows."
+    assert "less than 0.01" in fits and "BERT passes LLM, linear head between 60 and 320 rows, in the mean." in passed
+    table = Path("runs/mine/curve/STUDY.md").read_text()
+    assert all(line in table for line in made["sentences"]) and table.count("\n| ") == 5
+    assert Path("runs/mine/curve/study.png").stat().st_size > 20_000
+
+
+def test_few_rows_are_trained_in_no_fewer_steps(studied):
+    experiment, *_ = studied
+    few, many = (run.keys_for_rows(experiment, rows, 60) for rows in (15, 320))
+    for key in ("decoder.head.num_train_epochs", "encoder.head.num_train_epochs", "decoder.sft.overrides.num_train_epochs"):
+        assert few[key] == 4 * many[key]
+    assert many["encoder.head.num_train_epochs"] == experiment.encoder.head.num_train_epochs
+
+
+def test_a_study_may_vary_any_keys(studied):
+    experiment, asked, _ = studied
+    cells = {"gently": {"decoder.head.learning_rate": 1e-5}, "boldly": {"decoder.head.learning_rate": 1e-3}}
+    keys = {"title": "Which rate?", "cells": cells, "seeds": [3], "methods": ["linear_head"]}
+    Path("experiments/studies/rate.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    run.main(experiment, "mine", "bench.training_rows=64", "rate")
+    assert asked[1:] == ["mine.rate.gently.seed3", "mine.rate.boldly.seed3"]
+    made = read_json("runs/mine/rate/study.json")
+    assert [(cell["cell"], list(cell["methods"])) for cell in made["cells"]] == [
+        ("gently", ["linear_head"]),
+        ("boldly", ["linear_head"]),
+    ]
+
+
+def test_a_study_that_is_wrong_is_refused(studied):
+    with pytest.raises(LetterheadError, match=r"studies/none.yaml: no such study; choose one of curve"):
+        run.load_study("none")
+    for keys, message in (
+        ({"rows": [1], "cells": {"a": {}}}, "one of the two"),
+        ({"rows": [9], "methods": ["x"]}, "x unknown"),
+    ):
+        Path("experiments/studies/bad.yaml").write_text(yaml.safe_dump({"title": "t"} | keys))
+        with pytest.raises(LetterheadError, match=message):
+            run.load_study("bad")
+
+
+def test_make_is_told_the_cell_alone_whatever_the_outer_make_was_told(make_experiment, monkeypatch):
+    write_csv("rows.csv", [("a text", "a"), ("another", "b")])
+    experiment = make_experiment("rows.csv", ["a", "b"], title="it's a title", seeds=[4, 5])
+    Path("Makefile").write_text('say:\n\t@printf "%s|%s" "$$EXP" "$$SET" > said\nexport EXP SET\n')
+    monkeypatch.setenv("MAKEFLAGS", " -- EXP=other SET=seed=9")
+    said = settings("bench.training_rows=64", seed_keys(experiment.trainings()[1]))
+    make("mine", said, ["say"])
+    name, overrides = Path("said").read_text().split("|")
+    cell = load_experiment(name, overrides)
+    assert (cell.name, cell.seed, cell.seeds, cell.data.seed) == ("mine.seed5", 5, [], 42)
+    assert cell.bench.training_rows == 64
+    with pytest.raises(LetterheadError, match="make none EXP=mine .* failed"):
+        make("mine", said, ["none"])
