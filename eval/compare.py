@@ -95,7 +95,7 @@ def choose(experiment: Experiment, method: str, files: dict[str, str]) -> tuple[
     if len(steps) == 1:
         step, how = next(iter(steps)), "the only one"
     elif validation:
-        step, how = results.best_step({s: validation[s] for s in steps if s in validation}), "validation"
+        step, how = results.chosen_step(experiment, {s: validation[s] for s in steps if s in validation}), "validation"
     else:
         step, how = max(steps), "the last step; no validation rows"
     on_test = results.highest_f1({s: test[s] for s in steps})

@@ -172,10 +172,9 @@ def checkpoint_table(experiment: Experiment, title: str, results: dict[tuple[int
     best = highest_f1(test)
     lines.append(f"\nBest on test (the article's choice): step {best}, F1 {test[best]['f1_macro']:.4f}.")
     if validation:
-        step = best_step(validation)
+        step = chosen_step(experiment, validation)
         lines.append(
-            f"Chosen on validation, by the lowest log loss: step {step}, F1 {test[step]['f1_macro']:.4f} on test "
-            "(the honest figure)."
+            f"Chosen on validation, by log loss: step {step}, F1 {test[step]['f1_macro']:.4f} on test (the honest figure)."
         )
     else:
         lines.append("No validation rows (data.rows.validation is 0): no checkpoint can be chosen without looking at test.")
@@ -185,6 +184,28 @@ def checkpoint_table(experiment: Experiment, title: str, results: dict[tuple[int
 def best_step(results: dict[int, dict]) -> int:
     """The step with the lowest log loss over the options, which has less noise than F1; of equals the earliest."""
     return min(results, key=lambda step: (results[step]["log_loss"], step))
+
+
+def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
+    """The step to take of a method's training: the last, where the learning rate has come down, unless another has a lower
+    log loss on validation rows by more than a standard error of the difference on the same rows; then that one.
+
+    (By the lowest loss alone a tie of 150 rows, 0.271 against 0.272, once chose a step that lost 0.05 of F1 on test.)
+
+    Parameters
+    ----------
+    validation : step → result on validation rows
+    """
+    lowest, last = best_step(validation), max(validation)
+
+    def losses(step: int) -> np.ndarray:
+        lines = read_predictions(experiment, f"{validation[step]['method']}@{step}", "validation")
+        return -np.log(np.clip([line["probabilities"][line["label"]] for line in lines], 1e-12, None))
+
+    if lowest == last:
+        return last
+    apart = losses(last) - losses(lowest)
+    return last if apart.mean() <= apart.std() / len(apart) ** 0.5 else lowest
 
 
 def highest_f1(results: dict[int, dict]) -> int:

@@ -13,7 +13,7 @@ from eval import compare
 from letterhead import results, tfidf
 from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
-from letterhead.records import LetterheadError, read_json, write_json
+from letterhead.records import LetterheadError, read_json, write_json, write_jsonl
 from letterhead.stage import Stage
 from prep import data
 from report import article, build
@@ -122,6 +122,22 @@ def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_descri
     assert "chance could do that" in near["sentence"] and "-0.000" not in near["sentence"]
     assert far["sentence"].startswith("TF-IDF + logistic regression (190 rows) has a higher macro F1 than LLM, SFT")
     assert far["f1_p"] <= far["f1_p_holm"] < 0.05 and 0 < far["ci95"][0] < far["f1_difference"]
+
+
+def test_the_last_checkpoint_is_taken_unless_validation_shows_another_to_be_better(compared):
+    """Step 20 is better by far; at a tie of losses, which noise decides, it is the last step all the same."""
+    validation = {s: results.read_result(compared, f"bert@{s}", "validation") for s in (10, 20, 30)}
+    assert results.chosen_step(compared, validation) == 20
+    lines = results.read_predictions(compared, "bert@20", "validation")
+    for i, line in enumerate(lines):
+        odds = {
+            label: p * (1.05 if (label == line["label"]) == (i % 2 == 0) else 1)
+            for label, p in line["probabilities"].items()
+        }
+        line["probabilities"] = {label: p / sum(odds.values()) for label, p in odds.items()}
+    write_jsonl(results.result_files(compared, "bert@30", "validation")[1], lines)
+    validation[30] |= {"log_loss": validation[20]["log_loss"] + 1e-3}
+    assert results.best_step(validation) == 20 and results.chosen_step(compared, validation) == 30
 
 
 def test_checkpoints_that_tie_go_to_the_lower_loss():
