@@ -2,10 +2,10 @@
 
 A method *fits* if the loss is below the margin against every other at once: an intersection-union test (Berger 1982), which
 needs no correction for their number, nor for having picked the best by looking. It is corrected (Bonferroni) for how many
-methods might falsely be said to fit; a method that is far behind is none of them, and one of those in contention is the
-best, of which it is true. To *cost more* than the margin against some other is corrected for the number of others in
-contention. So hopeless methods change nothing. A test of non-inferiority with a margin set beforehand is the one of clinical
-trials (Piaggio et al. 2012).
+methods might falsely be said to fit: all in contention but the best, cheap or dear, since which are no dearer than the one
+on top is itself seen on the test rows. A method that is far behind is none of them. To *cost more* than the margin against
+some other is corrected for the number of others in contention. So hopeless methods change nothing. A test of non-inferiority
+with a margin set beforehand is the one of clinical trials (Piaggio et al. 2012).
 """
 
 import math
@@ -51,7 +51,7 @@ def decide(
     ] or [top]
     no_dearer = [name for name in predicted if prices[name] <= prices[top]]
     candidates = sorted(no_dearer, key=lambda name: (prices[name], -f1[name]))
-    alpha = ALPHA / max(1, min(sum(name in contend for name in candidates), len(contend) - 1))
+    alpha = ALPHA / max(1, len(contend) - 1)
     found = {}
     for name in candidates:
         others = sum(other in contend for other in losses[name])
