@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, bootstrap, ttest_ind
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
+from statsmodels.stats.proportion import proportion_confint
 from torchmetrics.classification import MulticlassCalibrationError
 
 from letterhead.metrics import (
@@ -113,8 +114,11 @@ def test_standard_errors_are_those_of_scipys_bootstrap_over_rows():
 
 def test_nothing_has_an_interval_of_no_width():
     truth = np.arange(300) % 4
-    low, high = macro_f1(truth, truth[None], 4).interval(0.025)
-    assert low < 0.999 < high and low > 0.97  # 300 rows without an error leave room for about 1 %
+    for wrong in (0, 1, 6, 15, 60):  # Wilson's bounds, where macro F1 is the accuracy
+        predicted = np.where(np.arange(300) < wrong, (truth + 1) % 4, truth)
+        wilson = proportion_confint(300 - wrong, 300, method="wilson")
+        found = np.clip(macro_f1(truth, predicted[None], 4).interval(0.025), 0, 1)
+        assert np.abs(found - wilson).max() < 0.0015
     low, high = f1_loss(truth, truth[None], truth[None], 4).interval(0.025)
     assert -0.02 < low < -0.002 and 0.002 < high < 0.02
     assert classification_figures(truth, list("abcd"), 0, predicted=truth)["f1_macro_ci95"][1] == 1.0
