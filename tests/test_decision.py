@@ -163,14 +163,14 @@ def test_hopeless_methods_change_nothing():
 
 
 def test_less_data_does_not_ship_the_cheaper_method():
-    """With few rows nothing is established and the best is shipped; a better and cheaper method always is."""
+    """With few rows the cheaper method is undecided and the best is shipped; a better and cheaper method always is."""
     rng = np.random.default_rng(0)
     truth, found = answers(rng, 60, 4, [0.03])
     found["cheap0"] = found["top"].copy()
     found["cheap0"][0, :2] = (truth[:2] + 1) % 4
     found["top"][0, :2] = truth[:2]
     few = decide(truth, found, {"top": 9.0, "cheap0": 1.0}, 4, MARGIN)
-    assert not few["established"] and few["ship"] == few["top"] and few["candidates"]["cheap0"]["verdict"] == UNDECIDED
+    assert few["ship"] == few["top"] == "top" and few["candidates"]["cheap0"]["verdict"] == UNDECIDED
     truth, found = answers(rng, 7600, 4, [0.03])
     swapped = {"top": found["cheap0"], "cheap0": found["top"]}
     better = decide(truth, swapped, {"top": 9.0, "cheap0": 1.0}, 4, MARGIN)
