@@ -19,7 +19,7 @@ from statsmodels.stats.multitest import multipletests
 
 ECE_BINS = 15
 FLOOR_DRAWS = 1000
-SCORE_STEPS = 6
+SCORE_STEPS = 4
 # Which figures a result holds and how a checkpoint is chosen; results of another version are computed anew.
 FIGURES = 2
 FOLDS = 5
@@ -80,7 +80,7 @@ class Estimate:
         low, high = 0.0, shift / self.sigma**2
         while abs(tilted(high) @ self.parts) < abs(shift):
             low, high = high, 2 * high
-        share = tilted(brentq(lambda by: tilted(by) @ self.parts - shift, low, high))
+        share = tilted(brentq(lambda by: tilted(by) @ self.parts - shift, low, high, rtol=1e-6))
         return math.sqrt(share @ (self.parts - shift) ** 2)
 
     @property
