@@ -32,6 +32,6 @@ def make(experiment: str, overrides: str, targets: Sequence[str]) -> None:
     """
     # What the outer make was told on its command line would override what this one is told.
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")}
-    command = ["make", *targets, f"EXP={experiment}", f"SET={overrides}", f"NPROC={process_count()}"]
+    command = ["make", "--no-print-directory", *targets, f"EXP={experiment}", f"SET={overrides}", f"NPROC={process_count()}"]
     if subprocess.run(command, env=environment).returncode:
         raise LetterheadError(f"{shlex.join(command)} failed; its message is above")

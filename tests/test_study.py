@@ -155,5 +155,5 @@ def test_make_is_told_the_cell_alone_whatever_the_outer_make_was_told(make_exper
     cell = load_experiment(name, overrides)
     assert (cell.name, cell.seed, cell.seeds, cell.data.seed) == ("mine.seed5", 5, [], 42)
     assert cell.bench.training_rows == 64
-    with pytest.raises(LetterheadError, match="make none EXP=mine .* failed"):
+    with pytest.raises(LetterheadError, match="make --no-print-directory none EXP=mine .* failed"):
         make("mine", said, ["none"])
