@@ -316,7 +316,7 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
         return f"{chosen[name]['title']} ({f'{rows:,} training rows' if rows else 'no training'})"
 
     best = f"{named(top)} has the highest macro F1, {chosen[top]['f1_macro']:.3f} on {n:,} test rows"
-    cheaper = [name for name in found if prices[name] < prices.get(top, math.inf)]
+    cheaper = [name for name in found if prices.get(name, math.inf) < prices.get(top, math.inf)]
     if not decided["established"]:
         why = f"{best}, and no method is shown to be within {margin:g} of all others: these rows are too few to say more."
     elif ship != top:
@@ -351,7 +351,8 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
     known = sorted((name for name in chosen if name in prices), key=lambda name: prices[name])
     compared = [name for name in known if is_trained(chosen[name]) or name in found]
     dear = [f"{named(name)}: {priced(prices[name], unit)}." for name in compared]
-    pairs = [(ship, name) if prices.get(name, 0) > prices[ship] else (name, ship) for name in compared if name != ship]
+    others = [name for name in compared if name != ship] if ship in prices else []
+    pairs = [(ship, name) if prices[name] > prices[ship] else (name, ship) for name in others]
     change = [line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))]
     return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
 

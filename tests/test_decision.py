@@ -82,10 +82,14 @@ def test_the_promised_number_of_rows_decides(true):
 
 def test_several_methods_at_the_margin_do_not_add_up_their_errors():
     rng, trials, shipped = np.random.default_rng(0), 100, 0
+    alphas = []
     for _ in range(trials):
         truth, found = answers(rng, 1000, 4, [MARGIN, MARGIN, MARGIN, 0.04])
-        verdict = decide(truth, found, prices(found), 4, MARGIN)["candidates"]
+        decided = decide(truth, found, prices(found), 4, MARGIN)
+        alphas.append(decided["alpha"])
+        verdict = decided["candidates"]
         shipped += any(verdict[name]["verdict"] == FITS for name in found if name != "top" and name in verdict)
+    assert np.median(alphas) == pytest.approx(ALPHA / 3)  # four are in contention, and one of them is the best
     print(f"some of three methods at the margin, and a worse one, fits: {shipped / trials:.1%}")
     assert shipped / trials <= ALPHA + 2.33 * (ALPHA * (1 - ALPHA) / trials) ** 0.5
 
