@@ -49,10 +49,12 @@ class Rows(Section):
     """How many rows each split has at most; drawn by seed, stratified by label.
 
     `validation` below 1 is a share of train. A split that the source has is used as it is; one that it lacks is drawn
-    from train. 0 validation rows means that no checkpoint can be chosen but on test.
+    from train. 0 validation rows means that no checkpoint can be chosen but on test. Where `train` asks for fewer rows than
+    there are, `train_seed` draws others of them, and leaves the other splits as they are.
     """
 
     train: Count | None = None
+    train_seed: int | None = None
     validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
     test: Count | None = None
 

@@ -208,6 +208,8 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
     if not len(train):
         raise LetterheadError("no rows are left to train on; lower data.rows.test or data.rows.validation")
     chosen[train] = UNUSED
+    if rows.train_seed is not None:
+        rng = np.random.default_rng([rows.train_seed, 2])
     chosen[stratified(train, label, min(rows.train or len(train), len(train)), rng)] = 0
     if experiment.data.near_duplicates == "keep":
         near = near_duplicates(pool_path, chosen)

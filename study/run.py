@@ -3,7 +3,7 @@
     python -m study.run --experiment quick --study curve
 
 Each cell is an ordinary experiment, `runs/EXPERIMENT.STUDY.CELL.seedN`, that `make` brings up to date; one that is done is
-not started again. What the study makes lies in `runs/EXPERIMENT/STUDY/`.
+not started again. What the study makes lies in `runs/EXPERIMENT/STUDY/`, first after one seed, then after each further one.
 """
 
 import shutil
@@ -35,7 +35,8 @@ UNTRAINED = ("zero_shot_no_think", "zero_shot_calibrated")
 
 
 class Study(Section):
-    """A validated study. `rows` are sizes of nested training sets (null: all rows); `cells` vary any keys instead."""
+    """A validated study. `rows` are sizes of nested training sets (null: all rows), drawn anew for each seed; `cells` vary
+    any keys instead."""
 
     title: str
     rows: list[Count | None] = []
@@ -90,14 +91,27 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
     if study.rows:
         sizes = sorted({min(rows or there["rows"]["train"], there["rows"]["train"]) for rows in study.rows})
         cells = {str(rows): keys_for_rows(experiment, rows, there["sft"]["rows"]) for rows in sizes}
-    done: dict[str, list[Experiment]] = {}
-    trainings = [(label, seed) for seed in study.seeds for label in cells]
-    for label, seed in tqdm(trainings, desc=study_name, unit=" cell"):
-        own = {"name": f"{experiment.name}.{study_name}.{label}.seed{seed}", "seed": seed}
-        said = settings(overrides, seed_keys(experiment) | study.keys | cells[label] | own)
-        done.setdefault(label, []).append(run_cell(name, said, study))
+    done: dict[str, list[Experiment]] = {label: [] for label in cells}
+    with tqdm(total=len(study.seeds) * len(cells), desc=study_name, unit=" cell") as bar:
+        for seed in study.seeds:
+            any_made = False
+            for label, keys in cells.items():
+                own = {"name": f"{experiment.name}.{study_name}.{label}.seed{seed}", "seed": seed}
+                if study.rows:
+                    own["data.rows.train_seed"] = seed
+                cell, made = run_cell(name, settings(overrides, seed_keys(experiment) | study.keys | keys | own), study)
+                done[label].append(cell)
+                any_made |= made
+                bar.update()
+            if any_made or seed == study.seeds[-1]:
+                publish(experiment, study_name, study, done)
+
+
+def publish(experiment: Experiment, name: str, study: Study, done: dict[str, list[Experiment]]) -> None:
+    """Write table, picture and figures of the seeds that are done, unless they are there, and print the table."""
     records = {label: [read_json(cell.run_folder / "cell" / "stage.json") for cell in of] for label, of in done.items()}
-    stage = Stage(experiment, study_name, {"cells": records, "margin": experiment.compare.margin, "title": study.title})
+    inputs = {"cells": records, "margin": experiment.compare.margin, "title": study.title, "seeds": study.seeds}
+    stage = Stage(experiment, name, inputs)
     table, picture, figures = (stage.folder / file for file in ("STUDY.md", "study.png", "study.json"))
     if not stage.is_current():
         found = {label: gather(experiment, of, study) for label, of in done.items()}
@@ -110,12 +124,15 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
             file.write(markdown(study, found, untrained, said))
         stage.finish([figures, table, picture])
     print(table.read_text(encoding="utf-8"))
-    print(f"{table}, {picture.name} and {figures.name} beside it")
+    print(f"{table}, {picture.name} and {figures.name} beside it", flush=True)
 
 
-def run_cell(name: str, overrides: str, study: Study) -> Experiment:
-    """Bring one cell up to date, unless it is known to be; returns its experiment. What is kept of it are results and
-    records: its weights are gigabytes, and are deleted (`make` for the cell trains them again)."""
+def run_cell(name: str, overrides: str, study: Study) -> tuple[Experiment, bool]:
+    """Bring one cell up to date, unless it is known to be; returns its experiment, and whether there was something to do.
+
+    What is kept of it are results and records: its weights are gigabytes, and are deleted (`make` for the cell trains them
+    again).
+    """
     cell = load_experiment(name, overrides)
     inputs = {
         "config": cell.model_dump(mode="json", exclude={"bench", "serve", "compare", "title"}),
@@ -124,17 +141,18 @@ def run_cell(name: str, overrides: str, study: Study) -> Experiment:
         "methods": study.methods,
     }
     stage = Stage(cell, "cell", inputs)
-    if not stage.is_current():
+    if to_do := not stage.is_current():
         make(name, overrides, [TARGETS[method] for method in study.methods])
         made = {path for method in study.methods for path in stage_outputs(cell, TARGETS[method])}
         stage.finish([path for path in map(Path, sorted(made)) if path.parent == cell.results_folder])
         for weights in cell.run_folder.glob("*/checkpoints"):
             shutil.rmtree(weights)
-    return cell
+    return cell, to_do
 
 
 def gather(experiment: Experiment, cells: list[Experiment], study: Study) -> dict[str, Any]:
-    """A cell's methods, each with the mean over seeds, its interval, and the verdicts on these rows."""
+    """A cell's methods, each with the mean over seeds and its interval; the verdicts on these rows; and by how much each
+    leads each other."""
     answers: dict[str, list[dict]] = {}
     entries: dict[str, list[dict]] = {}
     for method in study.methods:
@@ -160,7 +178,16 @@ def gather(experiment: Experiment, cells: list[Experiment], study: Study) -> dic
             "training_seconds": float(np.mean([entry["cost"]["training_seconds"] for entry in of])),
             "train_rows": of[0]["cost"]["train_rows"],
         }
-    return {"methods": figures, "verdicts": verdicts}
+    leads = []
+    for a, b in combinations(predicted, 2):
+        lead = metrics.f1_loss(truth, predicted[b], predicted[a], len(experiment.labels))
+        leads.append({"a": a, "b": b, "f1_difference": lead.value, "ci95": list(lead.interval(0.025))})
+    return {"methods": figures, "verdicts": verdicts, "leads": leads}
+
+
+def seeds_done(found: dict[str, dict]) -> int:
+    """How many trainings each cell has of each method."""
+    return len(next(iter(next(iter(found.values()))["methods"].values()))["trainings"])
 
 
 def untrained_f1(experiment: Experiment, method: str) -> float:
@@ -172,6 +199,7 @@ def sentences(study: Study, found: dict[str, dict], margin: float) -> list[str]:
     """What a reader looks for: which method is best where, from where on which one fits, and where two change places."""
     title = {method: of["title"] for method, of in next(iter(found.values()))["methods"].items()}
     unit = " rows" if study.rows else ""
+    averaged = f"mean of {seeds_done(found)} seeds" if seeds_done(found) > 1 else "one seed"
     best: list[tuple[str, list[str]]] = []
     for label, cell in found.items():
         top = max(cell["methods"], key=lambda method: cell["methods"][method]["f1_macro"])
@@ -180,7 +208,7 @@ def sentences(study: Study, found: dict[str, dict], margin: float) -> list[str]:
         else:
             best.append((top, [label]))
     spans = [f"{title[top]} at {of[0] if len(of) == 1 else f'{of[0]} to {of[-1]}'}{unit}" for top, of in best]
-    said = [f"Highest macro F1 (mean of {len(study.seeds)} seeds): {', '.join(spans)}."]
+    said = [f"Highest macro F1 ({averaged}): {', '.join(spans)}."]
     if len(title) > 1:
         shown = []
         for method in title:
@@ -189,12 +217,14 @@ def sentences(study: Study, found: dict[str, dict], margin: float) -> list[str]:
         shows = f"Shown to lose less than {margin:g} against every other: {'; '.join(shown)}."
         said.append(shows if shown else f"Nowhere is a method shown to lose less than {margin:g} against every other.")
     if study.rows:
-        for a, b in combinations(title, 2):
-            ahead = {label: cell["methods"][a]["f1_macro"] > cell["methods"][b]["f1_macro"] for label, cell in found.items()}
-            for (before, first), (after, second) in pairwise(ahead.items()):
-                if first != second:
-                    upper, lower = (a, b) if second else (b, a)
-                    said.append(f"{title[upper]} passes {title[lower]} between {before} and {after} rows, in the mean.")
+        for number, (a, b) in enumerate(combinations(title, 2)):
+            leads = {label: cell["leads"][number] for label, cell in found.items()}
+            apart = [label for label, lead in leads.items() if lead["ci95"][0] > 0 or lead["ci95"][1] < 0]
+            for (before, first), (after, second) in pairwise(leads.items()):
+                if (first["f1_difference"] > 0) != (second["f1_difference"] > 0):
+                    upper, lower = (a, b) if second["f1_difference"] > 0 else (b, a)
+                    told = f"told apart at {', '.join(apart)} rows" if apart else "nowhere told apart"
+                    said.append(f"{title[upper]} passes {title[lower]} between {before} and {after} rows ({told}).")
     return said
 
 
@@ -239,11 +269,16 @@ def markdown(study: Study, found: dict[str, dict], untrained: dict[str, float], 
             each = ", ".join(f"{training['f1_macro']:.3f}" for training in of["trainings"])
             figures.append(f"{of['f1_macro']:.3f} ({low:.3f} to {high:.3f}; {each})")
         lines.append(f"| {label} | " + " | ".join(figures) + " |")
+    seeds, averaged = seeds_done(found), "One seed"
+    if seeds > 1:
+        drawn = "; each seed draws its training rows, the same for all methods" if study.rows else ""
+        averaged = f"Mean over seeds (95 % interval of test rows and trainings; each training{drawn})"
+    if seeds < len(study.seeds):
+        averaged = f"**So far {seeds} of {len(study.seeds)} seeds.** {averaged}"
     zero = "; ".join(f"{compare.METHODS[method][2]} {value:.3f}" for method, value in untrained.items())
     lines += [
         "",
-        "Mean over seeds (95 % interval of test rows and trainings, for these training rows; each training). Validation "
-        "rows, which choose the step and TF-IDF's C, are labelled rows too and come on top. "
+        f"{averaged}. Validation rows, which choose the step and TF-IDF's C, are labelled rows too and come on top. "
         f"Without training: {zero}.",
     ]
     return "\n".join(lines) + "\n"

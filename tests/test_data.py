@@ -136,6 +136,10 @@ def test_subsets_are_nested_and_the_split_keeps_its_seed(make_experiment):
         made[n] = {split: texts(experiment, split) for split in ("train", "validation", "test")}
     assert all(made[n][split] == made[None][split] for n in made for split in ("validation", "test"))
     assert set(made[20]["train"]) < set(made[40]["train"]) < set(made[80]["train"]) < set(made[None]["train"])
+    keys = {"rows": {"train": 20, "train_seed": 1, "validation": 20, "test": 30}, "seed": 5}
+    data.main(experiment := make_experiment("a.csv", LABELS, data=keys))
+    assert len(texts(experiment, "train")) == 20 and texts(experiment, "train") != made[20]["train"]
+    assert all(texts(experiment, split) == made[None][split] for split in ("validation", "test"))
     with pytest.raises(LetterheadError, match="seeds: one stands twice"):
         make_experiment("a.csv", LABELS, seeds=[1, 2, 1])
 

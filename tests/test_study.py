@@ -71,13 +71,15 @@ def studied(make_experiment, monkeypatch):
 
 def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
     experiment, asked, fake = studied
-    fake.fails_at = 4
+    fake.fails_at = 5
     with pytest.raises(LetterheadError, match="killed"):
         run.main(experiment, "mine", "", "curve")
+    so_far = Path("runs/mine/curve/STUDY.md").read_text()
+    assert "**So far 1 of 2 seeds.**" in so_far and "Highest macro F1 (one seed)" in so_far
     fake.fails_at = 0
     run.main(experiment, "mine", "", "curve")
     cells = [f"mine.curve.{rows}.seed{seed}" for seed in (1, 2) for rows in (30, 60, 320)]
-    assert asked == ["mine", *cells[:3], "mine", *cells[2:]]  # what was done before the failure is not done again
+    assert asked == ["mine", *cells[:4], "mine", *cells[3:]]  # what was done before the failure is not done again
     run.main(experiment, "mine", "", "curve")
     assert asked[9:] == ["mine"]
 
@@ -88,7 +90,8 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
         assert all(ids(cell, split) == ids("mine", split) for cell in cells)
     for seed in (1, 2):
         few, some, all_ = (ids(f"mine.curve.{rows}.seed{seed}", "decoder_train") for rows in (30, 60, 320))
-        assert few < some < all_ and len(few) == 30 and few == ids("mine.curve.30.seed1", "train")
+        assert few < some < all_ and len(few) == 30 and few == ids(f"mine.curve.30.seed{seed}", "train")
+    assert ids("mine.curve.30.seed1", "train") != ids("mine.curve.30.seed2", "train")
 
     made = read_json("runs/mine/curve/study.json")
     assert [cell["cell"] for cell in made["cells"]] == ["30", "60", "320"]
@@ -104,8 +107,16 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
             assert of["f1_macro_ci95"][0] < of["f1_macro"] <= of["f1_macro_ci95"][1]
     best, fits, *passed = made["sentences"]
     assert best == "Highest macro F1 (mean of 2 seeds): LLM, linear head at 30 to 60 rows, BERT at 320 rows."
-    assert "less than 0.01" in fits and "BERT passes LLM, linear head between 60 and 320 rows, in the mean." in passed
+    assert "less than 0.01" in fits and any(
+        one.startswith("BERT passes LLM, linear head between 60 and 320 rows (told apart at ") for one in passed
+    )
+    for cell in made["cells"]:
+        for lead in cell["leads"]:
+            a, b = (cell["methods"][lead[of]]["f1_macro"] for of in ("a", "b"))
+            assert lead["ci95"][0] < lead["f1_difference"] < lead["ci95"][1]
+            assert lead["f1_difference"] == pytest.approx(a - b, abs=0.01)
     table = Path("runs/mine/curve/STUDY.md").read_text()
+    assert "So far" not in table and "each seed draws its training rows" in table
     assert all(line in table for line in made["sentences"]) and table.count("\n| ") == 5
     assert Path("runs/mine/curve/study.png").stat().st_size > 20_000
 
