@@ -2,14 +2,15 @@
 
     python -m study.run --experiment quick --study curve
 
-Each cell is an ordinary experiment, `runs/EXPERIMENT.STUDY.CELL.seedN`, that `make` brings up to date; one that is done is
-not started again. What the study makes lies in `runs/EXPERIMENT/STUDY/`, first after one seed, then after each further one.
+Each cell is an ordinary experiment, `runs/EXPERIMENT.STUDY.CELL.ROWS.seedN`, that `make` brings up to date; one that is done
+is not started again. What the study makes lies in `runs/EXPERIMENT/STUDY/`, first after one seed, then after each further
+one.
 """
 
 import shutil
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -29,29 +30,60 @@ from sft.train import PLACES
 from study.cells import make, seed_keys, settings
 
 FOLDER = Path("experiments/studies")
-# method → the target that trains and scores it
-TARGETS = {"tfidf": "tfidf", "bert": "bert", "linear_head": "linear-head", "sft": "eval-ckpts"}
+# method → the target that trains and scores it, which is also the stage that leaves its results
+TARGETS = {
+    "tfidf": "tfidf",
+    "bert": "bert",
+    "linear_head": "linear-head",
+    "sft": "eval-ckpts",
+    "zero_shot_no_think": "zero-shot",
+    "zero_shot_calibrated": "zero-shot",
+}
+TRAINED = ["tfidf", "bert", "linear_head", "sft"]
 UNTRAINED = ("zero_shot_no_think", "zero_shot_calibrated")
 
 
 class Study(Section):
     """A validated study. `rows` are sizes of nested training sets (null: all rows), drawn anew for each seed; `cells` vary
-    any keys instead."""
+    any keys, and the first of them is what the others are held against; both together vary both.
+
+    A cell's own `methods` take the place of the study's.
+    """
 
     title: str
     rows: list[Count | None] = []
-    cells: dict[str, dict[str, Any]] = {}
+    cells: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[str, Any]] = {}
     keys: dict[str, Any] = {}
     seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
-    methods: list[str] = list(TARGETS)
+    methods: list[str] = TRAINED
 
     @model_validator(mode="after")
-    def _one_axis(self) -> "Study":
-        if bool(self.rows) == bool(self.cells):
-            raise ValueError("name rows or cells, one of the two")
-        if unknown := set(self.methods) - set(TARGETS):
+    def _known(self) -> "Study":
+        if not self.rows and not self.cells:
+            raise ValueError("name rows, or cells, or both")
+        if unknown := {method for cell in self.all_cells for method in self.methods_of(cell)} - set(TARGETS):
             raise ValueError(f"methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(TARGETS)}")
         return self
+
+    @property
+    def all_cells(self) -> list[str]:
+        """The cells' names; one without a name where rows alone are varied."""
+        return list(self.cells) or [""]
+
+    def methods_of(self, cell: str) -> list[str]:
+        """The methods of a cell."""
+        return self.cells.get(cell, {}).get("methods", self.methods)
+
+    def keys_of(self, cell: str) -> dict[str, Any]:
+        """What a cell varies."""
+        return {key: value for key, value in self.cells.get(cell, {}).items() if key != "methods"}
+
+    def arm(self, cell: str, method: str) -> str:
+        """What a reader calls a method in a cell."""
+        title = compare.METHODS[method][2]
+        if not cell:
+            return title
+        return cell if all(len(self.methods_of(of)) == 1 for of in self.cells) else f"{cell}: {title}"
 
 
 def load_study(name: str) -> Study:
@@ -83,43 +115,46 @@ def keys_for_rows(experiment: Experiment, rows: int, base: int) -> dict[str, Any
     }
 
 
+# (training rows, cell) → its experiments, one a seed
+Done = dict[tuple[int | None, str], list[Experiment]]
+
+
 def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> None:
     study = load_study(study_name)
     make(name, overrides, ["zero-shot"])
     there = read_json(experiment.data_folder / "data_card.json")
-    cells = study.cells
-    if study.rows:
-        sizes = sorted({min(rows or there["rows"]["train"], there["rows"]["train"]) for rows in study.rows})
-        cells = {str(rows): keys_for_rows(experiment, rows, there["sft"]["rows"]) for rows in sizes}
-    done: dict[str, list[Experiment]] = {label: [] for label in cells}
-    with tqdm(total=len(study.seeds) * len(cells), desc=study_name, unit=" cell") as bar:
+    all_rows = there["rows"]["train"]
+    sizes = sorted({min(rows or all_rows, all_rows) for rows in study.rows}) or [None]
+    done: Done = {(rows, cell): [] for rows in sizes for cell in study.all_cells}
+    with tqdm(total=len(study.seeds) * len(done), desc=study_name, unit=" cell") as bar:
         for seed in study.seeds:
             any_made = False
-            for label, keys in cells.items():
-                own = {"name": f"{experiment.name}.{study_name}.{label}.seed{seed}", "seed": seed}
-                if study.rows:
-                    own["data.rows.train_seed"] = seed
-                cell, made = run_cell(name, settings(overrides, seed_keys(experiment) | study.keys | keys | own), study)
-                done[label].append(cell)
-                any_made |= made
+            for (rows, cell), of in done.items():
+                label = ".".join([experiment.name, study_name, *filter(None, [cell, str(rows or "")]), f"seed{seed}"])
+                keys = seed_keys(experiment) | study.keys
+                if rows:
+                    keys |= keys_for_rows(experiment, rows, there["sft"]["rows"]) | {"data.rows.train_seed": seed}
+                keys |= study.keys_of(cell) | {"name": label, "seed": seed}
+                made, to_do = run_cell(name, settings(overrides, keys), study.methods_of(cell))
+                of.append(made)
+                any_made |= to_do
                 bar.update()
             if any_made or seed == study.seeds[-1]:
                 publish(experiment, study_name, study, done)
 
 
-def publish(experiment: Experiment, name: str, study: Study, done: dict[str, list[Experiment]]) -> None:
+def publish(experiment: Experiment, name: str, study: Study, done: Done) -> None:
     """Write table, picture and figures of the seeds that are done, unless they are there, and print the table."""
-    records = {label: [read_json(cell.run_folder / "cell" / "stage.json") for cell in of] for label, of in done.items()}
-    inputs = {"cells": records, "margin": experiment.compare.margin, "title": study.title, "seeds": study.seeds}
+    records = [[read_json(cell.run_folder / "cell" / "stage.json") for cell in of] for of in done.values()]
+    inputs = {"cells": records, "margin": experiment.compare.margin, "study": study.model_dump()}
     stage = Stage(experiment, name, inputs)
     table, picture, figures = (stage.folder / file for file in ("STUDY.md", "study.png", "study.json"))
     if not stage.is_current():
-        found = {label: gather(experiment, of, study) for label, of in done.items()}
-        untrained = {method: untrained_f1(experiment, method) for method in UNTRAINED}
+        found = [gather(experiment, study, rows, done) for rows in dict.fromkeys(rows for rows, _ in done)]
+        untrained = {method: results.read_result(experiment, method, "test")["f1_macro"] for method in UNTRAINED}
         said = sentences(study, found, experiment.compare.margin)
-        cells_found = [{"cell": label, **of} for label, of in found.items()]
-        write_json(figures, {"title": study.title, "cells": cells_found, "untrained": untrained, "sentences": said})
-        draw(picture, study, found, untrained)
+        write_json(figures, {"title": study.title, "found": found, "untrained": untrained, "sentences": said})
+        (draw_against_rows if study.rows else draw_arms)(picture, study, found, untrained)
         with atomic_open(table) as file:
             file.write(markdown(study, found, untrained, said))
         stage.finish([figures, table, picture])
@@ -127,7 +162,7 @@ def publish(experiment: Experiment, name: str, study: Study, done: dict[str, lis
     print(f"{table}, {picture.name} and {figures.name} beside it", flush=True)
 
 
-def run_cell(name: str, overrides: str, study: Study) -> tuple[Experiment, bool]:
+def run_cell(name: str, overrides: str, methods: list[str]) -> tuple[Experiment, bool]:
     """Bring one cell up to date, unless it is known to be; returns its experiment, and whether there was something to do.
 
     What is kept of it are results and records: its weights are gigabytes, and are deleted (`make` for the cell trains them
@@ -138,137 +173,196 @@ def run_cell(name: str, overrides: str, study: Study) -> tuple[Experiment, bool]
         "config": cell.model_dump(mode="json", exclude={"bench", "serve", "compare", "title"}),
         "sft": {key: value for key, value in cell.sft_arguments().items() if key not in PLACES},
         "source": local_sha256(cell.data),
-        "methods": study.methods,
+        "methods": methods,
     }
     stage = Stage(cell, "cell", inputs)
     if to_do := not stage.is_current():
-        make(name, overrides, [TARGETS[method] for method in study.methods])
-        made = {path for method in study.methods for path in stage_outputs(cell, TARGETS[method])}
+        targets = list(dict.fromkeys(TARGETS[method] for method in methods))
+        make(name, overrides, targets)
+        made = {path for target in targets for path in stage_outputs(cell, target)}
         stage.finish([path for path in map(Path, sorted(made)) if path.parent == cell.results_folder])
         for weights in cell.run_folder.glob("*/checkpoints"):
             shutil.rmtree(weights)
     return cell, to_do
 
 
-def gather(experiment: Experiment, cells: list[Experiment], study: Study) -> dict[str, Any]:
-    """A cell's methods, each with the mean over seeds and its interval; the verdicts on these rows; and by how much each
-    leads each other."""
+def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -> dict[str, Any]:
+    """What was found with so many training rows.
+
+    Returns
+    -------
+    dict : `rows`; `arms`, for each method in each cell the mean over seeds, its interval and each training; `verdicts`, of
+        each arm against all others; and `leads`, by how much each arm leads each other, with intervals that are corrected
+        (Bonferroni) for their number
+    """
     answers: dict[str, list[dict]] = {}
     entries: dict[str, list[dict]] = {}
-    for method in study.methods:
-        for cell in cells:
-            chosen, entry = compare.choose(cell, method, stage_outputs(cell, TARGETS[method]))
-            answers.setdefault(method, []).append(compare.read_answers(cell, chosen, entry["n"]))
-            entries.setdefault(method, []).append(entry)
+    for cell in study.all_cells:
+        for method in study.methods_of(cell):
+            arm = study.arm(cell, method)
+            for of in done[rows, cell]:
+                chosen, entry = compare.choose(of, method, stage_outputs(of, TARGETS[method]))
+                answers.setdefault(arm, []).append(compare.read_answers(of, chosen, entry["n"]))
+                entries.setdefault(arm, []).append(entry)
     truth, predicted = compare.aligned(experiment, answers)
-    # As if all cost the same, so that each is judged.
-    prices = dict.fromkeys(predicted, 1.0)
-    verdicts: dict[str, str] = {}
+    classes, verdicts = len(experiment.labels), {}
     if len(predicted) > 1:
-        decided = decision.decide(truth, predicted, prices, len(experiment.labels), experiment.compare.margin)
-        verdicts = {method: of["verdict"] for method, of in decided["candidates"].items()}
-    figures = {}
-    for method, of in entries.items():
-        interval = metrics.macro_f1(truth, predicted[method], len(experiment.labels)).interval(0.025)
-        figures[method] = {
-            "title": compare.METHODS[method][2],
+        prices = dict.fromkeys(predicted, 1.0)  # as if all cost the same, so that each is judged
+        decided = decision.decide(truth, predicted, prices, classes, experiment.compare.margin)
+        verdicts = {arm: of["verdict"] for arm, of in decided["candidates"].items()}
+    arms = {}
+    for arm, of in entries.items():
+        interval = metrics.macro_f1(truth, predicted[arm], classes).interval(0.025)
+        arms[arm] = {
             "f1_macro": float(np.mean([entry["f1_macro"] for entry in of])),
             "f1_macro_ci95": np.clip(interval, 0, 1).tolist(),
             "trainings": [{"f1_macro": entry["f1_macro"], "step": entry["step"]} for entry in of],
             "training_seconds": float(np.mean([entry["cost"]["training_seconds"] for entry in of])),
-            "train_rows": of[0]["cost"]["train_rows"],
         }
-    leads = []
-    for a, b in combinations(predicted, 2):
-        lead = metrics.f1_loss(truth, predicted[b], predicted[a], len(experiment.labels))
-        leads.append({"a": a, "b": b, "f1_difference": lead.value, "ci95": list(lead.interval(0.025))})
-    return {"methods": figures, "verdicts": verdicts, "leads": leads}
+    pairs, leads = list(combinations(predicted, 2)), {}
+    for a, b in pairs:
+        lead = metrics.f1_loss(truth, predicted[b], predicted[a], classes)
+        leads[f"{a} over {b}"] = {"f1_difference": lead.value, "interval": list(lead.interval(0.025 / len(pairs)))}
+    return {"rows": rows, "arms": arms, "verdicts": verdicts, "leads": leads}
 
 
-def seeds_done(found: dict[str, dict]) -> int:
-    """How many trainings each cell has of each method."""
-    return len(next(iter(next(iter(found.values()))["methods"].values()))["trainings"])
+def lead_of(point: dict, a: str, b: str) -> tuple[float, bool]:
+    """By how much arm `a` leads `b`, and whether the two are told apart."""
+    sign, lead = 1, point["leads"].get(f"{a} over {b}")
+    if lead is None:
+        sign, lead = -1, point["leads"][f"{b} over {a}"]
+    low, high = lead["interval"]
+    return sign * lead["f1_difference"], low > 0 or high < 0
 
 
-def untrained_f1(experiment: Experiment, method: str) -> float:
-    """Macro F1 of the decoder without training."""
-    return results.read_result(experiment, method, "test")["f1_macro"]
+def seeds_done(found: list[dict]) -> int:
+    """How many trainings each arm has."""
+    return len(next(iter(found[0]["arms"].values()))["trainings"])
 
 
-def sentences(study: Study, found: dict[str, dict], margin: float) -> list[str]:
-    """What a reader looks for: which method is best where, from where on which one fits, and where two change places."""
-    title = {method: of["title"] for method, of in next(iter(found.values()))["methods"].items()}
-    unit = " rows" if study.rows else ""
+def sentences(study: Study, found: list[dict], margin: float) -> list[str]:
+    """What a reader looks for: what is best where, what is shown to fit, and where two change places."""
     averaged = f"mean of {seeds_done(found)} seeds" if seeds_done(found) > 1 else "one seed"
-    best: list[tuple[str, list[str]]] = []
-    for label, cell in found.items():
-        top = max(cell["methods"], key=lambda method: cell["methods"][method]["f1_macro"])
+    arms = list(found[0]["arms"])
+    if not study.rows:
+        return [f"Highest macro F1 ({averaged}): {told_of_best(found[0])}"]
+    best: list[tuple[str, list[int]]] = []
+    for point in found:
+        top = max(arms, key=lambda arm: point["arms"][arm]["f1_macro"])
         if best and best[-1][0] == top:
-            best[-1][1].append(label)
+            best[-1][1].append(point["rows"])
         else:
-            best.append((top, [label]))
-    spans = [f"{title[top]} at {of[0] if len(of) == 1 else f'{of[0]} to {of[-1]}'}{unit}" for top, of in best]
+            best.append((top, [point["rows"]]))
+    spans = [f"{top} at {of[0] if len(of) == 1 else f'{of[0]} to {of[-1]}'} rows" for top, of in best]
     said = [f"Highest macro F1 ({averaged}): {', '.join(spans)}."]
-    if len(title) > 1:
-        shown = []
-        for method in title:
-            if fits := [label for label, cell in found.items() if cell["verdicts"].get(method) == decision.FITS]:
-                shown.append(f"{title[method]} at {', '.join(fits)}{unit}")
+    if len(arms) > 1:
+        fits = {arm: [str(point["rows"]) for point in found if point["verdicts"][arm] == decision.FITS] for arm in arms}
+        shown = [f"{arm} at {', '.join(at)} rows" for arm, at in fits.items() if at]
         shows = f"Shown to lose less than {margin:g} against every other: {'; '.join(shown)}."
-        said.append(shows if shown else f"Nowhere is a method shown to lose less than {margin:g} against every other.")
-    if study.rows:
-        for number, (a, b) in enumerate(combinations(title, 2)):
-            leads = {label: cell["leads"][number] for label, cell in found.items()}
-            apart = [label for label, lead in leads.items() if lead["ci95"][0] > 0 or lead["ci95"][1] < 0]
-            for (before, first), (after, second) in pairwise(leads.items()):
-                if (first["f1_difference"] > 0) != (second["f1_difference"] > 0):
-                    upper, lower = (a, b) if second["f1_difference"] > 0 else (b, a)
-                    told = f"told apart at {', '.join(apart)} rows" if apart else "nowhere told apart"
-                    said.append(f"{title[upper]} passes {title[lower]} between {before} and {after} rows ({told}).")
+        said.append(shows if shown else f"Nowhere is one shown to lose less than {margin:g} against every other.")
+    return said + (told_of_cells(study, found) if study.cells else told_of_crossings(arms, found))
+
+
+def told_of_best(point: dict) -> str:
+    """The best arm, and which others are told apart from it."""
+    top, *others = sorted(point["arms"], key=lambda arm: -point["arms"][arm]["f1_macro"])
+    low, high = point["arms"][top]["f1_macro_ci95"]
+    said = f"{top}, {point['arms'][top]['f1_macro']:.3f} (95 % interval {low:.3f} to {high:.3f})."
+    behind: dict[bool, list[str]] = {True: [], False: []}
+    for arm in others:
+        behind[lead_of(point, top, arm)[1]].append(f"{arm} ({point['arms'][arm]['f1_macro']:.3f})")
+    for apart, how in ((True, "Told apart from it"), (False, "Not told apart from it")):
+        said += f" {how}: {', '.join(behind[apart])}." if behind[apart] else ""
     return said
 
 
-def draw(path: Path, study: Study, found: dict[str, dict], untrained: dict[str, float]) -> None:
-    """Macro F1 of each method in each cell, with its 95 % interval and every training; dashed lines without training."""
+def told_of_crossings(arms: list[str], found: list[dict]) -> list[str]:
+    """Where the mean of one arm passes another's, and where the two are told apart."""
+    said = []
+    for a, b in combinations(arms, 2):
+        apart = [str(point["rows"]) for point in found if lead_of(point, a, b)[1]]
+        told = f"told apart at {', '.join(apart)} rows" if apart else "nowhere told apart"
+        for before, after in pairwise(found):
+            first, second = (lead_of(point, a, b)[0] > 0 for point in (before, after))
+            if first != second:
+                upper, lower = (a, b) if second else (b, a)
+                said.append(f"{upper} passes {lower} between {before['rows']} and {after['rows']} rows ({told}).")
+    return said
+
+
+def told_of_cells(study: Study, found: list[dict]) -> list[str]:
+    """By how much each cell differs from the first, method by method."""
+    reference, *others = study.all_cells
+    said = []
+    for cell in others:
+        for method in [of for of in study.methods_of(cell) if of in study.methods_of(reference)]:
+            differences = []
+            for point in found:
+                by, apart = lead_of(point, study.arm(cell, method), study.arm(reference, method))
+                differences.append(f"{compare.signed(by)} at {point['rows']}{' (told apart)' if apart else ''}")
+            said.append(f"{study.arm(cell, method)} against {reference}: {', '.join(differences)} rows.")
+    return said
+
+
+def draw_against_rows(path: Path, study: Study, found: list[dict], untrained: dict[str, float]) -> None:
+    """Macro F1 of each arm against the number of rows, with its interval and every training; dashed lines untrained."""
     figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    at = [int(label) for label in found] if study.rows else list(range(len(found)))
-    for number, method in enumerate(study.methods):
-        cells = [cell["methods"][method] for cell in found.values()]
-        low, high = zip(*(cell["f1_macro_ci95"] for cell in cells), strict=True)
-        (line,) = axes.plot(at, [cell["f1_macro"] for cell in cells], marker="o", label=cells[0]["title"])
+    at = [point["rows"] for point in found]
+    for number, arm in enumerate(found[0]["arms"]):
+        points = [point["arms"][arm] for point in found]
+        low, high = zip(*(point["f1_macro_ci95"] for point in points), strict=True)
+        (line,) = axes.plot(at, [point["f1_macro"] for point in points], marker="o", label=arm)
         axes.fill_between(at, low, high, alpha=0.13, color=line.get_color(), linewidth=0)
-        for x, cell in zip(at, cells, strict=True):
-            values = [training["f1_macro"] for training in cell["trainings"]]
-            shifted = x * 1.02 ** (number - 1.5) if study.rows else x + 0.04 * (number - 1.5)
+        for x, point in zip(at, points, strict=True):
+            values = [training["f1_macro"] for training in point["trainings"]]
+            shifted = x * 1.02 ** (number - len(found[0]["arms"]) / 2)
             axes.plot([shifted] * len(values), values, ".", markersize=4, color=line.get_color(), alpha=0.7)
     for method, style in zip(UNTRAINED, ("--", ":"), strict=True):
         axes.axhline(untrained[method], linestyle=style, color="grey", linewidth=1, label=compare.METHODS[method][2])
-    if study.rows:
-        axes.set_xscale("log")
-        axes.minorticks_off()
-    axes.set_xticks(at, list(found))
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(at, map(str, at))
     axes.set(title=study.title, ylabel="macro F1 on test rows, 95 % interval", ylim=(0, 1.01))
-    axes.set_xlabel("labelled training rows, logarithmic" if study.rows else "")
+    axes.set_xlabel("labelled training rows, logarithmic")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     save(figure, path)
 
 
-def markdown(study: Study, found: dict[str, dict], untrained: dict[str, float], said: list[str]) -> str:
-    """The study as a page: sentences, the table of cells, the picture."""
-    titles = [of["title"] for of in next(iter(found.values()))["methods"].values()]
-    lines = [f"# {study.title}", "", *(f"- {line}" for line in said), "", "![Macro F1 in every cell](study.png)", ""]
-    lines += [
-        f"| {'training rows' if study.rows else 'cell'} | " + " | ".join(titles) + " |",
-        "| ---: |" + " :---: |" * len(titles),
-    ]
-    for label, cell in found.items():
-        figures = []
-        for of in cell["methods"].values():
-            low, high = of["f1_macro_ci95"]
-            each = ", ".join(f"{training['f1_macro']:.3f}" for training in of["trainings"])
-            figures.append(f"{of['f1_macro']:.3f} ({low:.3f} to {high:.3f}; {each})")
-        lines.append(f"| {label} | " + " | ".join(figures) + " |")
+def draw_arms(path: Path, study: Study, found: list[dict], untrained: dict[str, float]) -> None:
+    """Macro F1 of each arm, with its interval and every training; dashed lines untrained."""
+    arms = found[0]["arms"]
+    figure, axes = plt.subplots(figsize=(8.5, 1.4 + 0.45 * len(arms)), layout="constrained")
+    for y, of in enumerate(arms.values()):
+        axes.plot(of["f1_macro_ci95"], [y, y], color="tab:blue", linewidth=2)
+        axes.plot([training["f1_macro"] for training in of["trainings"]], [y] * len(of["trainings"]), ".", color="grey")
+        axes.plot(of["f1_macro"], y, "o", color="tab:blue")
+    for method, style in zip(UNTRAINED, ("--", ":"), strict=True):
+        axes.axvline(untrained[method], linestyle=style, color="grey", linewidth=1, label=compare.METHODS[method][2])
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.set(title=study.title, xlabel="macro F1 on test rows, 95 % interval; each training a dot")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8, loc="lower left")
+    save(figure, path)
+
+
+def markdown(study: Study, found: list[dict], untrained: dict[str, float], said: list[str]) -> str:
+    """The study as a page: sentences, the picture, the table."""
+
+    def told(of: dict) -> str:
+        low, high = of["f1_macro_ci95"]
+        each = ", ".join(f"{training['f1_macro']:.3f}" for training in of["trainings"])
+        return f"{of['f1_macro']:.3f} ({low:.3f} to {high:.3f}; {each})"
+
+    lines = [f"# {study.title}", "", *(f"- {line}" for line in said), "", "![Macro F1 of every arm](study.png)", ""]
+    arms = list(found[0]["arms"])
+    if study.rows:
+        lines += ["| training rows | " + " | ".join(arms) + " |", "| ---: |" + " :---: |" * len(arms)]
+        lines += [f"| {point['rows']} | " + " | ".join(told(point["arms"][arm]) for arm in arms) + " |" for point in found]
+    else:
+        lines += ["| | macro F1 | training, s |", "| :--- | :---: | ---: |"]
+        lines += [f"| {arm} | {told(of)} | {of['training_seconds']:.0f} |" for arm, of in found[0]["arms"].items()]
     seeds, averaged = seeds_done(found), "One seed"
     if seeds > 1:
         drawn = "; each seed draws its training rows, the same for all methods" if study.rows else ""
@@ -278,8 +372,8 @@ def markdown(study: Study, found: dict[str, dict], untrained: dict[str, float], 
     zero = "; ".join(f"{compare.METHODS[method][2]} {value:.3f}" for method, value in untrained.items())
     lines += [
         "",
-        f"{averaged}. Validation rows, which choose the step and TF-IDF's C, are labelled rows too and come on top. "
-        f"Without training: {zero}.",
+        f"{averaged}. Told apart: the difference's interval, corrected for the number of pairs, leaves out 0. Validation "
+        f"rows, which choose the step and TF-IDF's C, are labelled rows too and come on top. Without training: {zero}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+from eval.compare import METHODS
 from letterhead import results
 from letterhead.experiment import load_experiment
 from letterhead.records import LetterheadError, read_json, read_jsonl
@@ -94,27 +95,28 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
     assert ids("mine.curve.30.seed1", "train") != ids("mine.curve.30.seed2", "train")
 
     made = read_json("runs/mine/curve/study.json")
-    assert [cell["cell"] for cell in made["cells"]] == ["30", "60", "320"]
-    for cell in made["cells"]:
-        label = cell["cell"]
-        for method, of in cell["methods"].items():
-            name = method if method == "tfidf" else f"{method}@10"
-            each = [
-                results.read_result(load_experiment("mine", f"name=mine.curve.{label}.seed{seed}"), name, "test")["f1_macro"]
-                for seed in (1, 2)
-            ]
-            assert of["f1_macro"] == pytest.approx(np.mean(each)) and of["train_rows"] == int(label)
+    assert [point["rows"] for point in made["found"]] == [30, 60, 320]
+    for point in made["found"]:
+        for method in run.TRAINED:
+            of, name = point["arms"][METHODS[method][2]], method if method == "tfidf" else f"{method}@10"
+            trained = [load_experiment("mine", f"name=mine.curve.{point['rows']}.seed{seed}") for seed in (1, 2)]
+            each = [results.read_result(training, name, "test")["f1_macro"] for training in trained]
+            assert of["f1_macro"] == pytest.approx(np.mean(each))
             assert of["f1_macro_ci95"][0] < of["f1_macro"] <= of["f1_macro_ci95"][1]
     best, fits, *passed = made["sentences"]
     assert best == "Highest macro F1 (mean of 2 seeds): LLM, linear head at 30 to 60 rows, BERT at 320 rows."
     assert "less than 0.01" in fits and any(
         one.startswith("BERT passes LLM, linear head between 60 and 320 rows (told apart at ") for one in passed
     )
-    for cell in made["cells"]:
-        for lead in cell["leads"]:
-            a, b = (cell["methods"][lead[of]]["f1_macro"] for of in ("a", "b"))
-            assert lead["ci95"][0] < lead["f1_difference"] < lead["ci95"][1]
-            assert lead["f1_difference"] == pytest.approx(a - b, abs=0.01)
+    for point in made["found"]:
+        assert len(point["leads"]) == 6
+        for pair, lead in point["leads"].items():
+            a, b = pair.split(" over ")
+            assert lead["interval"][0] < lead["f1_difference"] < lead["interval"][1]
+            assert lead["f1_difference"] == pytest.approx(
+                point["arms"][a]["f1_macro"] - point["arms"][b]["f1_macro"], abs=0.01
+            )
+            assert run.lead_of(point, b, a) == (-lead["f1_difference"], run.lead_of(point, a, b)[1])
     table = Path("runs/mine/curve/STUDY.md").read_text()
     assert "So far" not in table and "each seed draws its training rows" in table
     assert all(line in table for line in made["sentences"]) and table.count("\n| ") == 5
@@ -137,18 +139,42 @@ def test_a_study_may_vary_any_keys(studied):
     run.main(experiment, "mine", "bench.training_rows=64", "rate")
     assert asked[1:] == ["mine.rate.gently.seed3", "mine.rate.boldly.seed3"]
     made = read_json("runs/mine/rate/study.json")
-    assert [(cell["cell"], list(cell["methods"])) for cell in made["cells"]] == [
-        ("gently", ["linear_head"]),
-        ("boldly", ["linear_head"]),
-    ]
+    (point,) = made["found"]
+    assert point["rows"] is None and set(point["arms"]) == {"gently", "boldly"}
+    assert (
+        made["sentences"][0].startswith("Highest macro F1 (one seed): ")
+        and "Not told apart from it: " in made["sentences"][0]
+    )
+
+
+def test_a_study_may_vary_rows_and_keys_and_each_cell_its_methods(studied):
+    experiment, asked, _ = studied
+    keys = {"title": "Both?", "rows": [30, 60], "seeds": [1, 2], "methods": ["linear_head", "bert"]}
+    keys["cells"] = {"fast": {}, "slow": {"decoder.head.learning_rate": 1e-5, "methods": ["bert"]}}
+    Path("experiments/studies/both.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    run.main(experiment, "mine", "", "both")
+    assert asked[1:5] == [f"mine.both.{cell}.{rows}.seed1" for rows in (30, 60) for cell in ("fast", "slow")]
+    made = read_json("runs/mine/both/study.json")
+    arms = ["fast: LLM, linear head", "fast: BERT", "slow: BERT"]
+    assert [set(point["arms"]) for point in made["found"]] == [set(arms), set(arms)]
+    assert made["sentences"][-1].startswith("slow: BERT against fast: ") and " at 30, " in made["sentences"][-1]
+    assert Path("runs/mine/both/study.png").stat().st_size > 20_000
+    keys = {"title": "Untrained?", "seeds": [1], "cells": {"letters": {}}, "methods": ["zero_shot_no_think", "bert"]}
+    Path("experiments/studies/zero.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    run.main(experiment, "mine", "", "zero")
+    (point,) = read_json("runs/mine/zero/study.json")["found"]
+    assert set(point["arms"]) == {"letters: LLM zero-shot, option perplexity", "letters: BERT"}
+    assert run.lead_of(point, "letters: BERT", "letters: LLM zero-shot, option perplexity")[1]  # told apart
 
 
 def test_a_study_that_is_wrong_is_refused(studied):
     with pytest.raises(LetterheadError, match=r"studies/none.yaml: no such study; choose one of curve"):
         run.load_study("none")
     for keys, message in (
-        ({"rows": [1], "cells": {"a": {}}}, "one of the two"),
+        ({}, "name rows, or cells, or both"),
         ({"rows": [9], "methods": ["x"]}, "x unknown"),
+        ({"cells": {"a": {"methods": ["y"]}}}, "y unknown"),
+        ({"cells": {"a b": {}}}, "a b"),
     ):
         Path("experiments/studies/bad.yaml").write_text(yaml.safe_dump({"title": "t"} | keys))
         with pytest.raises(LetterheadError, match=message):
