@@ -71,10 +71,13 @@ bert: data ## fine-tune BERT with a linear head (HF Trainer), on the rows that t
 linear-head: data ## put a linear head on the decoder and fine-tune it (HF Trainer)
 	@$(RUN) baselines.train linear_head $(STAGE)
 
+sft-options: data ## train the decoder as SFT does, with the loss over the option letters alone (decoder.sft_options)
+	@$(RUN) baselines.train sft_options $(STAGE)
+
 seeds: data ## train every method once more for each further seed that the experiment names
 	@$(RUN) study.seeds $(STAGE)
 
-compare: eval-ckpts zero-shot tfidf bert linear-head seeds ## every method on the same rows, every pair tested, which to ship
+compare: eval-ckpts zero-shot tfidf bert linear-head sft-options seeds ## every method on the same rows, every pair tested, which to ship
 	@$(RUN) eval.compare $(STAGE)
 
 report: preflight-on-gpu compare ## report.html (opens from disk) and REPORT.md, with pictures
@@ -133,4 +136,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve preflight preflight-on-gpu data sft eval-ckpts zero-shot tfidf bert linear-head compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean
+.PHONY: help setup setup-serve preflight preflight-on-gpu data sft eval-ckpts zero-shot tfidf bert linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean

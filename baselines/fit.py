@@ -14,12 +14,13 @@ if __name__ == "__main__":
 
 import torch
 
-from baselines.train import SECTIONS, checkpoint_folder
+from baselines.train import METHODS, checkpoint_folder
 from letterhead import checkpoints, heads, results
 from letterhead.devices import process_count, share_batch
 from letterhead.experiment import Experiment
+from letterhead.folding import load_folded
 from letterhead.precision import precision
-from letterhead.prompt import TextEncoder
+from letterhead.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 from letterhead.records import read_json
 from letterhead.stage import OFFLINE, run
 
@@ -33,28 +34,31 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     """Train to the last step, from the checkpoint `resume` if there is one; of several processes the first writes."""
     from transformers import set_seed
 
-    section, rows_name = SECTIONS[method]
-    settings, folder = getattr(experiment, section), checkpoint_folder(experiment, method)
-    head = settings.head
-    heads.require_length(settings.folder, head.max_length, f"{section}.head")
-    needed = checkpoints.head_disk(checkpoints.stored_parameters(settings.folder))
+    trained, folder = METHODS[method], checkpoint_folder(experiment, method)
+    source, head, key = trained.model(experiment).folder, trained.head(experiment), f"{trained.section}.{trained.key}"
+    needed = checkpoints.head_disk(checkpoints.stored_parameters(source))
     checkpoints.require_disk(folder, needed, f"the training of {method}")
-    rows = results.read_rows(experiment, rows_name)
+    rows = results.read_rows(experiment, trained.rows)
     splits = {split: results.read_rows(experiment, split) for split in results.SPLITS}
     splits = {split: of for split, of in splits.items() if of}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
     batch, accumulation = share_batch(
-        head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), f"{section}.head"
+        head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), key
     )
     shared = head.model_copy(update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation})
     best = "validation_log_loss" if "validation" in splits else None
-    dtype = precision(experiment.decoder.dtype, settings.folder)
+    dtype = precision(experiment.decoder.dtype, source)
     arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype)
     set_seed(experiment.seed)
     # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so they are loaded here.
-    model = heads.load_head(resume or settings.folder, experiment.labels)
-    tokenizer = heads.load_tokenizer(settings.folder)
-    encoder = TextEncoder(tokenizer, head.max_length)
+    if method == "sft_options":
+        encoder = OptionEncoder(load_prompt_encoder(experiment))
+        model = heads.load_head(resume, experiment.labels) if resume else load_folded(experiment, encoder.prompt)
+    else:
+        heads.require_length(source, head.max_length, key)
+        encoder = TextEncoder(heads.load_tokenizer(source), head.max_length)
+        model = heads.load_head(resume or source, experiment.labels)
+    tokenizer = heads.load_tokenizer(source)
     sets = {
         name: heads.encoded(of, results.class_numbers(experiment, of), encoder, f"encoding {name}")
         for name, of in {"train": rows, **splits}.items()
@@ -104,4 +108,4 @@ def mean_loss(log: list[dict], step: int) -> float:
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], list(SECTIONS), {"inputs": "the stage's hash", "resume": "a checkpoint, or none"})
+    run(main, __doc__.splitlines()[0], list(METHODS), {"inputs": "the stage's hash", "resume": "a checkpoint, or none"})

@@ -1,6 +1,7 @@
 """Train BERT, or a linear head on the decoder, on the raw text with HF's Trainer; every evaluation leaves a result.
 
-`bert_all` is BERT on all of train, where the methods share fewer rows.
+`bert_all` is BERT on all of train, where the methods share fewer rows. `sft_options` is the decoder on the prompt, its head
+the vocabulary's rows of the option letters: SFT with the loss over the options alone.
 
 python -m baselines.train bert --experiment quick
 """
@@ -10,25 +11,40 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from letterhead import checkpoints, results
 from letterhead.devices import process_count
-from letterhead.experiment import Experiment
+from letterhead.experiment import Decoder, Encoder, Experiment, Head
 from letterhead.metrics import FIGURES
 from letterhead.processes import guarded, torchrun
+from letterhead.prompt import prompt_inputs
 from letterhead.records import LetterheadError, atomic_open, read_json
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
-# method → the section of the experiment that holds its settings, and the rows that it is trained on
-SECTIONS = {
-    "bert": ("encoder", "decoder_train"),
-    "bert_all": ("encoder", "train"),
-    "linear_head": ("decoder", "decoder_train"),
-}
-TITLES = {
-    "bert": "BERT with a linear head",
-    "bert_all": "BERT with a linear head, all of train",
-    "linear_head": "linear head on the decoder",
+
+class Trained(NamedTuple):
+    """A method: the section and key of the experiment that hold its settings, the rows that it is trained on, its title."""
+
+    section: str
+    key: str
+    rows: str
+    title: str
+
+    def model(self, experiment: Experiment) -> Encoder | Decoder:
+        """The section of the model that is trained."""
+        return getattr(experiment, self.section)
+
+    def head(self, experiment: Experiment) -> Head | None:
+        """How it is trained, or None where the experiment leaves it out."""
+        return getattr(self.model(experiment), self.key)
+
+
+METHODS = {
+    "bert": Trained("encoder", "head", "decoder_train", "BERT with a linear head"),
+    "bert_all": Trained("encoder", "head", "train", "BERT with a linear head, all of train"),
+    "linear_head": Trained("decoder", "head", "decoder_train", "linear head on the decoder"),
+    "sft_options": Trained("decoder", "sft_options", "decoder_train", "decoder, loss over the options alone"),
 }
 
 
@@ -37,18 +53,22 @@ def main(experiment: Experiment, method: str) -> None:
     if method == "bert_all" and not results.has_more_rows(experiment):
         print("every method is trained on all of train already")
         return
-    section, rows_name = SECTIONS[method]
-    settings = getattr(experiment, section)
+    trained = METHODS[method]
+    if (head := trained.head(experiment)) is None:
+        print(f"decoder.{trained.key} is not set: not trained")
+        return
     data = stage_outputs(experiment, "data")
-    files = [experiment.data_folder / f"{name}.jsonl" for name in (rows_name, *results.SPLITS)]
+    files = [experiment.data_folder / f"{name}.jsonl" for name in (trained.rows, *results.SPLITS)]
     inputs = {
-        "head": settings.head.model_dump(),
+        "head": head.model_dump(),
         "labels": experiment.labels,
         "seed": experiment.seed,
         "figures": FIGURES,
         "rows": [data[str(file)] for file in files],
-        "model": checkpoints.model_identity(settings.folder),
+        "model": checkpoints.model_identity(trained.model(experiment).folder),
     }
+    if method == "sft_options":
+        inputs |= prompt_inputs(experiment)
     stage = Stage(experiment, method.replace("_", "-"), inputs)
     table = experiment.results_folder / f"{method}_checkpoints.md"
     if not stage.is_current():
@@ -65,12 +85,12 @@ def main(experiment: Experiment, method: str) -> None:
         checkpoints.keep_best_and_last(folder)
         kept, made = collect(experiment, method, stage.inputs_sha256)
         with atomic_open(table) as file:
-            file.write(results.checkpoint_table(experiment, TITLES[method], kept, []))
+            file.write(results.checkpoint_table(experiment, trained.title, kept, []))
         weights = [file for path in checkpoints.whole_checkpoints(folder) for file in path.glob("*.safetensors")]
         stage.finish(
             [*made, table, *weights],
-            rows=len(results.read_rows(experiment, rows_name)),
-            epochs=settings.head.num_train_epochs,
+            rows=len(results.read_rows(experiment, trained.rows)),
+            epochs=head.num_train_epochs,
             tokens=None,
             training_seconds=max(result["training_seconds"] for result in kept.values()),
             scoring_seconds=round(sum(result["seconds"] for result in kept.values()), 1),
@@ -133,4 +153,4 @@ def collect(experiment: Experiment, method: str, inputs_sha256: str) -> tuple[di
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], choices=list(TITLES))
+    run(main, __doc__.splitlines()[0], choices=list(METHODS))

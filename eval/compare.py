@@ -27,16 +27,17 @@ METHODS = {
     "bert_all": ("bert-all", "bert-all", "BERT, all rows"),
     "linear_head": ("linear-head", "linear-head", "LLM, linear head"),
     "sft": ("eval-ckpts", "sft", "LLM, SFT (answers with an option)"),
+    "sft_options": ("sft-options", "sft-options", "LLM, SFT on the options alone"),
 }
 # Stages of methods that another seed trains otherwise.
-RETRAINED = ("bert", "bert-all", "linear-head", "eval-ckpts")
+RETRAINED = ("bert", "bert-all", "linear-head", "eval-ckpts", "sft-options")
 FEW_ROWS = 10  # a class with fewer test rows is named
 FEW_SHOWN = 5
 ROWS_THAT_DECIDE = {"rows_if_as_seen": "if the loss is as seen", "rows_if_equal": "if the two are equal"}
 
 
 def main(experiment: Experiment) -> None:
-    methods = {name: of for name, of in METHODS.items() if results.has_more_rows(experiment) or not name.endswith("_all")}
+    methods = {name: METHODS[name] for name in compared(experiment)}
     stages = sorted({stage for stages in methods.values() for stage in stages[:2] if stage})
     made = {name: stage_outputs(experiment, name) for name in stages}
     records = {name: read_json(experiment.run_folder / name / "stage.json") for name in stages}
@@ -70,6 +71,15 @@ def main(experiment: Experiment) -> None:
         write_json(path, {"methods": chosen, "pairs": pairs, "best": decided["ship"], **decided})
         stage.finish([path], rows=max(entry["n"] for entry in chosen.values()))
     print(summary(read_json(path)))
+
+
+def compared(experiment: Experiment) -> list[str]:
+    """The methods that an experiment compares: those on all rows where the methods share fewer, `sft_options` where it is
+    set."""
+    left_out = {name for name in METHODS if name.endswith("_all") and not results.has_more_rows(experiment)}
+    if experiment.decoder.sft_options is None:
+        left_out.add("sft_options")
+    return [name for name in METHODS if name not in left_out]
 
 
 def choose(experiment: Experiment, method: str, files: dict[str, str]) -> tuple[str, dict]:
@@ -146,6 +156,8 @@ def cost_in_service(name: str, rows: list[dict]) -> float | None:
     # More rows to learn from, or none, and the same price.
     untrained = method in ("zero_shot_no_think", "zero_shot_calibrated")
     alike = ("sft", "sft_folded") if untrained else (method.removesuffix("_all"),) if method.endswith("_all") else ()
+    if method == "sft_options":
+        alike = ("sft_folded",)
     costs = [
         row["cost_per_million"]
         for row in rows

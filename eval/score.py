@@ -11,7 +11,7 @@ from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.metrics import FIGURES
 from letterhead.processes import Workers
-from letterhead.prompt import PromptEncoder, load_prompt_encoder
+from letterhead.prompt import PromptEncoder, load_prompt_encoder, prompt_inputs
 from letterhead.records import sha256_file, sha256_json
 from letterhead.scoring import load_decoder, score_in_parts
 
@@ -21,15 +21,12 @@ Prompts = Callable[[str], tuple[list[dict], list[list[int]]]]
 
 def scoring_inputs(experiment: Experiment) -> dict:
     """The configuration that decides a score; how rows are batched does not."""
-    arguments = experiment.sft_arguments()
     return {
-        "prompt": experiment.prompt.model_dump(),
-        "labels": experiment.labels,
+        **prompt_inputs(experiment),
         "score": experiment.eval.score,
         "seed": experiment.seed,
         "figures": FIGURES,
         "dtype": experiment.decoder.dtype,
-        "template": {key: arguments.get(key) for key in ("template", "cutoff_len", "enable_thinking", "default_system")},
     }
 
 

@@ -46,7 +46,7 @@ def model_folder(experiment: Experiment, name: str) -> Path:
         return experiment.decoder.folder
     if name in ("bert@0", "bert_all@0"):
         return experiment.encoder.folder
-    stages = {"sft": "sft", "bert": "bert", "bert_all": "bert-all", "linear_head": "linear-head"}
+    stages = {name: name.replace("_", "-") for name in ("sft", "bert", "bert_all", "linear_head", "sft_options")}
     if method not in stages:
         raise LetterheadError(f"{name}: no such method; choose best, tfidf, {', '.join(f'{m}@STEP' for m in stages)}")
     folder = experiment.run_folder / stages[method] / "checkpoints"
@@ -69,11 +69,11 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
             results.read_rows(experiment, tfidf.ROWS[method]), results.read_rows(experiment, "validation"), experiment.seed
         )
         return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
-    if method in ("bert", "bert_all", "linear_head"):
+    if method in ("bert", "bert_all", "linear_head", "sft_options"):
         return _head(experiment, model_folder(experiment, name), method)
     if method in ("sft", "zero_shot_no_think"):
         return _options(experiment, model_folder(experiment, name))
-    raise LetterheadError(f"{name}: can't be used to predict; choose tfidf, bert, linear_head, sft or zero_shot_no_think")
+    raise LetterheadError(f"{name}: can't be used to predict; choose one that gives probabilities, like bert or sft")
 
 
 def in_parts(workers: Workers) -> Classifier:
@@ -101,13 +101,15 @@ def _head(experiment: Experiment, folder: Path, method: str) -> Classifier:
     from letterhead import heads
     from letterhead.cpu import pack
     from letterhead.precision import cast, precision
-    from letterhead.prompt import TextEncoder
+    from letterhead.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 
     head = (experiment.encoder if method.startswith("bert") else experiment.decoder).head
     model, tokenizer = heads.load_head(folder, experiment.labels), heads.load_tokenizer(folder)
     model = cast(model, precision(experiment.decoder.dtype, folder)).to("cuda" if torch.cuda.is_available() else "cpu")
     model = pack(model.eval())
     encoder = TextEncoder(tokenizer, head.max_length)
+    if method == "sft_options":
+        head, encoder = experiment.decoder.sft_options, OptionEncoder(load_prompt_encoder(experiment))
     return lambda texts: heads.classify(model, tokenizer, encoder.encode(texts), head.per_device_eval_batch_size)
 
 

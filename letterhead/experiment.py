@@ -193,13 +193,18 @@ class Head(Section):
 
 
 class Decoder(Section):
-    """The small LLM: where it comes from, and on how many of the training rows SFT and the linear head are trained."""
+    """The small LLM: where it comes from, and on how many of the training rows SFT and the linear head are trained.
+
+    `sft_options`, where it is set, trains the decoder once more: on the prompt, as SFT, but with the loss over the option
+    letters alone and by the heads' trainer.
+    """
 
     model: Model = SMOLLM2
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     train_rows: Count | None = None
     sft: Sft = Field(default_factory=Sft)
     head: Head = Field(default_factory=Head)
+    sft_options: Head | None = None
 
     @model_validator(mode="after")
     def _agrees_with_llamafactory(self) -> "Decoder":
@@ -349,6 +354,12 @@ class Experiment(Section):
             raise ValueError(
                 f"prompt.options: {len(labels)} labels, but letters go to {len(LETTERS)}; set prompt.options: names"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_letters(self) -> "Experiment":
+        if self.decoder.sft_options and self.prompt.options != "letters":
+            raise ValueError("decoder.sft_options: only single letters have a score each; set prompt.options: letters")
         return self
 
     @property

@@ -15,6 +15,7 @@ from letterhead.checkpoints import model_identity
 from letterhead.classifier import model_folder
 from letterhead.cpu import pack
 from letterhead.experiment import Experiment
+from letterhead.heads import ready
 from letterhead.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.records import LetterheadError, atomic_folder, read_json, write_json
 from letterhead.scoring import load_decoder
@@ -60,6 +61,17 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
         facts |= {"rows_whose_prompt_works_as_text": sum(text_gives_ids(encoder, ids) for ids in prompts)}
         write_json(folder / "letterhead_export.json", facts)
     return target, facts
+
+
+def load_folded(experiment: Experiment, encoder: PromptEncoder):
+    """The decoder untrained, folded, in float32 and ready for the heads' trainer.
+
+    Raises
+    ------
+    LetterheadError : as `fold`
+    """
+    folded = fold(load_decoder(experiment.decoder.folder, "float32", packed=False), encoder, experiment.labels)
+    return ready(folded)
 
 
 def fold(decoder, encoder: PromptEncoder, labels: list[str]):

@@ -50,19 +50,25 @@ def load_head(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
     LetterheadError : no model there, or one that is cut off
     """
     require_model(folder)
-    use_onednn()
     names = dict(enumerate(labels))
     model = AutoModelForSequenceClassification.from_pretrained(
         folder,
         id2label=names,
         label2id={name: i for i, name in names.items()},
         dtype=torch.float32,
-        attn_implementation=attention(),
         use_safetensors=True,
         trust_remote_code=False,
     )
     # A decoder's head reads the last token that is not a padding, so it must know the padding.
     model.config.pad_token_id = load_tokenizer(folder).pad_token_id
+    return ready(model)
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """A float32 model with a head as the trainer wants it: attention that suits the device, the head's products in float32
+    under autocast, and dropout from few random bits."""
+    use_onednn()
+    model.set_attn_implementation(attention())
     return quicken_dropout(project_in_float32(model))
 
 

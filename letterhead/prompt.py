@@ -178,6 +178,29 @@ class PromptEncoder:
         return budget
 
 
+class OptionEncoder:
+    """Turns texts into what a decoder with its letters for a head reads: the prompt through the last token before the
+    option; as `TextEncoder`, from which the rest does not tell it apart."""
+
+    def __init__(self, prompt: PromptEncoder):
+        self.prompt = prompt
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids, one list a text."""
+        return [self.prompt.encode_before_option(text) for text in texts]
+
+
+def prompt_inputs(experiment: Experiment) -> dict:
+    """The configuration that decides a prompt's ids."""
+    arguments = experiment.sft_arguments()
+    keys = ("template", "cutoff_len", "enable_thinking", "default_system")
+    return {
+        "prompt": experiment.prompt.model_dump(),
+        "labels": experiment.labels,
+        "template": {key: arguments.get(key) for key in keys},
+    }
+
+
 def load_prompt_encoder(experiment: Experiment, thinking: bool = False, folder: Path | None = None) -> PromptEncoder:
     """The encoder for an experiment, with the tokenizer in `folder` (the decoder's by default). With `thinking` the prompt
     leaves the model free to think: `/no_think` goes from the template's end, and no empty think block stands in it."""

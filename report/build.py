@@ -20,7 +20,7 @@ from letterhead.stage import Stage, run, stage_outputs
 from report import article, pictures
 
 HERE = Path(__file__).parent
-TRAINED = ("sft", "bert", "bert_all", "linear_head")
+TRAINED = ("sft", "bert", "bert_all", "linear_head", "sft_options")
 STAGES = (
     "data",
     "sft",
@@ -31,6 +31,7 @@ STAGES = (
     "bert",
     "bert-all",
     "linear-head",
+    "sft-options",
     "compare",
 )
 SHOWN_ROWS = 15
@@ -84,8 +85,9 @@ def main(experiment: Experiment) -> None:
 
 
 def stages_of(experiment: Experiment) -> list[str]:
-    """The stages that the report is of; those on all rows only where the methods share fewer."""
-    return [name for name in STAGES if results.has_more_rows(experiment) or not name.endswith("-all")]
+    """The stages that the report is of, those of methods that are not compared left out."""
+    left_out = {compare.METHODS[name][0] for name in set(compare.METHODS) - set(compare.compared(experiment))}
+    return [name for name in STAGES if name not in left_out]
 
 
 def served(row: dict) -> str:

@@ -2,7 +2,7 @@
 
     python -m serve.start --experiment quick --model sft@80 --port 8000
 
-sft generates; bert, linear_head and folded (which `make export` makes too) classify; each may name its @STEP.
+sft generates; bert, linear_head, sft_options and folded (which `make export` makes too) classify; each may name its @STEP.
 """
 
 import os
@@ -52,10 +52,10 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
         return source.replace("sft", "folded"), folder, "pooling", cutoff
     name = named_method(experiment, model)
     method = name.partition("@")[0]
-    if method not in ("sft", "bert", "bert_all", "linear_head"):
-        raise LetterheadError(f"{name}: vLLM serves sft, bert, linear_head and folded; choose one with MODEL=")
-    if method == "sft":
-        return name, model_folder(experiment, name), "generate", cutoff
+    if method not in ("sft", "bert", "bert_all", "linear_head", "sft_options"):
+        raise LetterheadError(f"{name}: vLLM serves sft, bert, linear_head, sft_options and folded; choose one with MODEL=")
+    if method in ("sft", "sft_options"):
+        return name, model_folder(experiment, name), "generate" if method == "sft" else "pooling", cutoff
     head = (experiment.encoder if method.startswith("bert") else experiment.decoder).head
     return name, model_folder(experiment, name), "pooling", head.max_length
 
@@ -64,5 +64,5 @@ if __name__ == "__main__":
     run(
         main,
         __doc__.splitlines()[0],
-        options={"model": "sft, bert, linear_head or folded, with @STEP", "port": "of 127.0.0.1"},
+        options={"model": "sft, bert, linear_head, sft_options or folded, with @STEP", "port": "of 127.0.0.1"},
     )
