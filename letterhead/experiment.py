@@ -64,6 +64,7 @@ class Data(Section):
 
     `duplicates`, `shared` and `near_duplicates` say whether train loses a text that stands in it twice, that stands in test
     or validation too, or that nearly does. `seed` draws the splits and subsets: another training seed changes no rows.
+    `license` is said in the data card, here and of the models.
     """
 
     source: str
@@ -77,6 +78,7 @@ class Data(Section):
     shared: Literal["drop", "keep"] = "keep"
     near_duplicates: Literal["drop", "keep"] = "keep"
     seed: int = 42
+    license: str | None = None
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -205,6 +207,7 @@ class Decoder(Section):
     sft: Sft = Field(default_factory=Sft)
     head: Head = Field(default_factory=Head)
     sft_options: Head | None = None
+    license: str | None = None
 
     @model_validator(mode="after")
     def _agrees_with_llamafactory(self) -> "Decoder":
@@ -230,6 +233,7 @@ class Encoder(Section):
 
     model: Model = MINILM
     head: Head = Field(default_factory=lambda: Head(learning_rate=2e-4, per_device_train_batch_size=32))
+    license: str | None = None
 
     @property
     def folder(self) -> Path:

@@ -57,6 +57,7 @@ def main(experiment: Experiment) -> None:
         "sft": {key: experiment.sft_arguments().get(key) for key in SFT_KEYS},
         "models": [model_identity(experiment.decoder.folder), model_identity(experiment.encoder.folder)],
         "local_files": local_sha256(data),
+        "licenses": [experiment.decoder.license, experiment.encoder.license],
         "files": FILES,
     }
     stage = Stage(experiment, "data", inputs)
@@ -74,6 +75,8 @@ def main(experiment: Experiment) -> None:
         encoder = load_prompt_encoder(experiment)
         write_rows(pool_path, chosen, decoder_rows, experiment, encoder, card)
     card |= {"experiment": experiment.name, "title": experiment.title, "labels": experiment.labels, "sources": source.sha256}
+    sections = {"data": data, "decoder": experiment.decoder, "encoder": experiment.encoder}
+    card["licenses"] = {name: section.license for name, section in sections.items()}
     card["token_lengths"] = token_lengths(experiment, encoder)
     write_json(folder / "data_card.json", card)
     write_json(folder / "dataset_info.json", dataset_info(experiment))
@@ -363,6 +366,7 @@ def summary(card: dict) -> str:
     lines += [f"duplicates in {split}: {n}" for split, n in card["duplicates"].items() if n]
     lines += [f"{split} texts that stand in train too: {n}" for split, n in card["shared_with_train"].items() if n]
     lines += [f"{split} texts nearly in train: {len(pairs)}" for split, pairs in card["near_duplicates"].items() if pairs]
+    lines += [f"license of {name}: {said}" for name, said in card["licenses"].items() if said]
     lines += [f"texts cut to fit cutoff_len: {sft['cut_to_cutoff_len']}"] if sft["cut_to_cutoff_len"] else []
     return "\n".join(lines)
 

@@ -41,6 +41,11 @@ TARGETS = {
     "zero_shot_calibrated": "zero-shot",
 }
 TRAINED = ["tfidf", "bert", "linear_head", "sft"]
+# Sections and keys that decide nothing of a cell's results
+NO_MATTER = {
+    **{"bench": True, "serve": True, "compare": True, "title": True},
+    **{section: {"license"} for section in ("data", "decoder", "encoder")},
+}
 UNTRAINED = ("zero_shot_no_think", "zero_shot_calibrated")
 
 
@@ -171,7 +176,7 @@ def run_cell(name: str, overrides: str, methods: list[str]) -> tuple[Experiment,
     """
     cell = load_experiment(name, overrides)
     inputs = {
-        "config": cell.model_dump(mode="json", exclude={"bench", "serve", "compare", "title"}),
+        "config": cell.model_dump(mode="json", exclude_unset=True, exclude=NO_MATTER),
         "sft": {key: value for key, value in cell.sft_arguments().items() if key not in PLACES},
         "source": local_sha256(cell.data),
         "methods": methods,

@@ -9,11 +9,19 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 
-from letterhead import heads
+from baselines import train
+from letterhead import heads, results
+from letterhead.classifier import load_classifier
 from letterhead.experiment import Head, load_experiment
-from letterhead.prompt import TextEncoder
-from letterhead.records import LetterheadError
+from letterhead.folding import load_folded
+from letterhead.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
+from letterhead.records import LetterheadError, read_json
+from letterhead.scoring import load_decoder, score_options
+from prep import data
+from tests.test_data import write_csv
 from tests.test_training import steps_of
+
+LABELS = ["a", "b", "c"]
 
 TEXTS = ["Shares fell.", "A longer text about the cup final, which went to penalties after extra time. " * 6, "你好 world"]
 
@@ -201,3 +209,30 @@ def test_only_the_best_the_last_and_now_and_then_one_is_saved_and_saving_is_cloc
     assert kept == (
         {"checkpoint-5": False, "checkpoint-10": True} if losses else {"checkpoint-8": False, "checkpoint-10": True}
     )
+
+
+def test_the_loss_over_the_options_starts_from_sfts_scores_and_is_predicted_as_it_is_evaluated(make_experiment):
+    write_csv("rows.csv", [(f"text {i} of {LABELS[i % 3]} news", LABELS[i % 3]) for i in range(60)])
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "eval_steps": 0.5, "learning_rate": 1e-2}
+    rows = {"validation": 12, "test": 12}
+    experiment = make_experiment("rows.csv", LABELS, data={"rows": rows}, decoder_keys={"sft_options": settings})
+    data.main(experiment)
+    encoder = load_prompt_encoder(experiment)
+    texts = [row["text"] for row in results.read_rows(experiment, "test")]
+    options = OptionEncoder(encoder)
+    untrained = heads.classify(load_folded(experiment, encoder).eval(), encoder.tokenizer, options.encode(texts), batch=5)
+    decoder = load_decoder(experiment.decoder.folder, "float32")
+    scores = score_options(decoder, [encoder.encode(text) for text in texts], encoder.answers, False, 2048)
+    assert np.abs(untrained - scores.probabilities("mean")).max() < 1e-4
+    train.main(experiment, "sft_options")
+    found = results.read_result(experiment, "sft_options@10", "test")
+    lines = results.read_predictions(experiment, "sft_options@10", "test")
+    predicted = load_classifier(experiment, "sft_options@10")(texts)
+    assert np.abs(predicted - [[line["probabilities"][label] for label in LABELS] for line in lines]).max() < 1e-4
+    assert np.abs(predicted - untrained).max() > 0.01
+    assert found["train_loss"] < results.read_result(experiment, "sft_options@5", "test")["train_loss"]
+    again = read_json(experiment.run_folder / "sft-options" / "stage.json")
+    train.main(experiment, "sft_options")
+    assert again == read_json(experiment.run_folder / "sft-options" / "stage.json")
+    with pytest.raises(LetterheadError, match="decoder.sft_options: only single letters have a score each"):
+        make_experiment("rows.csv", LABELS, prompt={"options": "names"}, decoder_keys={"sft_options": {}})
