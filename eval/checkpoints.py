@@ -17,7 +17,7 @@ def main(experiment: Experiment) -> None:
     from eval.score import scoring_inputs
 
     made = stage_outputs(experiment, "sft") | stage_outputs(experiment, "data")
-    inputs = {"made": made, "untrained": experiment.eval.untrained, **scoring_inputs(experiment)}
+    inputs = {"made": made, "untrained": experiment.eval.untrained, **scoring_inputs(experiment, made)}
     stage = Stage(experiment, "eval-ckpts", inputs)
     table = experiment.results_folder / "sft_checkpoints.md"
     if not stage.is_current():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +13,52 @@ from letterhead.experiment import Experiment
 from letterhead.metrics import FIGURES
 from letterhead.processes import Workers
 from letterhead.prompt import PromptEncoder, load_prompt_encoder, prompt_inputs
-from letterhead.records import sha256_file, sha256_json
+from letterhead.records import LetterheadError, sha256_file, sha256_json
 from letterhead.scoring import load_decoder, score_in_parts
 
 # split → its rows, and their prompts as token ids
 Prompts = Callable[[str], tuple[list[dict], list[list[int]]]]
 
 
-def scoring_inputs(experiment: Experiment) -> dict:
-    """The configuration that decides a score; how rows are batched does not."""
+def scoring_inputs(experiment: Experiment, made: dict[str, str]) -> dict:
+    """What decides a score but model and rows; how rows are batched does not.
+
+    Parameters
+    ----------
+    made : path → sha256 of what earlier stages made
+    """
+    examples = experiment.eval.examples
     return {
         **prompt_inputs(experiment),
         "score": experiment.eval.score,
+        "option_order": experiment.eval.option_order,
+        "examples": examples and [examples, made[str(experiment.data_folder / "decoder_train.jsonl")]],
         "seed": experiment.seed,
         "figures": FIGURES,
         "dtype": experiment.decoder.dtype,
     }
 
 
+def draw_examples(experiment: Experiment) -> list[tuple[str, str]]:
+    """`eval.examples` training rows as text and label, by seed; of each label as many as of any other, or one more.
+
+    Raises
+    ------
+    LetterheadError : there are fewer training rows
+    """
+    rows = results.read_rows(experiment, "decoder_train") if experiment.eval.examples else []
+    if len(rows) < experiment.eval.examples:
+        raise LetterheadError(f"eval.examples asks for {experiment.eval.examples} rows, but train holds {len(rows)}")
+    shuffled = [rows[i] for i in np.random.default_rng(experiment.seed).permutation(len(rows))]
+    by_label = [[row for row in shuffled if row["label"] == label] for label in experiment.labels]
+    dealt = [row for turn in zip_longest(*by_label) for row in turn if row]
+    return [(row["text"], row["label"]) for row in dealt[: experiment.eval.examples]]
+
+
 def split_prompts(experiment: Experiment) -> tuple[PromptEncoder, Prompts]:
     """The prompt's encoder, and a function that gives a split's rows and prompts, encoded once."""
-    encoder = load_prompt_encoder(experiment)
+    reverse = experiment.eval.option_order == "reversed"
+    encoder = load_prompt_encoder(experiment, reverse=reverse, examples=draw_examples(experiment))
 
     @cache
     def prompts(split: str) -> tuple[list[dict], list[list[int]]]:
@@ -70,7 +96,7 @@ def score_model(
             rows_file = experiment.data_folder / f"{split}.jsonl"
             if not rows_file.stat().st_size:
                 continue
-            inputs = sha256_json({"weights": weights, "rows": made[str(rows_file)], **scoring_inputs(experiment)})
+            inputs = sha256_json({"weights": weights, "rows": made[str(rows_file)], **scoring_inputs(experiment, made)})
             if kept := results.kept_result(experiment, name, split, inputs):
                 scored[split] = kept
                 continue

@@ -30,7 +30,7 @@ def main(experiment: Experiment) -> None:
         "sampling": SAMPLING,
         "content_free": CONTENT_FREE,
         "seed": experiment.seed,
-        **scoring_inputs(experiment),
+        **scoring_inputs(experiment, made),
     }
     stage = Stage(experiment, "zero-shot", inputs)
     if not stage.is_current():

@@ -271,11 +271,17 @@ class Thinking(Section):
 
 class Eval(Section):
     """How checkpoints are scored: `mean` is perplexity, `sum` the log-likelihood of the whole option; with `untrained` the
-    decoder before training, step 0, too."""
+    decoder before training, step 0, too.
+
+    `option_order: reversed` lists the options in the opposite order of training's, so that letters stand for other labels;
+    `examples` training rows are asked and answered before each question (few-shot).
+    """
 
     score: Literal["mean", "sum"] = "mean"
     batch_tokens: Count = 2048
     untrained: bool = True
+    option_order: Literal["listed", "reversed"] = "listed"
+    examples: Annotated[int, Field(ge=0)] = 0
     thinking: Thinking = Field(default_factory=Thinking)
 
 

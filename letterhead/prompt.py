@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from letterhead.experiment import LETTERS, Experiment, Prompt
 from letterhead.records import LetterheadError
@@ -82,21 +83,36 @@ class PromptEncoder:
     tokenizer : a fast transformers tokenizer
     data_arguments : LLaMA-Factory's DataArguments, or anything with the same fields
     prompt, labels : from the experiment
+    reverse : list the options in the opposite order (letters then stand for other labels than in training)
+    examples : texts with their labels, asked and answered in turns before the question (few-shot)
     """
 
-    def __init__(self, tokenizer, data_arguments, prompt: Prompt, labels: list[str]):
+    def __init__(
+        self,
+        tokenizer,
+        data_arguments,
+        prompt: Prompt,
+        labels: list[str],
+        reverse: bool = False,
+        examples: Sequence[tuple[str, str]] = (),
+    ):
         from llamafactory.data.template import ReasoningTemplate, get_template_and_fix_tokenizer
 
         self.tokenizer = tokenizer
         self.template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
         self.cutoff_len = data_arguments.cutoff_len
-        self.options = option_texts(prompt, labels)
+        listed, shown = option_texts(prompt, labels), labels[::-1] if reverse else labels
+        self.options = labels if prompt.options == "names" else [listed[shown.index(label)] for label in labels]
         self._prefix = prompt.answer_prefix
         self._removes_thought = isinstance(self.template, ReasoningTemplate) and self.template.enable_thinking is False
-        lettered = [f"{letter}. {name}" for letter, name in zip(self.options, labels, strict=True)]
-        lines = lettered if prompt.options == "letters" else labels
+        lettered = [f"{letter}. {name}" for letter, name in zip(listed, shown, strict=True)]
+        lines = lettered if prompt.options == "letters" else shown
         self._before, self._after = prompt.template.replace("{options}", "\n".join(lines)).split("{text}")
         self._control = _control_strings(tokenizer, THINK)
+        self._turns = []
+        for text, label in examples:
+            asked, answer = self.fill(self.neutralise(text)), self.answer_text(self.options[labels.index(label)])
+            self._turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
     def answer_text(self, option: str) -> str:
         """The answer that is trained for an option: the prefix and the option."""
@@ -147,9 +163,10 @@ class PromptEncoder:
         return [self._answer(option) for option in self.options]
 
     def _encode(self, instruction: str, answer: str) -> tuple[list[int], list[int]]:
-        messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
-        # encode_multiturn, as in LLaMA-Factory's supervised processor, on the one turn there is.
-        return self.template.encode_multiturn(self.tokenizer, messages)[0]
+        messages = [*self._turns, {"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
+        # encode_multiturn, as in LLaMA-Factory's supervised processor; but for examples there is one turn.
+        *before, (asked, answered) = self.template.encode_multiturn(self.tokenizer, messages)
+        return [token for turn in before for part in turn for token in part] + asked, answered
 
     def _answer(self, option: str) -> Answer:
         text = self.answer_text(option)
@@ -201,9 +218,12 @@ def prompt_inputs(experiment: Experiment) -> dict:
     }
 
 
-def load_prompt_encoder(experiment: Experiment, thinking: bool = False, folder: Path | None = None) -> PromptEncoder:
+def load_prompt_encoder(
+    experiment: Experiment, thinking: bool = False, folder: Path | None = None, **more: Any
+) -> PromptEncoder:
     """The encoder for an experiment, with the tokenizer in `folder` (the decoder's by default). With `thinking` the prompt
-    leaves the model free to think: `/no_think` goes from the template's end, and no empty think block stands in it."""
+    leaves the model free to think: `/no_think` goes from the template's end, and no empty think block stands in it. `more`
+    is PromptEncoder's."""
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
@@ -214,4 +234,4 @@ def load_prompt_encoder(experiment: Experiment, thinking: bool = False, folder: 
         known["enable_thinking"] = True
         prompt = prompt.model_copy(update={"template": prompt.template.removesuffix("/no_think")})
     tokenizer = AutoTokenizer.from_pretrained(folder or experiment.decoder.folder, trust_remote_code=False)
-    return PromptEncoder(tokenizer, DataArguments(**known), prompt, experiment.labels)
+    return PromptEncoder(tokenizer, DataArguments(**known), prompt, experiment.labels, **more)

@@ -1,6 +1,7 @@
 """The ids that we score are the ids that LLaMA-Factory trains on."""
 
 import csv
+import json
 import random
 from pathlib import Path
 
@@ -85,6 +86,43 @@ def test_scored_ids_are_the_ids_llamafactory_trains_on(make_experiment, decoder,
         assert answer.ids[answer.stop] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
+def test_options_may_be_listed_in_the_opposite_order(make_experiment):
+    experiment = make_experiment("rows.csv", LABELS)
+    encoder = load_prompt_encoder(experiment, reverse=True)
+    assert "\nA. World Business\nB. Science/Technology\nC. Business\nD. Sports\nE. World\n" in encoder.instruction("text")
+    listed = load_prompt_encoder(experiment)
+    assert [answer.ids for answer in encoder.answers] == [answer.ids for answer in reversed(listed.answers)]
+    names = make_experiment("rows.csv", LABELS, prompt={"options": "names"})
+    encoder, listed = load_prompt_encoder(names, reverse=True), load_prompt_encoder(names)
+    assert "\nWorld Business\nScience/Technology\nBusiness\nSports\nWorld\n" in encoder.instruction("text")
+    assert encoder.answers == listed.answers
+
+
+@pytest.mark.parametrize("thinking", THINKING)
+@pytest.mark.parametrize("decoder", ["smollm2", "qwen3"])
+def test_examples_are_the_turns_that_llamafactory_makes_of_a_history(make_experiment, decoder, thinking):
+    keys, prefix = THINKING[thinking]
+    sft = keys | {"cutoff_len": 2048}
+    experiment = make_experiment("rows.csv", LABELS, decoder=decoder, sft=sft, prompt={"answer_prefix": prefix})
+    examples = [(SEEDS[0], "Sports"), (SEEDS[4], "World Business")]
+    plain, encoder = load_prompt_encoder(experiment), load_prompt_encoder(experiment, examples=examples)
+    history = [[plain.instruction(text), plain.answer_text(plain.options[LABELS.index(label)])] for text, label in examples]
+    texts = [SEEDS[1], SEEDS[3]]
+    rows = [{"instruction": plain.instruction(text), "output": plain.answer_text("C"), "history": history} for text in texts]
+    Path("few").mkdir()
+    Path("few/rows.json").write_text(json.dumps(rows))
+    columns = {"prompt": "instruction", "response": "output", "history": "history"}
+    Path("few/dataset_info.json").write_text(json.dumps({"few": {"file_name": "rows.json", "columns": columns}}))
+    arguments = experiment.sft_arguments() | {"use_cpu": True, "report_to": "none", "dataset_dir": "few", "dataset": "few"}
+    model_args, data_args, training_args, _, _ = get_train_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(experiment.decoder.folder)
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    trained = get_dataset(template, model_args, data_args, training_args, "sft", tokenizer)["train_dataset"]
+    for text, example in zip(texts, trained, strict=True):
+        assert encoder.encode(text) + encoder.answers[2].ids == example["input_ids"]
+    assert encoder.answers == plain.answers
+
+
 def test_qwen3_tokenizer_has_the_published_ids(qwen3_tokenizer):
     expected = {"\n\n": [271], "C": [34], "Hello": [9707], " world": [1879], "你好": [108386], "<think>": [151667]}
     assert {text: qwen3_tokenizer.encode(text) for text in expected} == expected
@@ -130,5 +168,9 @@ def test_every_shipped_prompt_for_news_is_the_articles():
         "\n\nQuestion: What is the most appropriate category for this news article?\n{options}\n\nAnswer:/no_think"
     )
     root = Path(__file__).parent.parent
+    others = {"newsgroups20", "toutiao", "reviews_zh"}  # not news, or not English
     for path in (root / "experiments").glob("*.yaml"):
-        assert yaml.safe_load(path.read_text(encoding="utf-8"))["prompt"]["template"] == article, path
+        experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Qwen2.5 knows neither `/no_think` nor a think block.
+        asked = article.removesuffix("/no_think") if path.stem == "ag_news_base" else article
+        assert path.stem in others or experiment["prompt"]["template"] == asked, path

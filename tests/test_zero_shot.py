@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from eval import thinking, zero_shot
+from eval.score import draw_examples, split_prompts
 from letterhead import results
 from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import load_prompt_encoder
-from letterhead.records import read_json
+from letterhead.records import LetterheadError, read_json
 from prep import data
 from tests.conftest import ROOT
 from tests.test_prompt import LABELS, nasty_rows, write_csv
@@ -51,6 +52,26 @@ def test_the_thinking_prompt_is_the_prompt_without_no_think_and_without_a_think_
     plain = load_prompt_encoder(experiment).instruction("Shares fell.")
     assert plain.endswith("/no_think")  # as Qwen3's chat template writes a turn:
     assert text == f"<|im_start|>user\n{plain.removesuffix('/no_think')}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_examples_are_dealt_from_the_training_rows(make_experiment):
+    write_csv("rows.csv", nasty_rows(60))
+    keys = {"examples": 7, "option_order": "reversed"}
+    experiment = make_experiment("rows.csv", LABELS, eval=keys, sft={"cutoff_len": 4096}, data={"max_words": 30})
+    data.main(experiment)
+    drawn = draw_examples(experiment)
+    train = [(row["text"], row["label"]) for row in results.read_rows(experiment, "decoder_train")]
+    assert set(drawn) <= set(train) and len(set(drawn)) == 7
+    assert [label for _, label in drawn] == [*LABELS, *LABELS[:2]]
+    other = load_experiment("mine", "seed=7")
+    assert draw_examples(experiment) == drawn != draw_examples(other)
+    encoder, prompts = split_prompts(experiment)
+    rows, ids = prompts("test")
+    user = encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert all(one.count(user) == 2 * 8 for one in ids) and len(rows) == len(ids) == 4
+    assert "A. World Business" in encoder.tokenizer.decode(ids[0])
+    with pytest.raises(LetterheadError, match="eval.examples asks for 70 rows, but train holds 54"):
+        draw_examples(load_experiment("mine", "eval.examples=70"))
 
 
 def timeless(name: str, split: str = "test") -> tuple:
