@@ -3,7 +3,7 @@
 import difflib
 import shlex
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -452,12 +452,16 @@ def load_experiment(name: str, overrides: str = "") -> Experiment:
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        if problem["loc"][-2:] == ("model", "str"):
+            continue  # a model may be text or parts, and these are parts
+        key = ".".join(str(part) for part in problem["loc"] if part != Parts.__name__)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             section = Experiment
             for part in problem["loc"][:-1]:
-                section = section.model_fields[part].annotation
+                if field := section.model_fields.get(part):
+                    kinds = [field.annotation, *get_args(field.annotation)]
+                    section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
             near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
             mend = f"did you mean {near[0]}?" if near else "known: " + ", ".join(section.model_fields)
             message = f"unknown key; {mend}"
