@@ -51,6 +51,9 @@ preflight-on-gpu: $(READY)
 data: $(READY) ## fetch models and data, make rows, Alpaca JSON and the data card
 	@$(RUN) prep.data $(STAGE)
 
+rank: data ## the training rows by how far the untrained decoder prefers the right option (data.rows.train_from)
+	@$(RUN) eval.rank $(STAGE)
+
 sft: data ## teach the decoder to answer with a letter (LLaMA-Factory), resuming what was cut off
 	@$(RUN) sft.train $(STAGE)
 
@@ -136,4 +139,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve preflight preflight-on-gpu data sft eval-ckpts zero-shot tfidf bert linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean
+.PHONY: help setup setup-serve preflight preflight-on-gpu data rank sft eval-ckpts zero-shot tfidf bert linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean

@@ -50,11 +50,14 @@ class Rows(Section):
 
     `validation` below 1 is a share of train. A split that the source has is used as it is; one that it lacks is drawn
     from train. 0 validation rows means that no checkpoint can be chosen but on test. Where `train` asks for fewer rows than
-    there are, `train_seed` draws others of them, and leaves the other splits as they are.
+    there are, `train_seed` draws others of them, and leaves the other splits as they are; `train_from` takes the easiest or
+    hardest of each label instead, by a `ranking` (what `make rank` leaves).
     """
 
     train: Count | None = None
     train_seed: int | None = None
+    train_from: Literal["random", "easy", "hard"] = "random"
+    ranking: Path | None = None
     validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
     test: Count | None = None
 

@@ -22,9 +22,9 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from tqdm import tqdm
 
 from letterhead.checkpoints import model_identity
-from letterhead.experiment import Experiment
+from letterhead.experiment import Experiment, Rows
 from letterhead.prompt import PromptEncoder, keep_words, load_prompt_encoder
-from letterhead.records import LetterheadError, atomic_open, exclusive, write_json
+from letterhead.records import LetterheadError, atomic_open, exclusive, read_jsonl, sha256_file, write_json
 from letterhead.stage import OFFLINE, Stage, run
 from letterhead.tfidf import TOKEN
 from prep.fetch import CACHE, fetch_model
@@ -57,6 +57,7 @@ def main(experiment: Experiment) -> None:
         "sft": {key: experiment.sft_arguments().get(key) for key in SFT_KEYS},
         "models": [model_identity(experiment.decoder.folder), model_identity(experiment.encoder.folder)],
         "local_files": local_sha256(data),
+        "ranking": data.rows.ranking and data.rows.ranking.is_file() and sha256_file(data.rows.ranking),
         "licenses": [experiment.decoder.license, experiment.encoder.license],
         "files": FILES,
     }
@@ -158,15 +159,41 @@ def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | 
     raise LetterheadError(f"{row.place}: label {value!r} is not in data.labels ({known}); add it, or map it to null")
 
 
-def stratified(candidates: np.ndarray, label: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw n of the candidate row numbers, each label in its proportion (largest remainders first), sorted."""
+def stratified(
+    candidates: np.ndarray, label: np.ndarray, n: int, rng: np.random.Generator, rank: np.ndarray | None = None
+) -> np.ndarray:
+    """Draw n of the candidate row numbers, each label in its proportion (largest remainders first), sorted; with `rank`,
+    a number for each row, those of the lowest rank."""
     counts = np.bincount(label[candidates])
     share = counts * (n / max(len(candidates), 1))
     take = np.floor(share).astype(int)
     for k in np.argsort(take - share, kind="stable")[: n - take.sum()]:
         take[k] += 1
-    drawn = [rng.permutation(candidates[label[candidates] == k])[: take[k]] for k in range(len(counts))]
+    drawn = []
+    for k in range(len(counts)):
+        of_label = candidates[label[candidates] == k]
+        order = rng.permutation(of_label) if rank is None else of_label[np.argsort(rank[of_label], kind="stable")]
+        drawn.append(order[: take[k]])
     return np.sort(np.concatenate(drawn))
+
+
+def read_ranking(pool_path: Path, rows: Rows) -> np.ndarray | None:
+    """The rank of every row of the pool by `data.rows.train_from`, shape (rows,); rows that were not ranked come last. None
+    where rows are drawn.
+
+    Raises
+    ------
+    LetterheadError : no ranking is named, or it is not there
+    """
+    if rows.train_from == "random":
+        return None
+    if rows.ranking is None or not rows.ranking.is_file():
+        raise LetterheadError(
+            f"data.rows.ranking: {rows.ranking or 'not set'}, and no such file; run: make rank, and name it"
+        )
+    sign = 1 if rows.train_from == "hard" else -1
+    margins = {line["id"]: sign * line["margin"] for line in read_jsonl(rows.ranking)}
+    return np.array([margins.get(row["id"], np.inf) for row in read_jsonl(pool_path)])
 
 
 def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path) -> np.ndarray:
@@ -213,7 +240,8 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
     chosen[train] = UNUSED
     if rows.train_seed is not None:
         rng = np.random.default_rng([rows.train_seed, 2])
-    chosen[stratified(train, label, min(rows.train or len(train), len(train)), rng)] = 0
+    n, rank = min(rows.train or len(train), len(train)), read_ranking(pool_path, rows)
+    chosen[stratified(train, label, n, rng, rank)] = 0
     if experiment.data.near_duplicates == "keep":
         near = near_duplicates(pool_path, chosen)
     card["near_duplicates"] = {split: [] for split in SPLITS[1:]}

@@ -53,13 +53,17 @@ class Study(Section):
     """A validated study. `rows` are sizes of nested training sets (null: all rows), drawn anew for each seed; `cells` vary
     any keys, and the first of them is what the others are held against; both together vary both.
 
-    A cell's own `methods` take the place of the study's.
+    A cell's own `methods` take the place of the study's. `first` are targets that the experiment itself is brought up to
+    before its cells; `{name}` in a value is the experiment's name. Few rows are trained on in no fewer optimizer steps than
+    `steps_as_on` rows, or else those that the experiment trains on.
     """
 
     title: str
     rows: list[Count | None] = []
     cells: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[str, Any]] = {}
     keys: dict[str, Any] = {}
+    first: list[str] = []
+    steps_as_on: Count | None = None
     seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
     methods: list[str] = TRAINED
 
@@ -121,13 +125,18 @@ def keys_for_rows(experiment: Experiment, rows: int, base: int) -> dict[str, Any
     }
 
 
+def named(value: Any, name: str) -> Any:
+    """A key's value with the experiment's name where `{name}` stands."""
+    return value.replace("{name}", name) if isinstance(value, str) else value
+
+
 # (training rows, cell) → its experiments, one a seed
 Done = dict[tuple[int | None, str], list[Experiment]]
 
 
 def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> None:
     study = load_study(study_name)
-    make(name, overrides, ["zero-shot"])
+    make(name, overrides, ["zero-shot", *study.first])
     there = read_json(experiment.data_folder / "data_card.json")
     all_rows = there["rows"]["train"]
     sizes = sorted({min(rows or all_rows, all_rows) for rows in study.rows}) or [None]
@@ -139,8 +148,11 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
                 label = ".".join([experiment.name, study_name, *filter(None, [cell, str(rows or "")]), f"seed{seed}"])
                 keys = seed_keys(experiment) | study.keys
                 if rows:
-                    keys |= keys_for_rows(experiment, rows, there["sft"]["rows"]) | {"data.rows.train_seed": seed}
+                    keys |= keys_for_rows(experiment, rows, study.steps_as_on or there["sft"]["rows"]) | {
+                        "data.rows.train_seed": seed
+                    }
                 keys |= study.keys_of(cell) | {"name": label, "seed": seed}
+                keys = {key: named(value, experiment.name) for key, value in keys.items()}
                 made, to_do = run_cell(name, settings(overrides, keys), study.methods_of(cell))
                 of.append(made)
                 any_made |= to_do

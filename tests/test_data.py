@@ -257,6 +257,28 @@ def test_odd_texts_and_labels_are_named(make_experiment):
             data.main(make_experiment("a.jsonl", ["1", "2"]))
 
 
+def test_the_easiest_or_hardest_rows_of_each_label_are_taken_by_a_ranking(make_experiment):
+    write_csv("a.csv", rows(100))
+    keys = {"train": 20, "validation": 10, "test": 20}
+    data.main(drawn := make_experiment("a.csv", LABELS, data={"rows": keys}))
+    held = [texts(drawn, split) for split in ("validation", "test")]
+    margin = {f"train:{i + 1}": (i * 37) % 101 for i in range(100)}
+    Path("margins.jsonl").write_text("".join(json.dumps({"id": i, "margin": by}) + "\n" for i, by in margin.items()))
+    all_of = make_experiment("a.csv", LABELS, data={"rows": keys | {"train": None}})
+    data.main(all_of)
+    pool = {label: [] for label in LABELS}
+    for row in read_jsonl(all_of.data_folder / "train.jsonl"):
+        pool[row["label"]].append(row["id"])
+    for which, sign in (("easy", -1), ("hard", 1)):
+        found = make_experiment("a.csv", LABELS, data={"rows": keys | {"train_from": which, "ranking": "margins.jsonl"}})
+        data.main(found)
+        taken = {row["id"] for row in read_jsonl(found.data_folder / "train.jsonl")}
+        assert taken == {i for of in pool.values() for i in sorted(of, key=lambda i: sign * margin[i])[:10]}
+        assert [texts(found, split) for split in ("validation", "test")] == held
+    with pytest.raises(LetterheadError, match=r"data.rows.ranking: none.jsonl, and no such file; run: make rank"):
+        data.main(make_experiment("a.csv", LABELS, data={"rows": keys | {"train_from": "easy", "ranking": "none.jsonl"}}))
+
+
 def test_a_folder_may_hold_a_file_a_label_with_a_text_a_line(workplace):
     Path("reviews").mkdir()
     Path("reviews/pos.txt").write_text("好\n\n很好 \n", encoding="utf-8")

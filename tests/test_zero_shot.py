@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from eval import thinking, zero_shot
+from eval import rank, thinking, zero_shot
 from eval.score import draw_examples, split_prompts
 from letterhead import results
 from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import load_prompt_encoder
-from letterhead.records import LetterheadError, read_json
+from letterhead.records import LetterheadError, read_json, read_jsonl
+from letterhead.scoring import load_decoder
 from prep import data
 from tests.conftest import ROOT
 from tests.test_prompt import LABELS, nasty_rows, write_csv
@@ -72,6 +74,28 @@ def test_examples_are_dealt_from_the_training_rows(make_experiment):
     assert "A. World Business" in encoder.tokenizer.decode(ids[0])
     with pytest.raises(LetterheadError, match="eval.examples asks for 70 rows, but train holds 54"):
         draw_examples(load_experiment("mine", "eval.examples=70"))
+
+
+def test_training_rows_are_ranked_by_the_margin_of_the_right_option(make_experiment):
+    write_csv("rows.csv", nasty_rows(40))
+    experiment = make_experiment("rows.csv", LABELS, prompt={"options": "names"}, data={"max_words": 30})
+    data.main(experiment)
+    rank.main(experiment)
+    ranked = {line["id"]: line["margin"] for line in read_jsonl("runs/mine/rank/margins.jsonl")}
+    rows, encoder = results.read_rows(experiment, "train"), load_prompt_encoder(experiment)
+    assert set(ranked) == {row["id"] for row in rows}
+    decoder = load_decoder(experiment.decoder.folder, "float32")
+    for row in rows[:5]:
+        found = []
+        for answer in encoder.answers:  # plainly, one option at a time
+            ids = encoder.encode(row["text"]) + answer.ids
+            begin = len(ids) - len(answer.ids) + answer.start
+            end = len(ids) - len(answer.ids) + answer.stop + 1  # names are scored with the end of the turn
+            given = torch.tensor([ids])
+            log = decoder(given).logits[0].log_softmax(-1)
+            found.append(float(log[range(begin - 1, end - 1), given[0, begin:end]].mean()))
+        own = found.pop(LABELS.index(row["label"]))
+        assert ranked[row["id"]] == pytest.approx(own - max(found), abs=1e-3)
 
 
 def timeless(name: str, split: str = "test") -> tuple:
