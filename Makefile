@@ -54,11 +54,17 @@ data: $(READY) ## fetch models and data, make rows, Alpaca JSON and the data car
 rank: data ## the training rows by how far the untrained decoder prefers the right option (data.rows.train_from)
 	@$(RUN) eval.rank $(STAGE)
 
-sft: data ## teach the decoder to answer with a letter (LLaMA-Factory), resuming what was cut off
+distill: data ## have a teacher write its thinking for training rows, right answers kept (section distill; resumable)
+	@$(RUN) distill.teach $(STAGE)
+
+sft: data distill ## teach the decoder to answer with a letter (LLaMA-Factory), resuming what was cut off
 	@$(RUN) sft.train $(STAGE)
 
 eval-ckpts: sft ## score step 0 and every SFT checkpoint on test and validation rows
 	@$(RUN) eval.checkpoints $(STAGE)
+
+sft-think: eval-ckpts ## the chosen SFT checkpoint with thinking, where a teacher's thoughts were learnt (section distill)
+	@$(RUN) eval.sft_think $(STAGE)
 
 zero-shot: data ## the decoder untrained: option perplexity, calibrated, and with thinking
 	@$(RUN) eval.zero_shot $(STAGE)
@@ -80,7 +86,7 @@ sft-options: data ## train the decoder as SFT does, with the loss over the optio
 seeds: data ## train every method once more for each further seed that the experiment names
 	@$(RUN) study.seeds $(STAGE)
 
-compare: eval-ckpts zero-shot tfidf bert linear-head sft-options seeds ## every method on the same rows, every pair tested, which to ship
+compare: eval-ckpts sft-think zero-shot tfidf bert linear-head sft-options seeds ## every method on the same rows, every pair tested, which to ship
 	@$(RUN) eval.compare $(STAGE)
 
 report: preflight-on-gpu compare ## report.html (opens from disk) and REPORT.md, with pictures
@@ -139,4 +145,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve preflight preflight-on-gpu data rank sft eval-ckpts zero-shot tfidf bert linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean
+.PHONY: help setup setup-serve preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think zero-shot tfidf bert linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean

@@ -27,10 +27,11 @@ METHODS = {
     "bert_all": ("bert-all", "bert-all", "BERT, all rows"),
     "linear_head": ("linear-head", "linear-head", "LLM, linear head"),
     "sft": ("eval-ckpts", "sft", "LLM, SFT (answers with an option)"),
+    "sft_think": ("sft-think", "sft", "LLM, SFT, thinking"),
     "sft_options": ("sft-options", "sft-options", "LLM, SFT on the options alone"),
 }
 # Stages of methods that another seed trains otherwise.
-RETRAINED = ("bert", "bert-all", "linear-head", "eval-ckpts", "sft-options")
+RETRAINED = ("bert", "bert-all", "linear-head", "eval-ckpts", "sft-think", "sft-options")
 FEW_ROWS = 10  # a class with fewer test rows is named
 FEW_SHOWN = 5
 ROWS_THAT_DECIDE = {"rows_if_as_seen": "if the loss is as seen", "rows_if_equal": "if the two are equal"}
@@ -75,10 +76,12 @@ def main(experiment: Experiment) -> None:
 
 def compared(experiment: Experiment) -> list[str]:
     """The methods that an experiment compares: those on all rows where the methods share fewer, `sft_options` where it is
-    set."""
+    set, thinking after SFT where there is a teacher."""
     left_out = {name for name in METHODS if name.endswith("_all") and not results.has_more_rows(experiment)}
     if experiment.decoder.sft_options is None:
         left_out.add("sft_options")
+    if experiment.distill is None:
+        left_out.add("sft_think")
     return [name for name in METHODS if name not in left_out]
 
 

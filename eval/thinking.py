@@ -1,4 +1,4 @@
-"""Zero-shot with thinking: answers generated freely, and the option read from each.
+"""Thinking, zero-shot or after SFT: answers generated freely, and the option read from each.
 
 On a GPU with the serving environment vLLM generates, hundreds of rows at a time; elsewhere HF's generate does, in batches,
 each of which waits for its slowest row. What is done is kept, so that a killed run goes on behind it.
@@ -35,28 +35,30 @@ def engine() -> str:
     return "vllm" if torch.cuda.is_available() and service.ENVIRONMENT.exists() else "hf"
 
 
-def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage) -> None:
+def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage, name: str) -> None:
     """Generate answers to (a sample of) the test rows, read the option from each, write the result.
 
     Parameters
     ----------
-    workers : that have loaded the decoder; where vLLM generates they are ended first, since it wants their memory
-    no_think : the result of option perplexity on the test rows
+    workers : that have loaded the model; where vLLM generates they are ended first, since it wants their memory
+    no_think : the result of option perplexity by the same model on the test rows
+    name : of the result
     """
     settings, encoder = experiment.eval.thinking, load_prompt_encoder(experiment, thinking=True)
     rows = results.read_rows(experiment, "test")
     if settings.rows and settings.rows < len(rows):
         drawn = np.random.default_rng([experiment.seed, 2]).choice(len(rows), settings.rows, replace=False)
         rows = [rows[i] for i in sorted(drawn)]
-    answers = generate(experiment, workers, encoder, rows, stage)
+    answers = generate(experiment, workers, encoder, rows, stage, Path(no_think["model"]))
     read = [read_answer(answer["text"], answer["ended"], encoder.options) for answer in answers]
     truth = results.class_numbers(experiment, rows)
     seconds, tokens = sum(a["seconds"] for a in answers), sum(a["tokens"] for a in answers)
     same = {row["id"] for row in rows}
-    alike = [line for line in results.read_predictions(experiment, "sft@0", "test") if line["id"] in same]
+    of_no_think = f"{no_think['method']}@{no_think['step']}"
+    alike = [line for line in results.read_predictions(experiment, of_no_think, "test") if line["id"] in same]
     results.write_result(
         experiment,
-        "zero_shot_think",
+        name,
         "test",
         rows,
         predicted=np.array([option for option, _ in read]),
@@ -64,7 +66,7 @@ def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage
         tokens=tokens,
         parameters=no_think["parameters"],
         dtype=no_think["dtype"],
-        model=str(experiment.decoder.folder),
+        model=no_think["model"],
         inputs_sha256=stage.inputs_sha256,
         thinking={
             "engine": answers[-1]["engine"],
@@ -79,15 +81,17 @@ def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage
     )
 
 
-def generate(experiment: Experiment, workers: Workers, encoder: PromptEncoder, rows: list[dict], stage: Stage) -> list[dict]:
-    """Answers by row: text, whether it ended by itself, tokens through the model and generated, seconds (their sum is the
-    time that all took)."""
+def generate(
+    experiment: Experiment, workers: Workers, encoder: PromptEncoder, rows: list[dict], stage: Stage, folder: Path
+) -> list[dict]:
+    """Answers by row, of the model in `folder`: text, whether it ended by itself, tokens through the model and generated,
+    seconds (their sum is the time that all took)."""
     prompts = [encoder.encode(row["text"]) for row in rows]
     of_engine = engine()
     path = stage.folder / f"answers-{of_engine}-{stage.inputs_sha256[:16]}.jsonl"
     for old in set(stage.folder.glob("answers-*.jsonl")) - {path}:
         old.unlink()
-    done = {answer["id"]: answer for answers in _whole_lines(path) for answer in answers}
+    done = {answer["id"]: answer for answers in whole_lines(path) for answer in answers}
     missing = [i for i, row in enumerate(rows) if row["id"] not in done]
     stop = encoder.template.get_stop_token_ids(encoder.tokenizer)
     made = _generate_vllm if of_engine == "vllm" else _generate_hf
@@ -96,7 +100,7 @@ def generate(experiment: Experiment, workers: Workers, encoder: PromptEncoder, r
         open(path, "a", encoding="utf-8") as file,
         tqdm(total=len(rows), initial=len(rows) - len(missing), desc=title, unit=" rows") as bar,
     ):
-        for several in made(experiment, workers, prompts, missing, stop) if missing else ():
+        for several in made(experiment, workers, prompts, missing, stop, folder) if missing else ():
             answers = []
             for i, new, seconds in several:
                 length = next((n for n, token in enumerate(new) if token in stop), len(new))
@@ -116,7 +120,7 @@ Generated = list[tuple[int, list[int], float]]
 
 
 def _generate_hf(
-    experiment: Experiment, workers: Workers, prompts: Sequence[list[int]], missing: list[int], stop: list[int]
+    experiment: Experiment, workers: Workers, prompts: Sequence[list[int]], missing: list[int], stop: list[int], _: Path
 ) -> Iterator[Generated]:
     """HF's generate in batches of like length, each seeded by its place, one at a time in each worker."""
     settings = experiment.eval.thinking
@@ -154,7 +158,7 @@ def _generate_batch(model, prompts: list[list[int]], seed: int, tokens: int, sto
 
 
 def _generate_vllm(
-    experiment: Experiment, workers: Workers, prompts: Sequence[list[int]], missing: list[int], stop: list[int]
+    experiment: Experiment, workers: Workers, prompts: Sequence[list[int]], missing: list[int], stop: list[int], folder: Path
 ) -> Iterator[Generated]:
     """A vLLM server, asked for the missing rows, each with a seed of its own; answers as they come."""
     workers.unload()
@@ -162,11 +166,11 @@ def _generate_vllm(
     torch.cuda.empty_cache()
     tokens = experiment.eval.thinking.tokens
     server = service.VllmServer(
-        experiment.decoder.folder,
+        folder,
         "generate",
         max(len(prompts[i]) for i in missing) + tokens,
-        experiment.run_folder / "zero-shot" / "vllm.log",
-        dtype=precision(experiment.decoder.dtype, experiment.decoder.folder),
+        experiment.run_folder / "thinking" / "vllm.log",
+        dtype=precision(experiment.decoder.dtype, folder),
         gpu_memory=experiment.serve.gpu_memory_utilization,
         processes=process_count(),
     )
@@ -205,7 +209,7 @@ async def _ask(server, seed: int, prompts: Sequence[list[int]], rows: list[int],
                 task.cancel()
 
 
-def _whole_lines(path: Path) -> list:
+def whole_lines(path: Path) -> list:
     """What is on disk, lists of answers; what a kill left of one is cut off."""
     if not path.exists():
         return []

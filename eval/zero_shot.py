@@ -44,7 +44,7 @@ def main(experiment: Experiment) -> None:
                 write_scored(experiment, split, result, prompts(split)[0], empty)
                 for name in ("zero_shot_no_think", "zero_shot_calibrated"):
                     files += results.result_files(experiment, name, split)
-            think(experiment, workers, scored["test"], stage)
+            think(experiment, workers, scored["test"], stage, "zero_shot_think")
         files += results.result_files(experiment, "zero_shot_think", "test")
         seconds, tokens = (sum(result[key] for result in scored.values()) for key in ("seconds", "tokens"))
         stage.finish(files, rows=scored["test"]["n"], tokens=tokens, scoring_seconds=seconds)

@@ -288,6 +288,30 @@ class Eval(Section):
     thinking: Thinking = Field(default_factory=Thinking)
 
 
+class Distill(Section):
+    """A teacher that writes its thinking for training rows, to be learnt by SFT (decoder.sft.overrides.dataset names
+    `distilled`, alone or beside the answers without thinking: sft_train,distilled).
+
+    Any OpenAI-compatible endpoint will do: `endpoint` goes up to /v1, `model` is its name there, `key` the environment
+    variable that holds the key. `rows` are asked, each until it is right, at most `tries` times; a reply has at most
+    `tokens`. `requests_per_minute` (null: no limit) and `concurrency` spare the endpoint; prices are for a million tokens.
+    `of` names an experiment whose teacher was asked already.
+    """
+
+    endpoint: Annotated[str, Field(pattern="^https?://")]
+    model: str
+    key: str = "OPENAI_API_KEY"
+    rows: Count = 100
+    tries: Count = 4
+    tokens: Count = 512
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    concurrency: Count = 4
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    price_of_prompts: Annotated[float, Field(ge=0)] = 0
+    price_of_replies: Annotated[float, Field(ge=0)] = 0
+    of: str | None = None
+
+
 class Bench(Section):
     """How much is measured: rows with the experiment's own options and with R52's names, rows to train, optimizer steps of
     SFT, paired runs.
@@ -352,6 +376,7 @@ class Experiment(Section):
     decoder: Decoder = Field(default_factory=Decoder)
     encoder: Encoder = Field(default_factory=Encoder)
     eval: Eval = Field(default_factory=Eval)
+    distill: Distill | None = None
     bench: Bench = Field(default_factory=Bench)
     serve: Serve = Field(default_factory=Serve)
     compare: Compare = Field(default_factory=Compare)

@@ -98,7 +98,7 @@ class PromptEncoder:
     ):
         from llamafactory.data.template import ReasoningTemplate, get_template_and_fix_tokenizer
 
-        self.tokenizer = tokenizer
+        self.tokenizer, self.labels = tokenizer, labels
         self.template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
         self.cutoff_len = data_arguments.cutoff_len
         listed, shown = option_texts(prompt, labels), labels[::-1] if reverse else labels
@@ -145,7 +145,7 @@ class PromptEncoder:
 
     def encode_instruction(self, instruction: str) -> list[int]:
         """The prompt's token ids for an instruction that is already filled in."""
-        return self._encode(instruction, self.answer_text(self.options[0]))[0]
+        return self.encode_turn(instruction, self.answer_text(self.options[0]))[0]
 
     def encode_before_option(self, text: str) -> list[int]:
         """The prompt's ids and the answer's through its think block: the next token is the option's first."""
@@ -162,7 +162,8 @@ class PromptEncoder:
         """
         return [self._answer(option) for option in self.options]
 
-    def _encode(self, instruction: str, answer: str) -> tuple[list[int], list[int]]:
+    def encode_turn(self, instruction: str, answer: str) -> tuple[list[int], list[int]]:
+        """The ids of a question, filled in, and of an answer to it, as LLaMA-Factory trains on them."""
         messages = [*self._turns, {"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
         # encode_multiturn, as in LLaMA-Factory's supervised processor; but for examples there is one turn.
         *before, (asked, answered) = self.template.encode_multiturn(self.tokenizer, messages)
@@ -172,7 +173,7 @@ class PromptEncoder:
         text = self.answer_text(option)
         if self._removes_thought:
             text = self.template.remove_thought(text)
-        response = self._encode("", self.answer_text(option))[1]
+        response = self.encode_turn("", self.answer_text(option))[1]
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, begins = encoded["input_ids"], len(text) - len(option)
         spelled = sum(end > begins for _, end in encoded["offset_mapping"])
@@ -185,7 +186,7 @@ class PromptEncoder:
     @cached_property
     def _text_budget(self) -> int:
         """How many tokens a text may have, so that every option's answer still fits; 8 in reserve for seams."""
-        fixed = len(self._encode(self._before + self._after, self.answer_text(self.options[0]))[0])
+        fixed = len(self.encode_turn(self._before + self._after, self.answer_text(self.options[0]))[0])
         budget = self.cutoff_len - fixed - max(len(answer.ids) for answer in self.answers) - 8
         if budget < 1:
             raise LetterheadError(

@@ -58,6 +58,7 @@ def main(experiment: Experiment) -> None:
         "models": [model_identity(experiment.decoder.folder), model_identity(experiment.encoder.folder)],
         "local_files": local_sha256(data),
         "ranking": data.rows.ranking and data.rows.ranking.is_file() and sha256_file(data.rows.ranking),
+        "distill": experiment.distill is not None,
         "licenses": [experiment.decoder.license, experiment.encoder.license],
         "files": FILES,
     }
@@ -374,13 +375,12 @@ def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
 
 
 def dataset_info(experiment: Experiment) -> dict:
-    """LLaMA-Factory's registry entry for the Alpaca file, under the name that its YAML asks for."""
-    return {
-        experiment.sft_arguments()["dataset"]: {
-            "file_name": "sft_train.jsonl",
-            "columns": {"prompt": "instruction", "query": "input", "response": "output"},
-        }
-    }
+    """LLaMA-Factory's registry: the Alpaca file under the name that its YAML asks for, a teacher's thoughts beside it."""
+    columns = {"prompt": "instruction", "query": "input", "response": "output"}
+    files = dict.fromkeys(experiment.sft_arguments()["dataset"].split(","), "sft_train.jsonl")
+    if experiment.distill:
+        files["distilled"] = "distilled.jsonl"
+    return {name: {"file_name": file, "columns": columns} for name, file in files.items()}
 
 
 def summary(card: dict) -> str:

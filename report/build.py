@@ -31,6 +31,7 @@ STAGES = (
     "bert",
     "bert-all",
     "linear-head",
+    "sft-think",
     "sft-options",
     "compare",
 )

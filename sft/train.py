@@ -30,6 +30,8 @@ def main(experiment: Experiment) -> None:
         "rows": data[str(experiment.data_folder / "sft_train.jsonl")],
         "model": checkpoints.model_identity(model),
     }
+    if experiment.distill:
+        inputs["distilled"] = stage_outputs(experiment, "distill")
     stage = Stage(experiment, "sft", inputs)
     if stage.is_current():
         print(f"sft is up to date: {experiment.sft_folder}")
@@ -50,7 +52,7 @@ def main(experiment: Experiment) -> None:
     clock = read_json(experiment.sft_folder / CLOCK)
     stage.finish(
         [file for path in made for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
-        rows=read_json(experiment.data_folder / "data_card.json")["sft"]["rows"],
+        rows=sft_rows(experiment),
         tokens=state.get("num_input_tokens_seen"),
         steps=state["global_step"],
         training_seconds=clock["training_seconds"][str(state["global_step"])],
@@ -59,6 +61,17 @@ def main(experiment: Experiment) -> None:
         resumed_from=checkpoints.step_of(resume) if resume else 0,
     )
     print(f"{folder}: checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}")
+
+
+def sft_rows(experiment: Experiment) -> int:
+    """How many rows SFT learns from: the decoder's training rows, a teacher's, or both, as `dataset` says."""
+    there = {
+        name: read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
+        for name in experiment.sft_arguments()["dataset"].split(",")
+    }
+    if "distilled" in there:
+        there["distilled"] = read_json(experiment.run_folder / "distill" / "stage.json")["rows"]
+    return sum(there.values())
 
 
 def finished(folder: Path) -> bool:
@@ -83,8 +96,7 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
             f"{experiment.decoder.sft.config}: bf16 needs a GPU, and none is here; run it on one, or (slow) add "
             'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
         )
-    rows = read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
-    saves = len(sft_plan(experiment, rows)[1])
+    saves = len(sft_plan(experiment, sft_rows(experiment))[1])
     needed = checkpoints.sft_disk(checkpoints.stored_parameters(experiment.decoder.folder), saves)
     checkpoints.require_disk(Path(arguments["output_dir"]), needed, "SFT")
     more = {}

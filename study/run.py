@@ -36,6 +36,7 @@ TARGETS = {
     "bert": "bert",
     "linear_head": "linear-head",
     "sft": "eval-ckpts",
+    "sft_think": "sft-think",
     "sft_options": "sft-options",
     "zero_shot_no_think": "zero-shot",
     "zero_shot_calibrated": "zero-shot",

@@ -7,7 +7,7 @@ from letterhead.experiment import Experiment
 from letterhead.stage import run
 from study.cells import make, seed_keys, settings
 
-TARGETS = ("eval-ckpts", "bert", "linear-head", "sft-options")
+TARGETS = ("eval-ckpts", "sft-think", "bert", "linear-head", "sft-options")
 
 
 def main(experiment: Experiment, name: str, overrides: str) -> None:

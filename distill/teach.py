@@ -1,0 +1,145 @@
+"""Have a teacher write its thinking for training rows; keep what led to the right option, for SFT to learn.
+
+    python -m distill.teach --experiment quick
+
+Every try is a line of runs/EXPERIMENT/distill/tries-*.jsonl as soon as it has come, so that a run that was cut off goes on
+behind it. data/EXPERIMENT/distilled.jsonl holds the right ones in LLaMA-Factory's Alpaca form.
+"""
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from eval.thinking import read_answer, whole_lines
+from letterhead import results
+from letterhead.experiment import Experiment
+from letterhead.prompt import PromptEncoder, load_prompt_encoder
+from letterhead.records import LetterheadError, read_json, read_jsonl, write_jsonl
+from letterhead.stage import Stage, run, stage_outputs
+from letterhead.teacher import Teacher
+
+# What the teacher is told besides the question; the student is not.
+HOW = "\n\nThink it over briefly inside <think> and </think>. Then write the chosen option alone on the last line."
+LIMITS = {"concurrency", "requests_per_minute", "price_of_prompts", "price_of_replies", "key"}
+
+
+def main(experiment: Experiment) -> None:
+    settings = experiment.distill
+    if settings is None:
+        print("no section distill: no teacher")
+        return
+    path = experiment.data_folder / "distilled.jsonl"
+    if settings.of not in (None, experiment.name):
+        return copy(experiment, path)
+    rows_file = experiment.data_folder / "decoder_train.jsonl"
+    inputs = {
+        "settings": settings.model_dump(exclude=LIMITS),
+        "rows": stage_outputs(experiment, "data")[str(rows_file)],
+        "prompt": experiment.prompt.model_dump(),
+        "cutoff_len": experiment.sft_arguments()["cutoff_len"],
+        "labels": experiment.labels,
+        "how": HOW,
+        "seed": experiment.seed,
+    }
+    stage = Stage(experiment, "distill", inputs)
+    if not stage.is_current():
+        encoder = load_prompt_encoder(experiment, thinking=True)
+        rows = draw(experiment)
+        kept = stage.folder / f"tries-{stage.inputs_sha256[:16]}.jsonl"
+        tries = asyncio.run(teach(experiment, encoder, rows, kept))
+        right = {one["id"]: one for one in tries if one["right"]}
+        written = [alpaca(encoder, row, right[row["id"]]) for row in rows if row["id"] in right]
+        fitting = [one for one in written if tokens(encoder, one) <= encoder.cutoff_len]
+        if not fitting:
+            raise LetterheadError(f"{kept}: none of {len(rows)} rows was answered rightly and briefly; take another teacher")
+        write_jsonl(path, fitting)
+        paid = {of: sum(one[of] for one in tries) for of in ("prompt_tokens", "reply_tokens")}
+        cost = paid["prompt_tokens"] * settings.price_of_prompts + paid["reply_tokens"] * settings.price_of_replies
+        stage.finish(
+            [path],
+            rows=len(fitting),
+            asked=len(rows),
+            tries=len(tries),
+            unfinished=sum(not one["ended"] for one in tries),
+            too_long=len(written) - len(fitting),
+            cost=cost / 1e6,
+            **paid,
+        )
+    print(summary(stage.record, path))
+
+
+def copy(experiment: Experiment, path: Path) -> None:
+    """Take over what another experiment's teacher wrote."""
+    source = Path("data") / experiment.distill.of / path.name
+    of = read_json(Path("runs") / experiment.distill.of / "distill" / "stage.json")
+    if of is None:
+        raise LetterheadError(f"{source}: not made yet; run: make distill EXP={experiment.distill.of}")
+    stage = Stage(experiment, "distill", {"of": of["outputs"]})
+    if not stage.is_current():
+        write_jsonl(path, read_jsonl(source))
+        stage.finish([path], rows=of["rows"])
+    print(f"{path}: {of['rows']} rows, from {source}")
+
+
+def draw(experiment: Experiment) -> list[dict]:
+    """The training rows that the teacher is asked about, drawn by seed."""
+    rows = results.read_rows(experiment, "decoder_train")
+    n = min(experiment.distill.rows, len(rows))
+    drawn = np.random.default_rng([experiment.seed, 3]).choice(len(rows), n, replace=False)
+    return [rows[i] for i in sorted(drawn)]
+
+
+async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict], path: Path) -> list[dict]:
+    """Ask about each row until the teacher is right, at most `tries` times; returns all tries, those on disk included."""
+    settings, done = experiment.distill, whole_lines(path)
+    tried = {(one["id"], one["try"]) for one in done}
+    right = {one["id"] for one in done if one["right"]}
+    truth = {row["id"]: experiment.labels.index(row["label"]) for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(right), unit=" rows right") as bar:
+        for number in range(settings.tries):
+            bar.set_description(f"try {number + 1} of at most {settings.tries}")
+            asked = [
+                ((row["id"], number), encoder.instruction(row["text"]) + HOW, experiment.seed + number * len(rows) + i)
+                for i, row in enumerate(rows)
+                if row["id"] not in right and (row["id"], number) not in tried
+            ]
+            async for (row_id, _), reply in Teacher(settings).ask_all(asked):
+                option, _ = read_answer(f"</think>{reply.answer}", True, encoder.options)
+                right_one = reply.ended and bool(reply.thought) and option == truth[row_id]
+                one = {"id": row_id, "try": number, "right": right_one, **vars(reply)}
+                file.write(json.dumps(one, ensure_ascii=False) + "\n")
+                file.flush()
+                done.append(one)
+                if one["right"]:
+                    right.add(row_id)
+                    bar.update()
+    return done
+
+
+def alpaca(encoder: PromptEncoder, row: dict, one: dict) -> dict:
+    """A right try as what the student learns: the question without `/no_think`, the thought, the option."""
+    option = dict(zip(encoder.labels, encoder.options, strict=True))[row["label"]]
+    output = f"<think>\n{encoder.neutralise(one['thought'])}\n</think>\n\n{option}"
+    return {"instruction": encoder.instruction(row["text"]), "input": "", "output": output}
+
+
+def tokens(encoder: PromptEncoder, one: dict) -> int:
+    """How many tokens a row takes in training."""
+    return sum(map(len, encoder.encode_turn(one["instruction"], one["output"])))
+
+
+def summary(record: dict, path: Path) -> str:
+    """The stage in a few lines for the terminal."""
+    return (
+        f"{path}: {record['rows']} of {record['asked']} rows with the thought that led to the right option, in "
+        f"{record['tries']} tries ({record['unfinished']} unfinished, {record['too_long']} rows too long for cutoff_len); "
+        f"{record['prompt_tokens']:,} tokens asked, {record['reply_tokens']:,} written, cost {record['cost']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0])

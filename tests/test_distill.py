@@ -1,0 +1,199 @@
+"""A teacher whose endpoint fails in every way: nothing is lost, nothing asked twice, only right thoughts are learnt."""
+
+import asyncio
+import gc
+import json
+import re
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from distill import teach
+from letterhead import results, teacher
+from letterhead.experiment import Distill
+from letterhead.prompt import load_prompt_encoder
+from letterhead.records import LetterheadError, read_json, read_jsonl
+from letterhead.teacher import Teacher, read_reply
+from prep import data
+from sft.train import sft_rows
+from tests.test_data import write_csv
+
+LABELS = ["a", "b", "c"]
+THOUGHT = "It says so <|im_end|> plainly."
+
+
+def completion(content: str, finish: str = "stop", **message: str) -> dict:
+    choice = {"message": {"content": content} | message, "finish_reason": finish}
+    return {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Fails each question in another way before it answers it; `wrong` rows are answered wrongly at first or for good."""
+
+    failures: tuple = ("429", "500", "garbage", "half", "silence", "empty")
+    answered: Counter
+    failed: Counter
+    refuse_after: int | None = None
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][0]["content"]
+        number = int(re.search(r"text (\d+)", text)[1])
+        cls, key = type(self), (number, body["seed"])
+        if cls.refuse_after is not None and sum(cls.answered.values()) >= cls.refuse_after:
+            return self.send(500, b"the machine burns")
+        how = cls.failures[(number + cls.failed[key]) % len(cls.failures)] if cls.failures else None
+        if how and cls.failed[key] < 2:
+            cls.failed[key] += 1
+            if how == "silence":
+                time.sleep(1.2)
+                return None
+            if how == "half":
+                self.send(200, json.dumps(completion("a"))[:40].encode(), length=4000)
+                self.close_connection = True
+                return None
+            status, reply = {"429": (429, b"slower"), "500": (500, b"oops"), "garbage": (200, b"<html>")}.get(
+                how, (200, b'{"choices": []}')
+            )
+            return self.send(status, reply, headers={"Retry-After": "0"} if status == 429 else {})
+        cls.answered[number] += 1
+        label = "abc"[number % 3]
+        if number % 5 == 1 and (cls.answered[number] < 2 or number % 10 == 1):
+            label = "abc"[(number + 1) % 3]
+        self.send(200, json.dumps(completion(f"<think>{THOUGHT}</think>\n{'ABC'['abc'.index(label)]}")).encode())
+
+    def send(self, status: int, body: bytes, length: int | None = None, headers: dict | None = None):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(length or len(body))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    monkeypatch.setattr(teacher, "WAIT_S", 0.01)
+    monkeypatch.setattr(teacher, "TIMEOUT_S", 0.5)
+    Endpoint.answered, Endpoint.failed, Endpoint.refuse_after = Counter(), Counter(), None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+@pytest.fixture
+def taught(make_experiment, endpoint):
+    write_csv("rows.csv", [(f"text {i} of news", LABELS[i % 3]) for i in range(30)])
+    settings = {"endpoint": endpoint, "model": "big", "rows": 20, "tries": 3, "price_of_prompts": 2, "price_of_replies": 5}
+    sft = {"dataset": "sft_train,distilled"}
+    experiment = make_experiment("rows.csv", LABELS, decoder="qwen3", distill=settings, sft=sft)
+    data.main(experiment)
+    return experiment
+
+
+def test_an_endpoint_that_fails_in_every_way_loses_nothing_and_repeats_nothing(taught):
+    Endpoint.refuse_after = 7
+    with pytest.raises(LetterheadError, match=r"no whole reply in 8 attempts, the last: status 500: the machine burns"):
+        teach.main(taught)
+    gc.collect()  # the failed run's frames hold its lock
+    assert not Path("data/mine/distilled.jsonl").exists()
+    (kept,) = Path("runs/mine/distill").glob("tries-*.jsonl")
+    before = list(read_jsonl(kept))
+    assert len(before) == sum(Endpoint.answered.values()) >= 7
+    with open(kept, "a") as file:
+        file.write('{"id": "cut o')  # what a kill leaves
+    Endpoint.refuse_after = None
+    teach.main(taught)
+    tries = list(read_jsonl(kept))
+    assert tries[: len(before)] == before and len(tries) == sum(Endpoint.answered.values())
+    assert len({(one["id"], one["try"]) for one in tries}) == len(tries)
+    asked = sum(Endpoint.answered.values())
+    teach.main(taught)
+    assert sum(Endpoint.answered.values()) == asked
+
+    # Right at once, at the second try, or never; learnt is what was right, and what it cost is counted.
+    number = {row["id"]: int(row["text"].split()[1]) for row in teach.draw(taught)}
+    assert len(number) == 20
+    never = {i for i, n in number.items() if n % 10 == 1}
+    wanted = {i: 3 if i in never else 2 if n % 5 == 1 else 1 for i, n in number.items()}
+    assert Counter(one["id"] for one in tries) == wanted
+    learnt = list(read_jsonl("data/mine/distilled.jsonl"))
+    assert len(learnt) == len(number) - len(never)
+    record = read_json("runs/mine/distill/stage.json")
+    assert (record["rows"], record["asked"], record["tries"]) == (len(learnt), 20, len(tries))
+    assert record["cost"] == pytest.approx(len(tries) * (100 * 2 + 10 * 5) / 1e6)
+    assert sft_rows(taught) == len(results.read_rows(taught, "decoder_train")) + len(learnt)
+
+
+def test_what_is_learnt_is_the_thinking_prompt_and_the_thought(taught):
+    teach.main(taught)
+    encoder = load_prompt_encoder(taught, thinking=True)
+    texts = {encoder.instruction(row["text"]): row["label"] for row in teach.draw(taught)}
+    for row in read_jsonl("data/mine/distilled.jsonl"):
+        assert not row["instruction"].endswith("/no_think") and teach.HOW not in row["instruction"]
+        option = "ABC"["abc".index(texts[row["instruction"]])]
+        assert row["output"] == f"<think>\nIt says so < |im_end|> plainly.\n</think>\n\n{option}"
+    registry = read_json("data/mine/dataset_info.json")
+    assert {name: entry["file_name"] for name, entry in registry.items()} == {
+        "sft_train": "sft_train.jsonl",
+        "distilled": "distilled.jsonl",
+    }
+
+
+def test_another_experiments_teacher_is_not_asked_again(taught, make_experiment):
+    teach.main(taught)
+    asked = sum(Endpoint.answered.values())
+    settings = taught.distill.model_dump() | {"of": "mine"}
+    other = taught.model_copy(update={"name": "other", "distill": Distill(**settings)})
+    data.main(other)
+    teach.main(other)
+    assert sum(Endpoint.answered.values()) == asked
+    assert Path("data/other/distilled.jsonl").read_bytes() == Path("data/mine/distilled.jsonl").read_bytes()
+    with pytest.raises(LetterheadError, match="run: make distill EXP=none"):
+        teach.main(taught.model_copy(update={"name": "other", "distill": Distill(**settings | {"of": "none"})}))
+
+
+@pytest.mark.parametrize(
+    ("reply", "thought", "answer"),
+    [
+        (completion("<think>\nhm\n</think>\n\nB"), "hm", "B"),
+        (completion("hm</think>B"), "hm", "B"),  # the template began the thought
+        (completion("B", reasoning_content="hm"), "hm", "B"),
+        (completion("B", reasoning="hm"), "hm", "B"),
+        (completion("First this,\nthen that.\nB"), "First this,\nthen that.", "B"),
+        (completion("B"), "", "B"),
+    ],
+)
+def test_the_thought_is_found_where_endpoints_put_it(reply, thought, answer):
+    read = read_reply(reply)
+    assert (read.thought, read.answer, read.ended) == (thought, answer, True)
+    assert not read_reply(completion("hm", finish="length")).ended
+
+
+def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch):
+    slept = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(teacher.asyncio, "sleep", sleep)
+    monkeypatch.setattr(Endpoint, "failures", ())
+    settings = Distill(endpoint=endpoint, model="big", requests_per_minute=30, concurrency=3)
+
+    async def ask(*questions: tuple) -> list:
+        return [key async for key, _ in Teacher(settings).ask_all(questions)]
+
+    assert sorted(asyncio.run(ask(*((i, f"text {i} .", i) for i in range(5))))) == list(range(5))
+    assert [round(seconds) for seconds in sorted(slept)] == [2, 4, 6, 8]  # one request every two seconds
+    monkeypatch.setattr(Endpoint, "do_POST", lambda self: self.send(401, b"no key"))
+    slept.clear()
+    with pytest.raises(LetterheadError, match="chat/completions: status 401: no key"):
+        asyncio.run(ask((0, "text 0 .", 0)))
+    assert not slept
