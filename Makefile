@@ -66,6 +66,10 @@ eval-ckpts: sft ## score step 0 and every SFT checkpoint on test and validation 
 sft-think: eval-ckpts ## the chosen SFT checkpoint with thinking, where a teacher's thoughts were learnt (section distill)
 	@$(RUN) eval.sft_think $(STAGE)
 
+grpo: sft-think ## GRPO by TRL from the chosen SFT checkpoint on, then scored in both modes (section grpo)
+	@$(RUN) grpo.train $(STAGE)
+	@$(RUN) eval.grpo $(STAGE)
+
 zero-shot: data ## the decoder untrained: option perplexity, calibrated, and with thinking
 	@$(RUN) eval.zero_shot $(STAGE)
 
@@ -145,4 +149,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think zero-shot tfidf bert linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean
+.PHONY: help setup setup-serve preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean

@@ -28,6 +28,8 @@ METHODS = {
     "linear_head": ("linear-head", "linear-head", "LLM, linear head"),
     "sft": ("eval-ckpts", "sft", "LLM, SFT (answers with an option)"),
     "sft_think": ("sft-think", "sft", "LLM, SFT, thinking"),
+    "grpo": ("eval-grpo", "grpo", "LLM, SFT and GRPO"),
+    "grpo_think": ("eval-grpo", "grpo", "LLM, SFT and GRPO, thinking"),
     "sft_options": ("sft-options", "sft-options", "LLM, SFT on the options alone"),
 }
 # Stages of methods that another seed trains otherwise.
@@ -82,6 +84,7 @@ def compared(experiment: Experiment) -> list[str]:
         left_out.add("sft_options")
     if experiment.distill is None:
         left_out.add("sft_think")
+    left_out |= {"grpo", "grpo_think"}  # a study's
     return [name for name in METHODS if name not in left_out]
 
 

@@ -76,8 +76,9 @@ def score_model(
     encoder: PromptEncoder,
     prompts: Prompts,
     train_loss: float | None = None,
+    method: str = "sft",
 ) -> dict[str, dict]:
-    """Score a model on each split that has rows, unless that was done from the same inputs; writes sft@STEP.
+    """Score a model on each split that has rows, unless that was done from the same inputs; writes METHOD@STEP.
 
     Parameters
     ----------
@@ -89,7 +90,7 @@ def score_model(
     """
     checkpoints.require_model(folder)
     weights = {p.name: made.get(str(p)) or sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
-    name, scored = f"sft@{step}", {}
+    name, scored = f"{method}@{step}", {}
     how, with_end = experiment.eval.score, experiment.prompt.options == "names"
     with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
         for split in results.SPLITS:

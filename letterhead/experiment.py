@@ -312,6 +312,23 @@ class Distill(Section):
     of: str | None = None
 
 
+class Grpo(Section):
+    """GRPO (Shao et al. 2024) from the chosen SFT checkpoint on: in each of `steps` steps `prompts` questions, each answered
+    `generations` times in at most `tokens` tokens. With `think` the prompt leaves the model free to think.
+
+    `beta` weighs the divergence from the SFT checkpoint; 0 leaves it out.
+    """
+
+    think: bool = True
+    steps: Count = 100
+    prompts: Count = 4
+    generations: Annotated[int, Field(ge=2)] = 8
+    tokens: Count = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    beta: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Bench(Section):
     """How much is measured: rows with the experiment's own options and with R52's names, rows to train, optimizer steps of
     SFT, paired runs.
@@ -377,6 +394,7 @@ class Experiment(Section):
     encoder: Encoder = Field(default_factory=Encoder)
     eval: Eval = Field(default_factory=Eval)
     distill: Distill | None = None
+    grpo: Grpo | None = None
     bench: Bench = Field(default_factory=Bench)
     serve: Serve = Field(default_factory=Serve)
     compare: Compare = Field(default_factory=Compare)

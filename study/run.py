@@ -30,13 +30,15 @@ from sft.train import PLACES
 from study.cells import make, seed_keys, settings
 
 FOLDER = Path("experiments/studies")
-# method → the target that trains and scores it, which is also the stage that leaves its results
+# method → the target that trains and scores it
 TARGETS = {
     "tfidf": "tfidf",
     "bert": "bert",
     "linear_head": "linear-head",
     "sft": "eval-ckpts",
     "sft_think": "sft-think",
+    "grpo": "grpo",
+    "grpo_think": "grpo",
     "sft_options": "sft-options",
     "zero_shot_no_think": "zero-shot",
     "zero_shot_calibrated": "zero-shot",
@@ -196,9 +198,8 @@ def run_cell(name: str, overrides: str, methods: list[str]) -> tuple[Experiment,
     }
     stage = Stage(cell, "cell", inputs)
     if to_do := not stage.is_current():
-        targets = list(dict.fromkeys(TARGETS[method] for method in methods))
-        make(name, overrides, targets)
-        made = {path for target in targets for path in stage_outputs(cell, target)}
+        make(name, overrides, list(dict.fromkeys(TARGETS[method] for method in methods)))
+        made = {path for method in methods for path in stage_outputs(cell, compare.METHODS[method][0])}
         stage.finish([path for path in map(Path, sorted(made)) if path.parent == cell.results_folder])
         for weights in cell.run_folder.glob("*/checkpoints"):
             shutil.rmtree(weights)
@@ -220,7 +221,7 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
         for method in study.methods_of(cell):
             arm = study.arm(cell, method)
             for of in done[rows, cell]:
-                chosen, entry = compare.choose(of, method, stage_outputs(of, TARGETS[method]))
+                chosen, entry = compare.choose(of, method, stage_outputs(of, compare.METHODS[method][0]))
                 answers.setdefault(arm, []).append(compare.read_answers(of, chosen, entry["n"]))
                 entries.setdefault(arm, []).append(entry)
     truth, predicted = compare.aligned(experiment, answers)

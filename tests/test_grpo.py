@@ -1,0 +1,96 @@
+"""GRPO: what an answer is worth, and a short real run from an SFT checkpoint through both modes' scores."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import grpo as eval_grpo
+from eval.score import score_model, split_prompts
+from grpo import train
+from letterhead import checkpoints, grpo, results
+from letterhead.prompt import load_prompt_encoder
+from letterhead.records import LetterheadError, read_json
+from letterhead.stage import Stage, stage_outputs
+from prep import data
+from tests.test_data import write_csv
+
+LABELS = ["a", "b", "c"]
+RIGHT, WHOLE = (1.0, 1.0), (0.0, 1.0)
+
+
+@pytest.mark.parametrize("think", [True, False])
+@pytest.mark.parametrize(
+    ("text", "ended", "with_thought", "without"),
+    [
+        ("<think>\nIt is B.\n</think>\n\nB", True, RIGHT, RIGHT),
+        ("<think>\nIt is B.\n</think>\n\nC", True, WHOLE, WHOLE),
+        ("<think>\n\n</think>\n\nB", True, (1.0, 0.0), RIGHT),
+        ("B", True, (1.0, 0.0), RIGHT),
+        ("<think>\nIt is B.\n</think>\n\nB", False, (1.0, 0.0), (1.0, 0.0)),
+        ("<think>\nIt is B.", False, (0.0, 0.0), (0.0, 0.0)),
+        ("<think>\nIt is B.\n</think>\n\nB, I think", True, (1.0, 0.0), (1.0, 0.0)),
+        ("<think>a</think><think>b</think>B", True, (1.0, 0.0), (1.0, 0.0)),
+        ("", True, (0.0, 0.0), (0.0, 0.0)),
+    ],
+)
+def test_an_answer_is_worth_its_option_and_its_end(make_experiment, text, ended, with_thought, without, think):
+    encoder = load_prompt_encoder(make_experiment("rows.csv", LABELS, decoder="qwen3"))
+    ids = encoder.tokenizer.encode(text) + ([encoder.tokenizer.eos_token_id] if ended else [])
+    rewards = grpo.Rewards(encoder, think)
+    found = rewards.right_option([text], [ids], option=["B"]) + rewards.finished([text], [ids], option=["B"])
+    assert tuple(found) == (with_thought if think else without)
+
+
+def test_the_reward_has_moved_or_not():
+    log = [{"step": i, "rewards/finished/mean": 0.1 * (i > 5) + 0.01 * (i % 2)} for i in range(12)]
+    found = grpo.moved([{"step": 99, "loss": 1.0}, *log], "finished")
+    assert (found["first"], found["last"]) == pytest.approx((0.01 / 3, 0.1 + 0.02 / 3))
+    assert 0 < found["standard_error"] < 0.01
+
+
+def test_a_short_run_goes_from_the_sft_checkpoint_to_both_modes_scores(make_experiment):
+    write_csv("rows.csv", [(f"text {i} of news <|im_end|>", LABELS[i % 3]) for i in range(40)])
+    settings = {"steps": 4, "prompts": 2, "generations": 2, "tokens": 6, "learning_rate": 1e-3}
+    thinking = {"rows": 3, "tokens": 5, "batch": 3}
+    experiment = make_experiment("rows.csv", LABELS, decoder="qwen3", grpo=settings, eval={"thinking": thinking})
+    with pytest.raises(LetterheadError, match="no section grpo"):
+        train.main(experiment.model_copy(update={"grpo": None}))
+    data.main(experiment)
+    folder = experiment.decoder.folder
+    encoder, prompts = split_prompts(experiment)
+    score_model(experiment, 7, folder, stage_outputs(experiment, "data"), encoder, prompts)
+    Stage(experiment, "sft", 0).finish([], rows=34, training_seconds=1.0)
+    files = [file for split in results.SPLITS for file in results.result_files(experiment, "sft@7", split)]
+    Stage(experiment, "eval-ckpts", 0).finish(files, rows=8, scoring_seconds=1.0)
+
+    asked = grpo.questions(encoder, results.read_rows(experiment, "decoder_train"))
+    rows = results.read_rows(experiment, "decoder_train")
+    assert len(asked) == len(rows) == 34
+    for one, row in zip(asked, rows, strict=True):  # as TRL encodes it
+        assert encoder.tokenizer(one["prompt"], add_special_tokens=False)["input_ids"] == encoder.encode(row["text"])
+        assert one["option"] == "ABC"["abc".index(row["label"])]
+
+    train.main(experiment)
+    record = read_json("runs/mine/grpo/stage.json")
+    assert (record["start"], record["steps"], record["rows"], record["left_out"]) == ("sft@7", 4, 34, 0)
+    made = checkpoints.whole_checkpoints(Path("runs/mine/grpo/checkpoints"))
+    assert [checkpoints.step_of(path) for path in made] == [3, 4]
+    log = [line for line in checkpoints.log_history(made[-1].parent) if "rewards/right_option/mean" in line]
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert all(0 <= line[f"rewards/{reward}/mean"] <= 1 for line in log for reward in train.REWARDS)
+    train.main(experiment)
+    assert record == read_json("runs/mine/grpo/stage.json")
+    gc.collect()
+
+    # Cut off after step 3, it goes on from there.
+    Path("runs/mine/grpo/stage.json").unlink()
+    (made[-1] / "model.safetensors").write_bytes(b"half")
+    train.main(experiment)
+    assert read_json("runs/mine/grpo/stage.json")["resumed_from"] == 3
+
+    eval_grpo.main(experiment)
+    plain, thought = (results.read_result(experiment, f"{name}@4", "test") for name in ("grpo", "grpo_think"))
+    assert (plain["n"], thought["n"]) == (4, 3) and thought["thinking"]["budget_tokens"] == 5
+    assert torch.cuda.is_available() or plain["model"].endswith("grpo/checkpoints/checkpoint-4")
