@@ -6,6 +6,7 @@ is whole when that file parses and every safetensors file is as long as its own 
 
 import json
 import math
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -128,14 +129,17 @@ def resumable(folder: Path) -> Path | None:
 
 
 def prune_optimizer_states(folder: Path) -> None:
-    """Delete the optimizer's state (twice the model's size) of all checkpoints before the one to resume from."""
+    """Delete the optimizer's state (twice the model's size) of all checkpoints before the one to resume from; their times
+    stay, since by these the Trainer knows which is the oldest."""
     newest = resumable(folder)
     for path in whole_checkpoints(folder) if newest else []:
         if step_of(path) >= step_of(newest):
             continue
+        times = path.stat()
         (path / "optimizer.pt").unlink(missing_ok=True)
         for state in path.glob("global_step*"):  # DeepSpeed's
             shutil.rmtree(state, ignore_errors=True)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def keep_best_and_last(folder: Path) -> None:

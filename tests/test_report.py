@@ -35,20 +35,22 @@ SKILL = {
     "bert_all": 3.2,
     "linear_head": 3.4,
     "sft": 0.9,
+    "sft_options": 3.3,
     "zero_shot_no_think": 0.3,
     "zero_shot_calibrated": 0.8,
 }
 
 
-def drawn(make_experiment, validation: int, train_rows: int | None = 100, **sections):
+def drawn(make_experiment, validation: int, train_rows: int | None = 100, options: dict | None = None, **sections):
     """An experiment whose data are real and full of markup, and whose predictions are drawn; compared and reported."""
     write_csv("rows.csv", [(f"It's {i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3]) for i in range(400)])
     rows = {"rows": {"validation": validation, "test": 150}}
-    experiment = make_experiment("rows.csv", LABELS, data=rows, decoder_keys={"train_rows": train_rows}, **sections)
+    keys = {"train_rows": train_rows, "sft_options": options}
+    experiment = make_experiment("rows.csv", LABELS, data=rows, decoder_keys=keys, **sections)
     data.main(experiment)
     rng = np.random.default_rng(0)
     made = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
-    methods = {name: of for name, of in compare.METHODS.items() if train_rows or not name.endswith("_all")}
+    methods = {name: compare.METHODS[name] for name in compare.compared(experiment)}
     files = {stage: [] for stage, _, _ in methods.values()}
 
     def write(stage: str, name: str, split: str, skill: float, **more) -> None:
@@ -288,7 +290,7 @@ def test_the_browser_test_can_fail(workplace):
 
 
 def test_the_bench_prices_the_choice_and_stands_in_the_report(make_experiment):
-    compared = drawn(make_experiment, validation=60, compare={"margin": 0.5})
+    compared = drawn(make_experiment, validation=60, options={}, compare={"margin": 0.5})
     methods = read_json("runs/mine/results/comparison.json")["methods"]
     loop = {"rps": 2.0, "p50_ms": 400.0, "p95_ms": 700.0, "p99_ms": 900.0, "requests": 200}
     costs = {("tfidf", "sklearn", "head"): 9.0, ("bert", "hf", "head"): 8.0, ("linear_head", "hf", "head"): 7.0}
@@ -318,7 +320,7 @@ def test_the_bench_prices_the_choice_and_stands_in_the_report(make_experiment):
     build.main(compared)
     comparison = read_json("runs/mine/results/comparison.json")
     prices = {name: entry["cost"]["per_million_rows"] for name, entry in comparison["methods"].items()}
-    assert prices["sft@20"] == 8.5 and prices["linear_head@20"] == 7.0
+    assert prices["sft@20"] == prices["sft_options@20"] == 8.5 and prices["linear_head@20"] == 7.0
     assert prices["zero_shot_no_think"] == 8.5 and prices["zero_shot_think"] is None  # served as the same model after SFT is
     assert comparison["best"] == "linear_head@20"  # of those within 0.5 the cheapest in service
     assert any("7 for a million rows in service" in line for line in comparison["how_dear"])

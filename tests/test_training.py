@@ -1,6 +1,7 @@
 """The article's training parameters as LLaMA-Factory reads them; checkpoints whole, broken, resumed and pruned."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from llamafactory.hparams import get_train_args
 from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
+from transformers.trainer_utils import sort_checkpoints
 
 from letterhead import checkpoints, stage
 from letterhead.records import LetterheadError
@@ -69,9 +71,13 @@ def test_whole_checkpoints_are_found_by_step_and_old_optimizer_states_go(tmp_pat
     made = [write_checkpoint(tmp_path, step) for step in (100, 20, 3)]
     (tmp_path / "checkpoint-tmp").mkdir()
     assert checkpoints.whole_checkpoints(tmp_path) == made[::-1]
+    for age, path in enumerate(made):
+        os.utime(path, (1e9 - 60 * age, 1e9 - 60 * age))
     checkpoints.prune_optimizer_states(tmp_path)
     assert [(path / "optimizer.pt").exists() for path in made] == [True, False, False]
     assert checkpoints.resumable(tmp_path) == made[0]
+    # The Trainer deletes the oldest by time of change, so that a state that goes must not make its checkpoint young.
+    assert sort_checkpoints(str(tmp_path), use_mtime=True)[:3] == [str(path) for path in reversed(made)]
 
 
 @pytest.mark.parametrize("broken", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
