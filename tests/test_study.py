@@ -14,6 +14,7 @@ from letterhead.stage import Stage
 from prep import data
 from study import run
 from study.cells import make, seed_keys, settings
+from tests.conftest import ROOT
 from tests.test_data import write_csv
 
 LABELS = ["a", "b", "c"]
@@ -194,3 +195,21 @@ def test_make_is_told_the_cell_alone_whatever_the_outer_make_was_told(make_exper
     assert cell.bench.training_rows == 64
     with pytest.raises(LetterheadError, match="make --no-print-directory none EXP=mine .* failed"):
         make("mine", said, ["none"])
+
+
+@pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "experiments/studies").glob("*.yaml")))
+def test_every_cell_of_a_shipped_study_is_a_valid_experiment(monkeypatch, study):
+    monkeypatch.chdir(ROOT)
+    name = {"hard_rows": "ag_news_base", "text_length": "newsgroups20"}.get(study, "quick")
+    teacher = "'distill={endpoint: http://127.0.0.1:8000/v1, model: big}'"
+    overrides = teacher if study in ("think_distill", "grpo") else ""
+    experiment, of = load_experiment(name, overrides), run.load_study(study)
+    for cell in of.all_cells:
+        keys = seed_keys(experiment) | of.keys | of.keys_of(cell) | {"name": "cell", "seed": 5}
+        if of.rows:
+            keys |= run.keys_for_rows(experiment, 50, 400)
+        made = load_experiment(name, settings(overrides, {key: run.named(value, name) for key, value in keys.items()}))
+        assert made.seed == 5 and made.data.seed == experiment.data.seed
+        assert not made.distill or made.distill.of == name
+        assert "sft_options" not in of.methods_of(cell) or made.decoder.sft_options
+        assert {"grpo", "grpo_think"}.isdisjoint(of.methods_of(cell)) or made.grpo
