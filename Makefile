@@ -77,8 +77,10 @@ tfidf: data ## the floor: TF-IDF with logistic regression, on the rows that the 
 	@$(RUN) baselines.tfidf tfidf $(STAGE)
 	@$(RUN) baselines.tfidf tfidf_all $(STAGE)
 
-bert: data ## fine-tune BERT with a linear head (HF Trainer), on the rows that the methods share and on all
+bert: data ## fine-tune BERT with a linear head (HF Trainer), on the rows that the methods share
 	@$(RUN) baselines.train bert $(STAGE)
+
+bert-all: data ## the same on all of train, where the methods share fewer rows
 	@$(RUN) baselines.train bert_all $(STAGE)
 
 linear-head: data ## put a linear head on the decoder and fine-tune it (HF Trainer)
@@ -90,7 +92,7 @@ sft-options: data ## train the decoder as SFT does, with the loss over the optio
 seeds: data ## train every method once more for each further seed that the experiment names
 	@$(RUN) study.seeds $(STAGE)
 
-compare: eval-ckpts sft-think zero-shot tfidf bert linear-head sft-options seeds ## every method on the same rows, every pair tested, which to ship
+compare: eval-ckpts sft-think zero-shot tfidf bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested, which to ship
 	@$(RUN) eval.compare $(STAGE)
 
 report: preflight-on-gpu compare ## report.html (opens from disk) and REPORT.md, with pictures
@@ -149,4 +151,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean
+.PHONY: help setup setup-serve preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean

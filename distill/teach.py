@@ -17,13 +17,14 @@ from eval.thinking import read_answer, whole_lines
 from letterhead import results
 from letterhead.experiment import Experiment
 from letterhead.prompt import PromptEncoder, load_prompt_encoder
-from letterhead.records import LetterheadError, read_json, read_jsonl, write_jsonl
+from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_json, write_jsonl
 from letterhead.stage import Stage, run, stage_outputs
 from letterhead.teacher import Teacher
 
 # What the teacher is told besides the question; the student is not.
 HOW = "\n\nThink it over briefly inside <think> and </think>. Then write the chosen option alone on the last line."
-LIMITS = {"concurrency", "requests_per_minute", "price_of_prompts", "price_of_replies", "key"}
+# What decides which rows are asked and how often, and not what the teacher says.
+LIMITS = {"concurrency", "requests_per_minute", "price_of_prompts", "price_of_replies", "key", "endpoint"}
 
 
 def main(experiment: Experiment) -> None:
@@ -48,13 +49,21 @@ def main(experiment: Experiment) -> None:
     if not stage.is_current():
         encoder = load_prompt_encoder(experiment, thinking=True)
         rows = draw(experiment)
-        kept = stage.folder / f"tries-{stage.inputs_sha256[:16]}.jsonl"
+        # More rows, or more tries, go on behind those that were paid for.
+        said = {key: value for key, value in inputs.items() if key not in ("rows", "cutoff_len")}
+        said["settings"] = settings.model_dump(exclude=LIMITS | {"rows", "tries"})
+        kept = stage.folder / f"tries-{sha256_json(said)[:16]}.jsonl"
         tries = asyncio.run(teach(experiment, encoder, rows, kept))
+        asked = {row["id"] for row in rows}
+        tries = [one for one in tries if one["id"] in asked]
         right = {one["id"]: one for one in tries if one["right"]}
         written = [alpaca(encoder, row, right[row["id"]]) for row in rows if row["id"] in right]
         fitting = [one for one in written if tokens(encoder, one) <= encoder.cutoff_len]
         if not fitting:
-            raise LetterheadError(f"{kept}: none of {len(rows)} rows was answered rightly and briefly; take another teacher")
+            refused = next((f"; it refuses: {one['refused']}" for one in tries if one["refused"]), "")
+            raise LetterheadError(
+                f"{kept}: none of {len(rows)} rows was answered rightly and briefly; take another teacher{refused}"
+            )
         write_jsonl(path, fitting)
         paid = {of: sum(one[of] for one in tries) for of in ("prompt_tokens", "reply_tokens")}
         cost = paid["prompt_tokens"] * settings.price_of_prompts + paid["reply_tokens"] * settings.price_of_replies
@@ -64,6 +73,7 @@ def main(experiment: Experiment) -> None:
             asked=len(rows),
             tries=len(tries),
             unfinished=sum(not one["ended"] for one in tries),
+            refused=sum(bool(one["refused"]) for one in tries),
             too_long=len(written) - len(fitting),
             cost=cost / 1e6,
             **paid,
@@ -88,7 +98,7 @@ def draw(experiment: Experiment) -> list[dict]:
     """The training rows that the teacher is asked about, drawn by seed."""
     rows = results.read_rows(experiment, "decoder_train")
     n = min(experiment.distill.rows, len(rows))
-    drawn = np.random.default_rng([experiment.seed, 3]).choice(len(rows), n, replace=False)
+    drawn = np.random.default_rng([experiment.seed, 3]).permutation(len(rows))[:n]  # more rows hold the fewer
     return [rows[i] for i in sorted(drawn)]
 
 
@@ -99,16 +109,18 @@ async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]
     right = {one["id"] for one in done if one["right"]}
     truth = {row["id"]: experiment.labels.index(row["label"]) for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
+    teacher = Teacher(settings)
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(right), unit=" rows right") as bar:
         for number in range(settings.tries):
             bar.set_description(f"try {number + 1} of at most {settings.tries}")
             asked = [
-                ((row["id"], number), encoder.instruction(row["text"]) + HOW, experiment.seed + number * len(rows) + i)
-                for i, row in enumerate(rows)
+                ((row["id"], number), encoder.instruction(row["text"]) + HOW, experiment.seed + number)
+                for row in rows
                 if row["id"] not in right and (row["id"], number) not in tried
             ]
-            async for (row_id, _), reply in Teacher(settings).ask_all(asked):
-                option, _ = read_answer(f"</think>{reply.answer}", True, encoder.options)
+            async for (row_id, _), reply in teacher.ask_all(asked):
+                last = (reply.answer.splitlines() or [""])[-1]
+                option, _ = read_answer(f"</think>{last}", True, encoder.options)
                 right_one = reply.ended and bool(reply.thought) and option == truth[row_id]
                 one = {"id": row_id, "try": number, "right": right_one, **vars(reply)}
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
@@ -136,7 +148,8 @@ def summary(record: dict, path: Path) -> str:
     """The stage in a few lines for the terminal."""
     return (
         f"{path}: {record['rows']} of {record['asked']} rows with the thought that led to the right option, in "
-        f"{record['tries']} tries ({record['unfinished']} unfinished, {record['too_long']} rows too long for cutoff_len); "
+        f"{record['tries']} tries ({record['unfinished']} unfinished, {record['refused']} refused; {record['too_long']} "
+        "rows too long for cutoff_len); "
         f"{record['prompt_tokens']:,} tokens asked, {record['reply_tokens']:,} written, cost {record['cost']:.2f}"
     )
 

@@ -32,6 +32,8 @@ METHODS = {
     "grpo_think": ("eval-grpo", "grpo", "LLM, SFT and GRPO, thinking"),
     "sft_options": ("sft-options", "sft-options", "LLM, SFT on the options alone"),
 }
+# Methods that write freely, whose price the bench does not measure.
+THINKING = ("zero_shot_think", "sft_think", "grpo_think")
 # Stages of methods that another seed trains otherwise.
 RETRAINED = ("bert", "bert-all", "linear-head", "eval-ckpts", "sft-think", "sft-options")
 FEW_ROWS = 10  # a class with fewer test rows is named
@@ -122,7 +124,8 @@ def choose(experiment: Experiment, method: str, files: dict[str, str]) -> tuple[
         title += " (it does not think)"
     entry |= {"title": title, "chosen_on": how, "cost": cost(experiment, method, trained, result)}
     entry["best_on_test"] = {"step": on_test or None} | {key: test[on_test][key] for key in ("f1_macro", "accuracy")}
-    entry["f1_macro_validation"] = validation[step]["f1_macro"] if step in validation else None
+    for figure in ("f1_macro", "log_loss"):
+        entry[f"{figure}_validation"] = validation[step][figure] if step in validation else None
     return f"{method}@{step}" if step else method, entry
 
 
@@ -247,7 +250,9 @@ def compare_pairs(experiment: Experiment, chosen: dict[str, dict], answers: dict
     The difference of macro F1 with the interval of one pair by itself, and McNemar's exact test; the p-values of either are
     corrected for the number of pairs.
     """
-    truth, predicted = aligned(experiment, {name: answers[name] for name, entry in chosen.items() if is_trained(entry)})
+    n = max(entry["n"] for entry in chosen.values())
+    whole = {name: answers[name] for name, entry in chosen.items() if is_trained(entry) and entry["n"] == n}
+    truth, predicted = aligned(experiment, whole)
     pairs = []
     for a, b in combinations(predicted, 2):
         difference = metrics.f1_loss(truth, predicted[b], predicted[a], len(experiment.labels))
@@ -309,7 +314,8 @@ def which_to_ship(experiment: Experiment, chosen: dict[str, dict], answers: dict
     n = max(entry["n"] for entry in chosen.values())
     names = [name for name, entry in chosen.items() if entry["n"] == n]
     truth, predicted = aligned(experiment, {name: answers[name] for name in names})
-    in_service = all(chosen[name]["cost"]["per_million_rows"] is not None for name in names if is_trained(chosen[name]))
+    benched = [name for name in names if is_trained(chosen[name]) and chosen[name]["method"] not in THINKING]
+    in_service = all(chosen[name]["cost"]["per_million_rows"] is not None for name in benched)
     unit = "per_million_rows" if in_service else "multiply_adds_per_row"
     prices = {name: math.inf if (price := chosen[name]["cost"][unit]) is None else price for name in names}
     decided = decision.decide(truth, predicted, prices, len(experiment.labels), experiment.compare.margin)

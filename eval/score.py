@@ -40,7 +40,8 @@ def scoring_inputs(experiment: Experiment, made: dict[str, str]) -> dict:
 
 
 def draw_examples(experiment: Experiment) -> list[tuple[str, str]]:
-    """`eval.examples` training rows as text and label, by seed; of each label as many as of any other, or one more.
+    """`eval.examples` training rows as text and label, by seed; of each label as many as of any other, or one more, the
+    labels of every turn in an order of its own.
 
     Raises
     ------
@@ -49,16 +50,17 @@ def draw_examples(experiment: Experiment) -> list[tuple[str, str]]:
     rows = results.read_rows(experiment, "decoder_train") if experiment.eval.examples else []
     if len(rows) < experiment.eval.examples:
         raise LetterheadError(f"eval.examples asks for {experiment.eval.examples} rows, but train holds {len(rows)}")
-    shuffled = [rows[i] for i in np.random.default_rng(experiment.seed).permutation(len(rows))]
+    rng = np.random.default_rng(experiment.seed)
+    shuffled = [rows[i] for i in rng.permutation(len(rows))]
     by_label = [[row for row in shuffled if row["label"] == label] for label in experiment.labels]
-    dealt = [row for turn in zip_longest(*by_label) for row in turn if row]
+    dealt = [turn[k] for turn in zip_longest(*by_label) for k in rng.permutation(len(turn)) if turn[k]]
     return [(row["text"], row["label"]) for row in dealt[: experiment.eval.examples]]
 
 
 def split_prompts(experiment: Experiment) -> tuple[PromptEncoder, Prompts]:
     """The prompt's encoder, and a function that gives a split's rows and prompts, encoded once."""
-    reverse = experiment.eval.option_order == "reversed"
-    encoder = load_prompt_encoder(experiment, reverse=reverse, examples=draw_examples(experiment))
+    rotate = experiment.eval.option_order == "rotated"
+    encoder = load_prompt_encoder(experiment, rotate=rotate, examples=draw_examples(experiment))
 
     @cache
     def prompts(split: str) -> tuple[list[dict], list[list[int]]]:

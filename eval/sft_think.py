@@ -4,6 +4,7 @@ python -m eval.sft_think --experiment quick
 """
 
 import os
+from pathlib import Path
 
 from letterhead import results
 from letterhead.devices import process_count
@@ -32,7 +33,7 @@ def main(experiment: Experiment) -> None:
     stage = Stage(experiment, "sft-think", inputs)
     made = f"sft_think@{chosen['step']}"
     if not stage.is_current():
-        with Workers(process_count(), load_decoder, no_think["model"], experiment.decoder.dtype) as workers:
+        with Workers(process_count(), load_decoder, Path(no_think["model"]), experiment.decoder.dtype) as workers:
             think(experiment, workers, no_think, stage, made)
         result = results.read_result(experiment, made, "test")
         files = results.result_files(experiment, made, "test")

@@ -47,7 +47,7 @@ def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage
     settings, encoder = experiment.eval.thinking, load_prompt_encoder(experiment, thinking=True)
     rows = results.read_rows(experiment, "test")
     if settings.rows and settings.rows < len(rows):
-        drawn = np.random.default_rng([experiment.seed, 2]).choice(len(rows), settings.rows, replace=False)
+        drawn = np.random.default_rng([experiment.data.seed, 2]).choice(len(rows), settings.rows, replace=False)
         rows = [rows[i] for i in sorted(drawn)]
     answers = generate(experiment, workers, encoder, rows, stage, Path(no_think["model"]))
     read = [read_answer(answer["text"], answer["ended"], encoder.options) for answer in answers]

@@ -20,8 +20,6 @@ def main(experiment: Experiment) -> None:
     from eval.compare import choose
 
     settings = experiment.grpo
-    if settings is None:
-        raise LetterheadError("no section grpo; set for example SET='grpo.steps=100'")
     name, _ = choose(experiment, "sft", stage_outputs(experiment, "eval-ckpts"))
     start = results.read_result(experiment, name, "test")
     data = stage_outputs(experiment, "data")

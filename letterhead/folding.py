@@ -36,7 +36,9 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     LetterheadError : not an SFT checkpoint, one that is not there, or one that can't be folded
     """
     if not name.startswith("sft@"):
-        raise LetterheadError(f"{name}: is no SFT checkpoint; BERT and the linear head are sequence classifiers already")
+        raise LetterheadError(
+            f"{name}: is no SFT checkpoint; BERT, the linear head and sft_options are sequence classifiers already"
+        )
     source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
     encoder = load_prompt_encoder(experiment)
     made_from = {"model": model_identity(source), "prompt": experiment.prompt.model_dump(), "labels": experiment.labels}

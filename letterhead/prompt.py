@@ -83,7 +83,7 @@ class PromptEncoder:
     tokenizer : a fast transformers tokenizer
     data_arguments : LLaMA-Factory's DataArguments, or anything with the same fields
     prompt, labels : from the experiment
-    reverse : list the options in the opposite order (letters then stand for other labels than in training)
+    rotate : list the options from the second on, the first last (each letter then stands for another label)
     examples : texts with their labels, asked and answered in turns before the question (few-shot)
     """
 
@@ -93,7 +93,7 @@ class PromptEncoder:
         data_arguments,
         prompt: Prompt,
         labels: list[str],
-        reverse: bool = False,
+        rotate: bool = False,
         examples: Sequence[tuple[str, str]] = (),
     ):
         from llamafactory.data.template import ReasoningTemplate, get_template_and_fix_tokenizer
@@ -101,7 +101,7 @@ class PromptEncoder:
         self.tokenizer, self.labels = tokenizer, labels
         self.template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
         self.cutoff_len = data_arguments.cutoff_len
-        listed, shown = option_texts(prompt, labels), labels[::-1] if reverse else labels
+        listed, shown = option_texts(prompt, labels), [*labels[1:], labels[0]] if rotate else labels
         self.options = labels if prompt.options == "names" else [listed[shown.index(label)] for label in labels]
         self._prefix = prompt.answer_prefix
         self._removes_thought = isinstance(self.template, ReasoningTemplate) and self.template.enable_thinking is False

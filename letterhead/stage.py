@@ -35,6 +35,8 @@ from letterhead.records import (
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # A killed training needs some seconds to give its memory, and the lock, back.
+# Stages that a target of another name makes
+TARGETS = {"tfidf-all": "tfidf", "eval-grpo": "grpo"}
 LOCK_PATIENCE_S = 20
 
 
@@ -130,7 +132,7 @@ def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
     record = read_json(experiment.run_folder / name / "stage.json")
     if record is None:
         raise LetterheadError(
-            f"{experiment.run_folder / name}: not made yet; run: make {name.removesuffix('-all')} EXP={experiment.name}"
+            f"{experiment.run_folder / name}: not made yet; run: make {TARGETS.get(name, name)} EXP={experiment.name}"
         )
     return {path: output["sha256"] for path, output in record["outputs"].items()}
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -20,18 +21,23 @@ from letterhead.records import LetterheadError
 TIMEOUT_S = 300
 ATTEMPTS = 8
 WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+LONGEST_RETRY_AFTER_S = 300.0
 BUSY = (408, 409, 425, 429)
+# Refused is this question (too long, or not to the endpoint's taste), and others may do.
+REFUSED = (400, 413, 422)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a teacher wrote: its thought, the rest, whether it came to its end, and the tokens that were paid for."""
+    """What a teacher wrote: its thought, the rest, whether it came to its end, and the tokens that were paid for; or why it
+    refused."""
 
     thought: str
     answer: str
     ended: bool
     prompt_tokens: int
     reply_tokens: int
+    refused: str = ""
 
 
 class Teacher:
@@ -57,7 +63,9 @@ class Teacher:
         waiting, flying, failed = iter(questions), {}, None
         secret = os.environ.get(self._settings.key)
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, headers=headers) as client:
+        # A proxy leads out of this machine; a teacher on it is not there.
+        here = urlsplit(self._url).hostname in ("127.0.0.1", "::1", "localhost")
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, headers=headers, trust_env=not here) as client:
             try:
                 while True:
                     while not failed and len(flying) < self._settings.concurrency and (asked := next(waiting, None)):
@@ -89,13 +97,15 @@ class Teacher:
                 if reply.status_code == 200:
                     return read_reply(reply.json())
                 reason = f"status {reply.status_code}: {reply.text[:200]}"
+                if reply.status_code in REFUSED:
+                    return Reply("", "", False, 0, 0, reason)
                 if reply.status_code < 500 and reply.status_code not in BUSY:
                     raise LetterheadError(f"{self._url}: {reason}")
                 told = reply.headers.get("Retry-After", "")
-                wait = max(wait, float(told)) if told.isdecimal() else wait
+                wait = max(wait, min(float(told), LONGEST_RETRY_AFTER_S)) if told.isdecimal() else wait
             except httpx.HTTPError as error:
                 reason = f"{type(error).__name__} {error}"
-            except (ValueError, KeyError, IndexError, TypeError) as error:  # no JSON, or not a completion's
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # no JSON, or not a completion's
                 reason = f"not a completion ({type(error).__name__}: {error})"
             if attempt + 1 < ATTEMPTS:
                 await asyncio.sleep(wait)
@@ -115,15 +125,19 @@ class Teacher:
 def read_reply(reply: dict) -> Reply:
     """A completion's thought and answer: a field of their own where the endpoint has one (`reasoning_content`, or vLLM's
     `reasoning`), else what stands in <think> and </think>; a reply with neither is all thought but for its last line."""
-    choice, usage = reply["choices"][0], reply["usage"]
+    choice, usage = reply["choices"][0], reply.get("usage") or {}
     message = choice["message"]
     text, thought = message["content"] or "", message.get("reasoning_content") or message.get("reasoning")
     if thought is None:
         before, closed, rest = text.rpartition("</think>")
         if closed:
-            thought, text = before.partition("<think>")[2] or before, rest
+            thought, text = before.partition("<think>")[2] if "<think>" in before else before, rest
         else:
             thought, _, text = text.strip().rpartition("\n")
     return Reply(
-        thought.strip(), text.strip(), choice["finish_reason"] == "stop", usage["prompt_tokens"], usage["completion_tokens"]
+        thought.strip(),
+        text.strip(),
+        choice["finish_reason"] == "stop",
+        usage.get("prompt_tokens", 0),
+        usage.get("completion_tokens", 0),
     )

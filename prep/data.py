@@ -179,7 +179,7 @@ def stratified(
 
 
 def read_ranking(pool_path: Path, rows: Rows) -> np.ndarray | None:
-    """The rank of every row of the pool by `data.rows.train_from`, shape (rows,); rows that were not ranked come last. None
+    """The rank of every row of the pool by `data.rows.train_from`, shape (rows,), NaN for one that was not ranked; None
     where rows are drawn.
 
     Raises
@@ -194,7 +194,7 @@ def read_ranking(pool_path: Path, rows: Rows) -> np.ndarray | None:
         )
     sign = 1 if rows.train_from == "hard" else -1
     margins = {line["id"]: sign * line["margin"] for line in read_jsonl(rows.ranking)}
-    return np.array([margins.get(row["id"], np.inf) for row in read_jsonl(pool_path)])
+    return np.array([margins.get(row["id"], np.nan) for row in read_jsonl(pool_path)])
 
 
 def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path) -> np.ndarray:
@@ -242,6 +242,8 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
     if rows.train_seed is not None:
         rng = np.random.default_rng([rows.train_seed, 2])
     n, rank = min(rows.train or len(train), len(train)), read_ranking(pool_path, rows)
+    if rank is not None and np.isnan(rank[train]).any():
+        raise LetterheadError(f"{rows.ranking}: ranks other rows than these train rows; run make rank on this data and seed")
     chosen[stratified(train, label, n, rng, rank)] = 0
     if experiment.data.near_duplicates == "keep":
         near = near_duplicates(pool_path, chosen)

@@ -3,7 +3,7 @@
 Qwen3-0.6B against BERT on AG News, 2025-05-22, one RTX 3090 (24 GB); F1 is the best of its checkpoints on the test set.
 """
 
-from letterhead.experiment import Experiment
+from letterhead.experiment import Experiment, source_name
 
 # method → accuracy, macro F1, hours to train and score
 FIGURES = {
@@ -32,8 +32,11 @@ SLIPS = (
 
 def is_the_articles(experiment: Experiment) -> bool:
     """Whether an experiment has the article's data and models, so that its figures may stand beside ours."""
-    named = (experiment.data.source, experiment.decoder.model, experiment.encoder.model)
+    named = (
+        experiment.data.source.partition("@")[0],
+        *map(source_name, (experiment.decoder.model, experiment.encoder.model)),
+    )
     theirs = ("hf:fancyzhx/ag_news", "hf:Qwen/Qwen3-0.6B", "hf:google-bert/bert-base-cased")
     rows = experiment.data.rows
     whole = rows.train is None and rows.test is None and experiment.decoder.train_rows is None
-    return whole and tuple(name.split("@")[0] for name in named) == theirs
+    return whole and named == theirs

@@ -14,7 +14,7 @@ import yaml
 
 from eval import compare
 from letterhead import checkpoints, metrics, results, tfidf
-from letterhead.experiment import Experiment
+from letterhead.experiment import Experiment, source_name
 from letterhead.records import atomic_open, read_json, sha256_file
 from letterhead.stage import Stage, run, stage_outputs
 from report import article, pictures
@@ -149,6 +149,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
     wrong, split = hard_rows(experiment, trained)
     return {
         "experiment": experiment,
+        "model_source": source_name(experiment.decoder.model),
         "n_test": max(entry["n"] for entry in by_name.values()),
         "ranked": ranked,
         "titles": {name: entry["title"] for name, entry in ranked},

@@ -30,7 +30,7 @@ def main(experiment: Experiment) -> None:
         "rows": data[str(experiment.data_folder / "sft_train.jsonl")],
         "model": checkpoints.model_identity(model),
     }
-    if experiment.distill:
+    if "distilled" in dataset_names(experiment):
         inputs["distilled"] = stage_outputs(experiment, "distill")
     stage = Stage(experiment, "sft", inputs)
     if stage.is_current():
@@ -65,13 +65,14 @@ def main(experiment: Experiment) -> None:
 
 def sft_rows(experiment: Experiment) -> int:
     """How many rows SFT learns from: the decoder's training rows, a teacher's, or both, as `dataset` says."""
-    there = {
-        name: read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
-        for name in experiment.sft_arguments()["dataset"].split(",")
-    }
-    if "distilled" in there:
-        there["distilled"] = read_json(experiment.run_folder / "distill" / "stage.json")["rows"]
-    return sum(there.values())
+    own = read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
+    of_teacher = read_json(experiment.run_folder / "distill" / "stage.json") or {}
+    return sum(of_teacher["rows"] if name == "distilled" else own for name in dataset_names(experiment))
+
+
+def dataset_names(experiment: Experiment) -> list[str]:
+    """What LLaMA-Factory trains on: names in data/EXPERIMENT/dataset_info.json."""
+    return experiment.sft_arguments()["dataset"].split(",")
 
 
 def finished(folder: Path) -> bool:

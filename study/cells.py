@@ -12,15 +12,20 @@ from letterhead.experiment import Experiment
 from letterhead.records import LetterheadError
 
 
-def settings(overrides: str, keys: dict[str, Any]) -> str:
-    """What SET is for keys over a user's own overrides."""
-    pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
-    return " ".join([overrides, *map(shlex.quote, pairs)]).strip()
+def settings(overrides: str, keys: dict[str, Any], under: dict[str, Any] | None = None) -> str:
+    """What SET is for keys over a user's own overrides, and these over the keys `under` them."""
+
+    def pairs(of: dict[str, Any]) -> list[str]:
+        return [shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}") for key, value in of.items()]
+
+    return " ".join([*pairs(under or {}), overrides, *pairs(keys)]).strip()
 
 
-def seed_keys(experiment: Experiment) -> dict[str, Any]:
-    """The keys of a single training of an experiment: its name, its seed, and the seed of the rows."""
-    return {"name": experiment.name, "seed": experiment.seed, "seeds": [], "data.seed": experiment.data.seed}
+def seed_keys(training: Experiment, of: Experiment) -> dict[str, Any]:
+    """The keys of a single training of an experiment: its name, its seed, and the seed of the rows; a teacher that `of` has
+    asked is not asked again."""
+    keys = {"name": training.name, "seed": training.seed, "seeds": [], "data.seed": of.data.seed}
+    return keys | ({"distill.of": of.distill.of or of.name} if of.distill else {})
 
 
 def make(experiment: str, overrides: str, targets: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
     python -m study.run --experiment quick --study curve
 
 Each cell is an ordinary experiment, `runs/EXPERIMENT.STUDY.CELL.ROWS.seedN`, that `make` brings up to date; one that is done
-is not started again. What the study makes lies in `runs/EXPERIMENT/STUDY/`, first after one seed, then after each further
-one.
+is not started again. What the study makes lies in `runs/EXPERIMENT/study-NAME/`, first after one seed, then after each
+further one.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from eval import compare
 from letterhead import decision, metrics, results
 from letterhead.experiment import Count, Experiment, Section, load_experiment
 from letterhead.figures import plt, save
-from letterhead.records import LetterheadError, atomic_open, read_json, write_json
+from letterhead.records import LetterheadError, atomic_open, read_json, sha256_file, write_json
 from letterhead.stage import Stage, run, stage_outputs
 from prep.sources import local_sha256
 from sft.train import PLACES
@@ -46,7 +46,7 @@ TARGETS = {
 TRAINED = ["tfidf", "bert", "linear_head", "sft"]
 # Sections and keys that decide nothing of a cell's results
 NO_MATTER = {
-    **{"bench": True, "serve": True, "compare": True, "title": True},
+    **{"bench": True, "serve": True, "compare": True, "title": True, "distill": True},
     **{section: {"license"} for section in ("data", "decoder", "encoder")},
 }
 UNTRAINED = ("zero_shot_no_think", "zero_shot_calibrated")
@@ -118,14 +118,48 @@ def load_study(name: str) -> Study:
 
 def keys_for_rows(experiment: Experiment, rows: int, base: int) -> dict[str, Any]:
     """The keys that train every method on so many rows, in no fewer optimizer steps than the experiment makes on `base`."""
-    times = max(1.0, base / rows)
-    return {
+    times, decoder = max(1.0, base / rows), experiment.decoder
+    keys = {
         "data.rows.train": rows,
         "decoder.train_rows": None,
         "decoder.sft.overrides.num_train_epochs": experiment.sft_arguments().get("num_train_epochs", 3) * times,
-        "decoder.head.num_train_epochs": experiment.decoder.head.num_train_epochs * times,
+        "decoder.head.num_train_epochs": decoder.head.num_train_epochs * times,
         "encoder.head.num_train_epochs": experiment.encoder.head.num_train_epochs * times,
     }
+    if decoder.sft_options:
+        keys["decoder.sft_options.num_train_epochs"] = decoder.sft_options.num_train_epochs * times
+    return keys
+
+
+def said_of(
+    study: Study,
+    study_name: str,
+    experiment: Experiment,
+    name: str,
+    overrides: str,
+    at: tuple[int | None, str, int],
+    base: int,
+) -> str:
+    """SET of one cell: what the study says of all its cells, over it what the user says, over that what makes the cell.
+
+    Parameters
+    ----------
+    name, overrides : of the experiment, as the user gave them
+    at : training rows (or None), cell, seed
+    base : on how many rows the experiment trains
+    """
+    rows, cell, seed = at
+    under = {key: named(value, experiment.name) for key, value in study.keys.items()}
+    keys = seed_keys(experiment, experiment)
+    if rows:
+        keys |= keys_for_rows(load_experiment(name, settings(overrides, {}, under)), rows, study.steps_as_on or base)
+        keys["data.rows.train_seed"] = seed
+    keys |= study.keys_of(cell)
+    keys |= {
+        "name": ".".join([experiment.name, study_name, *filter(None, [cell, str(rows or "")]), f"seed{seed}"]),
+        "seed": seed,
+    }
+    return settings(overrides, keys, under)
 
 
 def named(value: Any, name: str) -> Any:
@@ -148,15 +182,8 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
         for seed in study.seeds:
             any_made = False
             for (rows, cell), of in done.items():
-                label = ".".join([experiment.name, study_name, *filter(None, [cell, str(rows or "")]), f"seed{seed}"])
-                keys = seed_keys(experiment) | study.keys
-                if rows:
-                    keys |= keys_for_rows(experiment, rows, study.steps_as_on or there["sft"]["rows"]) | {
-                        "data.rows.train_seed": seed
-                    }
-                keys |= study.keys_of(cell) | {"name": label, "seed": seed}
-                keys = {key: named(value, experiment.name) for key, value in keys.items()}
-                made, to_do = run_cell(name, settings(overrides, keys), study.methods_of(cell))
+                said = said_of(study, study_name, experiment, name, overrides, (rows, cell, seed), there["sft"]["rows"])
+                made, to_do = run_cell(name, said, study.methods_of(cell))
                 of.append(made)
                 any_made |= to_do
                 bar.update()
@@ -168,7 +195,7 @@ def publish(experiment: Experiment, name: str, study: Study, done: Done) -> None
     """Write table, picture and figures of the seeds that are done, unless they are there, and print the table."""
     records = [[read_json(cell.run_folder / "cell" / "stage.json") for cell in of] for of in done.values()]
     inputs = {"cells": records, "margin": experiment.compare.margin, "study": study.model_dump()}
-    stage = Stage(experiment, name, inputs)
+    stage = Stage(experiment, f"study-{name}", inputs)
     table, picture, figures = (stage.folder / file for file in ("STUDY.md", "study.png", "study.json"))
     if not stage.is_current():
         found = [gather(experiment, study, rows, done) for rows in dict.fromkeys(rows for rows, _ in done)]
@@ -196,13 +223,17 @@ def run_cell(name: str, overrides: str, methods: list[str]) -> tuple[Experiment,
         "source": local_sha256(cell.data),
         "methods": methods,
     }
+    # What another experiment made: how it was made decides nothing, what it is does.
+    made = [cell.data.rows.ranking, cell.distill and cell.distill.of and Path("data") / cell.distill.of / "distilled.jsonl"]
+    if learnt := [sha256_file(path) for path in made if path and path.is_file()]:
+        inputs["learnt"] = learnt
     stage = Stage(cell, "cell", inputs)
     if to_do := not stage.is_current():
         make(name, overrides, list(dict.fromkeys(TARGETS[method] for method in methods)))
-        made = {path for method in methods for path in stage_outputs(cell, compare.METHODS[method][0])}
-        stage.finish([path for path in map(Path, sorted(made)) if path.parent == cell.results_folder])
-        for weights in cell.run_folder.glob("*/checkpoints"):
-            shutil.rmtree(weights)
+        results_made = {path for method in methods for path in stage_outputs(cell, compare.METHODS[method][0])}
+        stage.finish([path for path in map(Path, sorted(results_made)) if path.parent == cell.results_folder])
+    for weights in cell.run_folder.glob("*/checkpoints"):
+        shutil.rmtree(weights)
     return cell, to_do
 
 
@@ -224,6 +255,9 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
                 chosen, entry = compare.choose(of, method, stage_outputs(of, compare.METHODS[method][0]))
                 answers.setdefault(arm, []).append(compare.read_answers(of, chosen, entry["n"]))
                 entries.setdefault(arm, []).append(entry)
+    numbers = {arm: of[0]["n"] for arm, of in entries.items()}
+    if len(set(numbers.values())) > 1:
+        raise LetterheadError(f"arms with unequal test rows ({numbers}) can't be compared; set eval.thinking.rows=null")
     truth, predicted = compare.aligned(experiment, answers)
     classes, verdicts = len(experiment.labels), {}
     if len(predicted) > 1:
@@ -237,6 +271,7 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
             "f1_macro": float(np.mean([entry["f1_macro"] for entry in of])),
             "f1_macro_ci95": np.clip(interval, 0, 1).tolist(),
             "trainings": [{"f1_macro": entry["f1_macro"], "step": entry["step"]} for entry in of],
+            "log_loss_validation": mean_or_none([entry["log_loss_validation"] for entry in of]),
             "training_seconds": float(np.mean([entry["cost"]["training_seconds"] for entry in of])),
         }
     pairs, leads = list(combinations(predicted, 2)), {}
@@ -244,6 +279,11 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
         lead = metrics.f1_loss(truth, predicted[b], predicted[a], classes)
         leads[f"{a} over {b}"] = {"f1_difference": lead.value, "interval": list(lead.interval(0.025 / len(pairs)))}
     return {"rows": rows, "arms": arms, "verdicts": verdicts, "leads": leads}
+
+
+def mean_or_none(values: list[float | None]) -> float | None:
+    """The mean, or None where one is missing."""
+    return None if None in values else float(np.mean(values))
 
 
 def lead_of(point: dict, a: str, b: str) -> tuple[float, bool]:
@@ -293,6 +333,10 @@ def told_of_best(point: dict) -> str:
         behind[lead_of(point, top, arm)[1]].append(f"{arm} ({point['arms'][arm]['f1_macro']:.3f})")
     for apart, how in ((True, "Told apart from it"), (False, "Not told apart from it")):
         said += f" {how}: {', '.join(behind[apart])}." if behind[apart] else ""
+    losses = {arm: of["log_loss_validation"] for arm, of in point["arms"].items()}
+    if None not in losses.values():
+        chosen = min(losses, key=losses.get)
+        said += f" Validation rows, which alone may choose, have the lowest log loss with {chosen}."
     return said
 
 

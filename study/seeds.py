@@ -7,12 +7,12 @@ from letterhead.experiment import Experiment
 from letterhead.stage import run
 from study.cells import make, seed_keys, settings
 
-TARGETS = ("eval-ckpts", "sft-think", "bert", "linear-head", "sft-options")
+TARGETS = ("eval-ckpts", "sft-think", "bert", "bert-all", "linear-head", "sft-options")
 
 
 def main(experiment: Experiment, name: str, overrides: str) -> None:
     for training in experiment.trainings()[1:]:
-        make(name, settings(overrides, seed_keys(training)), TARGETS)
+        make(name, settings(overrides, seed_keys(training, experiment)), TARGETS)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -13,10 +14,13 @@ from pathlib import Path
 import pytest
 
 from distill import teach
+from eval import sft_think
+from eval.score import score_model, split_prompts
 from letterhead import results, teacher
 from letterhead.experiment import Distill
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, read_jsonl
+from letterhead.stage import Stage, stage_outputs
 from letterhead.teacher import Teacher, read_reply
 from prep import data
 from sft.train import sft_rows
@@ -93,7 +97,8 @@ def taught(make_experiment, endpoint):
     write_csv("rows.csv", [(f"text {i} of news", LABELS[i % 3]) for i in range(30)])
     settings = {"endpoint": endpoint, "model": "big", "rows": 20, "tries": 3, "price_of_prompts": 2, "price_of_replies": 5}
     sft = {"dataset": "sft_train,distilled"}
-    experiment = make_experiment("rows.csv", LABELS, decoder="qwen3", distill=settings, sft=sft)
+    thinking = {"thinking": {"rows": 3, "tokens": 5, "batch": 3}}
+    experiment = make_experiment("rows.csv", LABELS, decoder="qwen3", distill=settings, sft=sft, eval=thinking)
     data.main(experiment)
     return experiment
 
@@ -147,6 +152,26 @@ def test_what_is_learnt_is_the_thinking_prompt_and_the_thought(taught):
     }
 
 
+def test_what_was_learnt_is_measured_with_thinking(taught):
+    data_made = stage_outputs(taught, "data")
+    score_model(taught, 7, taught.decoder.folder, data_made, *split_prompts(taught))
+    Stage(taught, "sft", 0).finish([], rows=34, training_seconds=1.0)
+    files = [file for split in results.SPLITS for file in results.result_files(taught, "sft@7", split)]
+    Stage(taught, "eval-ckpts", 0).finish(files, rows=8, scoring_seconds=1.0)
+    sft_think.main(taught)
+    found = results.read_result(taught, "sft_think@7", "test")
+    assert (found["n"], found["thinking"]["budget_tokens"]) == (3, 5)
+    assert found["thinking"]["answered"] + found["thinking"]["unfinished"] + found["thinking"]["unparsed"] == 3
+    # Another seed thinks about the same rows, so that both can be averaged.
+    other = taught.model_copy(update={"name": "other", "seed": 5})
+    shutil.copytree("data/mine", "data/other")
+    shutil.copytree("runs/mine", "runs/other")
+    shutil.rmtree("runs/other/sft-think")
+    sft_think.main(other)
+    first, second = (results.read_predictions(of, "sft_think@7", "test") for of in (taught, other))
+    assert [line["id"] for line in first] == [line["id"] for line in second]
+
+
 def test_another_experiments_teacher_is_not_asked_again(taught, make_experiment):
     teach.main(taught)
     asked = sum(Endpoint.answered.values())
@@ -169,6 +194,8 @@ def test_another_experiments_teacher_is_not_asked_again(taught, make_experiment)
         (completion("B", reasoning="hm"), "hm", "B"),
         (completion("First this,\nthen that.\nB"), "First this,\nthen that.", "B"),
         (completion("B"), "", "B"),
+        (completion("<think></think>B"), "", "B"),
+        ({"choices": completion("hm</think>B")["choices"]}, "hm", "B"),  # without usage
     ],
 )
 def test_the_thought_is_found_where_endpoints_put_it(reply, thought, answer):
@@ -192,6 +219,13 @@ def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch
 
     assert sorted(asyncio.run(ask(*((i, f"text {i} .", i) for i in range(5))))) == list(range(5))
     assert [round(seconds) for seconds in sorted(slept)] == [2, 4, 6, 8]  # one request every two seconds
+    asked = []
+    monkeypatch.setattr(Endpoint, "do_POST", lambda self: (asked.append(1), self.send(400, b"too long")))
+    assert asyncio.run(ask((0, "text 0 .", 0))) == [0] and len(asked) == 1  # this one is, others may not be
+    garbage = {"choices": [{"message": {"content": [{"text": "B"}]}, "finish_reason": "stop"}]}
+    monkeypatch.setattr(Endpoint, "do_POST", lambda self: self.send(200, json.dumps(garbage).encode()))
+    with pytest.raises(LetterheadError, match="8 attempts, the last: not a completion"):
+        asyncio.run(ask((0, "text 0 .", 0)))
     monkeypatch.setattr(Endpoint, "do_POST", lambda self: self.send(401, b"no key"))
     slept.clear()
     with pytest.raises(LetterheadError, match="chat/completions: status 401: no key"):

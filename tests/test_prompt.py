@@ -86,15 +86,15 @@ def test_scored_ids_are_the_ids_llamafactory_trains_on(make_experiment, decoder,
         assert answer.ids[answer.stop] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_options_may_be_listed_in_the_opposite_order(make_experiment):
+def test_options_may_be_listed_so_that_each_letter_stands_for_another_label(make_experiment):
     experiment = make_experiment("rows.csv", LABELS)
-    encoder = load_prompt_encoder(experiment, reverse=True)
-    assert "\nA. World Business\nB. Science/Technology\nC. Business\nD. Sports\nE. World\n" in encoder.instruction("text")
-    listed = load_prompt_encoder(experiment)
-    assert [answer.ids for answer in encoder.answers] == [answer.ids for answer in reversed(listed.answers)]
+    encoder = load_prompt_encoder(experiment, rotate=True)
+    assert "\nA. Sports\nB. Business\nC. Science/Technology\nD. World Business\nE. World\n" in encoder.instruction("text")
+    listed = load_prompt_encoder(experiment).answers
+    assert encoder.answers == [listed[4], *listed[:4]]
     names = make_experiment("rows.csv", LABELS, prompt={"options": "names"})
-    encoder, listed = load_prompt_encoder(names, reverse=True), load_prompt_encoder(names)
-    assert "\nWorld Business\nScience/Technology\nBusiness\nSports\nWorld\n" in encoder.instruction("text")
+    encoder, listed = load_prompt_encoder(names, rotate=True), load_prompt_encoder(names)
+    assert "\nSports\nBusiness\nScience/Technology\nWorld Business\nWorld\n" in encoder.instruction("text")
     assert encoder.answers == listed.answers
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from eval import compare
 from letterhead import results, tfidf
-from letterhead.experiment import load_experiment
+from letterhead.experiment import Parts, load_experiment
 from letterhead.metrics import NO_ANSWER
 from letterhead.records import LetterheadError, read_json, write_json, write_jsonl
 from letterhead.stage import Stage
@@ -75,7 +75,7 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
                 write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
 
     for method, (stage, trained, _) in methods.items():
-        if method != "zero_shot_think":
+        if method not in compare.THINKING:
             train(method, stage, (10, 20, 30) if trained and method not in tfidf.ROWS else (None,))
     thinking = {
         "no_think_accuracy_same_rows": 0.4,
@@ -87,6 +87,8 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
         "unparsed": 2,
     }
     write("zero-shot", "zero_shot_think", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
+    if experiment.distill:
+        write("sft-think", "sft_think@20", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
     first = experiment
     for experiment in first.trainings():
         if experiment is not first:
@@ -124,6 +126,18 @@ def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_descri
     assert "chance could do that" in near["sentence"] and "-0.000" not in near["sentence"]
     assert far["sentence"].startswith("TF-IDF + logistic regression (190 rows) has a higher macro F1 than LLM, SFT")
     assert far["f1_p"] <= far["f1_p_holm"] < 0.05 and 0 < far["ci95"][0] < far["f1_difference"]
+
+
+def test_a_model_in_parts_is_named_and_thinking_on_fewer_rows_decides_nothing(make_experiment):
+    teacher = {"endpoint": "http://127.0.0.1:1/v1", "model": "big"}
+    experiment = drawn(make_experiment, validation=60, distill=teacher)
+    comparison = read_json("runs/mine/results/comparison.json")
+    assert comparison["methods"]["sft_think@20"]["n"] == 40 and "sft_think@20" not in comparison["candidates"]
+    assert not any("sft_think@20" in (pair["a"], pair["b"]) for pair in comparison["pairs"])
+    parts = Parts(parts=["pypi:a==1/b"], whole=f"big.gguf#sha256={'0' * 64}")
+    build.main(experiment.model_copy(update={"decoder": experiment.decoder.model_copy(update={"model": parts})}))
+    assert "(read from <code>big.gguf</code>)" in Path("runs/mine/report/report.html").read_text()
+    assert not article.is_the_articles(experiment)
 
 
 def test_the_last_checkpoint_is_taken_unless_validation_shows_another_to_be_better(compared):

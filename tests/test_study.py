@@ -76,7 +76,7 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
     fake.fails_at = 5
     with pytest.raises(LetterheadError, match="killed"):
         run.main(experiment, "mine", "", "curve")
-    so_far = Path("runs/mine/curve/STUDY.md").read_text()
+    so_far = Path("runs/mine/study-curve/STUDY.md").read_text()
     assert "**So far 1 of 2 seeds.**" in so_far and "Highest macro F1 (one seed)" in so_far
     fake.fails_at = 0
     run.main(experiment, "mine", "", "curve")
@@ -95,7 +95,7 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
         assert few < some < all_ and len(few) == 30 and few == ids(f"mine.curve.30.seed{seed}", "train")
     assert ids("mine.curve.30.seed1", "train") != ids("mine.curve.30.seed2", "train")
 
-    made = read_json("runs/mine/curve/study.json")
+    made = read_json("runs/mine/study-curve/study.json")
     assert [point["rows"] for point in made["found"]] == [30, 60, 320]
     for point in made["found"]:
         for method in run.TRAINED:
@@ -118,10 +118,10 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
                 point["arms"][a]["f1_macro"] - point["arms"][b]["f1_macro"], abs=0.01
             )
             assert run.lead_of(point, b, a) == (-lead["f1_difference"], run.lead_of(point, a, b)[1])
-    table = Path("runs/mine/curve/STUDY.md").read_text()
+    table = Path("runs/mine/study-curve/STUDY.md").read_text()
     assert "So far" not in table and "each seed draws its training rows" in table
     assert all(line in table for line in made["sentences"]) and table.count("\n| ") == 5
-    assert Path("runs/mine/curve/study.png").stat().st_size > 20_000
+    assert Path("runs/mine/study-curve/study.png").stat().st_size > 20_000
 
 
 def test_few_rows_are_trained_in_no_fewer_steps(studied):
@@ -139,7 +139,7 @@ def test_a_study_may_vary_any_keys(studied):
     Path("experiments/studies/rate.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     run.main(experiment, "mine", "bench.training_rows=64", "rate")
     assert asked[1:] == ["mine.rate.gently.seed3", "mine.rate.boldly.seed3"]
-    made = read_json("runs/mine/rate/study.json")
+    made = read_json("runs/mine/study-rate/study.json")
     (point,) = made["found"]
     assert point["rows"] is None and set(point["arms"]) == {"gently", "boldly"}
     assert (
@@ -155,15 +155,15 @@ def test_a_study_may_vary_rows_and_keys_and_each_cell_its_methods(studied):
     Path("experiments/studies/both.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     run.main(experiment, "mine", "", "both")
     assert asked[1:5] == [f"mine.both.{cell}.{rows}.seed1" for rows in (30, 60) for cell in ("fast", "slow")]
-    made = read_json("runs/mine/both/study.json")
+    made = read_json("runs/mine/study-both/study.json")
     arms = ["fast: LLM, linear head", "fast: BERT", "slow: BERT"]
     assert [set(point["arms"]) for point in made["found"]] == [set(arms), set(arms)]
     assert made["sentences"][-1].startswith("slow: BERT against fast: ") and " at 30, " in made["sentences"][-1]
-    assert Path("runs/mine/both/study.png").stat().st_size > 20_000
+    assert Path("runs/mine/study-both/study.png").stat().st_size > 20_000
     keys = {"title": "Untrained?", "seeds": [1], "cells": {"letters": {}}, "methods": ["zero_shot_no_think", "bert"]}
     Path("experiments/studies/zero.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     run.main(experiment, "mine", "", "zero")
-    (point,) = read_json("runs/mine/zero/study.json")["found"]
+    (point,) = read_json("runs/mine/study-zero/study.json")["found"]
     assert set(point["arms"]) == {"letters: LLM zero-shot, option perplexity", "letters: BERT"}
     assert run.lead_of(point, "letters: BERT", "letters: LLM zero-shot, option perplexity")[1]  # told apart
 
@@ -187,7 +187,7 @@ def test_make_is_told_the_cell_alone_whatever_the_outer_make_was_told(make_exper
     experiment = make_experiment("rows.csv", ["a", "b"], title="it's a title", seeds=[4, 5])
     Path("Makefile").write_text('say:\n\t@printf "%s|%s" "$$EXP" "$$SET" > said\nexport EXP SET\n')
     monkeypatch.setenv("MAKEFLAGS", " -- EXP=other SET=seed=9")
-    said = settings("bench.training_rows=64", seed_keys(experiment.trainings()[1]))
+    said = settings("bench.training_rows=64", seed_keys(experiment.trainings()[1], experiment))
     make("mine", said, ["say"])
     name, overrides = Path("said").read_text().split("|")
     cell = load_experiment(name, overrides)
@@ -200,16 +200,34 @@ def test_make_is_told_the_cell_alone_whatever_the_outer_make_was_told(make_exper
 @pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "experiments/studies").glob("*.yaml")))
 def test_every_cell_of_a_shipped_study_is_a_valid_experiment(monkeypatch, study):
     monkeypatch.chdir(ROOT)
-    name = {"hard_rows": "ag_news_base", "text_length": "newsgroups20"}.get(study, "quick")
+    name = {"hard_rows": "ag_news_base", "think_block": "ag_news_base", "text_length": "newsgroups20"}.get(study, "quick")
     teacher = "'distill={endpoint: http://127.0.0.1:8000/v1, model: big}'"
     overrides = teacher if study in ("think_distill", "grpo") else ""
     experiment, of = load_experiment(name, overrides), run.load_study(study)
     for cell in of.all_cells:
-        keys = seed_keys(experiment) | of.keys | of.keys_of(cell) | {"name": "cell", "seed": 5}
-        if of.rows:
-            keys |= run.keys_for_rows(experiment, 50, 400)
-        made = load_experiment(name, settings(overrides, {key: run.named(value, name) for key, value in keys.items()}))
+        at = (50 if of.rows else None, cell, 5)
+        made = load_experiment(name, run.said_of(of, study, experiment, name, overrides, at, 400))
+        assert made.name == ".".join([name, study, *([cell] if cell else []), *(["50"] if of.rows else []), "seed5"])
         assert made.seed == 5 and made.data.seed == experiment.data.seed
         assert not made.distill or made.distill.of == name
         assert "sft_options" not in of.methods_of(cell) or made.decoder.sft_options
-        assert {"grpo", "grpo_think"}.isdisjoint(of.methods_of(cell)) or made.grpo
+
+
+def test_the_user_is_heard_over_the_study_and_the_cell_over_the_user(studied):
+    experiment, asked, _ = studied
+    keys = {"title": "Which?", "seeds": [1], "methods": ["bert", "sft_options"], "rows": [30]}
+    keys["keys"] = {
+        "decoder.sft_options": {"num_train_epochs": 2, "learning_rate": 1e-5},
+        "encoder.head.learning_rate": 1e-5,
+    }
+    keys["cells"] = {"mine": {"encoder.head.num_train_epochs": 9}}
+    Path("experiments/studies/which.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    study, mine = (
+        run.load_study("which"),
+        "decoder.sft_options.learning_rate=0.3 encoder.head.num_train_epochs=4 name=x seed=8",
+    )
+    made = load_experiment("mine", run.said_of(study, "which", experiment, "mine", mine, (30, "mine", 1), 60))
+    assert (made.name, made.seed) == ("mine.which.mine.30.seed1", 1)
+    assert made.decoder.sft_options.learning_rate == 0.3 and made.encoder.head.learning_rate == 1e-5
+    assert made.decoder.sft_options.num_train_epochs == 4  # twice the study's, since there are half as many rows
+    assert made.encoder.head.num_train_epochs == 9
