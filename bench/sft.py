@@ -116,7 +116,9 @@ def plain_loop(experiment: Experiment, half: bool) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(experiment.decoder.folder, dtype=torch.float32, use_safetensors=True)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=experiment.sft_arguments()["learning_rate"], weight_decay=0.0)
+    given = experiment.sft_arguments()
+    betas = (given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.999))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=given["learning_rate"], betas=betas, weight_decay=0.0)
     clock, tokens, losses, begin = [], [0], [], time.perf_counter()
     for step in range(experiment.bench.sft_steps):
         pairs = []
