@@ -20,27 +20,27 @@ LABELS = ["a", "b", "c"]
 RIGHT, WHOLE = (1.0, 1.0), (0.0, 1.0)
 
 
-@pytest.mark.parametrize("think", [True, False])
-@pytest.mark.parametrize(
-    ("text", "ended", "with_thought", "without"),
-    [
-        ("<think>\nIt is B.\n</think>\n\nB", True, RIGHT, RIGHT),
-        ("<think>\nIt is B.\n</think>\n\nC", True, WHOLE, WHOLE),
-        ("<think>\n\n</think>\n\nB", True, (1.0, 0.0), RIGHT),
-        ("B", True, (1.0, 0.0), RIGHT),
-        ("<think>\nIt is B.\n</think>\n\nB", False, (1.0, 0.0), (1.0, 0.0)),
-        ("<think>\nIt is B.", False, (0.0, 0.0), (0.0, 0.0)),
-        ("<think>\nIt is B.\n</think>\n\nB, I think", True, (1.0, 0.0), (1.0, 0.0)),
-        ("<think>a</think><think>b</think>B", True, (1.0, 0.0), (1.0, 0.0)),
-        ("", True, (0.0, 0.0), (0.0, 0.0)),
-    ],
-)
-def test_an_answer_is_worth_its_option_and_its_end(make_experiment, text, ended, with_thought, without, think):
+ANSWERS = [  # text, whether it ended, and its rewards where a thought is asked for and where none is
+    ("<think>\nIt is B.\n</think>\n\nB", True, RIGHT, RIGHT),
+    ("<think>\nIt is B.\n</think>\n\nC", True, WHOLE, WHOLE),
+    ("<think>\n\n</think>\n\nB", True, (1.0, 0.0), RIGHT),
+    ("B", True, (1.0, 0.0), RIGHT),
+    ("<think>\nIt is B.\n</think>\n\nB", False, (1.0, 0.0), (1.0, 0.0)),
+    ("<think>\nIt is B.", False, (0.0, 0.0), (0.0, 0.0)),
+    ("<think>\nIt is B.\n</think>\n\nB, I think", True, (1.0, 0.0), (1.0, 0.0)),
+    ("<think>a</think><think>b</think>B", True, (1.0, 0.0), (1.0, 0.0)),
+    ("", True, (0.0, 0.0), (0.0, 0.0)),
+]
+
+
+def test_an_answer_is_worth_its_option_and_its_end(make_experiment):
     encoder = load_prompt_encoder(make_experiment("rows.csv", LABELS, decoder="qwen3"))
-    ids = encoder.tokenizer.encode(text) + ([encoder.tokenizer.eos_token_id] if ended else [])
-    rewards = grpo.Rewards(encoder, think)
-    found = rewards.right_option([text], [ids], option=["B"]) + rewards.finished([text], [ids], option=["B"])
-    assert tuple(found) == (with_thought if think else without)
+    for text, ended, with_thought, without in ANSWERS:
+        ids = encoder.tokenizer.encode(text) + ([encoder.tokenizer.eos_token_id] if ended else [])
+        for think, worth in ((True, with_thought), (False, without)):
+            rewards = grpo.Rewards(encoder, think)
+            found = rewards.right_option([text], [ids], option=["B"]) + rewards.finished([text], [ids], option=["B"])
+            assert tuple(found) == worth, (text, ended, think)
 
 
 def test_the_reward_has_moved_or_not():
