@@ -354,12 +354,24 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
         why = f"{best}, and none is cheaper."
     sure = []
     for name, of in found.items():
-        line = f"{named(name)}: {of['verdict']}; macro F1 {signed(-of['loss'])} ({signed(-of['high'])} to "
-        line += f"{signed(-of['low'])}) against {named(of['against'])}."
-        if of["verdict"] == decision.UNDECIDED:
+        other = named(of["against"])
+        loss, low, high = (signed(of[key]).removeprefix("+") for key in ("loss", "low", "high"))
+        if of["verdict"] == decision.FITS:
+            line = (
+                f"{named(name)} is good enough: a loss of macro F1 of at most {high} against {other}; {margin:g} is allowed."
+            )
+        elif of["verdict"] == decision.COSTS_MORE:
+            line = (
+                f"{named(name)} loses too much: {loss} of macro F1 against {other}, at least {low}; {margin:g} is allowed."
+            )
+        else:
+            line = f"{named(name)} is undecided: a loss of macro F1 of {loss} against {other}, and anything from {low} to "
+            line += f"{high} goes with these rows; {margin:g} is allowed."
             needed = [f"{of[key]:,} {what}" for key, what in ROWS_THAT_DECIDE.items() if of[key]]
             line += f" Test rows that would decide: {', '.join(needed)}." if needed else " Only more trainings would decide."
         sure.append(line)
+    if dearer := [name for name in chosen if is_trained(chosen[name]) and name not in found]:
+        sure.append(f"Not considered, since dearer than the best: {', '.join(map(named, dearer))}.")
     if decided["trainings"] == 1:
         sure.append(
             "The bounds hold the noise of the rows, for these trained files; seeds: [1, 2, 3] adds that of training."
@@ -374,7 +386,7 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
         sure.append(f"Fewer than {FEW_ROWS} test rows: {some}; a class without one is left out of every figure.")
     known = sorted((name for name in chosen if name in prices), key=lambda name: prices[name])
     compared = [name for name in known if is_trained(chosen[name]) or name in found]
-    dear = [f"{named(name)}: {priced(prices[name], unit)}." for name in compared]
+    dear = [f"{named(name)}: {priced(prices[name], unit)}{timed(chosen[name])}." for name in compared]
     others = [name for name in compared if name != ship] if ship in prices else []
     pairs = [(ship, name) if prices[name] > prices[ship] else (name, ship) for name in others]
     change = [line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))]
@@ -388,6 +400,11 @@ def priced(price: float, unit: str) -> str:
     return f"{results.human(price)} multiply-adds a row"
 
 
+def timed(entry: dict) -> str:
+    """How long a test row took to score, in words."""
+    return f"; {1000 * entry['cost']['test_seconds'] / entry['n']:.2g} ms a test row here"
+
+
 def break_even(cheap: str, dear: str, decided: dict, chosen: dict[str, dict], named: Callable[[str], str]) -> str | None:
     """From which price of an error on the dearer of two methods is worth it, in words; None where it errs no less."""
     fewer = chosen[dear]["accuracy"] - chosen[cheap]["accuracy"]
@@ -397,7 +414,10 @@ def break_even(cheap: str, dear: str, decided: dict, chosen: dict[str, dict], na
     spared = f"{named(dear)} made {1000 * fewer:.1f} errors in 1,000 rows fewer than {named(cheap)}"
     if decided["price_unit"] == "per_million_rows":
         return f"{spared}: if that holds, it pays where 1,000 errors cost more than {more / 1000 / fewer:.2g}."
-    return f"{spared}, at {results.human(more / fewer)} multiply-adds for each (`make bench` puts a price on them)."
+    return (
+        f"{spared}: if that holds, it pays where an error costs more than {results.human(more / fewer)} multiply-adds "
+        "(`make bench` measures the price)."
+    )
 
 
 def summary(comparison: dict) -> str:

@@ -186,8 +186,20 @@ def test_what_is_nearly_as_good_and_cheap_is_shipped_and_the_price_of_an_error_t
     cheaper = [n for n, price in comparison["prices"].items() if price < comparison["prices"][comparison["best"]]]
     assert all(comparison["candidates"][name]["verdict"] != "fits" for name in cheaper)
     hopeless = comparison["candidates"].get("zero_shot_no_think")
+
+    def told(verdict: str) -> list[str]:
+        return [line for line in comparison["how_sure"] if verdict in line]
+
     assert hopeless is None or hopeless["verdict"] == "costs more"
     assert any("errors in 1,000 rows fewer than" in line for line in comparison["what_would_change"])
+    assert any(f"of at most {shipped['high']:.3f} against" in line for line in told("is good enough"))
+    assert hopeless is None or any("LLM zero-shot" in line for line in told("loses too much"))
+    dearer = [line for line in comparison["how_sure"] if line.startswith("Not considered, since dearer than the best: ")]
+    absent = [
+        e["title"] for n, e in comparison["methods"].items() if e["cost"]["train_rows"] and n not in comparison["candidates"]
+    ]
+    assert all(title in dearer[0] for title in absent) if absent else not dearer
+    assert all(" ms a test row here." in line for line in comparison["how_dear"])
 
 
 def test_seeds_are_averaged_and_their_spread_is_shown(make_experiment, monkeypatch):
