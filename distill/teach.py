@@ -110,7 +110,10 @@ async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]
     truth = {row["id"]: experiment.labels.index(row["label"]) for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(settings)
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(right), unit=" rows right") as bar:
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        tqdm(total=len(rows), initial=len(right & truth.keys()), unit=" rows right") as bar,
+    ):
         for number in range(settings.tries):
             bar.set_description(f"try {number + 1} of at most {settings.tries}")
             asked = [

@@ -370,7 +370,7 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
             needed = [f"{of[key]:,} {what}" for key, what in ROWS_THAT_DECIDE.items() if of[key]]
             line += f" Test rows that would decide: {', '.join(needed)}." if needed else " Only more trainings would decide."
         sure.append(line)
-    if dearer := [name for name in chosen if is_trained(chosen[name]) and name not in found]:
+    if dearer := [name for name, of in chosen.items() if is_trained(of) and of["n"] == n and name not in found]:
         sure.append(f"Not considered, since dearer than the best: {', '.join(map(named, dearer))}.")
     if decided["trainings"] == 1:
         sure.append(

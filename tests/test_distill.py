@@ -226,8 +226,10 @@ def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch
     monkeypatch.setattr(Endpoint, "do_POST", lambda self: self.send(200, json.dumps(garbage).encode()))
     with pytest.raises(LetterheadError, match="8 attempts, the last: not a completion"):
         asyncio.run(ask((0, "text 0 .", 0)))
-    monkeypatch.setattr(Endpoint, "do_POST", lambda self: self.send(401, b"no key"))
+    monkeypatch.setattr(Endpoint, "do_POST", lambda self: (asked.append(1), self.send(401, b"no key")))
     slept.clear()
+    asked.clear()
+    settings = Distill(endpoint=endpoint, model="big", concurrency=3)
     with pytest.raises(LetterheadError, match="chat/completions: status 401: no key"):
-        asyncio.run(ask((0, "text 0 .", 0)))
-    assert not slept
+        asyncio.run(ask(*((i, f"text {i} .", i) for i in range(9))))
+    assert not slept and len(asked) <= 3  # what was on its way, and nothing after

@@ -132,6 +132,7 @@ def test_a_model_in_parts_is_named_and_thinking_on_fewer_rows_decides_nothing(ma
     teacher = {"endpoint": "http://127.0.0.1:1/v1", "model": "big"}
     experiment = drawn(make_experiment, validation=60, distill=teacher)
     comparison = read_json("runs/mine/results/comparison.json")
+    assert not any("thinking" in line for line in comparison["how_sure"])  # neither judged nor called too dear
     assert comparison["methods"]["sft_think@20"]["n"] == 40 and "sft_think@20" not in comparison["candidates"]
     assert not any("sft_think@20" in (pair["a"], pair["b"]) for pair in comparison["pairs"])
     parts = Parts(parts=["pypi:a==1/b"], whole=f"big.gguf#sha256={'0' * 64}")
