@@ -1,4 +1,4 @@
-"""Scoring speed and agreement against lm-evaluation-harness: same process, checkpoint, rows, dtype and threads.
+"""Scoring speed and agreement against lm-evaluation-harness: same process, model, rows, dtype and threads.
 
     python -m bench.scoring --experiment ag_news_small
 
@@ -33,6 +33,7 @@ def main(experiment: Experiment) -> None:
     os.environ.update(OFFLINE)
     import torch
 
+    from letterhead.precision import precision
     from letterhead.scoring import load_decoder
 
     if experiment.prompt.options != "letters":
@@ -44,15 +45,20 @@ def main(experiment: Experiment) -> None:
         experiment, "bench-scoring", {"sft": stage_outputs(experiment, "sft"), "bench": experiment.bench.model_dump()}
     )
     folder = checkpoints.whole_checkpoints(Path(experiment.sft_arguments()["output_dir"]))[-1]
-    model = load_decoder(folder, "float32")  # in bfloat16 two right programs differ by more than what is asked of them
-    report = {"peer": PEER, "checkpoint": str(folder), "dtype": str(model.dtype), "threads": torch.get_num_threads()}
-    for title, (source, _) in sources.items():
-        report[title] = compare(model, source, folder, rows[title], experiment.bench.scoring_runs, title)
+    report = {"peer": PEER, "checkpoint": str(folder), "threads": torch.get_num_threads()}
+    # float32 always: in bfloat16 two right programs differ by more than what is asked of them.
+    dtypes = dict.fromkeys(["float32", precision(experiment.decoder.dtype, folder)])
+    for dtype in dtypes:
+        model = load_decoder(folder, dtype)
+        for of, (source, _) in sources.items():
+            title = of if dtype == "float32" else f"{of}, {dtype}"
+            report[title] = {"dtype": dtype, **compare(model, source, rows[of], experiment.bench.scoring_runs, title)}
     path = experiment.results_folder / "bench_scoring.json"
     write_json(path, report)
     stage.finish([path], device=str(model.device))
-    for title in sources:
-        print(summary(title, report[title]))
+    for title, figures in report.items():
+        if isinstance(figures, dict):
+            print(summary(title, figures))
     print(path)
 
 
@@ -78,7 +84,7 @@ def draw_rows(experiment: Experiment, n: int, runs: int) -> list[dict]:
     return [rows[i] for i in np.random.default_rng(experiment.seed).permutation(len(rows))[:n]]
 
 
-def compare(model, experiment: Experiment, folder: Path, rows: list[dict], runs: int, title: str) -> dict:
+def compare(model, experiment: Experiment, rows: list[dict], runs: int, title: str) -> dict:
     """Score rows with both, each run on its own part of them; agreement, rates and a profile.
 
     Ours is timed from texts to scores; the peer from ready requests to scores.

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval.thinking import read_answer, whole_lines
 from letterhead import results
 from letterhead.experiment import Experiment
-from letterhead.prompt import PromptEncoder, load_prompt_encoder
-from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_json, write_jsonl
+from letterhead.prompt import PromptEncoder, load_prompt_encoder, read_answer
+from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_json, whole_lines, write_jsonl
 from letterhead.stage import Stage, run, stage_outputs
 from letterhead.teacher import Teacher
 

@@ -10,18 +10,18 @@ from letterhead import results
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.processes import Workers
-from letterhead.scoring import load_decoder
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
 
 def main(experiment: Experiment) -> None:
     os.environ.update(OFFLINE)
-    from eval.compare import choose
-    from eval.thinking import SAMPLING, think
-
     if experiment.distill is None:
         print("no section distill: no thoughts were learnt")
         return
+    from eval.compare import choose
+    from eval.thinking import SAMPLING, think
+    from letterhead.scoring import load_decoder
+
     name, chosen = choose(experiment, "sft", stage_outputs(experiment, "eval-ckpts"))
     no_think = results.read_result(experiment, name, "test")
     inputs = {

@@ -7,8 +7,6 @@ each of which waits for its slowest row. What is done is kept, so that a killed 
 import asyncio
 import gc
 import json
-import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,10 +18,10 @@ from tqdm import tqdm
 from letterhead import results, service
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
-from letterhead.metrics import NO_ANSWER
 from letterhead.precision import precision
 from letterhead.processes import Workers
-from letterhead.prompt import PromptEncoder, load_prompt_encoder
+from letterhead.prompt import PromptEncoder, load_prompt_encoder, read_answer
+from letterhead.records import whole_lines
 from letterhead.stage import Stage
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # Qwen3's model card, thinking mode
@@ -207,34 +205,3 @@ async def _ask(server, seed: int, prompts: Sequence[list[int]], rows: list[int],
         finally:
             for task in flying:
                 task.cancel()
-
-
-def whole_lines(path: Path) -> list:
-    """What is on disk, lists of answers; what a kill left of one is cut off."""
-    if not path.exists():
-        return []
-    whole, _, rest = path.read_bytes().rpartition(b"\n")
-    if rest:
-        os.truncate(path, len(whole) + bool(whole))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def read_answer(text: str, ended: bool, options: list[str]) -> tuple[int, str]:
-    """The option that an answer names: the first one after </think>, or, of a model that did not think, the first at all.
-
-    Returns
-    -------
-    tuple : the option's number or NO_ANSWER; `answered`, `unfinished` (the budget, or the answer, ended before the thought
-        did) or `unparsed` (no option named)
-    """
-    _, thought, rest = text.partition("</think>")
-    if not thought:
-        if not ended or "<think>" in text:
-            return NO_ANSWER, "unfinished"
-        rest = text
-    letters = all(len(option) == 1 for option in options)
-    longest = sorted(range(len(options)), key=lambda i: -len(options[i]))
-    names = "|".join(f"({re.escape(options[i])})" for i in longest)
-    # Edges of ASCII words only: other scripts write no spaces.
-    found = re.search(rf"(?<![A-Za-z0-9_])(?:{names})(?![A-Za-z0-9_])", rest, 0 if letters else re.IGNORECASE)
-    return (longest[found.lastindex - 1], "answered") if found else (NO_ANSWER, "unparsed")

@@ -9,11 +9,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from eval.thinking import read_answer
 from letterhead.cpu import attention, use_onednn
 from letterhead.experiment import Grpo
 from letterhead.folding import text_gives_ids
-from letterhead.prompt import PromptEncoder
+from letterhead.prompt import PromptEncoder, read_answer
 
 
 def trl():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from letterhead.experiment import LETTERS, Experiment, Prompt
+from letterhead.metrics import NO_ANSWER
 from letterhead.records import LetterheadError
 
 THINK = ("<think>", "</think>")
@@ -236,3 +237,24 @@ def load_prompt_encoder(
         prompt = prompt.model_copy(update={"template": prompt.template.removesuffix("/no_think")})
     tokenizer = AutoTokenizer.from_pretrained(folder or experiment.decoder.folder, trust_remote_code=False)
     return PromptEncoder(tokenizer, DataArguments(**known), prompt, experiment.labels, **more)
+
+
+def read_answer(text: str, ended: bool, options: list[str]) -> tuple[int, str]:
+    """The option that an answer names: the first one after </think>, or, of a model that did not think, the first at all.
+
+    Returns
+    -------
+    tuple : the option's number or NO_ANSWER; `answered`, `unfinished` (the budget, or the answer, ended before the thought
+        did) or `unparsed` (no option named)
+    """
+    _, thought, rest = text.partition("</think>")
+    if not thought:
+        if not ended or "<think>" in text:
+            return NO_ANSWER, "unfinished"
+        rest = text
+    letters = all(len(option) == 1 for option in options)
+    longest = sorted(range(len(options)), key=lambda i: -len(options[i]))
+    names = "|".join(f"({re.escape(options[i])})" for i in longest)
+    # Edges of ASCII words only: other scripts write no spaces.
+    found = re.search(rf"(?<![A-Za-z0-9_])(?:{names})(?![A-Za-z0-9_])", rest, 0 if letters else re.IGNORECASE)
+    return (longest[found.lastindex - 1], "answered") if found else (NO_ANSWER, "unparsed")

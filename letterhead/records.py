@@ -96,6 +96,16 @@ def read_jsonl(path: Path | str) -> Iterator[dict]:
         yield from reader
 
 
+def whole_lines(path: Path) -> list:
+    """The values of a file that grows by a line of JSON at a time; what a kill left of a line is cut off."""
+    if not path.exists():
+        return []
+    whole, _, rest = path.read_bytes().rpartition(b"\n")
+    if rest:
+        os.truncate(path, len(whole) + bool(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def sha256_file(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from eval import rank, thinking, zero_shot
+from eval import rank, zero_shot
 from eval.score import draw_examples, split_prompts
 from letterhead import results
 from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import load_prompt_encoder
+from letterhead.prompt import load_prompt_encoder, read_answer
 from letterhead.records import LetterheadError, read_json, read_jsonl
 from letterhead.scoring import load_decoder
 from prep import data
@@ -43,7 +43,7 @@ NAMES = ["World", "Sports", "Science/Technology", "World Business"]
     ],
 )
 def test_the_option_is_the_first_after_the_thought(text, ended, options, expected):
-    assert thinking.read_answer(text, ended, options) == expected
+    assert read_answer(text, ended, options) == expected
 
 
 @pytest.mark.parametrize("enable", [True, False])
