@@ -151,6 +151,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "experiment": experiment,
         "model_source": source_name(experiment.decoder.model),
         "n_test": max(entry["n"] for entry in by_name.values()),
+        "apart": [entry for _, entry in ranked if entry["f1_macro_without_near_duplicates"] is not None],
         "ranked": ranked,
         "titles": {name: entry["title"] for name, entry in ranked},
         "comparison": comparison,
@@ -228,7 +229,8 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
     pictures.use_fonts()
     methods = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     entries = [entry for _, entry in methods]
-    groups = [[entry for entry in entries if compare.is_trained(entry) == trained] for trained in (True, False)]
+    by_rows = sorted(entries, key=lambda entry: -entry["n"])  # a sample of the test rows does not lead
+    groups = [[entry for entry in by_rows if compare.is_trained(entry) == trained] for trained in (True, False)]
     pictures.draw_ranking(paths["ranking"], groups)
     f1, losses = {}, {}
     for entry in (entry for entry in entries if entry["method"] in TRAINED):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from eval import compare
 from letterhead import results, tfidf
@@ -126,6 +127,18 @@ def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_descri
     assert "chance could do that" in near["sentence"] and "-0.000" not in near["sentence"]
     assert far["sentence"].startswith("TF-IDF + logistic regression (190 rows) has a higher macro F1 than LLM, SFT")
     assert far["f1_p"] <= far["f1_p_holm"] < 0.05 and 0 < far["ci95"][0] < far["f1_difference"]
+
+
+def test_figures_without_near_duplicates_stand_beside_the_others(compared):
+    near = {mine for mine, _ in read_json("data/mine/data_card.json")["near_duplicates"]["test"]}
+    lines = [line for line in results.read_predictions(compared, "bert@20", "test") if line["id"] not in near]
+    assert 0 < len(lines) < 150
+    expected = f1_score([line["label"] for line in lines], [line["prediction"] for line in lines], average="macro")
+    entry = read_json("runs/mine/results/comparison.json")["methods"]["bert@20"]
+    assert entry["f1_macro_without_near_duplicates"] == pytest.approx(expected)
+    for name in ("report.html", "REPORT.md"):
+        shown = Path("runs/mine/report", name).read_text()
+        assert f"{len(near)} test rows nearly stand in train" in shown and f"BERT {expected:.3f}" in shown
 
 
 def test_a_model_in_parts_is_named_and_thinking_on_fewer_rows_decides_nothing(make_experiment):
