@@ -1,7 +1,9 @@
 """An experiment: one YAML file, read with OmegaConf, checked with pydantic before any stage begins."""
 
 import difflib
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
@@ -39,10 +41,45 @@ class Section(BaseModel):
 
 
 class Columns(Section):
-    """The names of the columns (or JSON keys) that hold a row's text and label."""
+    """The names of the columns (or JSON keys) that hold a row's text and label.
 
-    text: str = "text"
+    The text may be put together from several: a list ([title, body]) joins them by line breaks, and a template
+    ("{title}: {body}") says how. A part may be empty only with `empty_parts`; a list then leaves it out.
+    """
+
+    text: str | Annotated[list[str], Field(min_length=1)] = "text"
     label: str = "label"
+    empty_parts: bool = False
+
+    @property
+    def parts(self) -> list[str]:
+        """The columns that the text is put together from."""
+        if isinstance(self.text, list):
+            return self.text
+        return list(dict.fromkeys(re.findall(r"{([^{}]+)}", self.text))) or [self.text]
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """A row's text from the values of `parts`; that of a single column is handed on as it is.
+
+        Raises
+        ------
+        ValueError : a part is empty, or not a string; names its column
+        """
+        if self.text == self.parts[0]:
+            return parts[0]
+        texts = []
+        for name, part in zip(self.parts, parts, strict=True):
+            if part is not None and not isinstance(part, str):
+                raise ValueError(f"column {name!r} is of type {type(part).__name__}; write it as a string")
+            texts.append((part or "").strip())
+            if not texts[-1] and not self.empty_parts:
+                raise ValueError(
+                    f"column {name!r} is empty; fill it in, delete the row, or set data.columns.empty_parts: true"
+                )
+        if isinstance(self.text, list):
+            return "\n".join(text for text in texts if text)
+        named = dict(zip(self.parts, texts, strict=True))
+        return re.sub(r"{([^{}]+)}", lambda found: named[found[1]], self.text) if any(texts) else ""
 
 
 class Rows(Section):
@@ -66,7 +103,9 @@ class Data(Section):
     """Where the rows come from and what is done to them; see prep/sources.py for the forms of `source`.
 
     `duplicates`, `shared` and `near_duplicates` say whether train loses a text that stands in it twice, that stands in test
-    or validation too, or that nearly does. `seed` draws the splits and subsets: another training seed changes no rows.
+    or validation too, or that nearly does; `bad_rows` whether a row without a text, with an unknown label or with a wrong
+    number of fields ends the run or is left out and counted. `seed` draws the splits and subsets: another training seed
+    changes no rows.
     `license` is said in the data card, here and of the models.
     """
 
@@ -80,6 +119,7 @@ class Data(Section):
     duplicates: Literal["drop", "keep"] = "drop"
     shared: Literal["drop", "keep"] = "keep"
     near_duplicates: Literal["drop", "keep"] = "keep"
+    bad_rows: Literal["stop", "drop"] = "stop"
     seed: int = 42
     license: str | None = None
 

@@ -22,7 +22,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from tqdm import tqdm
 
 from letterhead.checkpoints import model_identity
-from letterhead.experiment import Experiment, Rows
+from letterhead.experiment import Data, Experiment, Rows
 from letterhead.prompt import PromptEncoder, keep_words, load_prompt_encoder
 from letterhead.records import LetterheadError, atomic_open, exclusive, read_jsonl, sha256_file, write_json
 from letterhead.stage import OFFLINE, Stage, run
@@ -111,11 +111,9 @@ def read_pool(splits, experiment: Experiment, path: Path) -> tuple[Pool, dict]:
         for split, rows in splits.items():
             for row in tqdm(rows, desc=f"reading {split}", unit=" rows"):
                 read[split] += 1
-                label = label_name(row, data.labels)
-                if label is None:
-                    dropped["label mapped to null"] += 1
+                if (found := label_and_text(row, data, dropped)) is None:
                     continue
-                text = keep_words(checked_text(row), data.max_words).strip()
+                label, text = found
                 shortened += len(text) < len(row.text.strip())
                 pool.label.append(index[label])
                 pool.source_split.append(SPLITS.index(split))
@@ -123,6 +121,25 @@ def read_pool(splits, experiment: Experiment, path: Path) -> tuple[Pool, dict]:
                 file.write(json.dumps({"id": row.id, "label": label, "text": text}, ensure_ascii=False) + "\n")
     rows = {"read": sum(read.values()), "read_by_split": dict(read)}
     return pool, {"rows": rows, "dropped": dropped, "cut_to_max_words": shortened}
+
+
+def label_and_text(row: RawRow, data: Data, dropped: Counter) -> tuple[str, str] | None:
+    """A row's class and its text as the experiment cuts it; None for a row that is dropped, counted in `dropped`.
+
+    Raises
+    ------
+    LetterheadError : what is wrong with the row, unless data.bad_rows drops it
+    """
+    try:
+        label = label_name(row, data.labels)
+        if label is not None:
+            return label, keep_words(checked_text(row), data.max_words).strip()
+        dropped["label mapped to null"] += 1
+    except LetterheadError as error:
+        if data.bad_rows == "stop":
+            raise LetterheadError(f"{error} (or leave such rows out: data.bad_rows: drop)") from None
+        dropped["bad row"] += 1
+    return None
 
 
 def checked_text(row: RawRow) -> str:
@@ -148,8 +165,10 @@ def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | 
 
     Raises
     ------
-    LetterheadError : a label that the experiment does not name
+    LetterheadError : a label that the experiment does not name, or a row that can't be used
     """
+    if row.fault:
+        raise LetterheadError(f"{row.place}: {row.fault}")
     value = str(row.label).strip() if row.label is not None else ""
     if value in labels:
         return labels[value] if isinstance(labels, dict) else value

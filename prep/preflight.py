@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from itertools import islice
@@ -227,16 +228,14 @@ def labels(plan: Plan) -> str:
         if empty := [name for name in names if not counts.get(name)]:
             raise No(f"no training row of {', '.join(empty)}; see {plan.experiment.data_folder}/data_card.json")
         return f"all {len(names)} have training rows ({min(counts.values()):,} to {max(counts.values()):,})"
-    from letterhead.prompt import keep_words
-    from prep.data import checked_text, label_name
+    from prep.data import label_and_text
     from prep.sources import open_source
 
     seen, read, splits = {}, 0, open_source(data, streaming=True).splits
     for row in islice(splits["train"], LOOKED_AT):
         read += 1
-        label = label_name(row, data.labels)
-        if label is not None:
-            text = keep_words(checked_text(row), data.max_words).strip()
+        if found := label_and_text(row, data, Counter()):
+            label, text = found
             plan.rows.append({"id": row.id, "label": label, "text": text})
             seen[label] = seen.get(label, 0) + 1
     unseen = [name for name in names if name not in seen]

@@ -10,7 +10,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,22 @@ csv.field_size_limit(1 << 24)
 
 @dataclass
 class RawRow:
-    """A row as its source has it: `place` names file and row for messages, `id` is stable from run to run."""
+    """A row as its source has it: `place` names file and row for messages, `id` is stable from run to run, and `fault` says
+    why it can't be used, with the mend."""
 
     id: str
     place: str
     text: Any
     label: Any
+    fault: str = ""
+
+
+def _row(id: str, place: str, parts: Sequence[Any], label: Any, data: Data) -> RawRow:
+    """A row whose text is put together from its parts."""
+    try:
+        return RawRow(id, place, data.columns.join(parts), label)
+    except ValueError as error:
+        return RawRow(id, place, None, label, str(error))
 
 
 @dataclass
@@ -127,7 +137,7 @@ def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
         quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         header = next(reader, [])
-        at_text, at_label = (_column(path, header, name) for name in (data.columns.text, data.columns.label))
+        *at_text, at_label = (_column(path, header, name) for name in (*data.columns.parts, data.columns.label))
         for _ in range(data.skip_lines):
             next(reader, None)
         number = 0
@@ -145,36 +155,46 @@ def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
             if not any(values):  # a blank line, also as spreadsheets write it: separators alone
                 continue
             number += 1
+            row = RawRow(f"{split}:{number}", f"{path}, row {number} (line {start})", None, None)
             if len(values) != len(header):
-                raise LetterheadError(
-                    f"{path}, row {number} (line {start}): {len(values)} fields, but the header has {len(header)}; "
+                row.fault = (
+                    f"{len(values)} fields, but the header has {len(header)}; "
                     "put quotes around a text that contains the separator"
                 )
-            yield RawRow(f"{split}:{number}", f"{path}, row {number} (line {start})", values[at_text], values[at_label])
+                yield row
+                continue
+            yield _row(row.id, row.place, [values[at] for at in at_text], values[at_label], data)
 
 
 def _column(place: Path | str, header: list[str], name: str) -> int:
     if name not in header:
-        raise LetterheadError(
-            f"{place}: no column {name!r}; it has {', '.join(header) or 'none'}; set data.columns.text and .label"
-        )
+        raise LetterheadError(f"{place}: {lacks(name, header)}")
     return header.index(name)
 
 
+def lacks(name: str, header: list[str]) -> str:
+    """What is said where a column is not there."""
+    return f"no column {name!r}; it has {', '.join(header) or 'none'}; set data.columns.text and .label"
+
+
 def _read_jsonl(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    names = [*data.columns.parts, data.columns.label]
     with open(path, encoding=_encoding(path, data)) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            place = f"{path}, row {number}"
+            row = RawRow(f"{split}:{number}", f"{path}, row {number}", None, None)
             try:
-                row = json.loads(line)
+                values = json.loads(line)
             except ValueError as error:
-                raise LetterheadError(f"{place}: not JSON ({error}); one object a line") from None
-            keys = list(row) if isinstance(row, dict) else []
-            for name in (data.columns.text, data.columns.label):
-                _column(place, keys, name)
-            yield RawRow(f"{split}:{number}", place, row[data.columns.text], row[data.columns.label])
+                row.fault = f"not JSON ({error}); one object a line"
+            else:
+                keys = list(values) if isinstance(values, dict) else []
+                row.fault = next((lacks(name, keys) for name in names if name not in keys), "")
+            if not row.fault:
+                *parts, label = (values[name] for name in names)
+                row = _row(row.id, row.place, parts, label, data)
+            yield row
 
 
 def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
@@ -182,24 +202,26 @@ def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise LetterheadError(f"{path}: not a whole Parquet file ({error}); write or fetch it again") from None
-    for name in (data.columns.text, data.columns.label):
+    names = [*data.columns.parts, data.columns.label]
+    for name in names:
         _column(path, file.schema_arrow.names, name)
     number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=[data.columns.text, data.columns.label]):
+    for batch in file.iter_batches(batch_size=1024, columns=names):
         columns = batch.to_pydict()
-        for text, label in zip(columns[data.columns.text], columns[data.columns.label], strict=True):
+        for *parts, label in zip(*(columns[name] for name in names), strict=True):
             number += 1
-            yield RawRow(f"{split}:{number}", f"{path}, row {number}", text, label)
+            yield _row(f"{split}:{number}", f"{path}, row {number}", parts, label, data)
 
 
 def _read_hub(rows: Any, split: str, data: Data) -> Iterator[RawRow]:
-    for name in (data.columns.text, data.columns.label):
+    names = [*data.columns.parts, data.columns.label]
+    for name in names:
         _column(f"{data.source} {split}", rows.column_names, name)
-    rows, number = rows.select_columns([data.columns.text, data.columns.label]), 0
+    rows, number = rows.select_columns(names), 0
     for batch in rows.iter(batch_size=1024):
-        for text, label in zip(batch[data.columns.text], batch[data.columns.label], strict=True):
+        for *parts, label in zip(*(batch[name] for name in names), strict=True):
             number += 1
-            yield RawRow(f"{split}:{number}", f"{data.source} {split}, row {number}", text, label)
+            yield _row(f"{split}:{number}", f"{data.source} {split}, row {number}", parts, label, data)
 
 
 def _read_folder(path: Path, split: str, data: Data) -> Iterator[RawRow]:

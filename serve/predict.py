@@ -38,7 +38,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
         raise LetterheadError(f"{target}: OUT is IN; name another file")
-    header, text_column = read_header(source, experiment)
+    header, text_columns = read_header(source, experiment)
     name = named_method(experiment, model)
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
     inputs = sha256_json(
@@ -70,7 +70,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         if not progress["rows"]:
             columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
             file.write(as_csv([columns]))
-        rows = islice(read_rows(source, experiment, text_column), progress["rows"], None)
+        rows = islice(read_rows(source, experiment, text_columns), progress["rows"], None)
         classify = in_parts(workers)
         for chunk in iter(lambda: list(islice(rows, CHUNK * workers.n)), []):
             probabilities = classify([text for _, text in chunk])
@@ -96,8 +96,8 @@ def as_csv(lines: list[list[str]]) -> bytes:
     return text.getvalue().encode()
 
 
-def read_header(path: Path, experiment: Experiment) -> tuple[list[str], int]:
-    """The names of the columns, and the position of the text's.
+def read_header(path: Path, experiment: Experiment) -> tuple[list[str], list[int]]:
+    """The names of the columns, and the positions of those that make the text.
 
     Raises
     ------
@@ -110,15 +110,16 @@ def read_header(path: Path, experiment: Experiment) -> tuple[list[str], int]:
     if line:
         raise LetterheadError(f"{path} line {line}: not UTF-8; save the file as UTF-8 CSV")
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header, column = next(csv.reader(file), []), experiment.data.columns.text
-    if column not in header:
-        known = ", ".join(header)
-        raise LetterheadError(f"{path}: no column {column!r} among {known}; set data.columns.text, or rename it")
-    return header, header.index(column)
+        header = next(csv.reader(file), [])
+    for column in experiment.data.columns.parts:
+        if column not in header:
+            known = ", ".join(header)
+            raise LetterheadError(f"{path}: no column {column!r} among {known}; set data.columns.text, or rename it")
+    return header, [header.index(column) for column in experiment.data.columns.parts]
 
 
-def read_rows(path: Path, experiment: Experiment, at: int) -> Iterator[tuple[list[str], str]]:
-    """Each row's fields, and its text, which stands at position `at`, as the experiment cuts it.
+def read_rows(path: Path, experiment: Experiment, at: list[int]) -> Iterator[tuple[list[str], str]]:
+    """Each row's fields, and its text, made from those at positions `at`, as the experiment cuts it.
 
     Raises
     ------
@@ -136,9 +137,13 @@ def read_rows(path: Path, experiment: Experiment, at: int) -> Iterator[tuple[lis
                     raise LetterheadError(
                         f"{path} row {number}: {len(fields)} fields, the header has {len(header)}; quote commas"
                     )
-                if not fields[at].strip():
+                try:
+                    text = experiment.data.columns.join([fields[i] for i in at])
+                except ValueError as error:
+                    raise LetterheadError(f"{path} row {number}: {error}") from None
+                if not text.strip():
                     raise LetterheadError(f"{path} row {number}: the text is empty; fill it in, or delete the row")
-                yield fields, keep_words(fields[at], experiment.data.max_words).strip()
+                yield fields, keep_words(text, experiment.data.max_words).strip()
         except csv.Error as error:
             raise LetterheadError(f"{path} row {number + 1}: {error}; mend its quotes") from None
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -57,6 +58,45 @@ def test_every_file_form_gives_the_same_rows(workplace):
         Path("folder", label, f"{number:02}.txt").write_text(text)
     found = open_source(Data(source="folder", labels=LABELS)).splits["train"]
     assert sorted((row.text, row.label) for row in found) == sorted(content)
+
+
+def test_a_text_from_several_columns_is_joined_or_fills_a_template(make_experiment):
+    content = [(f"Title {i}", "" if i == 7 else f"body {{title}} {i}", LABELS[i % 2]) for i in range(20)]
+    write_csv("a.csv", content, header=("title", "body", "label"))
+    Path("b.jsonl").write_text(
+        "".join(json.dumps(dict(zip(("title", "body", "label"), of, strict=True))) + "\n" for of in content)
+    )
+    table = pyarrow.table(
+        {name: list(of) for name, of in zip(("title", "body", "label"), zip(*content, strict=True), strict=True)}
+    )
+    pyarrow.parquet.write_table(table, "c.parquet")
+    joined = {"columns": {"text": ["title", "body"], "empty_parts": True}}
+    template = {"columns": {"text": "{title} - {body} ({title})", "empty_parts": True}}
+    for source in ("a.csv", "b.jsonl", "c.parquet"):
+        data.main(experiment := make_experiment(source, LABELS, data=joined))
+        found = {text for split in data.SPLITS for text in texts(experiment, split)}
+        assert len(found) == 20 and {"Title 7", "Title 8\nbody {title} 8"} <= found  # what is in a text is not filled in
+        data.main(experiment := make_experiment(source, LABELS, data=template))
+        found = {text for split in data.SPLITS for text in texts(experiment, split)}
+        assert {"Title 7 -  (Title 7)", "Title 8 - body {title} 8 (Title 8)"} <= found
+        with pytest.raises(LetterheadError, match=r"row 8.*: column 'body' is empty; fill it in, .*empty_parts: true"):
+            data.main(make_experiment(source, LABELS, data={"columns": {"text": ["title", "body"]}}))
+        with pytest.raises(LetterheadError, match="no column 'lead'; it has title, body, label"):
+            data.main(make_experiment(source, LABELS, data={"columns": {"text": ["title", "lead"]}}))
+
+
+def test_bad_rows_end_the_run_or_are_left_out_and_counted(make_experiment):
+    write_csv("a.csv", [*rows(20), ("", "World"), ("a text", "Nowhere"), ("one", "two", "three")])
+    lines = [json.dumps({"text": text, "label": label}) for text, label in rows(20)]
+    Path("b.jsonl").write_text(
+        "\n".join([*lines, '{"text": "no label"}', '{"text": 5, "label": "World"}', "{broken"]) + "\n"
+    )
+    for source in ("a.csv", "b.jsonl"):
+        with pytest.raises(LetterheadError, match=rf"{source}, row 21.*data.bad_rows: drop"):
+            data.main(make_experiment(source, LABELS))
+        data.main(experiment := make_experiment(source, LABELS, data={"bad_rows": "drop"}))
+        card = read_json(experiment.data_folder / "data_card.json")
+        assert card["dropped"]["bad row"] == 3 and sum(card["rows"][split] for split in data.SPLITS) == 20
 
 
 def test_labels_are_names_numbers_or_a_map(make_experiment):
@@ -213,7 +253,9 @@ def test_bad_files_of_other_forms_are_named(workplace):
     cases = {"a.jsonl": "row 2: not JSON", "b.jsonl": "row 1: no column 'label'", "c.parquet": "not a whole Parquet file"}
     for name, message in (cases | {"d.docx": "a .docx file; known", "none.csv": "no such file or folder"}).items():
         with pytest.raises(LetterheadError, match=message):
-            list(open_source(Data(source=name, labels=LABELS)).splits["train"])
+            of = Data(source=name, labels=LABELS)
+            for row in open_source(of).splits["train"]:
+                data.label_and_text(row, of, Counter())
 
 
 def test_a_package_with_another_hash_is_refused_with_the_hash_it_has(workplace):

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from letterhead import classifier, folding, tfidf
 from letterhead.checkpoints import require_model
+from letterhead.experiment import Columns
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, write_json
 from letterhead.scoring import load_decoder, score_options
@@ -148,6 +149,17 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, mo
         predict.main(experiment, "rows.csv", "out.csv", "best")
     with pytest.raises(LetterheadError, match="bert@7: no whole checkpoint; .* holds steps none"):
         predict.main(experiment, "rows.csv", "out.csv", "bert@7")
+
+
+def test_a_text_of_several_columns_is_put_together_as_in_training(experiment):
+    Path("in.csv").write_text("body,n,title\nsecond,1,first\n,2,alone\n")
+    columns = Columns(text=["title", "body"], empty_parts=True)
+    experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"columns": columns})})
+    header, at = predict.read_header(Path("in.csv"), experiment)
+    assert [text for _, text in predict.read_rows(Path("in.csv"), experiment, at)] == ["first\nsecond", "alone"]
+    columns.empty_parts = False
+    with pytest.raises(LetterheadError, match="in.csv row 2: column 'body' is empty"):
+        list(predict.read_rows(Path("in.csv"), experiment, at))
 
 
 def test_best_is_the_comparisons_choice(experiment):
