@@ -7,6 +7,7 @@ OUT ?=
 MODEL ?= best
 PORT ?= 8000
 STUDY ?= curve
+DATA ?=
 PYTHON ?= python3
 # How many GPUs (or, without one, processes) a stage uses; one, whatever is visible. Only `make … NPROC=2` changes it.
 NPROC = 1
@@ -25,7 +26,16 @@ READY_SERVE := .venv-serve/.ready-$(shell cat $(LOCKS_SERVE) 2>/dev/null | sha25
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.arena_max=1
 RUN := .venv/bin/python -m
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL PORT STUDY NPROC
+export EXP SET IN OUT MODEL PORT STUDY DATA NPROC
+
+# A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
+KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA NPROC PREFLIGHT PYTHON GLIBC_TUNABLES
+GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
+UNKNOWN := $(firstword $(filter-out $(KNOWN) MAKEFLAGS MAKEOVERRIDES,$(GIVEN)))
+NEAR := $(filter $(shell echo '$(UNKNOWN)' | tr a-z A-Z),$(KNOWN))
+$(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(if $(NEAR),write $(NEAR)=,choose of $(KNOWN))))
+$(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)), which Python's environments do not bear; move it))
+override EXP := $(if $(wildcard experiments/$(EXP)),$(basename $(EXP)),$(EXP))
 
 help: ## print this list
 	@echo 'make TARGET [EXP=name] [SET="key=value …"]    experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
@@ -40,6 +50,9 @@ setup-serve: $(READY_SERVE) ## build .venv-serve (vLLM: for the GPU if there is 
 # What torch sees decides between the locks: `letterhead.devices` prints gpu or cpu.
 $(READY_SERVE): | $(READY)
 	@device=$$($(RUN) letterhead.devices) && PYTHON="$(PYTHON)" requirements/install.sh requirements/serve-$$device.txt .venv-serve $@
+
+new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv
+	@$(RUN) prep.new --data "$$DATA"
 
 preflight: $(READY) ## before a rented GPU costs money: device, disk, memory, hub, labels, prompts; go or no-go
 	@$(RUN) prep.preflight $(STAGE) --when always
@@ -95,7 +108,13 @@ seeds: data ## train every method once more for each further seed that the exper
 compare: eval-ckpts sft-think zero-shot tfidf bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested, which to ship
 	@$(RUN) eval.compare $(STAGE)
 
-report: preflight-on-gpu compare ## report.html (opens from disk) and REPORT.md, with pictures
+status: $(READY) ## which stages are done or stale, how long each took, what runs next and for how long
+	@$(RUN) report.status $(STAGE)
+
+tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
+	@.venv/bin/tensorboard --logdir "runs/$$EXP" --host 127.0.0.1
+
+report: preflight-on-gpu data status compare ## report.html (opens from disk) and REPORT.md, with pictures
 	@$(RUN) report.build $(STAGE)
 
 bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF and vLLM; then the choice and the report anew
@@ -151,4 +170,4 @@ lint: $(READY) ## lint and format in place
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean
+.PHONY: help setup setup-serve new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean

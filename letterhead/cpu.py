@@ -14,6 +14,7 @@ Memory is the Makefile's: it has glibc keep what is freed, in huge pages.
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -158,24 +159,31 @@ def multiplies_bfloat16() -> bool:
 def prefers_bfloat16(folder: Path) -> bool:
     """Whether this processor multiplies a model's matrices faster in bfloat16 than in float32.
 
-    Measured once a machine and shape, in about a second, and kept in `MEASURED`.
-
     Parameters
     ----------
     folder : holds the model's config.json; weights need not be there
     """
     if not multiplies_bfloat16() or not torch.backends.mkldnn.is_available():
         return False
+    rates = measured_rates(folder)
+    return rates["bfloat16"] > rates["float32"]
+
+
+def measured_rates(folder: Path) -> dict[str, float]:
+    """dtype → GFLOP/s on matrices of a model's shapes; bfloat16 only where the processor multiplies it itself.
+
+    Measured once a machine and shape, in about a second, and kept in `MEASURED`.
+    """
     shapes = linear_shapes(folder)
+    dtypes = ["float32", *(["bfloat16"] if multiplies_bfloat16() else [])]
     where = [machine(), dict(torch.cpu.get_capabilities()), torch.__version__]
     key = sha256_json([where, sorted([*shape, n] for shape, n in shapes.items())])
     with exclusive(MEASURED.with_suffix(".lock")):
         known = read_json(MEASURED) or {}
         if key not in known:
-            known[key] = {"model": str(folder), "machine": machine(), "gflops": matmul_rates(shapes)}
+            known[key] = {"model": str(folder), "machine": machine(), "gflops": matmul_rates(shapes, dtypes)}
             write_json(MEASURED, known)
-    rates = known[key]["gflops"]
-    return rates["bfloat16"] > rates["float32"]
+    return known[key]["gflops"]
 
 
 def linear_shapes(folder: Path) -> Counter[tuple[int, int]]:
@@ -188,16 +196,16 @@ def linear_shapes(folder: Path) -> Counter[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def matmul_rates(shapes: Counter[tuple[int, int]], seconds: float = SECONDS) -> dict[str, float]:
-    """GFLOP/s of oneDNN in float32 and in bfloat16 on matrices of these shapes, each as often as it is there.
+def matmul_rates(shapes: Counter[tuple[int, int]], dtypes: Sequence[str], seconds: float = SECONDS) -> dict[str, float]:
+    """dtype → GFLOP/s of oneDNN on matrices of these shapes, each as often as it is there.
 
-    The two run in turn, for so many seconds in all, and the fastest of each shape counts.
+    The dtypes run in turn, for so many seconds in all, and the fastest of each shape counts.
     """
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     work = []
     for shape in shapes:
-        for name, dtype in dtypes.items():
-            layer = PackedLinear(nn.Linear(*shape, bias=False).to(dtype))
+        for name in dtypes:
+            dtype = getattr(torch, name)
+            layer = pack(nn.Sequential(nn.Linear(*shape, bias=False).to(dtype)))
             work.append((name, shape, layer, torch.randn(ROWS, shape[0], dtype=dtype)))
     best: dict[tuple, float] = {}
     end = time.perf_counter() + seconds

@@ -34,10 +34,44 @@ from letterhead.records import (
 # The transformers libraries ask the hub about a model even where its folder lies on disk. Only `make data` fetches.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# A killed training needs some seconds to give its memory, and the lock, back.
 # Stages that a target of another name makes
 TARGETS = {"tfidf-all": "tfidf", "eval-grpo": "grpo"}
+# A killed training needs some seconds to give its memory, and the lock, back.
 LOCK_PATIENCE_S = 20
+BAR = 20
+ESTIMATE = "estimate.json"  # stage → seconds, under runs/NAME; `make status` leaves it
+
+
+class Asked(Exception):
+    """What `make status` is told in place of work: `done`, `stale`, or `running` elsewhere."""
+
+
+_only_asked = False
+
+
+def ask(main: Callable[..., None], *given: Any) -> str:
+    """Whether a stage's main would find it up to date; nothing is done and nothing written.
+
+    Raises
+    ------
+    LetterheadError : what it needs is not made yet
+    """
+    global _only_asked
+    _only_asked = True
+    try:
+        main(*given)
+    except Asked as told:
+        return str(told)
+    finally:
+        _only_asked = False
+    return "done"  # there is nothing to do, whatever the inputs
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as an estimate in words."""
+    if seconds < 90:
+        return "less than a minute" if seconds < 45 else "about a minute"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 class Stage:
@@ -60,11 +94,13 @@ class Stage:
         self._start = time.time()
 
     def _take_lock(self) -> None:
-        patience = time.time() + LOCK_PATIENCE_S
+        patience = time.time() + (0 if _only_asked else LOCK_PATIENCE_S)
         while True:
             try:
                 return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if _only_asked:
+                    raise Asked("running") from None
                 if time.time() > patience:
                     raise LetterheadError(
                         f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
@@ -91,9 +127,22 @@ class Stage:
             Path(path).is_file() and Path(path).stat().st_size == output["bytes"]
             for path, output in record["outputs"].items()
         )
+        if _only_asked:
+            raise Asked("done" if current else "stale")
         if not current:
             (self.folder / "stage.json").unlink(missing_ok=True)
+            self._announce()
         return current
+
+    def _announce(self) -> None:
+        """Say how long this stage will take, and how far `make report` is, where `make status` has estimated it."""
+        seconds = read_json(self.folder.parent / ESTIMATE) or {}
+        if self.name not in seconds:
+            return
+        left = sum(of for name, of in seconds.items() if not (self.folder.parent / name / "stage.json").is_file())
+        share = 1 - left / sum(seconds.values())
+        bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
+        print(f"{self.name}: {minutes(seconds[self.name])}; report {bar} {share:.0%}, {minutes(left)} to go", flush=True)
 
     def begin(self, folder: Path) -> None:
         """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as FOLDER.old."""

@@ -32,6 +32,7 @@ from prep.sources import RawRow, local_sha256, open_source
 
 SPLITS = ("train", "validation", "test")
 FILES = (*(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")), "dataset_info.json", "data_card.json")
+CARD = 2  # counted up when the data card gets another key
 UNUSED = -1
 # What LLaMA-Factory's YAML decides about the rows.
 SFT_KEYS = ("template", "cutoff_len", "enable_thinking", "dataset")
@@ -61,11 +62,18 @@ def main(experiment: Experiment) -> None:
         "distill": experiment.distill is not None,
         "licenses": [experiment.decoder.license, experiment.encoder.license],
         "files": FILES,
+        "card": CARD,
     }
     stage = Stage(experiment, "data", inputs)
+    before = stage.record
     if stage.is_current():
         print(f"data is up to date: {folder}")
         return
+    if before and experiment.results_folder.exists():
+        other = f'SET="name={experiment.name}2 …"'
+        print(
+            f"{folder}: other settings than before, so what {experiment.run_folder} holds is made anew; {other} keeps both"
+        )
     with exclusive(CACHE / ".lock"):
         source = open_source(data)
     pool_path = folder / ".pool.jsonl"
@@ -377,7 +385,8 @@ def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder:
 
 
 def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
-    """Percentiles of the texts' lengths in tokens, under the decoder's and the encoder's tokenizer, on sampled rows."""
+    """Percentiles of the texts' lengths in tokens, under the decoder's and the encoder's tokenizer, on sampled rows; and
+    `prompt`, how many tokens frame a text."""
     from transformers import AutoTokenizer
 
     rng, sample = random.Random(experiment.seed), []
@@ -388,7 +397,7 @@ def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
             elif (at := rng.randrange(seen + 1)) < LENGTH_SAMPLE:
                 sample[at] = row["text"]
     bert = AutoTokenizer.from_pretrained(experiment.encoder.folder, trust_remote_code=False)
-    result = {"rows_sampled": len(sample)}
+    result = {"rows_sampled": len(sample), "prompt": len(encoder.encode(""))}
     for name, tokenizer in (("decoder", encoder.tokenizer), ("encoder", bert)):
         lengths = [len(ids) for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]]
         result[name] = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 99, 100)}

@@ -11,6 +11,7 @@
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,27 @@ def open_source(data: Data, streaming: bool = False) -> Source:
     readers = {split: _read_folder if path.is_dir() else READERS[path.suffix.lower()] for split, path in paths.items()}
     sha256 = {data.source: data.source.rpartition("=")[2]} if pypi else local_sha256(data)
     return Source({split: readers[split](path, split, data) for split, path in paths.items()}, sha256)
+
+
+def column_names(source: str) -> list[str]:
+    """The columns of a file on this disk (of JSON Lines the first row's keys); none for a folder.
+
+    Raises
+    ------
+    LetterheadError : no such file, or one that can't be read
+    """
+    path, any_labels = _local(source)["train"], ["a", "b"]
+    if path.is_dir():
+        return []
+    if path.suffix.lower() == ".parquet":
+        return _parquet(path).schema_arrow.names
+    with open(path, encoding=_encoding(path, Data(source=source, labels=any_labels)), newline="") as file:
+        if path.suffix.lower() == ".jsonl":
+            with suppress(ValueError):
+                first = json.loads(next((line for line in file if line.strip()), ""))
+                return list(first) if isinstance(first, dict) else []
+            raise LetterheadError(f"{path}, row 1: not JSON; one object a line")
+        return next(csv.reader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t"), [])
 
 
 def local_sha256(data: Data) -> dict[str, str]:
@@ -197,11 +219,15 @@ def _read_jsonl(path: Path, split: str, data: Data) -> Iterator[RawRow]:
             yield row
 
 
-def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+def _parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise LetterheadError(f"{path}: not a whole Parquet file ({error}); write or fetch it again") from None
+
+
+def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    file = _parquet(path)
     names = [*data.columns.parts, data.columns.label]
     for name in names:
         _column(path, file.schema_arrow.names, name)

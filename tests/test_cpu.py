@@ -36,7 +36,7 @@ def capable(monkeypatch):
     def patch(can: dict, float32: float, bfloat16: float) -> list:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
         rates = {"float32": float32, "bfloat16": bfloat16}
-        monkeypatch.setattr(cpu, "matmul_rates", lambda shapes: asked.append(shapes) or rates)
+        monkeypatch.setattr(cpu, "matmul_rates", lambda shapes, dtypes: asked.append(shapes) or rates)
         return asked
 
     return patch
@@ -80,7 +80,7 @@ def test_onednn_takes_float32_only_where_it_stays_float32(capable):
 def test_what_is_measured_are_the_models_own_shapes(tiny_models):
     shapes = linear_shapes(tiny_models["qwen3"])  # 2 layers, hidden 32, 4 heads and 2 key-value heads of 8, 64 between
     assert shapes == Counter({(32, 32): 4, (32, 16): 4, (32, 64): 4, (64, 32): 2})
-    assert all(rate > 0 for rate in matmul_rates(shapes, seconds=0).values())
+    assert all(rate > 0 for rate in matmul_rates(shapes, ["float32"], seconds=0).values())
 
 
 def test_sft_is_told_the_precision_that_the_yaml_leaves_open(make_experiment, capable):

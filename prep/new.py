@@ -1,0 +1,296 @@
+"""Write an experiment for a data set: which columns, which labels, letters or names, how many rows and epochs, and why.
+
+    python -m prep.new --data reviews.csv
+
+What it writes, experiments/reviews.yaml, is a beginning to be edited. It never overwrites.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from letterhead.estimate import stage_seconds
+from letterhead.experiment import LETTERS, Columns, Data, load_experiment
+from letterhead.prompt import keep_words
+from letterhead.records import LetterheadError, atomic_open, read_json
+from letterhead.stage import minutes
+from prep import data
+from prep.sources import RawRow, column_names, open_source
+
+LABEL_NAMES = ("label", "class", "category", "target", "topic", "sentiment", "intent", "rating", "y", "tag", "type")
+TEXT_NAMES = (
+    "text",
+    "body",
+    "content",
+    "review",
+    "message",
+    "sentence",
+    "comment",
+    "description",
+    "summary",
+    "article",
+    "query",
+)
+TITLE_NAMES = ("title", "headline", "subject", "name", "heading")
+# More classes than this are not told apart by a few hundred rows a class, and are hardly meant as classes.
+MOST_CLASSES = 150
+RARE = 5  # a class with fewer rows can't be in train, validation and test
+HAN = re.compile(r"[\u3400-\u9fff]")
+IMBALANCED = 3
+SHOWN = 20
+DECODER_STEPS, ENCODER_STEPS = 100, 200  # with fewer SmolLM2 and MiniLM had not learnt the demo's task
+HEAD_BATCH, MOST_EPOCHS = 16, 20
+MAX_WORDS = 64
+ENGLISH = {
+    "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name larger ones",
+    "rows": 400,
+    "batch": 4,
+    "rate": 2e-4,
+    "encoder_rate": 2e-4,
+    "sft": "llamafactory_configs/smollm2_135m_full_sft.yaml",
+    "decoder": {},
+    "encoder": {},
+    "prompt": {},
+}
+CHINESE = {
+    "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which reads it character by character",
+    "rows": 800,
+    "batch": 8,
+    "rate": 2e-5,
+    "encoder_rate": 5e-5,
+    "sft": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
+    "decoder": {"model": "experiments/models/qwen2.5_coder_0.5b.yaml"},
+    "encoder": {"model": "experiments/models/mpnet_base.yaml"},
+    "prompt": {
+        "answer_prefix": "",
+        "template": "请从选项中选出下面文字的类别。\n\n文字：\n{text}\n\n问题：它属于哪一类？\n{options}\n\n答案：",
+    },
+}
+
+
+@dataclass
+class Column:
+    """What is known of a column: its values' number, how many are distinct, their mean length, and whether they are text."""
+
+    name: str
+    values: Counter = field(default_factory=Counter)
+    n: int = 0
+    empty: int = 0
+    characters: int = 0
+    strings: bool = True
+
+    def add(self, value: Any) -> None:
+        self.n += 1
+        shown = "" if value is None else str(value).strip()
+        self.empty += not shown
+        self.characters += len(shown)
+        self.strings &= value is None or isinstance(value, str)
+        self.values[shown] += 1
+
+    @property
+    def mean_length(self) -> float:
+        return self.characters / max(1, self.n - self.empty)
+
+    @property
+    def could_be_label(self) -> bool:
+        classes = len(self.values) - ("" in self.values)
+        return 2 <= classes <= min(MOST_CLASSES, self.n // 4) and self.mean_length < 60
+
+    @property
+    def is_numbers(self) -> bool:
+        return all(value.isdecimal() for value in self.values if value)
+
+    @property
+    def could_be_text(self) -> bool:
+        least = 5 if self.is_title or any(HAN.search(value) for value in list(self.values)[:20]) else 15
+        return self.strings and self.mean_length > least and len(self.values) > self.n / 10
+
+    @property
+    def is_title(self) -> bool:
+        return rank(self.name, TITLE_NAMES) < len(TITLE_NAMES)
+
+
+class AllColumns(Columns):
+    """Columns whose values are handed on side by side."""
+
+    def join(self, parts: Sequence[Any]) -> list[Any]:
+        return list(parts)
+
+
+def main(path: str) -> None:
+    """Read a data set, write its experiment, and say what was chosen and why; then make its rows, and say how long it takes.
+
+    Raises
+    ------
+    LetterheadError : no such data, no column for a text or a label, or an experiment of that name is there
+    """
+    source = Path(path.rstrip("/"))
+    name = re.sub(r"[^\w.-]+", "_", source.stem.replace("{split}", "")).strip("_.-") or "mine"
+    target = Path("experiments") / f"{name}.yaml"
+    if target.exists():
+        raise LetterheadError(f"{target}: is there already and is not overwritten; edit it, delete it, or rename {source}")
+    said: list[str] = []
+    names = column_names(path)
+    text, label = choose_columns(path, names, said) if names else ("text", "label")
+    values = decide(name, path, text, label, said)
+    with atomic_open(target) as file:
+        file.write("# Written by `make new`, which chose as follows. Edit what you know better.\n")
+        file.write("".join(f"# - {line}\n" for line in said))
+        yaml.safe_dump(values, file, allow_unicode=True, sort_keys=False, width=120)
+    print("\n".join(said), flush=True)
+    experiment = load_experiment(name)
+    data.main(experiment)
+    seconds = stage_seconds(experiment, read_json(experiment.data_folder / "data_card.json"))
+    took = f" (on this machine {minutes(sum(seconds.values()))})" if seconds else ""
+    print(f"{target}: written; read it, then run: make report EXP={name}{took}")
+
+
+def read_rows(of: Data) -> list[RawRow]:
+    """The rows of all splits."""
+    return list(chain.from_iterable(open_source(of).splits.values()))
+
+
+def choose_columns(path: str, names: list[str], said: list[str]) -> tuple[str | list[str], str]:
+    """The column, or columns, of the text and the label's; why goes to `said`.
+
+    Raises
+    ------
+    LetterheadError : no column looks like a label, or like a text
+    """
+    every = Data(source=path, columns=AllColumns(text=names, label=names[0]), labels=["a", "b"])
+    rows = [row.text for row in read_rows(every) if not row.fault]
+    columns = [Column(of) for of in names]
+    for row in rows:
+        for column, value in zip(columns, row, strict=True):
+            column.add(value)
+    known = ", ".join(f"{of.name} ({len(of.values)} distinct, {of.mean_length:.0f} characters)" for of in columns)
+    by_hand = f"among {known}; write the experiment by hand, with data.columns"
+    labels = [of for of in columns if of.could_be_label]
+    if not labels:
+        raise LetterheadError(f"{path}: no column looks like a label (few distinct short values) {by_hand}")
+    label = min(labels, key=lambda of: (rank(of.name, LABEL_NAMES), len(of.values)))
+    texts = [of for of in columns if of is not label and of.could_be_text]
+    if not texts:
+        raise LetterheadError(f"{path}: no column looks like a text {by_hand}")
+    spelled = [of for of in labels if of is not label and not of.is_numbers and alike(rows, names, label.name, of.name)]
+    if label.is_numbers and spelled:
+        said.append(f"label: column {spelled[0].name!r}, which names what {label.name!r} numbers")
+        label = spelled[0]
+    else:
+        said.append(f"label: column {label.name!r}")
+    body = min(texts, key=lambda of: (rank(of.name, TEXT_NAMES), -of.mean_length))
+    titles = [of.name for of in texts if of is not body and of.is_title]
+    if titles:
+        said.append(f"text: columns {titles[0]!r} and {body.name!r}, joined by a line break")
+        return [titles[0], body.name], label.name
+    said.append(f"text: column {body.name!r}")
+    return body.name, label.name
+
+
+def rank(name: str, known: tuple[str, ...]) -> int:
+    """The place of a column's name among known ones; `label_name` and `Label` are labels too."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return next((i for i, of in enumerate(known) if of in words), len(known))
+
+
+def alike(rows: list[list[Any]], names: list[str], one: str, other: str) -> bool:
+    """Whether two columns split the rows alike."""
+    at = [names.index(of) for of in (one, other)]
+    pairs = {tuple(str(row[i]) for i in at) for row in rows}
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def decide(name: str, path: str, text: str | list[str], label: str, said: list[str]) -> dict[str, Any]:
+    """The experiment's values for the size and kind of its data; what was chosen, and why, goes to `said`."""
+    columns: dict[str, Any] = {"text": text, "label": label}
+    if isinstance(text, list):
+        columns["empty_parts"] = True
+    rows = read_rows(Data(source=path, columns=columns, labels=["a", "b"]))
+    whole = [row for row in rows if not row.fault and isinstance(row.text, str) and row.text.strip()]
+    whole = [row for row in whole if row.label is not None and str(row.label).strip()]
+    words = sorted(len(row.text.split()) for row in whole) or [0]
+    chinese = sum(bool(HAN.search(row.text)) for row in whole) > len(whole) / 2
+    cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS and not chinese else None
+    distinct = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}.values()
+    labels = Counter(str(row.label).strip() for row in distinct)
+    listed = ", ".join(f"{of} {n:,}" for of, n in labels.most_common(SHOWN)) + (" …" if len(labels) > SHOWN else "")
+    kept = sorted(of for of, n in labels.items() if n >= RARE)
+    if len(kept) < 2:
+        raise LetterheadError(f"{path}: fewer than two labels have {RARE} rows or more ({listed or 'no row is whole'})")
+    said.append(f"labels: {len(labels)}, with different texts: {listed}")
+    values: dict[str, Any] = {"source": path, "columns": columns, "labels": kept}
+    if rare := sorted(set(labels) - set(kept)):
+        values["labels"] = {of: of for of in kept} | dict.fromkeys(rare)
+        said.append(f"left out (mapped to null), with fewer than {RARE} rows: {', '.join(rare)}")
+    if missing := len(rows) - len(whole):
+        values["bad_rows"] = "drop"
+        said.append(f"{missing:,} of {len(rows):,} rows lack a text or a label or are broken: left out (bad_rows: drop)")
+    counts = [labels[of] for of in kept]
+    if max(counts) > IMBALANCED * min(counts):
+        said.append("the labels are imbalanced: macro F1 counts every class alike, accuracy does not")
+    own = {row.id.partition(":")[0] for row in whole}
+    n = sum(row.id.startswith("train:") and str(row.label).strip() in kept for row in distinct)
+    drawn = {"validation": min(300, max(20, n // 10)), "test": min(1000, max(20, n // 5))}
+    values["rows"] = {split: None if split in own and split == "test" else number for split, number in drawn.items()}
+    train = n - sum(number for split, number in drawn.items() if split not in own)
+    if train < 2 * len(kept):
+        raise LetterheadError(f"{path}: {n} rows are too few for {len(kept)} labels; label more")
+    said.append(f"rows: {n:,}; of each label a share for validation and test ({drawn['validation']} and {drawn['test']})")
+    letters = len(kept) <= len(LETTERS)
+    reason = "each label has one" if letters else "there are more labels than letters"
+    said.append(f"options: {'letters' if letters else 'names'}, since {reason}")
+    if cut:
+        values["max_words"] = cut
+        said.append(f"texts: the first {cut} words (half have more than {words[len(words) // 2]}), for time")
+    models = CHINESE if chinese else ENGLISH
+    batch, shared = models["batch"], min(models["rows"], train)
+    epochs = max(1, round(DECODER_STEPS * batch / shared))
+    head_epochs = max(2, -(-ENCODER_STEPS * HEAD_BATCH // train))
+    head_epochs = min(head_epochs, MOST_EPOCHS)
+    said.append(f"models: {models['why']}")
+    said.append(
+        f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} (at least {DECODER_STEPS} "
+        f"steps); BERT and TF-IDF on the same" + (f", and once more on all {train:,}" if train > shared else "")
+    )
+    head = {"per_device_train_batch_size": batch, "eval_steps": 0.5}
+    return {
+        "title": f"{name}, {len(kept)} classes",
+        "data": values,
+        "prompt": {"options": "letters" if letters else "names"} | models["prompt"],
+        "decoder": {
+            **models["decoder"],
+            "train_rows": shared,
+            "sft": {"config": models["sft"], "overrides": {"num_train_epochs": epochs}},
+            "head": {"learning_rate": models["rate"], "num_train_epochs": epochs} | head,
+        },
+        "encoder": {
+            **models["encoder"],
+            "head": {
+                "learning_rate": models["encoder_rate"],
+                "num_train_epochs": head_epochs,
+                "per_device_train_batch_size": HEAD_BATCH,
+                "eval_steps": 0.5,
+            },
+        },
+        "eval": {"score": "mean" if letters else "sum"},
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="a CSV, TSV, JSONL or Parquet file, or a folder")
+    given = parser.parse_args().data
+    try:
+        if not given:
+            raise LetterheadError("say DATA=, a CSV, TSV, JSONL or Parquet file, or a folder")
+        main(given)
+    except LetterheadError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,105 @@
+"""make status and the estimates: what is done is called done, what is not is not, and asking changes nothing."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from baselines import tfidf
+from letterhead import estimate
+from letterhead.records import read_json, write_json
+from letterhead.stage import ESTIMATE, Stage, ask, minutes
+from prep import data
+from report import status
+from tests.conftest import ROOT
+from tests.test_data import write_csv
+
+LABELS = ["World", "Sports"]
+
+
+@pytest.fixture
+def experiment(make_experiment):
+    """Data and TF-IDF are made, no more."""
+    write_csv("rows.csv", [(f"text {i} of {LABELS[i % 2]}", LABELS[i % 2]) for i in range(60)])
+    made = make_experiment("rows.csv", LABELS)
+    data.main(made)
+    tfidf.main(made, "tfidf")
+    return made
+
+
+def states(experiment, capsys) -> dict[str, str]:
+    capsys.readouterr()
+    status.main(experiment)
+    lines = re.findall(r"^  (\S+) +(.*?)(?:  .*)?$", capsys.readouterr().out, re.MULTILINE)
+    return {name: state.strip() for name, state in lines}
+
+
+def test_each_stage_is_told_as_it_is_and_nothing_is_changed_by_asking(experiment, capsys):
+    before = {path: path.read_bytes() for path in Path("runs").rglob("stage.json")}
+    assert states(experiment, capsys) == dict.fromkeys(
+        ("sft", "eval-ckpts", "zero-shot", "bert", "linear-head", "compare", "report"), "not made"
+    ) | {"data": "done", "tfidf": "done"}
+    other = experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_words": 2})})
+    found = states(other, capsys)
+    assert found["data"] == "stale" and found["tfidf"] == "stale, since data is stale" and found["sft"] == "not made"
+    held = Stage(experiment, "tfidf", 0)
+    assert states(experiment, capsys)["tfidf"] == "running"
+    held._lock.close()
+    Path("runs/mine/sft/checkpoints/checkpoint-3").mkdir(parents=True)
+    assert states(experiment, capsys)["sft"] == "begun, goes on"
+    assert {path: path.read_bytes() for path in Path("runs").rglob("stage.json")} == before
+    assert ask(data.main, experiment) == "done"
+
+
+def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(experiment, capsys):
+    write_json(Path("runs/mine", ESTIMATE), {"data": 10.0, "tfidf": 10.0, "sft": 180.0})
+    assert not Stage(experiment, "sft", 0).is_current()
+    said = capsys.readouterr().out
+    assert "sft: about 3 minutes" in said and "10%, about 3 minutes to go" in said
+    assert [minutes(of) for of in (3, 60, 600, 7200)] == [
+        "less than a minute", "about a minute", "about 10 minutes", "about 2.0 hours"
+    ]  # fmt: skip
+
+
+def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, monkeypatch):
+    card = read_json("data/mine/data_card.json")
+    monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 4e11))
+    first = estimate.stage_seconds(experiment, card)
+    assert set(first) == {"sft", "eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head", "compare", "report"}
+    more = card | {"sft": {"rows": 10 * card["sft"]["rows"]}}
+    trained = [of["sft"] - 2 * estimate.START_S for of in (first, estimate.stage_seconds(experiment, more))]
+    assert trained[1] == pytest.approx(10 * trained[0])
+    monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 2e11))
+    slower = estimate.stage_seconds(experiment, card)
+    assert slower["linear-head"] - estimate.START_S == pytest.approx(2 * (first["linear-head"] - estimate.START_S))
+
+
+def test_other_settings_are_said_to_replace_what_is_there(experiment, capsys):
+    (experiment.results_folder).mkdir(exist_ok=True)
+    capsys.readouterr()
+    data.main(experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_words": 2})}))
+    assert 'what runs/mine holds is made anew; SET="name=mine2 …" keeps both' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (["exp=quick"], "no variable exp; write EXP="),
+        (["Set=seed=1"], "no variable Set; write SET="),
+        (["LABELS=2"], "no variable LABELS; choose of EXP"),
+    ],
+)
+def test_misspelt_variables_are_refused_with_the_right_name(said, message):
+    import subprocess
+
+    told = subprocess.run(["make", "-n", "help", *said], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode and message in told.stderr
+
+
+def test_an_experiment_may_be_named_with_its_ending(tmp_path):
+    import subprocess
+
+    told = subprocess.run(["make", "-n", "clean", "EXP=smoke.yaml"], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0
+    shown = subprocess.run(["make", "-pn", "help", "EXP=smoke.yaml"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert re.search(r"^EXP .*= smoke$", shown, re.MULTILINE)
