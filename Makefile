@@ -39,49 +39,34 @@ override EXP := $(if $(wildcard experiments/$(EXP)),$(basename $(EXP)),$(EXP))
 
 help: ## print this list
 	@echo 'make TARGET [EXP=name] [SET="key=value …"]    experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^#: / { print substr($$0, 4) ":" } /^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(READY) ## build .venv from the lock (every target that needs it does this by itself)
+#: common
 
-$(READY): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK) .venv $@
-
-setup-serve: $(READY_SERVE) ## build .venv-serve (vLLM: for the GPU if there is one, else for the CPU)
-
-# What torch sees decides between the locks: `letterhead.devices` prints gpu or cpu.
-$(READY_SERVE): | $(READY)
-	@device=$$($(RUN) letterhead.devices) && PYTHON="$(PYTHON)" requirements/install.sh requirements/serve-$$device.txt .venv-serve $@
+demo: report ## everything but the bench, end to end, on the embedded default
 
 new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv
 	@$(RUN) prep.new --data "$$DATA"
 
-preflight: $(READY) ## before a rented GPU costs money: device, disk, memory, hub, labels, prompts; go or no-go
-	@$(RUN) prep.preflight $(STAGE) --when always
+report: preflight-on-gpu data status compare ## report.html (opens from disk) and REPORT.md, with pictures
+	@$(RUN) report.build $(STAGE)
 
-# On a GPU the same, by itself, before what takes hours.
-preflight-on-gpu: $(READY)
-	@[ "$(PREFLIGHT)" = no ] || $(RUN) prep.preflight $(STAGE) --when gpu
+status: $(READY) ## which stages are done or stale, how long each took, what runs next and for how long
+	@$(RUN) report.status $(STAGE)
+
+predict: $(READY) ## label a CSV file: make predict IN=rows.csv OUT=labelled.csv MODEL=best
+	@$(RUN) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
+
+#: stages, in order
 
 data: $(READY) ## fetch models and data, make rows, Alpaca JSON and the data card
 	@$(RUN) prep.data $(STAGE)
-
-rank: data ## the training rows by how far the untrained decoder prefers the right option (data.rows.train_from)
-	@$(RUN) eval.rank $(STAGE)
-
-distill: data ## have a teacher write its thinking for training rows, right answers kept (section distill; resumable)
-	@$(RUN) distill.teach $(STAGE)
 
 sft: data distill ## teach the decoder to answer with a letter (LLaMA-Factory), resuming what was cut off
 	@$(RUN) sft.train $(STAGE)
 
 eval-ckpts: sft ## score step 0 and every SFT checkpoint on test and validation rows
 	@$(RUN) eval.checkpoints $(STAGE)
-
-sft-think: eval-ckpts ## the chosen SFT checkpoint with thinking, where a teacher's thoughts were learnt (section distill)
-	@$(RUN) eval.sft_think $(STAGE)
-
-grpo: sft-think ## GRPO by TRL from the chosen SFT checkpoint on, then scored in both modes (section grpo)
-	@$(RUN) grpo.train $(STAGE)
-	@$(RUN) eval.grpo $(STAGE)
 
 zero-shot: data ## the decoder untrained: option perplexity, calibrated, and with thinking
 	@$(RUN) eval.zero_shot $(STAGE)
@@ -108,14 +93,13 @@ seeds: data ## train every method once more for each further seed that the exper
 compare: eval-ckpts sft-think zero-shot tfidf bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested, which to ship
 	@$(RUN) eval.compare $(STAGE)
 
-status: $(READY) ## which stages are done or stale, how long each took, what runs next and for how long
-	@$(RUN) report.status $(STAGE)
+#: serve and measure
 
-tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
-	@.venv/bin/tensorboard --logdir "runs/$$EXP" --host 127.0.0.1
+export: $(READY) ## fold an SFT checkpoint into a sequence classifier: make export MODEL=sft
+	@$(RUN) serve.export $(STAGE) --model "$$MODEL"
 
-report: preflight-on-gpu data status compare ## report.html (opens from disk) and REPORT.md, with pictures
-	@$(RUN) report.build $(STAGE)
+serve: $(READY) $(READY_SERVE) ## serve a checkpoint with vLLM on 127.0.0.1: make serve MODEL=sft PORT=8000
+	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT"
 
 bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF and vLLM; then the choice and the report anew
 	@$(RUN) bench.rps $(STAGE)
@@ -140,25 +124,45 @@ bench-sft: data ## training throughput of SFT: against LLaMA-Factory as it comes
 bench-precision: sft ## which predictions bfloat16 changes, with its last projection in bfloat16 and in float32
 	@$(RUN) bench.precision $(STAGE)
 
-predict: $(READY) ## label a CSV file: make predict IN=rows.csv OUT=labelled.csv MODEL=best
-	@$(RUN) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
-
-export: $(READY) ## fold an SFT checkpoint into a sequence classifier: make export MODEL=sft
-	@$(RUN) serve.export $(STAGE) --model "$$MODEL"
-
-serve: $(READY) $(READY_SERVE) ## serve a checkpoint with vLLM on 127.0.0.1: make serve MODEL=sft PORT=8000
-	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT"
-
-study: $(READY) ## vary keys of an experiment, each cell with every seed: make study STUDY=curve (experiments/studies/)
-	@$(RUN) study.run $(STAGE) --study "$$STUDY"
+#: studies
 
 curve: ## the first of the studies: macro F1 against the number of labelled rows, all methods on the same rows
 	@$(MAKE) study STUDY=curve
 
-demo: report ## everything but the bench, end to end, on the embedded default
+study: $(READY) ## vary keys of an experiment, each cell with every seed: make study STUDY=curve (experiments/studies/)
+	@$(RUN) study.run $(STAGE) --study "$$STUDY"
 
-smoke: $(READY) ## the same on 64 rows, with the bench: minutes, for CI
-	@$(MAKE) bench EXP=smoke
+rank: data ## the training rows by how far the untrained decoder prefers the right option (data.rows.train_from)
+	@$(RUN) eval.rank $(STAGE)
+
+distill: data ## have a teacher write its thinking for training rows, right answers kept (section distill; resumable)
+	@$(RUN) distill.teach $(STAGE)
+
+sft-think: eval-ckpts ## the chosen SFT checkpoint with thinking, where a teacher's thoughts were learnt (section distill)
+	@$(RUN) eval.sft_think $(STAGE)
+
+grpo: sft-think ## GRPO by TRL from the chosen SFT checkpoint on, then scored in both modes (section grpo)
+	@$(RUN) grpo.train $(STAGE)
+	@$(RUN) eval.grpo $(STAGE)
+
+#: set-up, checks, and the rest
+
+preflight: $(READY) ## before a rented GPU costs money: device, disk, memory, hub, labels, prompts; go or no-go
+	@$(RUN) prep.preflight $(STAGE) --when always
+
+# On a GPU the same, by itself, before what takes hours.
+preflight-on-gpu: $(READY)
+	@[ "$(PREFLIGHT)" = no ] || $(RUN) prep.preflight $(STAGE) --when gpu
+
+setup: $(READY) ## build .venv from the lock (every target that needs it does this by itself)
+
+$(READY): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK) .venv $@
+
+setup-serve: $(READY_SERVE) ## build .venv-serve (vLLM: for the GPU if there is one, else for the CPU)
+
+# What torch sees decides between the locks: `letterhead.devices` prints gpu or cpu.
+$(READY_SERVE): | $(READY)
+	@device=$$($(RUN) letterhead.devices) && PYTHON="$(PYTHON)" requirements/install.sh requirements/serve-$$device.txt .venv-serve $@
 
 test: $(READY) $(READY_SERVE) ## lint, then the tests
 	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
@@ -166,6 +170,12 @@ test: $(READY) $(READY_SERVE) ## lint, then the tests
 
 lint: $(READY) ## lint and format in place
 	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+smoke: $(READY) ## the same on 64 rows, with the bench: minutes, for CI
+	@$(MAKE) bench EXP=smoke
+
+tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
+	@.venv/bin/tensorboard --logdir "runs/$$EXP" --host 127.0.0.1
 
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
