@@ -18,7 +18,7 @@ from letterhead.records import LetterheadError, read_json, write_json, write_jso
 from letterhead.stage import Stage
 from prep import data
 from report import article, build
-from tests.browser import CHROMIUM, Browser
+from tests.browser import Browser, needs_browser
 from tests.conftest import ROOT
 from tests.test_prompt import write_csv
 
@@ -299,33 +299,32 @@ def test_no_markup_comes_from_the_data(compared):
     assert not re.search(r"(?<!\\)\]\((?!\w+\.png\))", markdown)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package chromium)")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_real_browser_finds_no_error_no_request_and_no_overflow(compared, tmp_path, width):
-    page = Path("runs/mine/report/report.html")
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(page, width)
+    with Browser(width) as browser:
+        browser.open(Path("runs/mine/report/report.html"))
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         assert browser.evaluate("document.title") == "Letterhead: mine"
         assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
         assert browser.evaluate("document.querySelectorAll('.row').length") > 5
         browser.screenshot(tmp_path / "shot.png")
-        assert len(browser.pdf()) > 50_000
+        browser.pdf(tmp_path / "page.pdf")
         hidden = "[...document.querySelectorAll('details > :not(summary)')].filter(e => !e.checkVisibility()).length"
         assert browser.evaluate(hidden) == 3
-        browser.call("Emulation.setEmulatedMedia", media="print")
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
         assert browser.evaluate(hidden) == 0  # on paper nothing can be opened
-        remote = [url for url in browser.requests if not url.startswith(("file:", "data:"))]
-        assert (remote, browser.errors) == ([], [])
-    assert (tmp_path / "shot.png").stat().st_size > 50_000
+        remote = [url for url in browser.asked() if not url.startswith(("file:", "data:", "chrome:"))]
+        assert (remote, browser.errors()) == ([], [])
+    assert (tmp_path / "shot.png").stat().st_size > 50_000 and (tmp_path / "page.pdf").stat().st_size > 50_000
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package chromium)")
+@needs_browser
 def test_the_browser_test_can_fail(workplace):
     Path("bad.html").write_text("<body style='width: 900px'><script>nonsense()</script><img src='https://127.0.0.1:1/x'>")
-    with Browser(workplace / "profile") as browser:
-        browser.open(Path("bad.html"), 390)
-        assert browser.errors and "https://127.0.0.1:1/x" in browser.requests
+    with Browser(390) as browser:
+        browser.open(Path("bad.html"))
+        assert browser.errors() and "https://127.0.0.1:1/x" in browser.asked()
         assert browser.evaluate("document.documentElement.scrollWidth") > 390
 
 

@@ -1,0 +1,181 @@
+"""A page on 127.0.0.1 on which all trained methods answer side by side; a CSV file can be dropped in to be labelled.
+
+    python -m serve.page --experiment quick --port 8000
+
+Nothing leaves the machine: no analytics, no font or script from elsewhere (the browser is told to ask nobody else).
+"""
+
+import os
+import socket
+import time
+import warnings
+from pathlib import Path
+from tempfile import mkdtemp
+
+from letterhead import tfidf
+from letterhead.classifier import Classifier, load_classifier, model_folder
+from letterhead.experiment import Experiment
+from letterhead.prompt import keep_words, load_prompt_encoder
+from letterhead.records import LetterheadError, read_json
+from letterhead.stage import OFFLINE, run
+from serve import predict
+
+HOST = "127.0.0.1"
+TRIED = (*tfidf.ROWS, "bert", "bert_all", "linear_head", "sft", "sft_options")
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"
+)
+SHOWN_CLASSES = 8
+EXAMPLES = 4
+
+
+def main(experiment: Experiment, port: str) -> None:
+    os.environ |= OFFLINE | {"GRADIO_ANALYTICS_ENABLED": "False", "DO_NOT_TRACK": "1"}
+    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise LetterheadError(f"PORT={port}: not a port; write PORT=8000")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, int(port)))
+        except OSError:
+            raise LetterheadError(f"PORT={port} is taken; choose another: make try PORT=8001") from None
+    import uvicorn
+
+    application = build(experiment)
+    print(f"http://{HOST}:{port} (end with Ctrl-C)", flush=True)
+    uvicorn.run(application, host=HOST, port=int(port), log_level="warning")
+
+
+def trained_methods(experiment: Experiment) -> dict[str, str]:
+    """Full name → title of the methods that the comparison holds and whose models are there, the best first.
+
+    Raises
+    ------
+    LetterheadError : nothing was compared yet
+    """
+    comparison = read_json(experiment.results_folder / "comparison.json")
+    if comparison is None:
+        raise LetterheadError(f"{experiment.results_folder}: nothing is trained yet; run: make report EXP={experiment.name}")
+    ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
+    found = {}
+    for name, entry in ranked:
+        if entry["method"] in TRIED:
+            if entry["method"] not in tfidf.ROWS:
+                model_folder(experiment, name)
+            best = ", to be shipped" if name == comparison["best"] else ""
+            found[name] = f"{entry['title']} (macro F1 {entry['f1_macro']:.3f}{best})"
+    return found
+
+
+def answer(experiment: Experiment, classifiers: dict[str, Classifier], text: str) -> list[tuple[dict[str, float], float]]:
+    """Each method's probabilities, label → share, and the milliseconds that it took for this one text.
+
+    Raises
+    ------
+    LetterheadError : there is no text
+    """
+    cut = keep_words(text, experiment.data.max_words).strip()
+    if not cut:
+        raise LetterheadError("the text is empty; type or paste one")
+    answers = []
+    for classify in classifiers.values():
+        start = time.perf_counter()
+        probabilities = classify([cut])[0]
+        milliseconds = 1000 * (time.perf_counter() - start)
+        answers.append((dict(zip(experiment.labels, map(float, probabilities), strict=True)), milliseconds))
+    return answers
+
+
+def prompt_of(experiment: Experiment, encoder, text: str) -> tuple[str, str]:
+    """What the LLM reads, and the token ids that carry the answer, one option a line."""
+    cut = keep_words(text, experiment.data.max_words).strip()
+    lines = []
+    for option, label, of in zip(encoder.options, experiment.labels, encoder.answers, strict=True):
+        spelled = of.ids[of.start : of.stop]
+        same = "" if option == label else f" = {label}"
+        lines.append(f"{option}{same}: {' '.join(map(str, spelled))}")
+    lead = encoder.answers[0].ids[: encoder.answers[0].start]
+    lines.append(f"before it: {' '.join(map(str, lead)) or 'nothing'}")
+    return encoder.tokenizer.decode(encoder.encode(cut)), "\n".join(lines)
+
+
+def build(experiment: Experiment):
+    """The page as an ASGI application, all models loaded."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*Gradio 6.0")
+    import gradio as gr
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    titles = trained_methods(experiment)
+    classifiers = {name: load_classifier(experiment, name) for name in titles}
+    answer(experiment, classifiers, "warm up")
+    encoder = load_prompt_encoder(experiment)
+    files = Path(mkdtemp(prefix="letterhead-"))
+    examples = [row["text"] for row in _examples(experiment)]
+
+    def label(text: str) -> list:
+        try:
+            answers = answer(experiment, classifiers, text)
+        except LetterheadError as error:
+            raise gr.Error(str(error)) from None
+        bars = [
+            gr.Label(value=of, label=f"{title}: {ms:.0f} ms")
+            for (of, ms), title in zip(answers, titles.values(), strict=True)
+        ]
+        return [*bars, *prompt_of(experiment, encoder, text)]
+
+    def label_file(source: str | None, name: str) -> str:
+        if source is None:
+            raise gr.Error("drop a CSV file first")
+        target = files / f"{Path(source).stem}.labelled.csv"
+        try:
+            predict.main(experiment, source, str(target), name)
+        except LetterheadError as error:
+            raise gr.Error(str(error)) from None
+        return str(target)
+
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    with gr.Blocks(title=f"Letterhead: {experiment.name}", theme=theme, analytics_enabled=False) as page:
+        gr.Markdown(f"# A letter or a head? {experiment.name}")
+        text = gr.Textbox(lines=5, label=f"A text ({experiment.title})", placeholder="Type or paste a text")
+        button = gr.Button("Label it", variant="primary")
+        bars = []
+        for begin in range(0, len(titles), 3):
+            with gr.Row():
+                for title in list(titles.values())[begin : begin + 3]:
+                    bars.append(gr.Label(label=title, num_top_classes=min(SHOWN_CLASSES, len(experiment.labels))))
+        with gr.Accordion("What the LLM reads, and the token ids that carry its answer", open=False):
+            read = gr.Textbox(label="prompt, control tokens included", lines=8, interactive=False)
+            ids = gr.Textbox(label="option: token ids", lines=len(experiment.labels) + 1, interactive=False)
+        if examples:
+            gr.Examples([[of] for of in examples], inputs=text, label="test rows")
+        with gr.Accordion("Label a CSV file", open=False):
+            parts = ", ".join(experiment.data.columns.parts)
+            dropped = gr.File(label=f"CSV with the column {parts}", file_types=[".csv"], type="filepath")
+            method = gr.Dropdown([(title, name) for name, title in titles.items()], value=next(iter(titles)), label="method")
+            labelled = gr.File(label="labelled")
+            gr.Button("Label the file").click(label_file, [dropped, method], labelled)
+        button.click(label, text, [*bars, read, ids])
+        text.submit(label, text, [*bars, read, ids])
+
+    application = FastAPI()
+    application.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+
+    @application.middleware("http")
+    async def ask_nobody_else(request, call_next):
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = POLICY
+        return response
+
+    return gr.mount_gradio_app(application, page, path="/", allowed_paths=[str(files)])
+
+
+def _examples(experiment: Experiment) -> list[dict]:
+    from letterhead import results
+
+    return results.read_rows(experiment, "test")[:EXAMPLES]
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0], options={"port": "a free port"})
