@@ -98,7 +98,7 @@ compare: eval-ckpts sft-think zero-shot tfidf bert bert-all linear-head sft-opti
 
 #: serve and measure
 
-export: $(READY) ## fold an SFT checkpoint into a sequence classifier: make export MODEL=sft
+export: $(READY) ## a checkpoint as a model of its own, with a card; SFT's is folded into a classifier: make export MODEL=sft
 	@$(RUN) serve.export $(STAGE) --model "$$MODEL"
 
 serve: $(READY) $(READY_SERVE) ## serve a checkpoint with vLLM on 127.0.0.1: make serve MODEL=sft PORT=8000

@@ -37,7 +37,7 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     """
     if not name.startswith("sft@"):
         raise LetterheadError(
-            f"{name}: is no SFT checkpoint; BERT, the linear head and sft_options are sequence classifiers already"
+            f"{name}: can't be exported; choose sft, bert, bert_all or linear_head (sft_options is a classifier already)"
         )
     source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
     encoder = load_prompt_encoder(experiment)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    pipeline,
+)
 
 from letterhead import classifier, folding, tfidf
 from letterhead.checkpoints import require_model
@@ -215,5 +223,33 @@ def test_names_of_several_tokens_cannot_be_folded(make_experiment):
     data.main(experiment)
     with pytest.raises(LetterheadError, match="only single letters can be folded; set prompt.options: letters"):
         export.main(experiment, "sft@0")
-    with pytest.raises(LetterheadError, match="tfidf: is no SFT checkpoint"):
+    with pytest.raises(LetterheadError, match="tfidf: can't be exported; choose sft"):
         export.main(experiment, "tfidf")
+
+
+def test_an_export_carries_a_card_that_hubs_read_and_code_that_runs(experiment):
+    """A checkpoint of BERT, and what a hub reads of the figures; the card's own lines label a text."""
+    torch.manual_seed(0)
+    tiny = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    tiny.id2label, tiny.label2id = dict(enumerate(LABELS)), {label: i for i, label in enumerate(LABELS)}
+    folder = Path("runs/mine/bert/checkpoints/checkpoint-30")
+    BertForSequenceClassification(tiny).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(experiment.encoder.folder).save_pretrained(folder)
+    write_json(folder / "trainer_state.json", {"global_step": 30, "max_steps": 30})
+    torch.save({}, folder / "optimizer.pt")
+    figures = {"f1_macro": 0.91234, "f1_macro_ci95": [0.88, 0.94], "accuracy": 0.9, "n": 20, "chosen_on": "validation"}
+    write_json(
+        "runs/mine/results/comparison.json", {"best": "bert@30", "methods": {"bert@30": {"method": "bert"} | figures}}
+    )
+    export.main(experiment, "bert")
+    exported = Path("runs/mine/export/bert@30")
+    assert not list(exported.glob("*.pt")) and not (exported / "trainer_state.json").exists()
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.pipeline_tag == "text-classification" and card.data.metrics == ["f1", "accuracy"]
+    assert [(of.metric_type, of.metric_value) for of in card.data.eval_results] == [("f1", 0.9123), ("accuracy", 0.9)]
+    assert "0.912 | 0.880 to 0.940 | 0.900 | 20" in card.text and "<" not in card.text.split("## How")[0]
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert told.returncode == 0 and all(repr(label) in told.stdout for label in LABELS), told.stderr
