@@ -62,15 +62,11 @@ def _plain(text: str) -> str:
 
 
 def _results(experiment: Experiment, entry: dict) -> list[EvalResult]:
-    of = {
-        "task_type": "text-classification",
-        "dataset_type": "custom",
-        "dataset_name": experiment.name,
-        "dataset_split": "test",
-    }
+    of = {"task_type": "text-classification", "dataset_type": "custom", "dataset_name": experiment.name}
+    of["dataset_split"] = "test"
     values = {"f1": ("macro F1", entry["f1_macro"]), "accuracy": ("accuracy", entry["accuracy"])}
     return [
-        EvalResult(metric_type=kind, metric_name=title, metric_value=round(value, 4), dataset_split="test", **of)
+        EvalResult(metric_type=kind, metric_name=title, metric_value=round(value, 4), **of)
         for kind, (title, value) in values.items()
     ]
 

@@ -44,31 +44,28 @@ print(model.config.id2label, model(ids).logits.softmax(-1))
 def main(experiment: Experiment, model: str) -> None:
     os.environ.update(OFFLINE)
     name = named_method(experiment, model)
-    call = {"experiment": experiment.name, "text": "A text"}
+    filled = {"experiment": experiment.name, "text": "A text"}
     if name.partition("@")[0] in HEADS:
         folder = export_head(experiment, name)
         section = experiment.encoder if name.startswith("bert") else experiment.decoder
         cut = f"the first {experiment.data.max_words} words of it" if experiment.data.max_words else "all of it"
         asked = f"It reads the raw text, as in training {cut}, at most {section.head.max_length} tokens."
-        card = write_card(
-            experiment, name, folder, asked, CALL_TEXT.format(folder=folder, length=section.head.max_length, **call)
-        )
+        call = CALL_TEXT.format(folder=folder, length=section.head.max_length, **filled)
     else:
         from letterhead.folding import export_folded
 
         folder, facts = export_folded(experiment, name)
         checked, as_text = facts["rows_checked"], facts["rows_whose_prompt_works_as_text"]
         off = f"logits within {facts['largest_difference']:.2g} of the decoder's"
-        print(
-            f"{folder}: {facts['architecture']}, {off}, the same prediction on {facts['same_predictions']} of {checked} rows"
-        )
+        same = f"the same prediction on {facts['same_predictions']} of {checked} rows"
+        print(f"{folder}: {facts['architecture']}, {off}, {same}")
         told = f"the tokenizer gives the ids of training on {as_text} of {checked} prompts that are written as text"
         asked = (
             "It reads the token ids of the prompt below through its think block, and its classes are the option letters of "
             f"the decoder that it was folded from ({told}).\n\n```\n{experiment.prompt.template.replace('```', '')}\n```"
         )
         print("the prompt works as text too" if as_text == checked else "send token ids, not text", f"({told})", sep=": ")
-        call = CALL_IDS.format(folder=folder, **call)
+        call = CALL_IDS.format(folder=folder, **filled)
     card = write_card(experiment, name, folder, asked, call)
     print(f"{card}: its model card")
 
