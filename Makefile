@@ -31,7 +31,8 @@ export EXP SET IN OUT MODEL PORT STUDY DATA NPROC
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
 KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA NPROC PREFLIGHT PYTHON GLIBC_TUNABLES
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
-UNKNOWN := $(firstword $(filter-out $(KNOWN) MAKEFLAGS MAKEOVERRIDES,$(GIVEN)))
+OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
+UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
 NEAR := $(filter $(shell echo '$(UNKNOWN)' | tr a-z A-Z),$(KNOWN))
 $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(if $(NEAR),write $(NEAR)=,choose of $(KNOWN))))
 $(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)), which Python's environments do not bear; move it))
@@ -174,7 +175,7 @@ test: $(READY) $(READY_SERVE) ## lint, then the tests
 lint: $(READY) ## lint and format in place
 	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
-smoke: $(READY) ## the same on 64 rows, with the bench: minutes, for CI
+smoke: $(READY) ## the whole pipeline and the bench on 64 rows: minutes, for CI
 	@$(MAKE) bench EXP=smoke
 
 tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1

@@ -70,7 +70,7 @@ def scoring(experiment: Experiment) -> dict:
     folder, runs = experiment.decoder.folder, experiment.bench.scoring_runs
     model = load_decoder(folder, experiment.decoder.dtype)
     rows = draw_rows(experiment, experiment.bench.scoring_rows, runs)
-    figures = compare(model, experiment, folder, rows, runs, "scoring")
+    figures = compare(model, experiment, rows, runs, "scoring")
     return figures | {"dtype": str(model.dtype), "threads": torch.get_num_threads(), **peak_memory()}
 
 

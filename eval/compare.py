@@ -194,7 +194,8 @@ def average(experiment: Experiment, entry: dict, answers: list[dict]) -> None:
 def without_near_duplicates(experiment: Experiment, chosen: dict[str, dict], answers: dict[str, list[dict]]) -> None:
     """Put beside each method's macro F1 the one without the test rows that nearly stand in train (None: there are none)."""
     card = read_json(experiment.data_folder / "data_card.json")
-    near = {mine for mine, _ in card["near_duplicates"]["test"]}
+    dropped = experiment.data.near_duplicates == "drop"
+    near = set() if dropped else {mine for mine, _ in card["near_duplicates"]["test"]}
     for name, entry in chosen.items():
         apart = [{row: of for row, of in training.items() if row not in near} for training in answers[name]]
         figure = None

@@ -165,6 +165,8 @@ def prefers_bfloat16(folder: Path) -> bool:
     """
     if not multiplies_bfloat16() or not torch.backends.mkldnn.is_available():
         return False
+    if not linear_shapes(folder):
+        return False
     rates = measured_rates(folder)
     return rates["bfloat16"] > rates["float32"]
 

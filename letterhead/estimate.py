@@ -1,16 +1,17 @@
 """How long each stage will take on this machine's CPU: its multiply-adds over a measured rate of matrix products."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from letterhead.experiment import Experiment, Head
-from letterhead.llamafactory import planned_steps, sft_plan
+from letterhead.llamafactory import planned_steps, sft_plan, step_of
 
 # Shares of the rate of bare matrix products, and seconds to start a stage; fitted to the stages of `make demo` on two
 # processors (AMD Zen 4 and Zen 5, two cores each).
 TRAINING, SCORING = 0.36, 0.60
 START_S = 6.0
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 8  # a trained answer's, in round numbers
 
 
 def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, float]:
@@ -22,7 +23,8 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
 
     Returns
     -------
-    dict : stage → seconds; empty where there is a GPU, whose rate is not measured
+    dict : stage → seconds; empty where nothing is known: on a GPU, whose rate is not measured, or of models whose layers are
+        not torch's linear ones
     """
     import torch
 
@@ -30,25 +32,27 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
         return {}
     decoder, encoder = (of.folder for of in (experiment.decoder, experiment.encoder))
     rates = {folder: rate(experiment, folder) for folder in (decoder, encoder)}
+    if not all(parameters for parameters, _ in rates.values()):
+        return {}
     rows, shared, lengths = card["rows"], card["sft"]["rows"], card["token_lengths"]
     scored = rows["validation"] + rows["test"]
     text, prompt = lengths["decoder"]["p50"], lengths["decoder"]["p50"] + lengths["prompt"]
 
     def head(folder: Path, head: Head, n: int, length: int) -> float:
         parameters, flops = rates[folder]
-        steps, evaluated = planned_steps(
+        _, evaluated = planned_steps(
             n, head.per_device_train_batch_size, head.gradient_accumulation_steps, head.num_train_epochs, head.eval_steps
         )
         passed = head.num_train_epochs * n * 3 / TRAINING + len(evaluated) * scored / SCORING
         return START_S + 2 * parameters * min(length, head.max_length) * passed / flops
 
     parameters, flops = rates[decoder]
-    arguments = experiment.sft_arguments()
-    _, saves = sft_plan(experiment, shared)
+    steps, saves = sft_plan(experiment, shared)
+    learnt = steps * math.prod(step_of(experiment.sft_arguments()))  # rows, as often as they are learnt from
     a_row = 2 * parameters * prompt / flops
     thinking = min(experiment.eval.thinking.rows or rows["test"], rows["test"]) * experiment.eval.thinking.tokens
     found = {
-        "sft": 2 * START_S + a_row * shared * arguments.get("num_train_epochs", 3) * 3 / TRAINING,
+        "sft": 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / flops / TRAINING,
         "eval-ckpts": START_S + a_row * scored * (len(saves) + experiment.eval.untrained) / SCORING,
         "zero-shot": START_S + (2 * a_row * scored + 2 * parameters * thinking / flops) / SCORING,
         "tfidf": 2.0 + rows["train"] / 2000,
@@ -68,6 +72,7 @@ def rate(experiment: Experiment, folder: Path) -> tuple[int, float]:
     from letterhead import cpu
     from letterhead.precision import precision
 
-    rates, shapes = cpu.measured_rates(folder), cpu.linear_shapes(folder)
+    shapes = cpu.linear_shapes(folder)
+    rates = cpu.measured_rates(folder) if shapes else {"float32": 0.0}
     flops = rates.get(precision(experiment.decoder.dtype, folder), rates["float32"])
     return sum(i * o * n for (i, o), n in shapes.items()), flops * 1e9

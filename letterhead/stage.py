@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,11 @@ TARGETS = {"tfidf-all": "tfidf", "eval-grpo": "grpo"}
 # A killed training needs some seconds to give its memory, and the lock, back.
 LOCK_PATIENCE_S = 20
 BAR = 20
-ESTIMATE = "estimate.json"  # stage → seconds, under runs/NAME; `make status` leaves it
+ESTIMATE = "estimate.json"  # under runs/NAME: the seconds of each stage, and those to do; `make status` leaves it
 
 
 class Asked(Exception):
-    """What `make status` is told in place of work: `done`, `stale`, or `running` elsewhere."""
+    """What `make status` is told in place of work: `done` or `stale`."""
 
 
 _only_asked = False
@@ -90,17 +91,16 @@ class Stage:
         self.inputs_sha256 = sha256_json(inputs)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")  # held until the stage is finished, or this process ends
-        self._take_lock()
+        if not _only_asked:
+            self._take_lock()
         self._start = time.time()
 
     def _take_lock(self) -> None:
-        patience = time.time() + (0 if _only_asked else LOCK_PATIENCE_S)
+        patience = time.time() + LOCK_PATIENCE_S
         while True:
             try:
                 return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if _only_asked:
-                    raise Asked("running") from None
                 if time.time() > patience:
                     raise LetterheadError(
                         f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
@@ -116,6 +116,10 @@ class Stage:
     def record(self) -> dict:
         """What the last finished run wrote, or an empty dictionary."""
         return read_json(self.folder / "stage.json") or {}
+
+    def has_other_inputs(self) -> bool:
+        """Whether the last finished run was from other inputs."""
+        return self.record.get("inputs_sha256", self.inputs_sha256) != self.inputs_sha256
 
     def is_current(self) -> bool:
         """Whether the last finished run had the same inputs and its files are still there, at their sizes.
@@ -136,13 +140,17 @@ class Stage:
 
     def _announce(self) -> None:
         """Say how long this stage will take, and how far `make report` is, where `make status` has estimated it."""
-        seconds = read_json(self.folder.parent / ESTIMATE) or {}
-        if self.name not in seconds:
+        path = self.folder.parent / ESTIMATE
+        plan = read_json(path) or {"seconds": {}}
+        if self.name not in plan["seconds"]:
             return
-        left = sum(of for name, of in seconds.items() if not (self.folder.parent / name / "stage.json").is_file())
-        share = 1 - left / sum(seconds.values())
+        asked, records = path.stat().st_mtime, {name: self.folder.parent / name / "stage.json" for name in plan["to_do"]}
+        to_do = [name for name, of in records.items() if not of.is_file() or of.stat().st_mtime < asked]
+        left, total = (sum(plan["seconds"].get(name, 0.0) for name in of) for of in (to_do, plan["to_do"]))
+        share = 1 - left / total if total else 0.0
         bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
-        print(f"{self.name}: {minutes(seconds[self.name])}; report {bar} {share:.0%}, {minutes(left)} to go", flush=True)
+        takes = minutes(plan["seconds"][self.name])
+        print(f"{self.name}: {takes}; report {bar} {share:.0%}, {minutes(left)} to go", flush=True)
 
     def begin(self, folder: Path) -> None:
         """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as FOLDER.old."""
@@ -169,6 +177,19 @@ class Stage:
         write_json(self.folder / "stage.json", record)
         self._lock.close()
         return record
+
+
+def is_running(experiment: Experiment, name: str) -> bool:
+    """Whether another process is at work on a stage."""
+    path = experiment.run_folder / name / ".lock"
+    if not path.exists():
+        return False
+    with open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
@@ -213,13 +234,20 @@ def run(
         sys.exit(f"error: say {' '.join(f'{name}=…' for name in missing)}")
     if os.environ.get("HF_ENDPOINT"):  # a mirror, and few mirrors speak hf-xet's protocol
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    try:
+    with telling():
         devices()
         experiment = load_experiment(arguments.experiment, arguments.set)
         if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
             print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
         said = [arguments.experiment, arguments.set] if with_arguments else []
         main(experiment, *([arguments.choice] if choices else []), *said, *given)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """End the process with one message where the block fails for a reason that the user can mend."""
+    try:
+        yield
     except LetterheadError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -65,15 +65,14 @@ def main(experiment: Experiment) -> None:
         "card": CARD,
     }
     stage = Stage(experiment, "data", inputs)
-    before = stage.record
+    if stage.has_other_inputs() and experiment.results_folder.exists():
+        print(
+            f"{folder}: other settings or data than before, so what {experiment.run_folder} holds will be made anew; "
+            f'SET="name={experiment.name}2 …" keeps both'
+        )
     if stage.is_current():
         print(f"data is up to date: {folder}")
         return
-    if before and experiment.results_folder.exists():
-        other = f'SET="name={experiment.name}2 …"'
-        print(
-            f"{folder}: other settings than before, so what {experiment.run_folder} holds is made anew; {other} keeps both"
-        )
     with exclusive(CACHE / ".lock"):
         source = open_source(data)
     pool_path = folder / ".pool.jsonl"
@@ -146,6 +145,8 @@ def label_and_text(row: RawRow, data: Data, dropped: Counter) -> tuple[str, str]
     except LetterheadError as error:
         if data.bad_rows == "stop":
             raise LetterheadError(f"{error} (or leave such rows out: data.bad_rows: drop)") from None
+        if not dropped["bad row"]:
+            print(f"{error}; this row is left out, and others like it: data.bad_rows: drop")
         dropped["bad row"] += 1
     return None
 

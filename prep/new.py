@@ -6,8 +6,8 @@ What it writes, experiments/reviews.yaml, is a beginning to be edited. It never 
 """
 
 import argparse
+import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,13 +15,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from letterhead.estimate import stage_seconds
 from letterhead.experiment import LETTERS, Columns, Data, load_experiment
 from letterhead.prompt import keep_words
 from letterhead.records import LetterheadError, atomic_open, read_json
-from letterhead.stage import minutes
+from letterhead.stage import minutes, telling
 from prep import data
 from prep.sources import RawRow, column_names, open_source
 
@@ -39,10 +40,11 @@ TEXT_NAMES = (
     "article",
     "query",
 )
-TITLE_NAMES = ("title", "headline", "subject", "name", "heading")
+TITLE_NAMES = ("title", "headline", "subject", "heading")
 # More classes than this are not told apart by a few hundred rows a class, and are hardly meant as classes.
 MOST_CLASSES = 150
-RARE = 5  # a class with fewer rows can't be in train, validation and test
+RARE = 10  # a class with fewer rows can't be in train, validation and test
+FEWEST = 4  # rows a class to train on
 HAN = re.compile(r"[\u3400-\u9fff]")
 IMBALANCED = 3
 SHOWN = 20
@@ -133,24 +135,45 @@ def main(path: str) -> None:
     LetterheadError : no such data, no column for a text or a label, or an experiment of that name is there
     """
     source = Path(path.rstrip("/"))
-    name = re.sub(r"[^\w.-]+", "_", source.stem.replace("{split}", "")).strip("_.-") or "mine"
+    stem = source.parent.name if source.stem == "{split}" else source.stem.replace("{split}", "")
+    name = re.sub(r"\W+", "_", stem).strip("_") or "mine"
     target = Path("experiments") / f"{name}.yaml"
     if target.exists():
         raise LetterheadError(f"{target}: is there already and is not overwritten; edit it, delete it, or rename {source}")
     said: list[str] = []
     names = column_names(path)
     text, label = choose_columns(path, names, said) if names else ("text", "label")
-    values = decide(name, path, text, label, said)
+    values = as_yaml(decide(name, path, text, label, said), path)
+    print("\n".join(said), flush=True)
     with atomic_open(target) as file:
         file.write("# Written by `make new`, which chose as follows. Edit what you know better.\n")
-        file.write("".join(f"# - {line}\n" for line in said))
-        yaml.safe_dump(values, file, allow_unicode=True, sort_keys=False, width=120)
-    print("\n".join(said), flush=True)
+        file.writelines(f"# - {' '.join(line.split())}\n" for line in said)  # no label ends a comment
+        file.write(values)
+    print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     experiment = load_experiment(name)
     data.main(experiment)
     seconds = stage_seconds(experiment, read_json(experiment.data_folder / "data_card.json"))
-    took = f" (on this machine {minutes(sum(seconds.values()))})" if seconds else ""
-    print(f"{target}: written; read it, then run: make report EXP={name}{took}")
+    if seconds:
+        print(f"make report EXP={name}: {minutes(sum(seconds.values()))} on this machine")
+
+
+def as_yaml(values: dict[str, Any], path: str) -> str:
+    """The experiment as YAML, written by the library that reads it.
+
+    Raises
+    ------
+    LetterheadError : a label or a column would be read back as something else
+    """
+    try:
+        text = OmegaConf.to_yaml(OmegaConf.create(values))
+        again = OmegaConf.to_container(OmegaConf.create(text))
+    except OmegaConfBaseException as error:
+        raise LetterheadError(f"{path}: a label or column can't be written to YAML ({error}); rename it") from None
+    if again != values:
+        raise LetterheadError(
+            f"{path}: a label or column is read from YAML as something else; rename what looks like ${{…}}"
+        )
+    return text
 
 
 def read_rows(of: Data) -> list[RawRow]:
@@ -177,10 +200,11 @@ def choose_columns(path: str, names: list[str], said: list[str]) -> tuple[str | 
     if not labels:
         raise LetterheadError(f"{path}: no column looks like a label (few distinct short values) {by_hand}")
     label = min(labels, key=lambda of: (rank(of.name, LABEL_NAMES), len(of.values)))
-    texts = [of for of in columns if of is not label and of.could_be_text]
+    same = [of for of in columns if of is label or alike(rows, names, label.name, of.name)]  # they would tell the label
+    texts = [of for of in columns if of not in same and of.could_be_text]
     if not texts:
         raise LetterheadError(f"{path}: no column looks like a text {by_hand}")
-    spelled = [of for of in labels if of is not label and not of.is_numbers and alike(rows, names, label.name, of.name)]
+    spelled = [of for of in same if of is not label and not of.is_numbers]
     if label.is_numbers and spelled:
         said.append(f"label: column {spelled[0].name!r}, which names what {label.name!r} numbers")
         label = spelled[0]
@@ -227,23 +251,28 @@ def decide(name: str, path: str, text: str | list[str], label: str, said: list[s
         raise LetterheadError(f"{path}: fewer than two labels have {RARE} rows or more ({listed or 'no row is whole'})")
     said.append(f"labels: {len(labels)}, with different texts: {listed}")
     values: dict[str, Any] = {"source": path, "columns": columns, "labels": kept}
-    if rare := sorted(set(labels) - set(kept)):
+    if rare := sorted({str(row.label).strip() for row in whole} - set(kept)):
         values["labels"] = {of: of for of in kept} | dict.fromkeys(rare)
-        said.append(f"left out (mapped to null), with fewer than {RARE} rows: {', '.join(rare)}")
+        said.append(f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}")
     if missing := len(rows) - len(whole):
         values["bad_rows"] = "drop"
         said.append(f"{missing:,} of {len(rows):,} rows lack a text or a label or are broken: left out (bad_rows: drop)")
     counts = [labels[of] for of in kept]
     if max(counts) > IMBALANCED * min(counts):
         said.append("the labels are imbalanced: macro F1 counts every class alike, accuracy does not")
-    own = {row.id.partition(":")[0] for row in whole}
-    n = sum(row.id.startswith("train:") and str(row.label).strip() in kept for row in distinct)
-    drawn = {"validation": min(300, max(20, n // 10)), "test": min(1000, max(20, n // 5))}
-    values["rows"] = {split: None if split in own and split == "test" else number for split, number in drawn.items()}
+    in_split = Counter(row.id.partition(":")[0] for row in distinct if str(row.label).strip() in kept)
+    n, own = in_split["train"], set(in_split) - {"train"}
+    drawn = {"validation": min(300, n // 8), "test": min(1000, n // 5)}
+    values["rows"] = {
+        split: number if split not in own else None if split == "test" else min(number, in_split[split])
+        for split, number in drawn.items()
+    }
     train = n - sum(number for split, number in drawn.items() if split not in own)
-    if train < 2 * len(kept):
-        raise LetterheadError(f"{path}: {n} rows are too few for {len(kept)} labels; label more")
-    said.append(f"rows: {n:,}; of each label a share for validation and test ({drawn['validation']} and {drawn['test']})")
+    if train < FEWEST * len(kept):
+        raise LetterheadError(f"{path}: {n} different texts are too few for {len(kept)} labels; label more")
+    shares = [f"{number} of them for {split}" for split, number in drawn.items() if split not in own]
+    kept_splits = [f"the file's own {split} rows" for split in sorted(own)]
+    said.append(f"rows: {n:,} different texts; {', '.join([*shares, *kept_splits])}; each label in its proportion")
     letters = len(kept) <= len(LETTERS)
     reason = "each label has one" if letters else "there are more labels than letters"
     said.append(f"options: {'letters' if letters else 'names'}, since {reason}")
@@ -252,13 +281,13 @@ def decide(name: str, path: str, text: str | list[str], label: str, said: list[s
         said.append(f"texts: the first {cut} words (half have more than {words[len(words) // 2]}), for time")
     models = CHINESE if chinese else ENGLISH
     batch, shared = models["batch"], min(models["rows"], train)
-    epochs = max(1, round(DECODER_STEPS * batch / shared))
-    head_epochs = max(2, -(-ENCODER_STEPS * HEAD_BATCH // train))
-    head_epochs = min(head_epochs, MOST_EPOCHS)
+    epochs = min(MOST_EPOCHS, math.ceil(DECODER_STEPS * batch / shared))
+    head_epochs = min(MOST_EPOCHS, max(2, math.ceil(ENCODER_STEPS * HEAD_BATCH / train)))
     said.append(f"models: {models['why']}")
     said.append(
-        f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} (at least {DECODER_STEPS} "
-        f"steps); BERT and TF-IDF on the same" + (f", and once more on all {train:,}" if train > shared else "")
+        f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
+        f"({epochs * math.ceil(shared / batch)} steps); BERT and TF-IDF on the same"
+        + (f", and once more on all {train:,}" if train > shared else "")
     )
     head = {"per_device_train_batch_size": batch, "eval_steps": 0.5}
     return {
@@ -288,9 +317,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a CSV, TSV, JSONL or Parquet file, or a folder")
     given = parser.parse_args().data
-    try:
+    with telling():
         if not given:
             raise LetterheadError("say DATA=, a CSV, TSV, JSONL or Parquet file, or a folder")
         main(given)
-    except LetterheadError as error:
-        sys.exit(f"error: {error}")

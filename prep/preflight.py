@@ -19,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 
 from letterhead import checkpoints, devices
-from letterhead.experiment import Experiment, in_packages, is_fetched
+from letterhead.experiment import Experiment, Head, in_packages, is_fetched
 from letterhead.records import LetterheadError, read_json, read_jsonl
 from letterhead.stage import run
-from prep.fetch import model_source
+from prep.fetch import is_there
 
 LOCK = Path("requirements/train.txt")
 TRIAL_STEPS, TRIAL_PATIENCE_S = 20, 600
@@ -44,7 +44,8 @@ class Plan:
         self.experiment = experiment
         self.card = read_json(experiment.data_folder / "data_card.json") if _is_made(experiment) else None
         self.sections = {"decoder": experiment.decoder, "encoder": experiment.encoder}
-        self.folders = {name: section.folder for name, section in self.sections.items() if _on_disk(section)}
+        there = {name: of for name, of in self.sections.items() if is_there(of.model, of.folder)}
+        self.folders = {name: section.folder for name, section in there.items()}
         self.temporary, self.rows, self.n = temporary, [], {}
         if self.card:
             self.rows = list(read_jsonl(experiment.data_folder / "train.jsonl"))
@@ -55,6 +56,17 @@ class Plan:
         if name not in self.folders:
             raise No(f"the {name}'s configuration can't be had; mend `models` first")
         return self.folders[name]
+
+    def heads(self) -> dict[str, tuple[str, str, Head, str]]:
+        """Title of each training by the heads' trainer → what it reads (as in `longest`), section, settings, their key."""
+        decoder = self.experiment.decoder
+        found = {
+            "BERT": ("encoder", "encoder", self.experiment.encoder.head, "encoder.head"),
+            "linear head": ("decoder", "decoder", decoder.head, "decoder.head"),
+        }
+        if decoder.sft_options:
+            found["SFT on the options"] = ("sft", "decoder", decoder.sft_options, "decoder.sft_options")
+        return found
 
     def longest(self, name: str) -> tuple[int, str]:
         """Tokens of the longest input, and how that is known."""
@@ -103,13 +115,6 @@ def _gpu() -> bool:
 
 def _is_made(experiment: Experiment) -> bool:
     return (experiment.run_folder / "data" / "stage.json").exists()
-
-
-def _on_disk(section) -> bool:
-    if not (section.folder / "config.json").is_file():
-        return False
-    source = read_json(section.folder / "letterhead_source.json") or {}
-    return not is_fetched(section.model) or source.get("source") == model_source(section.model)
 
 
 def device(plan: Plan) -> str:
@@ -271,8 +276,7 @@ def steps(plan: Plan) -> str:
         return f"not known before the rows are made; run: make data EXP={plan.experiment.name}"
     made, at = sft_plan(plan.experiment, plan.n["decoder"])
     said = [f"SFT {made:,}, saved at {', '.join(f'{step:,}' for step in at)}"]
-    for title, name in (("BERT", "encoder"), ("linear head", "decoder")):
-        head = plan.sections[name].head
+    for title, (_, name, head, _) in plan.heads().items():
         batch, accumulation = head.per_device_train_batch_size, head.gradient_accumulation_steps
         made, at = planned_steps(plan.n[name], batch, accumulation, head.num_train_epochs, head.eval_steps)
         said.append(f"{title} {made:,}, evaluated every {at[0]:,}")
@@ -298,13 +302,15 @@ def disk(plan: Plan) -> str:
     peaks["bert"] = checkpoints.head_disk(encoder)
     if plan.experiment.decoder.train_rows:
         peaks["bert-all"] = peaks["bert"]
+    if plan.experiment.decoder.sft_options:
+        peaks["sft-options"] = peaks["linear-head"]
     needed = {}
     for stage, peak in peaks.items():  # what a finished or resumed training has written is there already
         folder = plan.experiment.run_folder / stage
         written = checkpoints.bytes_written(folder / "checkpoints")
         needed[stage] = 0 if (folder / "stage.json").exists() else max(0, peak - written)
     sizes = {"decoder": decoder, "encoder": encoder}
-    missing = [sizes[name] for name, section in plan.sections.items() if not _on_disk(section)]
+    missing = [sizes[name] for name, section in plan.sections.items() if not is_there(section.model, section.folder)]
     needed["models to fetch"] = checkpoints.FLOAT * sum(missing)
     free, total = shutil.disk_usage(".").free, sum(needed.values())
     said = f"{total / 1e9:.1f} GB needed (" + ", ".join(f"{what} {size / 1e9:.1f}" for what, size in needed.items())
@@ -325,10 +331,9 @@ def memory(plan: Plan) -> str:
     checkpointing, n = not arguments.get("disable_gradient_checkpointing"), devices.process_count()
     batch, accumulation = step_of(arguments)
     trainings = {"SFT": ("sft", "decoder", batch, accumulation, None, checkpointing, "decoder.sft.overrides")}
-    for title, name in (("linear head", "decoder"), ("BERT", "encoder")):
-        head = plan.sections[name].head
+    for title, (inputs, name, head, key) in plan.heads().items():
         step = head.per_device_train_batch_size, head.gradient_accumulation_steps
-        trainings[title] = (name, name, *step, classes, False, f"{name}.head")
+        trainings[title] = (inputs, name, *step, classes, False, key)
     free = min(torch.cuda.mem_get_info(i)[0] for i in range(n)) if _gpu() else GPU_GIB << 30
     said, mends = [], []
     for title, (inputs, name, batch, accumulation, outputs, checkpointed, key) in trainings.items():

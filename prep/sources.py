@@ -13,8 +13,9 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
@@ -26,6 +27,7 @@ from prep.fetch import fetch_package, load_hub_dataset
 SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val", "valid"), "test": ("test",)}
 # A field longer than csv's 128 KiB is legitimate; one of 16 MiB is a quote that was never closed.
 csv.field_size_limit(1 << 24)
+FIRST_ROWS = 100
 
 
 @dataclass
@@ -76,24 +78,27 @@ def open_source(data: Data, streaming: bool = False) -> Source:
 
 
 def column_names(source: str) -> list[str]:
-    """The columns of a file on this disk (of JSON Lines the first row's keys); none for a folder.
+    """The columns of a file on this disk (of JSON Lines the keys that all of the first rows have); none for a folder.
 
     Raises
     ------
     LetterheadError : no such file, or one that can't be read
     """
-    path, any_labels = _local(source)["train"], ["a", "b"]
+    path = _local(source)["train"]
     if path.is_dir():
         return []
     if path.suffix.lower() == ".parquet":
         return _parquet(path).schema_arrow.names
-    with open(path, encoding=_encoding(path, Data(source=source, labels=any_labels)), newline="") as file:
-        if path.suffix.lower() == ".jsonl":
+    with open(path, encoding=_encoding(path, Data(source=source, labels=["a", "b"])), newline="") as file:
+        if path.suffix.lower() != ".jsonl":
+            return next(_csv_reader(path, file), [])
+        found: list[dict] = []
+        for line in islice((line for line in file if line.strip()), FIRST_ROWS):
             with suppress(ValueError):
-                first = json.loads(next((line for line in file if line.strip()), ""))
-                return list(first) if isinstance(first, dict) else []
-            raise LetterheadError(f"{path}, row 1: not JSON; one object a line")
-        return next(csv.reader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t"), [])
+                found += [row for row in [json.loads(line)] if isinstance(row, dict)]
+    if not found:
+        raise LetterheadError(f"{path}: none of the first rows is a JSON object; write one a line")
+    return [key for key in found[0] if all(key in row for row in found)]
 
 
 def local_sha256(data: Data) -> dict[str, str]:
@@ -152,12 +157,17 @@ def _first_undecodable(content: bytes, encoding: str) -> str:
     return f"not {encoding}"
 
 
+def _csv_reader(path: Path, file: IO[str]):
+    """A reader of a CSV or tab-separated file. The latter quotes nothing: a lone " in a text is a character, not the start
+    of a field."""
+    if path.suffix.lower() == ".csv":
+        return csv.reader(file, strict=True)
+    return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+
+
 def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
-    delimiter = "," if path.suffix.lower() == ".csv" else "\t"
     with open(path, encoding=_encoding(path, data), newline="") as file:
-        # A tab-separated export quotes nothing: a lone " in a text is a character, not the start of a field.
-        quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        reader = _csv_reader(path, file)
         header = next(reader, [])
         *at_text, at_label = (_column(path, header, name) for name in (*data.columns.parts, data.columns.label))
         for _ in range(data.skip_lines):

@@ -8,55 +8,66 @@ from importlib import import_module
 from letterhead.estimate import stage_seconds
 from letterhead.experiment import Experiment
 from letterhead.records import LetterheadError, read_json, write_json
-from letterhead.stage import ESTIMATE, ask, minutes, run
+from letterhead.stage import ESTIMATE, ask, is_running, minutes, run
+from prep.fetch import is_there
 from report.build import stages_of
 
-# stage → the module that makes it with what it is told, and the stages whose files it reads
+# stage → the module that makes it, and what the module is told
 MAKERS = {
-    "data": ("prep.data", [], []),
-    "sft": ("sft.train", [], ["data"]),
-    "eval-ckpts": ("eval.checkpoints", [], ["data", "sft"]),
-    "zero-shot": ("eval.zero_shot", [], ["data"]),
-    "tfidf": ("baselines.tfidf", ["tfidf"], ["data"]),
-    "tfidf-all": ("baselines.tfidf", ["tfidf_all"], ["data"]),
-    "bert": ("baselines.train", ["bert"], ["data"]),
-    "bert-all": ("baselines.train", ["bert_all"], ["data"]),
-    "linear-head": ("baselines.train", ["linear_head"], ["data"]),
-    "sft-options": ("baselines.train", ["sft_options"], ["data"]),
-    "sft-think": ("eval.sft_think", [], ["eval-ckpts"]),
-    "compare": ("eval.compare", [], ["eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head"]),
-    "report": ("report.build", [], ["compare"]),
+    "data": ("prep.data", []),
+    "sft": ("sft.train", []),
+    "eval-ckpts": ("eval.checkpoints", []),
+    "zero-shot": ("eval.zero_shot", []),
+    "tfidf": ("baselines.tfidf", ["tfidf"]),
+    "tfidf-all": ("baselines.tfidf", ["tfidf_all"]),
+    "bert": ("baselines.train", ["bert"]),
+    "bert-all": ("baselines.train", ["bert_all"]),
+    "linear-head": ("baselines.train", ["linear_head"]),
+    "sft-options": ("baselines.train", ["sft_options"]),
+    "sft-think": ("eval.sft_think", []),
+    "compare": ("eval.compare", []),
+    "report": ("report.build", []),
 }
+UNUSUAL = {"sft-options", "sft-think", "tfidf-all", "bert-all"}
+# stage → the stages whose files it reads; the others read the data's alone
+NEEDS = {"data": [], "eval-ckpts": ["sft"], "sft-think": ["eval-ckpts"], "report": ["compare"]}
 
 
 def main(experiment: Experiment) -> None:
-    stages = [name for name in MAKERS if name in {*stages_of(experiment), "data", "sft", "report"}]
-    states = {}
-    for name in stages:
-        states[name] = state(experiment, name, states)
     card = read_json(experiment.data_folder / "data_card.json")
-    estimated = stage_seconds(experiment, card) if card else {}
-    write_json(experiment.run_folder / ESTIMATE, {name: of for name, of in estimated.items() if name in stages})
+    named = {*stages_of(experiment), "data", "sft", "report"} if card else set(MAKERS) - UNUSUAL
+    states: dict[str, str] = {}
+    for name in (of for of in MAKERS if of in named):
+        states[name] = state(experiment, name, states)
+    seconds = stage_seconds(experiment, card) if states["data"] == "done" else {}
+    to_do = [name for name, of in states.items() if of != "done"]
+    write_json(experiment.run_folder / ESTIMATE, {"seconds": seconds, "to_do": to_do})
     for name, of in states.items():
         record = read_json(experiment.run_folder / name / "stage.json") or {}
-        took = f"took {record['seconds']:,.0f} s" if of == "done" else minutes(estimated[name]) if name in estimated else ""
+        took = f"took {record['seconds']:,.0f} s" if of == "done" else minutes(seconds[name]) if name in seconds else ""
         print(f"  {name:12} {of:28}  {took}".rstrip())
-    to_do = [name for name, of in states.items() if of != "done"]
     if not to_do:
         print(f"all done: {experiment.run_folder}/report/report.html")
         return
-    left = f", {minutes(sum(estimated.get(name, 0.0) for name in to_do))}" if estimated else ""
-    print(f"next: {to_do[0]}; make report EXP={experiment.name} makes what is missing{left}", flush=True)
+    left = sum(seconds.get(name, 0.0) for name in to_do)
+    again = f" and {len(experiment.seeds) - 1} further trainings of every method" if len(experiment.seeds) > 1 else ""
+    how_long = f", {minutes(left)}{again}" if seconds else ""
+    print(f"next: {to_do[0]}; make report EXP={experiment.name} makes what is missing{how_long}", flush=True)
 
 
 def state(experiment: Experiment, name: str, before: dict[str, str]) -> str:
     """`done`, `running`, `not made`, or `stale`, with what makes it so."""
-    module, told, needs = MAKERS[name]
-    if not (experiment.run_folder / name / "stage.json").is_file():
-        begun = any((experiment.run_folder / name / "checkpoints").glob("checkpoint-*"))
-        return "begun, goes on" if begun else "not made"
+    (module, told), folder = MAKERS[name], experiment.run_folder / name
+    if is_running(experiment, name):
+        return "running"
+    if not (folder / "stage.json").is_file():
+        return "begun, goes on" if any((folder / "checkpoints").glob("checkpoint-*")) else "not made"
+    needs = list(before) if name == "compare" else NEEDS.get(name, ["data"])
     if stale := [of for of in needs if before.get(of, "done") != "done"]:
         return f"stale, since {stale[0]} is {before[stale[0]].partition(',')[0]}"
+    models = (experiment.decoder, experiment.encoder)
+    if name == "data" and not all(is_there(section.model, section.folder) for section in models):
+        return "stale"  # the models are fetched with the data
     try:
         return ask(import_module(module).main, experiment, *told)
     except LetterheadError:

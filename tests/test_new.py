@@ -88,7 +88,7 @@ def test_a_folder_names_its_labels_and_few_rows_are_trained_on_longer(written):
         path.write_text(f"{i} {words(i, 12)}")
     experiment = written("mails/")
     assert experiment.labels == ["ham", "spam"] and experiment.data.columns.text == "text"
-    assert experiment.sft_arguments()["num_train_epochs"] == 5  # of 76 rows, 4 a step: a hundred steps
+    assert experiment.sft_arguments()["num_train_epochs"] == 5  # of 81 rows, 4 a step: at least a hundred steps
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_folder_names_its_labels_and_few_rows_are_trained_on_longer(written):
     [
         ("id,price", lambda i: (i, i * 1.5), "no column looks like a label .* among id .100 distinct"),
         ("price,label", lambda i: (i * 1.5, "ab"[i % 2]), "no column looks like a text"),
-        ("text,label", lambda i: (f"{i} {words(i, 9)}", "a" if i else "b"), "fewer than two labels have 5 rows"),
+        ("text,label", lambda i: (f"{i} {words(i, 9)}", "a" if i else "b"), "fewer than two labels have 10 rows"),
     ],
 )
 def test_data_that_cannot_be_guessed_are_refused_with_what_was_seen(written, header, row, message):
@@ -104,3 +104,44 @@ def test_data_that_cannot_be_guessed_are_refused_with_what_was_seen(written, hea
     with pytest.raises(LetterheadError, match=message):
         written("odd.csv")
     assert not Path("experiments/odd.yaml").exists()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_no_label_writes_keys_of_its_own(written, end):
+    hostile = f"x{end}distill: {{endpoint: 'https://127.0.0.1:1/v1', model: m}}{end}#"
+    rows = [(f"{i} {words(i, 9)}", ["a", "b", hostile][min(i % 40, 2) if i % 40 < 3 else i % 2]) for i in range(400)]
+    write_csv("labels.csv", rows)
+    experiment = written("labels.csv")
+    assert experiment.distill is None and {"a", "b"} <= set(experiment.labels)
+
+
+@pytest.mark.parametrize("labels", [("1e1", "2e2"), ("yes", "no"), ("0x1F", "1_000"), ("null", "~"), ("12:30", "@at")])
+def test_labels_that_yaml_reads_otherwise_stay_what_they_are(written, labels):
+    write_csv("odd.csv", [(f"{i} {words(i, 9)}", labels[i % 2]) for i in range(100)])
+    assert set(written("odd.csv").labels) == set(labels)
+
+
+def test_what_would_tell_the_label_is_no_text_and_a_users_name_neither(written):
+    kinds = ["cancel the order", "where is my parcel", "talk to a person"]
+    rows = [(i % 3, kinds[i % 3], f"user number {i % 90}", f"{i} {words(i, 9)}") for i in range(300)]
+    write_csv("intents.csv", rows, ("intent", "intent_title", "user_name", "utterance"))
+    experiment = written("intents.csv")
+    assert experiment.data.columns.text == "utterance" and experiment.data.columns.label == "intent_title"
+
+
+def test_published_splits_stay_and_a_label_that_stands_only_twice_is_left_out(written, capsys):
+    rows = [(f"{i} {words(i, 9)}", "ab"[i % 2]) for i in range(900)]
+    for split, of in (("train", [*rows[:700], (rows[0][0], "odd")]), ("val", rows[700:730]), ("test", rows[730:])):
+        write_csv(f"r/{split}.csv", of)
+    new.main("r/{split}.csv")
+    experiment = load_experiment("r")
+    assert experiment.data.rows.validation == 30 and experiment.data.rows.test is None
+    assert experiment.data.labels["odd"] is None and "the file's own test rows" in capsys.readouterr().out
+
+
+def test_a_tab_separated_header_and_optional_keys_are_read_as_the_rows_are(written):
+    Path("quoted.tsv").write_text('"text"\t"label"\n' + "".join(f"{i} {words(i, 9)}\t{'ab'[i % 2]}\n" for i in range(90)))
+    assert written("quoted.tsv").data.columns.text == '"text"'
+    objects = [{"text": f"{i} {words(i, 9)}", "label": "ab"[i % 2]} | ({"note": "n"} if i == 0 else {}) for i in range(90)]
+    Path("optional.jsonl").write_text("".join(json.dumps(of) + "\n" for of in objects))
+    assert written("optional.jsonl").data.columns.text == "text"

@@ -132,7 +132,8 @@ def lock(workplace):
 
 def test_an_experiment_that_fits_is_a_go_before_and_after_its_rows_are_made(make_experiment, lock):
     write_csv("rows.csv", nasty_rows(140))
-    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"train": 96, "validation": 10, "test": 20}})
+    rows, options = {"train": 96, "validation": 10, "test": 20}, {"sft_options": {"num_train_epochs": 1}}
+    experiment = make_experiment("rows.csv", LABELS, data={"rows": rows}, decoder_keys=options)
     before = preflight()
     assert before.returncode == 0 and before.stdout.rstrip().endswith("GO"), before.stdout + before.stderr
     assert "ok  steps:        not known before the rows are made" in before.stdout
@@ -143,6 +144,9 @@ def test_an_experiment_that_fits_is_a_go_before_and_after_its_rows_are_made(make
         "ok  device:       CPU",
         f"ok  labels:       all {len(LABELS)} have training rows",
         "ok  steps:        SFT 24, saved at 5, 10, 15, 20, 24; BERT 9, evaluated every 2; linear head 18",
+        "SFT on the options 6, evaluated every 2",
+        "sft-options 0.0)",
+        "SFT on the options 0.",
         "loss on: '<'=44 'think'=17400",
         "(the longest row)",
         "ok  hours:        not measured: no device",
