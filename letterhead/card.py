@@ -3,78 +3,89 @@
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
+from omegaconf import OmegaConf
 
-from letterhead.experiment import Experiment, in_packages, source_name
-from letterhead.records import atomic_open, read_json
+from letterhead import results
+from letterhead.experiment import Experiment, source_name
+from letterhead.records import LetterheadError, atomic_open, escape_markdown, read_json
+
+EXPERIMENT = "experiment.yaml"
 
 
 def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call: str) -> Path:
-    """Write README.md beside an exported model.
+    """Write README.md beside an exported model, and the experiment that made it.
 
     Parameters
     ----------
     name : the method and its step
-    asked : what the model is to be given, in words
+    asked : what the model is to be given, in Markdown
     call : lines of Python that call it
+
+    Raises
+    ------
+    LetterheadError : the data card is gone
     """
+    path = experiment.data_folder / "data_card.json"
+    if (card := read_json(path)) is None:
+        raise LetterheadError(f"{path}: gone; run: make data EXP={experiment.name}")
     method, _, step = name.partition("@")
     section = experiment.encoder if method.startswith("bert") else experiment.decoder
-    card = read_json(experiment.data_folder / "data_card.json")
-    entry = ((read_json(experiment.results_folder / "comparison.json") or {}).get("methods") or {}).get(name)
+    of_training = read_json(results.result_files(experiment, name, "test")[0])
     source = source_name(section.model)
-    base = source.removeprefix("hf:") if source.startswith("hf:") else None
     data = ModelCardData(
         license=section.license or "other",
-        base_model=base,
+        base_model=source.removeprefix("hf:") if source.startswith("hf:") else None,
         library_name="transformers",
         pipeline_tag="text-classification",
         metrics=["f1", "accuracy"],
         tags=["letterhead"],
         model_name=folder.name,
-        eval_results=_results(experiment, entry) if entry else None,
+        eval_results=_for_hubs(experiment, of_training) if of_training else None,
     )
-    counts = card["rows"]
-    lines = [
+    counts, shared = card["rows"], card["shared_with_train"].get("test", 0) + len(card["near_duplicates"]["test"])
+    twice = f" {shared} of the test rows stand in train too, or nearly." if shared else ""
+    paragraphs = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {experiment.name}, {name}",
-        f"{experiment.title}. {len(experiment.labels)} classes: {', '.join(map(_plain, experiment.labels))}.",
+        f"# {escape_markdown(experiment.name)}, {name}",
+        f"{escape_markdown(experiment.title)}. Classes: {', '.join(map(escape_markdown, experiment.labels))}.",
         "## Figures",
-        _figures(entry, counts["test"]) if entry else "Not compared yet (`make compare`).",
+        _table(of_training) if of_training else "Not measured.",
         "## Data",
-        f"`{_plain(source_name(experiment.data.source))}` ({_plain(experiment.data.license or 'license not said')}): "
-        f"{counts['train']:,} rows to train on, {counts['validation']:,} to choose by, {counts['test']:,} to measure on.",
+        f"{escape_markdown(Path(source_name(experiment.data.source)).name)} "
+        f"({escape_markdown(experiment.data.license or 'its license is not said')}): {counts['train']:,} rows to train on, "
+        f"{counts['validation']:,} to choose a step by, {counts['test']:,} to measure on.{twice}",
         "## Model",
-        f"From `{_plain(', '.join(in_packages(section.model)) or source)}`, step {step}, trained with Letterhead "
-        f"(experiment `{experiment.name}`, seed {experiment.seed}).",
+        f"{escape_markdown(source)}, trained to step {step}, seed {experiment.seed}. The experiment is in {EXPERIMENT}.",
         "## How to call it",
         asked,
         f"```python\n{call.strip()}\n```",
     ]
-    path = folder / "README.md"
-    with atomic_open(path) as file:
-        file.write("\n\n".join(lines) + "\n")
-    return path
+    values = experiment.model_dump(mode="json")
+    values["data"]["source"] = Path(experiment.data.source).name  # a path of somebody's disk is nobody's business
+    with atomic_open(folder / EXPERIMENT) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(values)))
+    with atomic_open(folder / "README.md") as file:
+        file.write("\n\n".join(paragraphs) + "\n")
+    return folder / "README.md"
 
 
-def _plain(text: str) -> str:
-    """A text from the data that Markdown does not read as markup."""
-    return " ".join(text.split()).replace("<", "&lt;").replace("`", "'").replace("|", "\\|")
-
-
-def _results(experiment: Experiment, entry: dict) -> list[EvalResult]:
-    of = {"task_type": "text-classification", "dataset_type": "custom", "dataset_name": experiment.name}
-    of["dataset_split"] = "test"
-    values = {"f1": ("macro F1", entry["f1_macro"]), "accuracy": ("accuracy", entry["accuracy"])}
+def _for_hubs(experiment: Experiment, result: dict) -> list[EvalResult]:
+    of = {
+        "task_type": "text-classification",
+        "dataset_type": "custom",
+        "dataset_name": experiment.name,
+        "dataset_split": "test",
+    }
+    values = {"f1": ("macro F1", result["f1_macro"]), "accuracy": ("accuracy", result["accuracy"])}
     return [
         EvalResult(metric_type=kind, metric_name=title, metric_value=round(value, 4), **of)
         for kind, (title, value) in values.items()
     ]
 
 
-def _figures(entry: dict, n: int) -> str:
-    low, high = entry["f1_macro_ci95"]
+def _table(result: dict) -> str:
+    low, high = result["f1_macro_ci95"]
     return (
-        f"| macro F1 | 95 % interval | accuracy | test rows |\n| ---: | :---: | ---: | ---: |\n"
-        f"| {entry['f1_macro']:.3f} | {low:.3f} to {high:.3f} | {entry['accuracy']:.3f} | {entry['n']} |\n\n"
-        f"The step was chosen on {entry['chosen_on']}; none of the {n:,} test rows took part in training or choice."
+        "| macro F1 | 95 % interval | accuracy | test rows |\n| ---: | :---: | ---: | ---: |\n"
+        f"| {result['f1_macro']:.3f} | {low:.3f} to {high:.3f} | {result['accuracy']:.3f} | {result['n']} |"
     )

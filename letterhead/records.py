@@ -6,6 +6,7 @@ finds the old file or the new one and never half of one.
 
 import fcntl
 import hashlib
+import html
 import json
 import os
 import platform
@@ -104,6 +105,11 @@ def whole_lines(path: Path) -> list:
     if rest:
         os.truncate(path, len(whole) + bool(whole))
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def escape_markdown(value: object) -> str:
+    """A value that neither Markdown nor HTML inside it reads as markup, on one line."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def sha256_file(path: Path | str) -> str:

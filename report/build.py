@@ -4,8 +4,6 @@ python -m report.build --experiment quick
 """
 
 import base64
-import html
-import re
 from pathlib import Path
 
 import jinja2
@@ -15,7 +13,7 @@ import yaml
 from eval import compare
 from letterhead import checkpoints, metrics, results, tfidf
 from letterhead.experiment import Experiment, source_name
-from letterhead.records import atomic_open, read_json, sha256_file
+from letterhead.records import atomic_open, escape_markdown, read_json, sha256_file
 from letterhead.stage import Stage, run, stage_outputs
 from report import article, pictures
 
@@ -135,11 +133,6 @@ def short(text: str) -> str:
     """A text's beginning, white space collapsed."""
     flat = " ".join(text.split())
     return flat if len(flat) <= SHOWN_CHARACTERS else flat[:SHOWN_CHARACTERS].rstrip() + " …"
-
-
-def escape_markdown(value: object) -> str:
-    """A value that neither Markdown nor HTML inside it reads as markup, on one line."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def gather(experiment: Experiment, comparison: dict) -> dict:

@@ -9,6 +9,7 @@ letterhead_export.json in it says how the fold was checked.
 
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 from letterhead.card import write_card
@@ -34,7 +35,7 @@ from transformers import AutoModelForSequenceClassification
 from letterhead.experiment import load_experiment
 from letterhead.prompt import load_prompt_encoder
 
-encoder = load_prompt_encoder(load_experiment("{experiment}"))
+encoder = load_prompt_encoder(load_experiment("{folder}/experiment.yaml"), folder="{folder}")
 model = AutoModelForSequenceClassification.from_pretrained("{folder}")
 ids = torch.tensor([encoder.encode_before_option("{text}")])
 print(model.config.id2label, model(ids).logits.softmax(-1))
@@ -43,31 +44,46 @@ print(model.config.id2label, model(ids).logits.softmax(-1))
 
 def main(experiment: Experiment, model: str) -> None:
     os.environ.update(OFFLINE)
-    name = named_method(experiment, model)
-    filled = {"experiment": experiment.name, "text": "A text"}
+    folder, said = export(experiment, named_method(experiment, model))
+    print(f"{folder}: {said}; README.md in it is its model card")
+
+
+def export(experiment: Experiment, name: str) -> tuple[Path, str]:
+    """Write a method's checkpoint, by its full name, with its card to runs/<experiment>/export/NAME.
+
+    Returns
+    -------
+    tuple : the folder, and how it was made, in words
+
+    Raises
+    ------
+    LetterheadError : a method that can't be exported, or a checkpoint that is not there
+    """
     if name.partition("@")[0] in HEADS:
         folder = export_head(experiment, name)
         section = experiment.encoder if name.startswith("bert") else experiment.decoder
         cut = f"the first {experiment.data.max_words} words of it" if experiment.data.max_words else "all of it"
         asked = f"It reads the raw text, as in training {cut}, at most {section.head.max_length} tokens."
-        call = CALL_TEXT.format(folder=folder, length=section.head.max_length, **filled)
+        call = CALL_TEXT.format(folder=folder, length=section.head.max_length, text="A text")
+        said = "the checkpoint without its trainer's files"
     else:
         from letterhead.folding import export_folded
 
         folder, facts = export_folded(experiment, name)
         checked, as_text = facts["rows_checked"], facts["rows_whose_prompt_works_as_text"]
-        off = f"logits within {facts['largest_difference']:.2g} of the decoder's"
-        same = f"the same prediction on {facts['same_predictions']} of {checked} rows"
-        print(f"{folder}: {facts['architecture']}, {off}, {same}")
-        told = f"the tokenizer gives the ids of training on {as_text} of {checked} prompts that are written as text"
-        asked = (
-            "It reads the token ids of the prompt below through its think block, and its classes are the option letters of "
-            f"the decoder that it was folded from ({told}).\n\n```\n{experiment.prompt.template.replace('```', '')}\n```"
+        told = "the prompt works as text too" if as_text == checked else "send token ids, not text"
+        told += f": the tokenizer gives the ids of training on {as_text} of {checked} prompts"
+        said = (
+            f"{facts['architecture']}, logits within {facts['largest_difference']:.2g} of the decoder's, the same answer on "
+            f"{facts['same_predictions']} of {checked} rows; {told}"
         )
-        print("the prompt works as text too" if as_text == checked else "send token ids, not text", f"({told})", sep=": ")
-        call = CALL_IDS.format(folder=folder, **filled)
-    card = write_card(experiment, name, folder, asked, call)
-    print(f"{card}: its model card")
+        asked = (
+            "It reads the token ids of this prompt through its think block; its classes are the option letters of the "
+            f"decoder that it was folded from ({told}).\n\n{textwrap.indent(experiment.prompt.template, '    ')}"
+        )
+        call = CALL_IDS.format(folder=folder, text="A text")
+    write_card(experiment, name, folder, asked, call)
+    return folder, said
 
 
 def export_head(experiment: Experiment, name: str) -> Path:

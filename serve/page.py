@@ -5,12 +5,13 @@
 Nothing leaves the machine: no analytics, no font or script from elsewhere (the browser is told to ask nobody else).
 """
 
+import html
 import os
 import socket
 import time
 import warnings
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from letterhead import tfidf
 from letterhead.classifier import Classifier, load_classifier, model_folder
@@ -38,13 +39,15 @@ def main(experiment: Experiment, port: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, int(port)))
-        except OSError:
-            raise LetterheadError(f"PORT={port} is taken; choose another: make try PORT=8001") from None
+        except OSError as error:
+            raise LetterheadError(f"PORT={port}: {error.strerror}; choose another: make try PORT=8001") from None
     import uvicorn
 
-    application = build(experiment)
-    print(f"http://{HOST}:{port} (end with Ctrl-C)", flush=True)
-    uvicorn.run(application, host=HOST, port=int(port), log_level="warning")
+    with TemporaryDirectory(prefix="letterhead-") as files:
+        os.environ["GRADIO_TEMP_DIR"] = files  # what is dropped in goes when the page does
+        application = build(experiment, Path(files))
+        print(f"http://{HOST}:{port} (end with Ctrl-C)", flush=True)
+        uvicorn.run(application, host=HOST, port=int(port), log_level="warning")
 
 
 def trained_methods(experiment: Experiment) -> dict[str, str]:
@@ -52,7 +55,7 @@ def trained_methods(experiment: Experiment) -> dict[str, str]:
 
     Raises
     ------
-    LetterheadError : nothing was compared yet
+    LetterheadError : nothing was compared yet, or no model is there
     """
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None:
@@ -60,12 +63,20 @@ def trained_methods(experiment: Experiment) -> dict[str, str]:
     ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     found = {}
     for name, entry in ranked:
-        if entry["method"] in TRIED:
-            if entry["method"] not in tfidf.ROWS:
-                model_folder(experiment, name)
+        if entry["method"] in TRIED and (entry["method"] in tfidf.ROWS or _has_model(experiment, name)):
             best = ", to be shipped" if name == comparison["best"] else ""
             found[name] = f"{entry['title']} (macro F1 {entry['f1_macro']:.3f}{best})"
+    if not found:
+        raise LetterheadError(f"{experiment.run_folder}: no model is there; run: make report EXP={experiment.name}")
     return found
+
+
+def _has_model(experiment: Experiment, name: str) -> bool:
+    try:
+        return model_folder(experiment, name).is_dir()
+    except LetterheadError as missing:
+        print(f"{missing}; left out")
+        return False
 
 
 def answer(experiment: Experiment, classifiers: dict[str, Classifier], text: str) -> list[tuple[dict[str, float], float]]:
@@ -100,8 +111,8 @@ def prompt_of(experiment: Experiment, encoder, text: str) -> tuple[str, str]:
     return encoder.tokenizer.decode(encoder.encode(cut)), "\n".join(lines)
 
 
-def build(experiment: Experiment):
-    """The page as an ASGI application, all models loaded."""
+def build(experiment: Experiment, files: Path):
+    """The page as an ASGI application, all models loaded; files that it labels lie in the folder `files`."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*Gradio 6.0")
     import gradio as gr
     from fastapi import FastAPI
@@ -111,7 +122,6 @@ def build(experiment: Experiment):
     classifiers = {name: load_classifier(experiment, name) for name in titles}
     answer(experiment, classifiers, "warm up")
     encoder = load_prompt_encoder(experiment)
-    files = Path(mkdtemp(prefix="letterhead-"))
     examples = [row["text"] for row in _examples(experiment)]
 
     def label(text: str) -> list:
@@ -131,8 +141,8 @@ def build(experiment: Experiment):
         target = files / f"{Path(source).stem}.labelled.csv"
         try:
             predict.main(experiment, source, str(target), name)
-        except LetterheadError as error:
-            raise gr.Error(str(error)) from None
+        except LetterheadError as error:  # the page shows messages as HTML, and a header is somebody's text
+            raise gr.Error(html.escape(str(error).replace(source, Path(source).name))) from None
         return str(target)
 
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
@@ -147,7 +157,9 @@ def build(experiment: Experiment):
                     bars.append(gr.Label(label=title, num_top_classes=min(SHOWN_CLASSES, len(experiment.labels))))
         with gr.Accordion("What the LLM reads, and the token ids that carry its answer", open=False):
             read = gr.Textbox(label="prompt, control tokens included", lines=8, interactive=False)
-            ids = gr.Textbox(label="option: token ids", lines=len(experiment.labels) + 1, interactive=False)
+            ids = gr.Textbox(
+                label="option: token ids", lines=min(SHOWN_CLASSES, len(experiment.labels)) + 1, interactive=False
+            )
         if examples:
             gr.Examples([[of] for of in examples], inputs=text, label="test rows")
         with gr.Accordion("Label a CSV file", open=False):

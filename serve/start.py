@@ -13,11 +13,11 @@ from pathlib import Path
 from letterhead.classifier import model_folder, named_method
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
-from letterhead.folding import export_folded
 from letterhead.precision import precision
 from letterhead.records import LetterheadError
 from letterhead.service import VllmServer
 from letterhead.stage import OFFLINE, run
+from serve.export import export
 
 
 def main(experiment: Experiment, model: str, port: str) -> None:
@@ -48,7 +48,7 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
     cutoff = experiment.sft_arguments()["cutoff_len"]
     if model.partition("@")[0] == "folded":
         source = named_method(experiment, "sft" + model.removeprefix("folded"))
-        folder, _ = export_folded(experiment, source)
+        folder, _ = export(experiment, source)
         return source.replace("sft", "folded"), folder, "pooling", cutoff
     name = named_method(experiment, model)
     method = name.partition("@")[0]

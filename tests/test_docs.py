@@ -1,4 +1,4 @@
-"""The documents: every link resolves, every target and key that they name is there."""
+"""The documents: every link resolves, every target that they name is there."""
 
 import re
 import subprocess

@@ -145,7 +145,7 @@ def test_an_experiment_that_fits_is_a_go_before_and_after_its_rows_are_made(make
         f"ok  labels:       all {len(LABELS)} have training rows",
         "ok  steps:        SFT 24, saved at 5, 10, 15, 20, 24; BERT 9, evaluated every 2; linear head 18",
         "SFT on the options 6, evaluated every 2",
-        "sft-options 0.0)",
+        "sft-options 0.",
         "SFT on the options 0.",
         "loss on: '<'=44 'think'=17400",
         "(the longest row)",

@@ -26,7 +26,7 @@ from transformers import (
 
 from letterhead import classifier, folding, tfidf
 from letterhead.checkpoints import require_model
-from letterhead.experiment import Columns
+from letterhead.experiment import Columns, load_experiment
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, write_json
 from letterhead.scoring import load_decoder, score_options
@@ -204,6 +204,7 @@ def test_the_folded_model_is_the_sft_model(make_experiment, decoder, monkeypatch
     assert np.abs(relative - expected).max() < 1e-4
     assert model.config.id2label == dict(enumerate(LABELS))
 
+    assert repr(dict(enumerate(LABELS))) in said_by_the_cards_code(folder)
     facts = read_json(folder / "letterhead_export.json")
     assert facts["same_predictions"] == facts["rows_checked"] == 60 < len(texts) and facts["largest_difference"] < 1e-4
     as_text = facts["rows_whose_prompt_works_as_text"]
@@ -237,19 +238,26 @@ def test_an_export_carries_a_card_that_hubs_read_and_code_that_runs(experiment):
     AutoTokenizer.from_pretrained(experiment.encoder.folder).save_pretrained(folder)
     write_json(folder / "trainer_state.json", {"global_step": 30, "max_steps": 30})
     torch.save({}, folder / "optimizer.pt")
-    figures = {"f1_macro": 0.91234, "f1_macro_ci95": [0.88, 0.94], "accuracy": 0.9, "n": 20, "chosen_on": "validation"}
-    write_json(
-        "runs/mine/results/comparison.json", {"best": "bert@30", "methods": {"bert@30": {"method": "bert"} | figures}}
-    )
-    export.main(experiment, "bert")
+    figures = {"f1_macro": 0.91234, "f1_macro_ci95": [0.88, 0.94], "accuracy": 0.9, "n": 20}
+    write_json("runs/mine/results/bert@30.json", figures)
+    hostile = experiment.model_copy(update={"title": "![x](https://127.0.0.1:1/p.png) <b>bold</b>\n# A heading"})
+    export.main(hostile, "bert@30")
     exported = Path("runs/mine/export/bert@30")
     assert not list(exported.glob("*.pt")) and not (exported / "trainer_state.json").exists()
     card = ModelCard.load(exported / "README.md")
     assert card.data.pipeline_tag == "text-classification" and card.data.metrics == ["f1", "accuracy"]
     assert [(of.metric_type, of.metric_value) for of in card.data.eval_results] == [("f1", 0.9123), ("accuracy", 0.9)]
-    assert "0.912 | 0.880 to 0.940 | 0.900 | 20" in card.text and "<" not in card.text.split("## How")[0]
-    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
-    told = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert told.returncode == 0 and all(repr(label) in told.stdout for label in LABELS), told.stderr
+    assert "0.912 | 0.880 to 0.940 | 0.900 | 20" in card.text
+    assert "![x](" not in card.text and "<b>" not in card.text and "\n# A heading" not in card.text
+    assert load_experiment(str(exported / "experiment.yaml")).labels == LABELS
+    said = said_by_the_cards_code(exported)
+    assert all(repr(label) in said for label in LABELS)
+
+
+def said_by_the_cards_code(exported: Path) -> str:
+    """What the lines of Python in a model card print."""
+    code = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert told.returncode == 0, told.stderr
+    return told.stdout
