@@ -54,7 +54,7 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     found = {
         "sft": 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / flops / TRAINING,
         "eval-ckpts": START_S + a_row * scored * (len(saves) + experiment.eval.untrained) / SCORING,
-        "zero-shot": START_S + (2 * a_row * scored + 2 * parameters * thinking / flops) / SCORING,
+        "zero-shot": START_S + 2 * parameters * thinking / flops / SCORING,  # step 0 was scored with the checkpoints
         "tfidf": 2.0 + rows["train"] / 2000,
         "bert": head(encoder, experiment.encoder.head, shared, lengths["encoder"]["p50"]),
         "linear-head": head(decoder, experiment.decoder.head, shared, text),
