@@ -49,10 +49,10 @@ def main(experiment: Experiment) -> None:
     # float32 always: in bfloat16 two right programs differ by more than what is asked of them.
     dtypes = dict.fromkeys(["float32", precision(experiment.decoder.dtype, folder)])
     for dtype in dtypes:
-        model = load_decoder(folder, dtype)
+        model, runs = load_decoder(folder, dtype), experiment.bench.scoring_runs
         for of, (source, _) in sources.items():
             title = of if dtype == "float32" else f"{of}, {dtype}"
-            report[title] = {"dtype": dtype, **compare(model, source, rows[of], experiment.bench.scoring_runs, title)}
+            report[title] = {"dtype": dtype, **compare(model, source, rows[of], runs, title, peers_model(model, folder))}
     path = experiment.results_folder / "bench_scoring.json"
     write_json(path, report)
     stage.finish([path], device=str(model.device))
@@ -84,7 +84,22 @@ def draw_rows(experiment: Experiment, n: int, runs: int) -> list[dict]:
     return [rows[i] for i in np.random.default_rng(experiment.seed).permutation(len(rows))[:n]]
 
 
-def compare(model, experiment: Experiment, rows: list[dict], runs: int, title: str) -> dict:
+def peers_model(model, folder: Path):
+    """The model for the peer, packed like ours: ours itself in float32; in bfloat16 one whose projection is bfloat16 too, since
+    the peer ties it to the embedding again."""
+    import torch
+
+    if model.dtype == torch.float32:
+        return model
+    from transformers import AutoModelForCausalLM
+
+    from letterhead.cpu import attention, pack
+
+    asked = {"dtype": model.dtype, "attn_implementation": attention(), "use_safetensors": True, "trust_remote_code": False}
+    return pack(AutoModelForCausalLM.from_pretrained(folder, **asked).to(model.device).eval())
+
+
+def compare(model, experiment: Experiment, rows: list[dict], runs: int, title: str, of_peer=None) -> dict:
     """Score rows with both, each run on its own part of them; agreement, rates and a profile.
 
     Ours is timed from texts to scores; the peer from ready requests to scores.
@@ -98,7 +113,9 @@ def compare(model, experiment: Experiment, rows: list[dict], runs: int, title: s
     encoder = load_prompt_encoder(experiment)
     prompts, n = [encoder.encode(row["text"]) for row in rows], len(rows)
     answers, with_end = encoder.answers, experiment.prompt.options == "names"
-    peer = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=PEER_BATCH, max_length=encoder.cutoff_len)
+    peer = HFLM(
+        pretrained=of_peer or model, tokenizer=encoder.tokenizer, batch_size=PEER_BATCH, max_length=encoder.cutoff_len
+    )
     pairs = [[peer_pair(encoder, ids, answer, with_end) for answer in answers] for ids in prompts]
 
     def ours(begin: int, end: int) -> np.ndarray:
