@@ -85,8 +85,8 @@ def draw_rows(experiment: Experiment, n: int, runs: int) -> list[dict]:
 
 
 def peers_model(model, folder: Path):
-    """The model for the peer, packed like ours: ours itself in float32; in bfloat16 one whose projection is bfloat16 too, since
-    the peer ties it to the embedding again."""
+    """The peer's model, packed like ours: in float32 ours itself; in bfloat16 one whose projection is bfloat16 too, for the
+    peer ties it to the embedding again."""
     import torch
 
     if model.dtype == torch.float32:
