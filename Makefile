@@ -39,12 +39,12 @@ $(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)),
 override EXP := $(if $(wildcard experiments/$(EXP)),$(basename $(EXP)),$(EXP))
 
 help: ## print this list
-	@echo 'make TARGET [EXP=name] [SET="key=value …"]    experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
+	@echo 'make TARGET [EXP=quick] [SET="key=value …"] [NPROC=1]    EXP is quick, the BBC News demo, unless you say; experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
 	@awk -F ':.*## ' '/^#: / { print substr($$0, 4) ":" } /^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 #: common
 
-demo: report ## everything but the bench, end to end, on the embedded default
+demo: report ## BBC News end to end, everything but the bench
 
 new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv
 	@$(RUN) prep.new --data "$$DATA"
