@@ -23,7 +23,7 @@ LOCKS_SERVE := requirements/serve-cpu.txt requirements/serve-gpu.txt
 READY_SERVE := .venv-serve/.ready-$(shell cat $(LOCKS_SERVE) 2>/dev/null | sha256sum | cut -c1-16)
 # What is freed stays with the process, in huge pages: page faults cost a training on a CPU a third of its time. (glibc's own
 # variable; elsewhere nobody reads it.)
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.arena_max=1
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
 RUN := .venv/bin/python -m
 STAGE = --experiment "$$EXP" --set "$$SET"
 export EXP SET IN OUT MODEL PORT STUDY DATA NPROC

@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from letterhead import checkpoints, results, tfidf
-from letterhead.experiment import Experiment
+from letterhead.experiment import Experiment, Head
 from letterhead.processes import Workers
 from letterhead.records import LetterheadError, read_json
 
+# Beside an exported model that reads the prompt: how its fold was checked
+FOLDED = "letterhead_export.json"
+# An encoder knows some 512 positions, a decoder thousands.
+MANY_POSITIONS = 1024
 # Texts → probabilities, shape (rows, classes)
 Classifier = Callable[[Sequence[str]], np.ndarray]
 
@@ -21,7 +25,7 @@ def named_method(experiment: Experiment, name: str) -> str:
     ------
     LetterheadError : nothing was compared yet, or no such method
     """
-    if "@" in name or name in tfidf.ROWS:
+    if "@" in name or name in tfidf.ROWS or is_source(name):
         return name
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None:
@@ -34,6 +38,11 @@ def named_method(experiment: Experiment, name: str) -> str:
     raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(comparison['methods'])}")
 
 
+def is_source(name: str) -> bool:
+    """Whether a name stands for a model of its own, hf:OWNER/ID[@REVISION] or a path, such as `make export` writes."""
+    return "/" in name
+
+
 def model_folder(experiment: Experiment, name: str) -> Path:
     """The folder of a method's model.
 
@@ -41,6 +50,8 @@ def model_folder(experiment: Experiment, name: str) -> Path:
     ------
     LetterheadError : no such method, or its checkpoint is not there (of the heads the best and the last are kept)
     """
+    if is_source(name):
+        return Path("model/hub") / name.removeprefix("hf:").replace("/", "--") if name.startswith("hf:") else Path(name)
     method, _, step = name.partition("@")
     if method.startswith("zero_shot") or name in ("sft@0", "linear_head@0"):
         return experiment.decoder.folder
@@ -63,6 +74,8 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
     ------
     LetterheadError : no such method or checkpoint, or one that gives no probabilities
     """
+    if is_source(name):
+        return _exported(experiment, model_folder(experiment, name))
     method = name.partition("@")[0]
     if method in tfidf.ROWS:
         model = tfidf.fit(
@@ -70,7 +83,10 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
         )
         return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
     if method in ("bert", "bert_all", "linear_head", "sft_options"):
-        return _head(experiment, model_folder(experiment, name), method)
+        decoder = experiment.decoder
+        heads = {"linear_head": decoder.head, "sft_options": decoder.sft_options}
+        head = heads.get(method, experiment.encoder.head)
+        return _head(experiment, model_folder(experiment, name), experiment.labels, head, method == "sft_options")
     if method in ("sft", "zero_shot_no_think"):
         return _options(experiment, model_folder(experiment, name))
     raise LetterheadError(f"{name}: can't be used to predict; choose one that gives probabilities, like bert or sft")
@@ -95,7 +111,7 @@ def _classify(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
     return classifier(texts)
 
 
-def _head(experiment: Experiment, folder: Path, method: str) -> Classifier:
+def _head(experiment: Experiment, folder: Path, labels: Sequence[str], head: Head, on_prompt: bool) -> Classifier:
     import torch
 
     from letterhead import heads
@@ -103,14 +119,29 @@ def _head(experiment: Experiment, folder: Path, method: str) -> Classifier:
     from letterhead.precision import cast, precision
     from letterhead.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 
-    head = (experiment.encoder if method.startswith("bert") else experiment.decoder).head
-    model, tokenizer = heads.load_head(folder, experiment.labels), heads.load_tokenizer(folder)
+    model, tokenizer = heads.load_head(folder, labels), heads.load_tokenizer(folder)
     model = cast(model, precision(experiment.decoder.dtype, folder)).to("cuda" if torch.cuda.is_available() else "cpu")
     model = pack(model.eval())
     encoder = TextEncoder(tokenizer, head.max_length)
-    if method == "sft_options":
-        head, encoder = experiment.decoder.sft_options, OptionEncoder(load_prompt_encoder(experiment))
+    if on_prompt:
+        encoder = OptionEncoder(load_prompt_encoder(experiment, folder=folder))
     return lambda texts: heads.classify(model, tokenizer, encoder.encode(texts), head.per_device_eval_batch_size)
+
+
+def _exported(experiment: Experiment, folder: Path) -> Classifier:
+    checkpoints.require_model(folder)
+    config = read_json(folder / "config.json")
+    labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda pair: int(pair[0]))]
+    if sorted(labels) != sorted(experiment.labels):
+        raise LetterheadError(
+            f"{folder}: its classes are {', '.join(labels) or 'not named'}, and the experiment's "
+            f"{', '.join(experiment.labels)}; choose a model of these labels, or name them so in its config.json (id2label)"
+        )
+    folded = (folder / FOLDED).is_file()
+    section = experiment.encoder if config.get("max_position_embeddings", 0) < MANY_POSITIONS else experiment.decoder
+    classify = _head(experiment, folder, labels, section.head, folded)
+    columns = [labels.index(label) for label in experiment.labels]
+    return lambda texts: classify(texts)[:, columns]
 
 
 def _options(experiment: Experiment, folder: Path) -> Classifier:

@@ -1,15 +1,29 @@
 """Pictures: how they are saved, and figures against training step."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+
+from letterhead.experiment import Experiment
 
 matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
 
 
-def save(figure: plt.Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, and close it."""
+def caption_of(experiment: Experiment, seeds: Sequence[int] = ()) -> str:
+    """What stands under a picture that travels alone: the experiment, its models, its seeds (or those of a study)."""
+    models = f"LLM: {experiment.decoder.folder.name}, BERT: {experiment.encoder.folder.name}"
+    seeds = seeds or experiment.seeds or [experiment.seed]
+    return f"{experiment.name}; {models}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def save(figure: plt.Figure, path: Path, caption: str = "") -> None:
+    """Write a figure as PNG, whole or not at all, and close it; a caption stands small on its bottom."""
+    if caption:
+        width = int(figure.get_figwidth() * 16)
+        figure.supxlabel(textwrap.fill(caption, width).replace("$", r"\$"), fontsize=7, color="grey")
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from letterhead import results
 from letterhead.checkpoints import model_identity
-from letterhead.classifier import model_folder
+from letterhead.classifier import FOLDED, model_folder
 from letterhead.cpu import pack
 from letterhead.experiment import Experiment
 from letterhead.heads import ready
@@ -43,7 +43,7 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     encoder = load_prompt_encoder(experiment)
     made_from = {"model": model_identity(source), "prompt": experiment.prompt.model_dump(), "labels": experiment.labels}
     made_from |= {"answers": [answer.ids for answer in encoder.answers]}
-    facts = read_json(target / "letterhead_export.json")
+    facts = read_json(target / FOLDED)
     if facts and facts["made_from"] == made_from:
         return target, facts
     rows = results.read_rows(experiment, "test")[:CHECKED_ROWS]
@@ -61,7 +61,7 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
         facts = {"made_from": made_from, "largest_difference": off}
         facts |= {"rows_checked": len(prompts), "same_predictions": same, "architecture": type(folded).__name__}
         facts |= {"rows_whose_prompt_works_as_text": sum(text_gives_ids(encoder, ids) for ids in prompts)}
-        write_json(folder / "letterhead_export.json", facts)
+        write_json(folder / FOLDED, facts)
     return target, facts
 
 

@@ -13,6 +13,7 @@ import yaml
 from eval import compare
 from letterhead import checkpoints, metrics, results, tfidf
 from letterhead.experiment import Experiment, source_name
+from letterhead.figures import caption_of
 from letterhead.records import atomic_open, escape_markdown, read_json, sha256_file
 from letterhead.stage import Stage, run, stage_outputs
 from report import article, pictures
@@ -73,7 +74,8 @@ def main(experiment: Experiment) -> None:
         comparison = read_json(experiment.results_folder / "comparison.json")
         draw(experiment, comparison, paths)
         if bench:
-            pictures.draw_service(paths["service"], {served(row): row for row in bench["rows"]}, bench["objective_ms"])
+            shown = {served(row): row for row in bench["rows"]}
+            pictures.draw_service(paths["service"], caption_of(experiment), shown, bench["objective_ms"])
         context = gather(experiment, comparison) | {"bench": bench, "served": served, "article_rps": article.RPS}
         images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
         for path, template, more in ((page, "report.html.jinja", {"images": images}), (text, "report.md.jinja", {})):
@@ -220,11 +222,12 @@ def hard_rows(experiment: Experiment, names: list[str]) -> tuple[list[dict], lis
 def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> None:
     """Draw all pictures."""
     pictures.use_fonts()
+    caption = caption_of(experiment)
     methods = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     entries = [entry for _, entry in methods]
     by_rows = sorted(entries, key=lambda entry: -entry["n"])  # a sample of the test rows does not lead
     groups = [[entry for entry in by_rows if compare.is_trained(entry) == trained] for trained in (True, False)]
-    pictures.draw_ranking(paths["ranking"], groups)
+    pictures.draw_ranking(paths["ranking"], caption, groups)
     f1, losses = {}, {}
     for entry in (entry for entry in entries if entry["method"] in TRAINED):
         method, title = entry["method"], entry["title"]
@@ -245,9 +248,9 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
             ),
             own: (list(test), [result["eval_loss"] for result in test.values()]),
         }
-    pictures.draw_curves(paths["f1"], f1, "macro F1")
-    pictures.draw_curves(paths["losses"], losses, "cross-entropy, nats", log=True)
-    pictures.draw_confusions(paths["confusion"], entries, experiment.labels)
+    pictures.draw_curves(paths["f1"], caption, f1, "macro F1")
+    pictures.draw_curves(paths["losses"], caption, losses, "cross-entropy, nats", log=True)
+    pictures.draw_confusions(paths["confusion"], caption, entries, experiment.labels)
     sure = {}
     for name, entry in methods:
         if entry["ece"] is not None:
@@ -255,7 +258,7 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
             confidence = np.array([max(line["probabilities"].values()) for line in lines])
             right = np.array([line["prediction"] == line["label"] for line in lines])
             sure[entry["title"]] = (confidence, right, entry["ece"], entry["ece_floor"])
-    pictures.draw_reliability(paths["reliability"], sure)
+    pictures.draw_reliability(paths["reliability"], caption, sure)
 
 
 if __name__ == "__main__":

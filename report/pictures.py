@@ -20,7 +20,7 @@ def use_fonts() -> None:
     plt.rcParams["font.family"] = ["DejaVu Sans", *found]
 
 
-def draw_ranking(path: Path, groups: list[list[dict]]) -> None:
+def draw_ranking(path: Path, caption: str, groups: list[list[dict]]) -> None:
     """Macro F1 with its interval, the best on top; a panel with an axis of its own for each group.
 
     Parameters
@@ -50,10 +50,12 @@ def draw_ranking(path: Path, groups: list[list[dict]]) -> None:
         axes.set(ylim=(-0.6, len(methods) - 0.2))
         axes.grid(axis="x", alpha=0.3)
     panels[-1, 0].set_xlabel("macro F1 on test rows, 95 % interval")
-    save(figure, path)
+    save(figure, path, caption)
 
 
-def draw_curves(path: Path, panels: dict[str, dict[str, tuple[list, list]]], ylabel: str, log: bool = False) -> None:
+def draw_curves(
+    path: Path, caption: str, panels: dict[str, dict[str, tuple[list, list]]], ylabel: str, log: bool = False
+) -> None:
     """One panel a method, its lines against step.
 
     Parameters
@@ -70,10 +72,10 @@ def draw_curves(path: Path, panels: dict[str, dict[str, tuple[list, list]]], yla
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     grid[0][0].set_ylabel(ylabel)
-    save(figure, path)
+    save(figure, path, caption)
 
 
-def draw_confusions(path: Path, methods: list[dict], labels: list[str]) -> None:
+def draw_confusions(path: Path, caption: str, methods: list[dict], labels: list[str]) -> None:
     """One confusion matrix a method, rows true, shares of the true class; the last column may be `no answer`."""
     columns = min(3, len(methods))
     lines = -(-len(methods) // columns)
@@ -97,10 +99,10 @@ def draw_confusions(path: Path, methods: list[dict], labels: list[str]) -> None:
                 axes.text(j, i, n, ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.5 else "black")
         axes.set_xlabel("predicted", fontsize=7)
         axes.set_ylabel("true", fontsize=7)
-    save(figure, path)
+    save(figure, path, caption)
 
 
-def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray, float, float]]) -> None:
+def draw_reliability(path: Path, caption: str, methods: dict[str, tuple[np.ndarray, np.ndarray, float, float]]) -> None:
     """Accuracy against confidence in equal-width bins; the area of a point is the share of rows in its bin.
 
     Parameters
@@ -117,10 +119,10 @@ def draw_reliability(path: Path, methods: dict[str, tuple[np.ndarray, np.ndarray
     axes.set(xlabel="confidence (highest probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    save(figure, path)
+    save(figure, path, caption)
 
 
-def draw_service(path: Path, rows: dict[str, dict], objective_ms: float) -> None:
+def draw_service(path: Path, caption: str, rows: dict[str, dict], objective_ms: float) -> None:
     """Throughput of the closed loops, and the latency of the open ones against the rate at which requests arrive.
 
     Parameters
@@ -151,4 +153,4 @@ def draw_service(path: Path, rows: dict[str, dict], objective_ms: float) -> None
     right.grid(alpha=0.3)
     if right.get_lines()[1:]:
         right.legend(fontsize=7)
-    save(figure, path)
+    save(figure, path, caption)

@@ -129,11 +129,8 @@ def build(experiment: Experiment, files: Path):
             answers = answer(experiment, classifiers, text)
         except LetterheadError as error:
             raise gr.Error(str(error)) from None
-        bars = [
-            gr.Label(value=of, label=f"{title}: {ms:.0f} ms")
-            for (of, ms), title in zip(answers, titles.values(), strict=True)
-        ]
-        return [*bars, *prompt_of(experiment, encoder, text)]
+        taken = [f"{title}: **{ms:.0f} ms**" for (_, ms), title in zip(answers, titles.values(), strict=True)]
+        return [*taken, *(of for of, _ in answers), *prompt_of(experiment, encoder, text)]
 
     def label_file(source: str | None, name: str) -> str:
         if source is None:
@@ -146,15 +143,18 @@ def build(experiment: Experiment, files: Path):
         return str(target)
 
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    with gr.Blocks(title=f"Letterhead: {experiment.name}", theme=theme, analytics_enabled=False) as page:
+    of_page = {"title": f"Letterhead: {experiment.name}", "theme": theme, "css": "footer {display: none !important}"}
+    with gr.Blocks(**of_page, analytics_enabled=False) as page:
         gr.Markdown(f"# A letter or a head? {experiment.name}")
         text = gr.Textbox(lines=5, label=f"A text ({experiment.title})", placeholder="Type or paste a text")
         button = gr.Button("Label it", variant="primary")
-        bars = []
+        named, bars = [], []
         for begin in range(0, len(titles), 3):
             with gr.Row():
                 for title in list(titles.values())[begin : begin + 3]:
-                    bars.append(gr.Label(label=title, num_top_classes=min(SHOWN_CLASSES, len(experiment.labels))))
+                    with gr.Column(min_width=240):
+                        named.append(gr.Markdown(title))
+                        bars.append(gr.Label(show_label=False, num_top_classes=min(SHOWN_CLASSES, len(experiment.labels))))
         with gr.Accordion("What the LLM reads, and the token ids that carry its answer", open=False):
             read = gr.Textbox(label="prompt, control tokens included", lines=8, interactive=False)
             ids = gr.Textbox(
@@ -168,8 +168,8 @@ def build(experiment: Experiment, files: Path):
             method = gr.Dropdown([(title, name) for name, title in titles.items()], value=next(iter(titles)), label="method")
             labelled = gr.File(label="labelled")
             gr.Button("Label the file").click(label_file, [dropped, method], labelled)
-        button.click(label, text, [*bars, read, ids])
-        text.submit(label, text, [*bars, read, ids])
+        button.click(label, text, [*named, *bars, read, ids])
+        text.submit(label, text, [*named, *bars, read, ids])
 
     application = FastAPI()
     application.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])

@@ -27,6 +27,7 @@ from letterhead.processes import Workers
 from letterhead.prompt import keep_words
 from letterhead.records import LetterheadError, device_name, read_json, sha256_file, sha256_json, write_json
 from letterhead.stage import OFFLINE, run, stage_outputs
+from prep.fetch import fetch_model
 
 CHUNK = 1024
 DIGITS = 6
@@ -34,22 +35,23 @@ csv.field_size_limit(1 << 24)
 
 
 def main(experiment: Experiment, source: str, target: str, model: str) -> None:
+    if model.startswith("hf:"):
+        fetch_model(model, model_folder(experiment, model))
     os.environ.update(OFFLINE)
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
         raise LetterheadError(f"{target}: OUT is IN; name another file")
     header, text_columns = read_header(source, experiment)
     name = named_method(experiment, model)
+    folder = None if name in tfidf.ROWS else model_folder(experiment, name)
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
     inputs = sha256_json(
         {
             "source": sha256_file(source),
             "method": name,
-            "model": stage_outputs(experiment, "data")
-            if name in tfidf.ROWS
-            else model_identity(model_folder(experiment, name)),
+            "model": model_identity(folder) if folder else stage_outputs(experiment, "data"),
             "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
-            "device": [device_name(), precision(experiment.decoder.dtype, experiment.decoder.folder), process_count()],
+            "device": [device_name(), precision(experiment.decoder.dtype, folder) if folder else None, process_count()],
         }
     )
     progress = read_json(progress_file)
@@ -158,4 +160,12 @@ def is_utf8(line: bytes) -> bool:
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], options={"in": "a CSV file", "out": "where to write", "model": "best, or a method"})
+    run(
+        main,
+        __doc__.splitlines()[0],
+        options={
+            "in": "a CSV file",
+            "out": "where to write",
+            "model": "best, a method, or a model: hf:OWNER/ID@REVISION, or a path",
+        },
+    )

@@ -22,7 +22,7 @@ from yaml import YAMLError
 from eval import compare
 from letterhead import decision, metrics, results
 from letterhead.experiment import Count, Experiment, Section, load_experiment
-from letterhead.figures import plt, save
+from letterhead.figures import caption_of, plt, save
 from letterhead.records import LetterheadError, atomic_open, read_json, sha256_file, write_json
 from letterhead.stage import Stage, run, stage_outputs
 from prep.sources import local_sha256
@@ -202,7 +202,8 @@ def publish(experiment: Experiment, name: str, study: Study, done: Done) -> None
         untrained = {method: results.read_result(experiment, method, "test")["f1_macro"] for method in UNTRAINED}
         said = sentences(study, found, experiment.compare.margin)
         write_json(figures, {"title": study.title, "found": found, "untrained": untrained, "sentences": said})
-        (draw_against_rows if study.rows else draw_arms)(picture, study, found, untrained)
+        draw_picture = draw_against_rows if study.rows else draw_arms
+        draw_picture(picture, caption_of(experiment, study.seeds[: seeds_done(found)]), study, found, untrained)
         with atomic_open(table) as file:
             file.write(markdown(study, found, untrained, said))
         stage.finish([figures, table, picture])
@@ -368,7 +369,7 @@ def told_of_cells(study: Study, found: list[dict]) -> list[str]:
     return said
 
 
-def draw_against_rows(path: Path, study: Study, found: list[dict], untrained: dict[str, float]) -> None:
+def draw_against_rows(path: Path, caption: str, study: Study, found: list[dict], untrained: dict[str, float]) -> None:
     """Macro F1 of each arm against the number of rows, with its interval and every training; dashed lines untrained."""
     figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
     at = [point["rows"] for point in found]
@@ -390,10 +391,10 @@ def draw_against_rows(path: Path, study: Study, found: list[dict], untrained: di
     axes.set_xlabel("labelled training rows, logarithmic")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
-    save(figure, path)
+    save(figure, path, caption)
 
 
-def draw_arms(path: Path, study: Study, found: list[dict], untrained: dict[str, float]) -> None:
+def draw_arms(path: Path, caption: str, study: Study, found: list[dict], untrained: dict[str, float]) -> None:
     """Macro F1 of each arm, with its interval and every training; dashed lines untrained."""
     arms = found[0]["arms"]
     figure, axes = plt.subplots(figsize=(8.5, 1.4 + 0.45 * len(arms)), layout="constrained")
@@ -408,7 +409,7 @@ def draw_arms(path: Path, study: Study, found: list[dict], untrained: dict[str, 
     axes.set(title=study.title, xlabel="macro F1 on test rows, 95 % interval; each training a dot")
     axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize=8, loc="lower left")
-    save(figure, path)
+    save(figure, path, caption)
 
 
 def markdown(study: Study, found: list[dict], untrained: dict[str, float], said: list[str]) -> str:

@@ -346,9 +346,10 @@ def test_a_model_without_safetensors_is_refused(workplace, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves one Parquet data set the way the hub does, in as far as datasets and huggingface_hub ask."""
+    """Serves one repository, a data set, the way the hub does, in as far as datasets and huggingface_hub ask."""
 
     COMMIT = "c0ffee" + 34 * "0"
+    repository = "datasets/me/news"
     files: dict[str, bytes] = {}  # filled by the fixture
 
     def log_message(self, *_):
@@ -378,9 +379,15 @@ class Hub(BaseHTTPRequestHandler):
             self.send(self.files[name], body, {"X-Repo-Commit": self.COMMIT, "ETag": f'"{len(name):040x}"'})
         elif "/tree/" in path:
             self.send(json.dumps([self.entry(n) for n in self.files]).encode(), body)
-        elif path.startswith("/api/datasets/me/news"):
+        elif path.startswith(f"/api/{self.repository}"):
             siblings = [{"rfilename": n} for n in self.files]
-            info = {"id": "me/news", "sha": self.COMMIT, "siblings": siblings, "private": False, "tags": []}
+            info = {
+                "id": self.repository.partition("/")[2],
+                "sha": self.COMMIT,
+                "siblings": siblings,
+                "private": False,
+                "tags": [],
+            }
             self.send(json.dumps(info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}).encode(), body)
         else:
             self.send_response(404)

@@ -108,6 +108,7 @@ def test_a_text_and_a_file_are_labelled_in_a_real_browser_that_asks_nobody_else(
             wait.until(lambda driver: "%" in driver.find_element(By.TAG_NAME, "body").text)
             shown = browser.driver.find_element(By.TAG_NAME, "body").text
             assert "Sports" in shown and "<b>World</b>" in shown and " ms" in shown  # a label's markup is text
+            assert "radio" not in shown  # no links of the library's
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             button(browser, "Label a CSV file").click()
             inputs = wait.until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "input[type=file]"))

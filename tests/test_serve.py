@@ -9,13 +9,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,7 +27,7 @@ from transformers import (
     pipeline,
 )
 
-from letterhead import classifier, folding, tfidf
+from letterhead import classifier, folding, heads, tfidf
 from letterhead.checkpoints import require_model
 from letterhead.experiment import Columns, load_experiment
 from letterhead.prompt import load_prompt_encoder
@@ -33,6 +36,7 @@ from letterhead.scoring import load_decoder, score_options
 from prep import data
 from serve import export, predict
 from tests.conftest import ROOT
+from tests.test_data import Hub
 from tests.test_prompt import LABELS, nasty_rows, write_csv
 
 
@@ -252,6 +256,59 @@ def test_an_export_carries_a_card_that_hubs_read_and_code_that_runs(experiment):
     assert load_experiment(str(exported / "experiment.yaml")).labels == LABELS
     said = said_by_the_cards_code(exported)
     assert all(repr(label) in said for label in LABELS)
+
+
+class ModelHub(Hub):
+    repository = "models/me/classifier"
+    files: dict[str, bytes] = {}
+
+
+@pytest.mark.parametrize("form", ["head", "folded"])
+def test_an_exported_model_labels_rows_from_its_path_and_from_a_hub(experiment, form):
+    """The same probabilities as the method that it was, whatever the order of its classes."""
+    if form == "head":
+        torch.manual_seed(0)
+        heads.load_head(experiment.encoder.folder, LABELS).save_pretrained(
+            checkpoint := Path("runs/mine/bert/checkpoints/checkpoint-30")
+        )
+        AutoTokenizer.from_pretrained(experiment.encoder.folder).save_pretrained(checkpoint)
+        write_json(checkpoint / "trainer_state.json", {"global_step": 30})
+    name = {"head": "bert@30", "folded": "sft@0"}[form]
+    export.main(experiment, name)
+    exported = Path("runs/mine/export") / name
+    write_csv("in.csv", nasty_rows(30))
+    predict.main(experiment, "in.csv", "method.csv", name)
+    weights = load_file(exported / "model.safetensors")
+    last = "classifier" if form == "head" else "score"
+    for key in (key for key in weights if key.startswith(last)):
+        weights[key] = weights[key].flip(0)
+    save_file(weights, exported / "model.safetensors", {"format": "pt"})
+    config = read_json(exported / "config.json")
+    write_json(exported / "config.json", config | {"id2label": dict(enumerate(reversed(LABELS)))})
+    predict.main(experiment, "in.csv", "path.csv", str(exported))
+    method, path = read("method.csv"), read("path.csv")
+    assert [line[: -len(LABELS)] for line in method] == [line[: -len(LABELS)] for line in path]
+    given, again = (np.array([line[-len(LABELS) :] for line in of[1:]], float) for of in (method, path))
+    assert np.abs(given - again).max() < 1e-4 and given.std(0).max() > 1e-3
+
+    ModelHub.files = {file.name: file.read_bytes() for file in exported.iterdir()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HOME": "hf", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    command = [sys.executable, "-m", "serve.predict", "--experiment", "mine", "--in", "in.csv", "--out", "hub.csv"]
+    command += ["--model", f"hf:me/classifier@{ModelHub.COMMIT}"]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    server.shutdown()
+    assert finished.returncode == 0, finished.stderr
+    assert Path("hub.csv").read_bytes() == Path("path.csv").read_bytes()
+
+    write_json(exported / "config.json", config | {"id2label": {0: "yes", 1: "no"}})
+    with pytest.raises(LetterheadError, match="its classes are yes, no, and the experiment's"):
+        predict.main(experiment, "in.csv", "other.csv", str(exported))
+    with pytest.raises(LetterheadError, match="runs/none: no checkpoint there"):
+        predict.main(experiment, "in.csv", "other.csv", "runs/none")
+    assert not Path("other.csv").exists()
 
 
 def said_by_the_cards_code(exported: Path) -> str:
