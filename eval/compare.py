@@ -372,9 +372,9 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
         other = named(of["against"])
         loss, low, high = (signed(of[key]).removeprefix("+") for key in ("loss", "low", "high"))
         if of["verdict"] == decision.FITS:
-            line = (
-                f"{named(name)} is good enough: a loss of macro F1 of at most {high} against {other}; {margin:g} is allowed."
-            )
+            ahead = f"at least {-of['high']:.3f} of macro F1 ahead of {other}, the nearest."
+            behind = f"a loss of macro F1 of at most {high} against {other}; {margin:g} is allowed."
+            line = f"{named(name)} is good enough: {ahead if of['high'] < 0 else behind}"
         elif of["verdict"] == decision.COSTS_MORE:
             line = (
                 f"{named(name)} loses too much: {loss} of macro F1 against {other}, at least {low}; {margin:g} is allowed."

@@ -215,7 +215,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file")
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: not a mapping of keys")
@@ -543,7 +543,7 @@ def load_experiment(name: str, overrides: str = "") -> Experiment:
         if wrong := [pair for pair in pairs if "=" not in pair]:
             raise LetterheadError(f"SET: {wrong[0]!r} is not key=value; write for example SET='data.rows.test=100'")
         values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(pairs)))
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         raise LetterheadError(f"{path}: cannot be read as YAML with SET={overrides!r}: {error}") from None
     if not isinstance(values, dict):
         raise LetterheadError(f"{path}: not a mapping of keys; begin with title: and data:")

@@ -138,6 +138,5 @@ def read_reply(reply: dict) -> Reply:
         thought.strip(),
         text.strip(),
         choice["finish_reason"] == "stop",
-        usage.get("prompt_tokens", 0),
-        usage.get("completion_tokens", 0),
+        *(n if isinstance(n := usage.get(of), int) else 0 for of in ("prompt_tokens", "completion_tokens")),
     )

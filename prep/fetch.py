@@ -240,11 +240,19 @@ def _join(model: Parts, folder: Path) -> None:
 
 
 def _dequantise(gguf: Path, folder: Path, tied: bool) -> None:
-    """Turn a GGUF file into float32 safetensors and a tokenizer."""
+    """Turn a GGUF file into float32 safetensors and a tokenizer.
+
+    Raises
+    ------
+    LetterheadError : it is cut off, its sizes are not those of what is in it, or nobody knows its architecture
+    """
     from transformers import AutoModelForCausalLM
 
-    _gguf_tokenizer(gguf).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    try:
+        _gguf_tokenizer(gguf).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    except Exception as error:  # its readers trust what the file says of itself, and fail in a dozen ways
+        raise LetterheadError(f"{gguf.name}: cannot be read as a GGUF model ({type(error).__name__}: {error})") from None
     if tied:
         tie(model, gguf.name)
     model.save_pretrained(folder)

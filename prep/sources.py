@@ -11,7 +11,7 @@
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -230,9 +230,15 @@ def _read_jsonl(path: Path, split: str, data: Data) -> Iterator[RawRow]:
 
 
 def _parquet(path: Path) -> pyarrow.parquet.ParquetFile:
-    try:
+    with _told_of_parquet(path):
         return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+
+
+@contextmanager
+def _told_of_parquet(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise LetterheadError(f"{path}: not a whole Parquet file ({error}); write or fetch it again") from None
 
 
@@ -241,9 +247,12 @@ def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     names = [*data.columns.parts, data.columns.label]
     for name in names:
         _column(path, file.schema_arrow.names, name)
-    number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=names):
-        columns = batch.to_pydict()
+    batches, number = file.iter_batches(batch_size=1024, columns=names), 0
+    while True:
+        with _told_of_parquet(path):
+            columns = batch.to_pydict() if (batch := next(batches, None)) else None
+        if columns is None:
+            return
         for *parts, label in zip(*(columns[name] for name in names), strict=True):
             number += 1
             yield _row(f"{split}:{number}", f"{path}, row {number}", parts, label, data)

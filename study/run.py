@@ -112,7 +112,7 @@ def load_study(name: str) -> Study:
         raise LetterheadError(f"{path}: no such study; choose one of {known}, or write that file")
     try:
         return Study.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
-    except (OmegaConfBaseException, YAMLError, ValidationError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, ValidationError) as error:
         raise LetterheadError(f"{path}: {error}") from None
 
 

@@ -1,5 +1,6 @@
 """Models that packages ship in parts, or as GGUF: joined, opened, tied, and with the tokenizer that they were made with."""
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -115,6 +116,27 @@ def test_a_gguf_is_tied_and_keeps_its_own_control_tokens(workplace, qwen3_tokeni
     projection = next(tensor.data for tensor in gguf.GGUFReader(path).tensors if tensor.name == "output.weight")
     assert np.array_equal(made.lm_head.weight.detach().numpy(), projection)
     same_tokenizer(AutoTokenizer.from_pretrained("model/qwen"), qwen3_tokenizer)
+
+
+def test_a_gguf_that_lies_about_its_sizes_is_refused(workplace):
+    """Counts of tensors and keys, the length of a string, the shape of a tensor; and one that is cut off."""
+    writer = gguf.GGUFWriter(path := Path("whole.gguf"), "qwen2")
+    writer.add_block_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    whole = path.read_bytes()
+    shape = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4
+    for at, number in ((8, 1 << 40), (16, 1 << 40), (24, 1 << 50), (shape, 1 << 60), (None, 0)):
+        content = bytearray(whole[: len(whole) // 2] if at is None else whole)
+        if at is not None:
+            content[at : at + 8] = number.to_bytes(8, "little")
+        part = packed(f"lie{at}", "lie/data.bin", bytes(content))
+        model = Parts(parts=[part], whole=f"lie.gguf#sha256={hashlib.sha256(content).hexdigest()}")
+        with pytest.raises(LetterheadError, match="lie.gguf: cannot be read as a GGUF model"):
+            fetch_model(model, Path("model/lie"))
+    assert not Path("model/lie").exists()
 
 
 def test_what_is_not_alike_is_not_tied():

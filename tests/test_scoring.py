@@ -7,6 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench import shape
 from bench.scoring import peer_ids_are_trained, peer_pair
 from letterhead.checkpoints import model_facts, require_model
 from letterhead.experiment import Prompt
@@ -14,6 +15,8 @@ from letterhead.processes import Workers
 from letterhead.prompt import PromptEncoder
 from letterhead.records import LetterheadError
 from letterhead.scoring import OptionTree, load_decoder, score_in_parts, score_options
+from prep import data
+from tests.test_data import write_csv
 
 TEXTS = [
     "Oil prices rose again on Monday.",
@@ -147,3 +150,14 @@ def test_a_missing_or_cut_off_checkpoint_is_named(tiny_models, tmp_path):
     weights.write_bytes(b"\xff" * 8)
     with pytest.raises(LetterheadError, match="its header"):
         require_model(tmp_path / "half")
+
+
+def test_scoring_of_a_shape_is_measured_against_the_harness(make_experiment):
+    """The tiny decoder in the place of the article's: `make bench-shape` asks no more of it than that it can be loaded."""
+    write_csv("rows.csv", [(f"text {i} of {'wars' if i % 2 else 'goals'}", ["World", "Sports"][i % 2]) for i in range(60)])
+    keys = {"scoring_rows": 6, "scoring_runs": 3}
+    experiment = make_experiment("rows.csv", ["World", "Sports"], data={"rows": {"validation": 2, "test": 20}}, bench=keys)
+    data.main(experiment)
+    found = shape.scoring(experiment)
+    assert found["rows"] == 6 and found["same_predictions"] == 1 and found["max_difference"] < 1e-4
+    assert len(found["ratios"]) == 3 and found["dtype"] == "torch.float32"

@@ -53,6 +53,12 @@ def test_each_stage_is_told_as_it_is_and_nothing_is_changed_by_asking(experiment
     assert ask(data.main, experiment) == "done"
 
 
+def test_a_model_that_is_gone_makes_the_data_stale_and_is_not_fetched_by_asking(experiment, capsys, monkeypatch):
+    monkeypatch.setattr(status, "is_there", lambda model, folder: folder != experiment.encoder.folder)
+    monkeypatch.setattr("prep.data.fetch_model", lambda *_: pytest.fail("asking fetched a model"))
+    assert states(experiment, capsys)["data"] == "stale"
+
+
 def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(experiment, capsys):
     plan = {"seconds": {"data": 10.0, "tfidf": 20.0, "sft": 180.0}, "to_do": ["tfidf", "sft"]}
     write_json(Path("runs/mine", ESTIMATE), plan)

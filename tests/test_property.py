@@ -1,0 +1,303 @@
+"""What strangers write, by property: whatever the bytes, a row, or an error that names the mend; no traceback, no half file.
+
+`.venv/bin/pytest tests/test_property.py --hypothesis-profile=thorough --hypothesis-show-statistics` tries ten times as many.
+"""
+
+import json
+import shutil
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from letterhead.checkpoints import is_whole, safetensors_error
+from letterhead.experiment import Data, load_experiment
+from letterhead.prompt import read_answer
+from letterhead.records import LetterheadError, escape_markdown, read_json
+from letterhead.teacher import Reply, read_reply
+from prep import fetch
+from prep.sources import column_names, open_source
+from serve import predict
+
+KEPT = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("ci", max_examples=200, derandomize=True, **KEPT)
+settings.register_profile("thorough", max_examples=5000, **KEPT)
+settings.load_profile("ci")
+
+ODD = st.sampled_from(
+    ['"', ",", "\n", "\r\n", "\t", "\0", "\ufeff", "\u2028", "{", "}", "[", "null", "NaN", "1e999", "é", "🏆"]
+)
+PIECES = st.lists(st.one_of(ODD, st.text(max_size=8), st.sampled_from(["text", "label", "World", "Sports"])), max_size=30)
+WRITTEN = PIECES.map("".join).map(lambda text: text.encode("utf-8", "surrogatepass"))
+BYTES = st.one_of(st.binary(max_size=200), WRITTEN)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """One folder for all cases of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("property"))
+        yield
+
+
+@contextmanager
+def told():
+    """What may end in an error that is meant for the user, and in no other."""
+    try:
+        yield
+    except LetterheadError as error:
+        assert str(error).strip()
+
+
+def damaged(whole: bytes):
+    """A file, cut off or with some bytes changed."""
+
+    def damage(cut: int, changes: list[tuple[int, int]]) -> bytes:
+        content = bytearray(whole[: cut % (len(whole) + 1)] if cut % 3 else whole)
+        for at, byte in changes:
+            if content:
+                content[at % len(content)] = byte
+        return bytes(content)
+
+    return st.builds(
+        damage, st.integers(0, 1 << 20), st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=6)
+    )
+
+
+HEADERS = st.sampled_from(
+    [b"", b"text,label\n", b"text\tlabel\n", b'{"text": "a", "label": "World"}\n', b"\xef\xbb\xbftext,label\r\n"]
+)
+
+
+@given(
+    HEADERS,
+    BYTES,
+    st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]),
+    st.sampled_from(["text", ["text", "label"], "{text}!"]),
+)
+def test_any_bytes_are_rows_or_an_error_that_is_told(head, tail, suffix, text):
+    Path(f"rows{suffix}").write_bytes(head + tail)
+    with told():
+        for row in read(f"rows{suffix}", text):
+            assert row.place.startswith(f"rows{suffix}") and (row.fault or row.label is not None or suffix == ".jsonl")
+    with told():
+        column_names(f"rows{suffix}")
+
+
+def read(source: str, text="text") -> list:
+    data = Data(source=source, labels=["World", "Sports"], columns={"text": text}, encoding=["utf-8", "latin-1"])
+    return [row for rows in open_source(data).splits.values() for row in rows]
+
+
+def parquet() -> bytes:
+    table = pyarrow.table({"text": [f"text {i}" for i in range(40)], "label": ["World", "Sports"] * 20})
+    stream = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, stream)
+    return stream.getvalue().to_pybytes()
+
+
+@given(damaged(parquet()))
+def test_a_damaged_parquet_file_is_told(content):
+    Path("damaged.parquet").write_bytes(content)
+    with told():
+        read("damaged.parquet")
+    with told():
+        column_names("damaged.parquet")
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=20),
+        BYTES,
+        max_size=4,
+    )
+)
+def test_any_folder_is_rows_or_an_error_that_is_told(files):
+    shutil.rmtree("texts", ignore_errors=True)
+    for name, content in files.items():
+        if name not in (".", "..") and len(name.encode()) < 200:
+            Path("texts", name).mkdir(parents=True, exist_ok=True)
+            Path("texts", name, "one").write_bytes(content)
+    with told():
+        read("texts")
+
+
+EXPERIMENT = """
+title: a test
+data: {source: rows.csv, labels: [World, Sports], rows: {validation: 2}}
+prompt: {options: letters}
+decoder: {train_rows: 4, head: {learning_rate: 1.0e-4}}
+"""
+KEYS = st.sampled_from(
+    [
+        "title",
+        "name",
+        "seed",
+        "seeds",
+        "data",
+        "data.labels",
+        "data.rows.test",
+        "data.columns.text",
+        "data.bad_rows",
+        "data..rows",
+        "prompt.template",
+        "prompt.options",
+        "decoder.model",
+        "decoder.head.eval_steps",
+        "decoder.sft.overrides",
+        "decoder.sft.config",
+        "encoder.model",
+        "eval.examples",
+        "compare.margin",
+        "distill",
+        "serve",
+        "bench.requests",
+        "x",
+    ]
+    + [""]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def configs(place):
+    shutil.copytree(Path(__file__).parent.parent / "llamafactory_configs", "llamafactory_configs")
+    Path("experiments").mkdir()
+
+
+@given(st.one_of(BYTES, JSON.map(lambda value: json.dumps(value).encode()), damaged(EXPERIMENT.encode())))
+@example(b"a: !!python/object/apply:os.system ['touch evil']")
+@example(b"a: ${oc.env:HOME}")
+@example(b"data: {source: a.csv, labels: &a [*a, x]}")
+def test_any_experiment_is_read_or_refused(content):
+    Path("experiments/odd.yaml").write_bytes(content)
+    with told():
+        load_experiment("odd")
+    assert not Path("evil").exists()
+
+
+@given(
+    KEYS,
+    st.one_of(
+        JSON.map(json.dumps),
+        st.text(max_size=20),
+        st.sampled_from(["${x}", "${oc.env:HOME}", "!!python/name:os.system", "[", "'"]),
+    ),
+)
+def test_any_override_is_read_or_refused(key, value):
+    Path("experiments/whole.yaml").write_text(EXPERIMENT)
+    with told():
+        load_experiment("whole", f"{key}={value}")
+
+
+@given(KEYS, JSON)
+def test_any_value_of_a_key_is_taken_or_refused(key, value):
+    values = yaml.safe_load(EXPERIMENT)
+    section, *rest = key.split(".")
+    values[section] = value if not rest else {rest[-1]: value}
+    Path("experiments/odd.yaml").write_text(yaml.safe_dump(values, allow_unicode=True))
+    with told():
+        load_experiment("odd")
+
+
+@given(st.sampled_from([b"", b"text,n\n", b"n,text\r\n"]), BYTES)
+def test_any_file_to_be_labelled_is_rows_or_an_error_that_is_told(head, tail):
+    Path("experiments/whole.yaml").write_text(EXPERIMENT)
+    experiment, path = load_experiment("whole"), Path("in.csv")
+    path.write_bytes(head + tail)
+    with told():
+        header, at = predict.read_header(path, experiment)
+        for fields, text in predict.read_rows(path, experiment, at):
+            assert len(fields) == len(header) and text.strip()
+
+
+NAMES = (
+    st.lists(st.sampled_from(["..", ".", "", "a", "thing", "b.txt", "/", "~", "C:", "\\..\\x"]), min_size=1, max_size=5)
+    .map("/".join)
+    .filter(bool)
+)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=4, unique=True))
+def test_no_name_in_an_archive_leads_out_of_the_folder(names):
+    shutil.rmtree("archive", ignore_errors=True)
+    Path("archive/in/side").mkdir(parents=True)
+    with zipfile.ZipFile("archive/whole.zip", "w") as package:
+        for name in names:
+            package.writestr(name, b"evil")
+    with told():
+        fetch._extract(Path("archive/whole.zip"), "thing", Path("archive/in/side/target"))
+    written = {path for path in Path("archive").rglob("*") if path.is_file()}
+    assert all(path.is_relative_to("archive/in/side/target") for path in written - {Path("archive/whole.zip")})
+
+
+@given(
+    st.one_of(
+        JSON,
+        st.fixed_dictionaries(
+            {
+                "choices": st.lists(
+                    st.fixed_dictionaries(
+                        {
+                            "message": JSON | st.fixed_dictionaries({"content": JSON, "reasoning": JSON}),
+                            "finish_reason": JSON,
+                        }
+                    ),
+                    max_size=2,
+                ),
+                "usage": JSON | st.fixed_dictionaries({"prompt_tokens": JSON, "completion_tokens": JSON}),
+            }
+        ),
+    )
+)
+def test_a_teachers_reply_is_whole_or_no_completion(reply):
+    try:
+        found = read_reply(reply)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return  # asked again
+    assert isinstance(found, Reply) and isinstance(found.thought, str) and isinstance(found.answer, str)
+    assert isinstance(found.prompt_tokens, int) and isinstance(found.reply_tokens, int)
+
+
+@given(st.text(max_size=40), st.booleans(), st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=5, unique=True))
+def test_an_answer_names_an_option_or_none(text, ended, options):
+    number, how = read_answer(text, ended, options)
+    assert how in ("answered", "unfinished", "unparsed") and number < len(options)
+    assert (how == "answered") == (number >= 0)
+
+
+@given(
+    damaged(
+        b"\x40\0\0\0\0\0\0\0"
+        + json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).ljust(64).encode()
+        + b"12345678"
+    )
+)
+def test_a_damaged_checkpoint_is_not_whole(content):
+    folder = Path("checkpoint-3")
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+    assert is_whole(folder) == (safetensors_error(folder / "model.safetensors") is None)
+
+
+@given(BYTES)
+def test_a_record_that_does_not_parse_is_made_again(content):
+    Path("record.json").write_bytes(content)
+    read_json("record.json")
+
+
+@given(st.text(max_size=40))
+def test_no_text_is_markup(text):
+    written = escape_markdown(text)
+    assert "<" not in written and "\n" not in written and "](" not in written
