@@ -11,6 +11,8 @@ from letterhead.precision import precision
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
+from sft.train import CLOCK
+from sft.worker import Clock
 
 REWARDS = ("right_option", "finished")
 
@@ -47,6 +49,7 @@ def main(experiment: Experiment) -> None:
         dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
         given = grpo.arguments(settings, folder, experiment.seed, dtype)
         trainer = grpo.trainer(start["model"], encoder, asked, settings, given)
+        trainer.add_callback(Clock(stage.folder / CLOCK))
         state = read_json(resume / "trainer_state.json") if resume else {"global_step": 0}
         if state["global_step"] < settings.steps:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -64,6 +67,7 @@ def main(experiment: Experiment) -> None:
             left_out=len(rows) - len(asked),
             start=name,
             steps=checkpoints.step_of(made),
+            training_seconds=read_json(stage.folder / CLOCK)["training_seconds"][str(checkpoints.step_of(made))],
             moved={reward: grpo.moved(log, reward) for reward in REWARDS},
             resumed_from=checkpoints.step_of(resume) if resume else 0,
         )

@@ -11,7 +11,7 @@ from eval.score import score_model, split_prompts
 from grpo import train
 from letterhead import checkpoints, grpo, results
 from letterhead.prompt import load_prompt_encoder
-from letterhead.records import read_json
+from letterhead.records import read_json, write_json
 from letterhead.stage import Stage, stage_outputs
 from prep import data
 from tests.test_data import write_csv
@@ -82,11 +82,13 @@ def test_a_short_run_goes_from_the_sft_checkpoint_to_both_modes_scores(make_expe
     assert record == read_json("runs/mine/grpo/stage.json")
     gc.collect()
 
-    # Cut off after step 3, it goes on from there.
+    # Cut off after step 3, it goes on from there, and its time goes on, too.
+    write_json("runs/mine/grpo/clock.json", {"training_seconds": {"3": 500.0, "4": 501.0}, "peak_gpu_memory_mb": None})
     Path("runs/mine/grpo/stage.json").unlink()
     (made[-1] / "model.safetensors").write_bytes(b"half")
     train.main(experiment)
-    assert read_json("runs/mine/grpo/stage.json")["resumed_from"] == 3
+    again = read_json("runs/mine/grpo/stage.json")
+    assert again["resumed_from"] == 3 and 500 < again["training_seconds"] != 501 and 0 < record["training_seconds"] < 500
 
     eval_grpo.main(experiment)
     plain, thought = (results.read_result(experiment, f"{name}@4", "test") for name in ("grpo", "grpo_think"))
