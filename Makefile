@@ -178,10 +178,13 @@ lint: $(READY) ## lint and format in place
 smoke: $(READY) ## the whole pipeline and the bench on 64 rows: minutes, for CI
 	@$(MAKE) bench EXP=smoke
 
+drill: $(READY) ## disturb every stage in every way, 20 kills each, and hold what it ends with against an undisturbed run
+	@$(RUN) pytest -s tests/test_drill.py --kills 20
+
 tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 	@.venv/bin/tensorboard --logdir "runs/$$EXP" --host 127.0.0.1
 
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test lint clean
+.PHONY: help setup setup-serve new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test drill lint clean

@@ -40,6 +40,8 @@ TARGETS = {"tfidf-all": "tfidf", "eval-grpo": "grpo"}
 # A killed training needs some seconds to give its memory, and the lock, back.
 LOCK_PATIENCE_S = 20
 BAR = 20
+# A full disk, a quota, and a limit on the size of files
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ESTIMATE = "estimate.json"  # under runs/NAME: the seconds of each stage, and those to do; `make status` leaves it
 
 
@@ -253,6 +255,6 @@ def telling() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit("interrupted; run again to go on from here")
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in NO_ROOM:
             raise
-        sys.exit(f"error: {error.filename or 'disk'}: no space left; free some and run again, nothing is half-written")
+        sys.exit(f"error: {error.filename or 'disk'}: {error.strerror}; make room and run again, nothing is half-written")

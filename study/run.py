@@ -408,7 +408,7 @@ def draw_arms(path: Path, caption: str, study: Study, found: list[dict], untrain
     axes.invert_yaxis()
     axes.set(title=study.title, xlabel="macro F1 on test rows, 95 % interval; each training a dot")
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, loc="best")
     save(figure, path, caption)
 
 

@@ -32,6 +32,10 @@ ROOT = Path(__file__).parent.parent
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's; what a GPU decides is tested with torch's view patched
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=0, help="of each stage in the drill (0: no drill)")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fetched() -> dict:
     """The real models, at absolute paths, and the Qwen3 tokenizer."""

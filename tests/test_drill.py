@@ -1,0 +1,225 @@
+"""Every stage, disturbed in every way that we can think of, run again: its files are those of an undisturbed run.
+
+`make drill` does it and prints the counts; the other tests leave it out, since it takes long. A stage runs in a process that
+is forked where the libraries are imported already, so that a kill and a second run take seconds.
+"""
+
+import collections
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from letterhead.checkpoints import step_of
+from letterhead.records import read_json, sha256_file, whole_lines
+from report.status import MAKERS, UNUSUAL
+from tests.conftest import ROOT
+from tests.test_prompt import LABELS, nasty_rows, write_csv
+
+STAGES = {
+    name: [module, *told] for name, (module, told) in MAKERS.items() if name not in UNUSUAL - {"tfidf-all", "bert-all"}
+}
+LABELLED = ["serve.predict", "--in", "rows.csv", "--out", "labelled.csv", "--model", "sft"]
+STAGES |= {"export": ["serve.export", "--model", "sft"], "predict": LABELLED}
+# Of times and places, which differ from run to run
+FLEETING = ("second", "time", "start", "memory", "resumed_from", "runtime", "flos")
+# Made of those, or holding them; that they are there is enough
+ONLY_THERE = {".log", ".png", ".pt", ".pth", ".bin", ".html"}
+NOT_LOOKED_AT = (
+    "tfevents",
+    "trainer_log.jsonl",
+    "training_args.yaml",
+    "REPORT.md",
+    "all_results.json",
+    "train_results.json",
+)
+PRELOADED = ["torch", "transformers", "datasets", "llamafactory.data", "letterhead.scoring", "letterhead.heads", "sklearn"]
+
+
+def begin(place: str, log: str, told: list[str], limit: int | None, ignored: tuple[int, ...]) -> None:
+    """A stage, in a process group of its own."""
+    os.setsid()
+    os.chdir(place)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for number in (*ignored, *([signal.SIGXFSZ] if limit else [])):
+        signal.signal(number, signal.SIG_IGN)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    module, *more = told
+    sys.argv = [module, *more, "--experiment", "mine"]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """Starts a stage: forked(place, stage, …) is a process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def start(place: Path, stage: str, limit: int | None = None, ignored: tuple[int, ...] = ()):
+        process = context.Process(target=begin, args=(str(place), f"{stage}.log", STAGES[stage], limit, ignored))
+        process.start()
+        return process
+
+    return start
+
+
+def end(process) -> None:
+    """Kill -9 a stage and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
+
+
+def without_times(value):
+    """JSON without what differs from run to run."""
+    if isinstance(value, dict):
+        return {key: without_times(of) for key, of in value.items() if not any(part in key for part in FLEETING)}
+    return [without_times(of) for of in value] if isinstance(value, list) else value
+
+
+def made(place: Path) -> dict:
+    """What lies in a place, by path, without what tells times."""
+    found = {}
+    for path in sorted(path for of in ("data", "runs", "labelled.csv") for path in [place / of, *(place / of).rglob("*")]):
+        name = str(path.relative_to(place))
+        if not path.is_file() or path.name == ".lock" or any(part in name for part in (*NOT_LOOKED_AT, "broken-", ".old/")):
+            continue
+        if path.suffix in ONLY_THERE:
+            found[name] = path.stat().st_size > 0
+        elif path.name == "stage.json":
+            record = read_json(path)
+            outputs = [of for of in record["outputs"] if Path(of).suffix not in ONLY_THERE]
+            found[name] = without_times(record | {"outputs": sorted(outputs)})
+        elif path.suffix == ".jsonl":
+            found[name] = without_times(whole_lines(path))
+        else:
+            found[name] = without_times(read_json(path)) if path.suffix == ".json" else sha256_file(path)
+    return found
+
+
+def prepared(make_experiment, tiny_models) -> None:
+    write_csv("rows.csv", nasty_rows(140))
+    head = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "eval_steps": 0.25, "learning_rate": 1e-3}
+    make_experiment(
+        "rows.csv",
+        LABELS,
+        sft={"per_device_train_batch_size": 8, "logging_steps": 1, "save_steps": 4, "learning_rate": 1e-3},
+        data={"rows": {"validation": 20, "test": 20}},
+        decoder_keys={"train_rows": 48, "head": head},
+        encoder_keys={"model": str(tiny_models["bert"]), "head": head | {"max_length": 128}},
+        eval={"thinking": {"rows": 4, "tokens": 4, "batch": 2}},
+    )
+
+
+class Drill:
+    """Counts what was injected and what survived, and keeps the places."""
+
+    def __init__(self, folder: Path, forked):
+        self.folder, self._forked = folder, forked
+        self.injected, self.survived = collections.Counter(), collections.Counter()
+        self.before: dict[str, Path] = {}
+        self.after: dict[str, dict] = {}
+        self.seconds: dict[str, float] = {}
+
+    def run(self, place: Path, stage: str, **how) -> int:
+        process = self._forked(place, stage, **how)
+        process.join(300)
+        assert process.exitcode is not None, f"{stage} hangs"
+        return process.exitcode
+
+    def start(self, place: Path, stage: str):
+        return self._forked(place, stage)
+
+    def undisturbed(self, work: Path) -> None:
+        """Run all stages, and keep what was there before each."""
+        for stage in STAGES:
+            self.before[stage] = self.folder / f"before-{stage}"
+            shutil.copytree(work, self.before[stage], symlinks=True)
+            start = time.monotonic()
+            assert self.run(work, stage) == 0, (work / f"{stage}.log").read_text()[-3000:]
+            self.seconds[stage] = time.monotonic() - start
+            self.after[stage] = made(work)
+
+    def place(self, stage: str) -> Path:
+        """A fresh copy of what was there before a stage began."""
+        work = self.folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(self.before[stage], work, symlinks=True)
+        return work
+
+    def check(self, work: Path, stage: str, fault: str) -> None:
+        """Run the stage again and hold what it made against the undisturbed run."""
+        self.injected[fault] += 1
+        code = self.run(work, stage)
+        log = (work / f"{stage}.log").read_text(errors="replace")
+        assert code == 0, (stage, fault, log[-3000:])
+        found, expected = made(work), self.after[stage]
+        differing = {name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)}
+        assert not differing, (stage, fault, {name: (found.get(name), expected.get(name)) for name in sorted(differing)[:4]})
+        self.survived[fault] += 1
+
+
+@pytest.fixture
+def drill(pytestconfig, make_experiment, tiny_models, forked, tmp_path):
+    if not pytestconfig.getoption("kills"):
+        pytest.skip("takes long; make drill")
+    prepared(make_experiment, tiny_models)
+    work = tmp_path / "drill" / "work"
+    work.mkdir(parents=True)
+    for name in ("rows.csv", "sft.yaml", "experiments"):
+        shutil.move(name, work / name)
+    found = Drill(work.parent, forked)
+    found.undisturbed(work)
+    print("undisturbed, s: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in found.seconds.items()))
+    yield found
+    counts = [f"{fault}: {n} injected, {found.survived[fault]} survived" for fault, n in found.injected.items()]
+    print("\n".join([*counts, f"lost: {sum(found.injected.values()) - sum(found.survived.values())}"]))
+
+
+def test_disturbed_stages_end_as_if_undisturbed(drill, pytestconfig):
+    kills, chance = pytestconfig.getoption("kills"), random.Random(0)
+    for stage in STAGES:
+        for _ in range(kills):
+            work = drill.place(stage)
+            process = drill.start(work, stage)
+            time.sleep(chance.uniform(0, drill.seconds[stage]))
+            end(process)
+            drill.check(work, stage, "kill -9 at a random moment")
+        for _ in range(max(1, kills // 5)):
+            work = drill.place(stage)
+            code = drill.run(work, stage, limit=int(10 ** chance.uniform(2, 6.5)))
+            log = (work / f"{stage}.log").read_text(errors="replace")
+            assert code in (0, 1) and (code == 0 or "error: " in log), (stage, log[-3000:])
+            drill.check(work, stage, "file-size limit")
+        work = drill.place(stage)
+        for path in work.rglob("*"):
+            os.utime(path, (4e9, 4e9), follow_symlinks=False)
+        assert drill.run(work, stage, ignored=(signal.SIGINT, signal.SIGHUP)) == 0
+        drill.check(work, stage, "times in the future, SIGINT and SIGHUP ignored")
+        if stage in MAKERS:
+            outputs = [work / of for of in read_json(work / f"runs/mine/{stage}/stage.json")["outputs"]]
+            # A checkpoint of SFT before the last, which nothing goes on from, is set aside and told, not trained again.
+            last = max(step_of(of.parent) for of in outputs)
+            cut = chance.choice([of for of in outputs if stage != "sft" or step_of(of.parent) == last])
+            os.truncate(cut, cut.stat().st_size // 2)
+            drill.check(work, stage, "an output cut in half")
+        work = drill.place(stage)
+        both = [drill.start(work, stage) for _ in range(2)]
+        for process in both:
+            process.join(300)
+        assert 0 in [process.exitcode for process in both], (work / f"{stage}.log").read_text()[-3000:]
+        drill.check(work, stage, "two at once")
