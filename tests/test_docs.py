@@ -40,4 +40,4 @@ def test_every_target_that_is_named_is_there(page):
 def test_the_readme_stays_within_two_screens():
     for name in ("README.md", "README.zh.md"):
         text = (ROOT / name).read_text()
-        assert len(text) < 6000 and text.count("\n|") < 15, name
+        assert len(text) < 6000 and text.count("\n|") < 20, name
