@@ -129,8 +129,7 @@ def _head(experiment: Experiment, folder: Path, labels: Sequence[str], head: Hea
 
 
 def _exported(experiment: Experiment, folder: Path) -> Classifier:
-    checkpoints.require_model(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json") or {}
     labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda pair: int(pair[0]))]
     if sorted(labels) != sorted(experiment.labels):
         raise LetterheadError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from letterhead import tfidf
-from letterhead.checkpoints import model_identity
+from letterhead.checkpoints import model_identity, require_model
 from letterhead.classifier import in_parts, load_classifier, model_folder, named_method
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
@@ -44,6 +44,8 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     header, text_columns = read_header(source, experiment)
     name = named_method(experiment, model)
     folder = None if name in tfidf.ROWS else model_folder(experiment, name)
+    if folder:
+        require_model(folder)
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
     inputs = sha256_json(
         {

@@ -14,6 +14,7 @@ os.environ.update(OFFLINE)
 
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -30,6 +31,13 @@ from prep.shape import qwen3_tokenizer as qwen3_tokenizer_of_vocabulary
 
 ROOT = Path(__file__).parent.parent
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's; what a GPU decides is tested with torch's view patched
+
+
+# Registered here, before --hypothesis-profile is read
+OF_CASES = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("few", max_examples=200, derandomize=True, **OF_CASES)
+settings.register_profile("thorough", max_examples=5000, **OF_CASES)
+settings.load_profile("few")
 
 
 def pytest_addoption(parser):
