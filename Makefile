@@ -20,6 +20,8 @@ MAKEFLAGS += --no-print-directory
 LOCK := requirements/train.txt
 READY := .venv/.ready-$(shell sha256sum $(LOCK) 2>/dev/null | cut -c1-16)
 LOCKS_SERVE := requirements/serve-cpu.txt requirements/serve-gpu.txt
+LOCK_SBOM := requirements/sbom.txt
+READY_SBOM := .venv-sbom/.ready-$(shell sha256sum $(LOCK_SBOM) 2>/dev/null | cut -c1-16)
 READY_SERVE := .venv-serve/.ready-$(shell cat $(LOCKS_SERVE) 2>/dev/null | sha256sum | cut -c1-16)
 # What is freed stays with the process, in huge pages: page faults cost a training on a CPU a third of its time. (glibc's own
 # variable; elsewhere nobody reads it.)
@@ -168,6 +170,11 @@ setup-serve: $(READY_SERVE) ## build .venv-serve (vLLM: for the GPU if there is 
 $(READY_SERVE): | $(READY)
 	@device=$$($(RUN) letterhead.devices) && PYTHON="$(PYTHON)" requirements/install.sh requirements/serve-$$device.txt .venv-serve $@
 
+licenses: $(READY) $(READY_SBOM) ## licenses of packages, models and data, and an SBOM (CycloneDX): sbom/
+	@$(RUN) prep.licenses
+
+$(READY_SBOM): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_SBOM) .venv-sbom $@
+
 test: $(READY) $(READY_SERVE) ## lint, then the tests
 	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
 	@$(RUN) pytest
@@ -187,4 +194,4 @@ tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test drill lint clean
+.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test drill lint clean

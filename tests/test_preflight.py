@@ -205,6 +205,31 @@ def test_a_model_at_the_hub_is_looked_at_and_not_fetched(make_experiment, tiny_m
     assert told.returncode == 1 and "no  models:       hf:me/bert: holds no safetensors file" in told.stdout
 
 
+def test_a_model_whose_download_breaks_off_is_fetched_again(tiny_models, workplace, monkeypatch):
+    folder, files = Path("model/bert"), {path.name: path.read_bytes() for path in tiny_models["bert"].iterdir()}
+    monkeypatch.setattr(ModelHub, "files", files)
+    monkeypatch.setattr(ModelHub, "dies", True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
+    code = "from pathlib import Path; from letterhead.stage import telling; from prep.fetch import fetch_model\n"
+    code += f"with telling(): fetch_model('hf:me/bert', Path({str(folder)!r}))"
+
+    def fetched() -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"} | online
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+    broken = fetched()
+    assert broken.returncode == 1 and "error: hf:me/bert: cannot be fetched" in broken.stderr, broken.stderr
+    assert "Traceback" not in broken.stderr and not folder.exists()
+    monkeypatch.setattr(ModelHub, "dies", False)
+    for _ in range(2):  # the second time a file has been cut off since
+        assert (whole := fetched()).returncode == 0, whole.stderr
+        assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
+        os.truncate(folder / "model.safetensors", 100)
+    server.shutdown()
+
+
 def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(make_experiment, workplace):
     write_csv("rows.csv", nasty_rows(20))
     Qwen3Config(vocab_size=151_936, **SMALL, architectures=["Qwen3ForCausalLM"]).save_pretrained("big")

@@ -1,0 +1,126 @@
+"""What the product is made of, with licenses: packages of both environments, models, data; an SBOM (CycloneDX) of each.
+
+    python -m prep.licenses
+
+sbom/train.cdx.json holds .venv's packages and the models and data that the experiments name, sbom/serve.cdx.json those of
+.venv-serve where that is built; sbom/LICENSES.md lists both by license. cyclonedx-py, in an environment of its own, reads
+the packages and checks the files against CycloneDX's schema.
+"""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from letterhead.experiment import Model, Parts, is_fetched, load_experiment
+from letterhead.records import LetterheadError, atomic_open, read_json, write_json
+from letterhead.stage import telling
+
+FOLDER = Path("sbom")
+TOOLS = Path(".venv-sbom/bin")
+ENVIRONMENTS = {"train": Path(".venv"), "serve": Path(".venv-serve")}
+NOT_DECLARED = "not declared"
+# Exit code 1 and the faults where a file is not CycloneDX's.
+VALIDATE = """
+import sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+sys.exit(str(JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1], encoding="utf-8").read()) or "") or 0)
+"""
+
+
+def main() -> None:
+    """Write the SBOMs and the list, and print how many packages have which license.
+
+    Raises
+    ------
+    LetterheadError : an environment can't be read, or what was written is not CycloneDX
+    """
+    lines = []
+    for name, environment in ENVIRONMENTS.items():
+        path = FOLDER / f"{name}.cdx.json"
+        if not list(environment.glob(".ready-*")):
+            print(f"{environment} is not built: not listed (make setup-{name})")
+            continue
+        call([TOOLS / "cyclonedx-py", "environment", environment / "bin/python", "--output-reproducible", "-o", path])
+        bom = read_json(path)
+        groups = {f"packages of {environment}": bom["components"]}
+        if name == "train":
+            groups["models and data"] = list(named_by_experiments())
+            bom["components"] = bom["components"] + groups["models and data"]
+            write_json(path, bom)
+            call([TOOLS / "python", "-c", VALIDATE, path])
+        print(f"{path}: {len(bom['components'])} components")
+        lines += [line for title, components in groups.items() for line in listed(title, components)]
+    with atomic_open(FOLDER / "LICENSES.md") as file:
+        file.write("\n".join(lines))
+    print("\n".join(lines))
+
+
+def call(command: list[Any]) -> None:
+    """Run one of CycloneDX's tools.
+
+    Raises
+    ------
+    LetterheadError : it failed; its own last line says why
+    """
+    FOLDER.mkdir(exist_ok=True)
+    finished = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if finished.returncode:
+        reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise LetterheadError(f"{command[-1]}: no SBOM ({reason})")
+
+
+def license_of(component: dict) -> str:
+    """What a component declares, by SPDX's names where it uses them."""
+    said = [of.get("expression") or of["license"].get("id") or of["license"]["name"] for of in component.get("licenses", [])]
+    known = [of for of in said if not of.startswith("License :: ")]
+    return " / ".join(sorted(set(known or [of.rpartition(" :: ")[2] for of in said]))) or NOT_DECLARED
+
+
+def listed(title: str, components: list[dict]) -> list[str]:
+    """Markdown: the components by license, those that declare none at the end."""
+    by: dict[str, list[str]] = {}
+    for of in components:
+        by.setdefault(license_of(of), []).append(" ".join(filter(None, [of["name"], of.get("version")])))
+    lines = [f"## {title} ({len(components)})", ""]
+    for said, names in sorted(by.items(), key=lambda item: (item[0] == NOT_DECLARED, -len(item[1]), item[0])):
+        lines.append(f"- **{said}** ({len(names)}): {', '.join(sorted(names, key=str.lower))}")
+    return [*lines, ""]
+
+
+def named_by_experiments() -> Iterator[dict]:
+    """A component for each model and data set that the experiments name, once, with its license and the packages' sha256."""
+    seen = set()
+    for path in sorted(Path("experiments").glob("*.yaml")):
+        experiment = load_experiment(path.stem)
+        for kind, source, said in (
+            ("machine-learning-model", experiment.decoder.model, experiment.decoder.license),
+            ("machine-learning-model", experiment.encoder.model, experiment.encoder.license),
+            ("data", experiment.data.source, experiment.data.license),
+        ):
+            ours = kind != "data" and not is_fetched(source)
+            if not ours and (key := str(source)) not in seen:
+                seen.add(key)
+                yield component(kind, source, said)
+
+
+def component(kind: str, source: Model, said: str | None) -> dict:
+    """A model or data set as CycloneDX describes one; `source` as an experiment names it."""
+    parts = [*source.parts, source.whole] if isinstance(source, Parts) else [source]
+    name, _, revision = (source.whole if isinstance(source, Parts) else source).partition("#")[0].partition("@")
+    hashes = [{"alg": "SHA-256", "content": of} for part in parts for of in re.findall(r"#sha256=([0-9a-f]{64})", part)]
+    made: dict[str, Any] = {"type": kind, "bom-ref": f"{kind}:{name}", "name": name}
+    if revision:
+        made["version"] = revision
+    if hashes:
+        made["hashes"] = hashes
+    if said:
+        made["licenses"] = [{"license": {"name": said}}]
+    return made
+
+
+if __name__ == "__main__":
+    with telling():
+        main()
