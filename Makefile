@@ -112,6 +112,9 @@ bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every m
 	@$(RUN) eval.compare $(STAGE)
 	@$(RUN) report.build $(STAGE)
 
+soak: $(READY_SERVE) ## 20 minutes of load and bad clients on a service: make soak MODEL=bert (after make report)
+	@$(RUN) bench.soak $(STAGE) --model "$$MODEL"
+
 bench-shape: $(READY) $(READY_SERVE) ## time and memory of the article's models (random weights) on this machine
 	@$(RUN) prep.shape --experiment shape
 	@[ "$$($(RUN) letterhead.devices)" = gpu ] || SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false $$SET"; \
@@ -194,4 +197,4 @@ tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training study curve demo smoke test drill lint clean
+.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak study curve demo smoke test drill lint clean

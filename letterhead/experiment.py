@@ -379,7 +379,8 @@ class Bench(Section):
     SFT, paired runs.
 
     In service: requests of each closed loop and its numbers of clients (null: what suits the device, see `load`), requests
-    of an open loop (0: none is measured), the objective for its 99th percentile, and what an hour of the machine costs.
+    of an open loop (0: none is measured), the objective for its 99th percentile, what an hour of the machine costs, and for
+    how long a service is soaked.
     """
 
     scoring_rows: Count = 500
@@ -394,6 +395,7 @@ class Bench(Section):
     open_requests: Annotated[int, Field(ge=0)] = 1000
     objective_ms: Annotated[float, Field(gt=0)] = 1000
     price_per_hour: Annotated[float, Field(gt=0)] = 1.0
+    soak_seconds: Annotated[float, Field(gt=0)] = 1200
 
     @field_validator("concurrency")
     @classmethod

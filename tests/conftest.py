@@ -97,9 +97,8 @@ def workplace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def make_experiment(workplace, fetched, tiny_models):
-    """Write an experiment with a tiny decoder, and LLaMA-Factory's YAML for it; returns it loaded."""
+def experiment_maker(fetched: dict, tiny_models: dict[str, Path]):
+    """What writes, in the working folder, an experiment with a tiny decoder and LLaMA-Factory's YAML for it."""
 
     def make(source: str, labels, decoder: str = "smollm2", sft: dict | None = None, **sections) -> Experiment:
         folder = sections.pop("decoder_folder", tiny_models[decoder])
@@ -119,3 +118,9 @@ def make_experiment(workplace, fetched, tiny_models):
         return load_experiment("mine")
 
     return make
+
+
+@pytest.fixture
+def make_experiment(workplace, fetched, tiny_models):
+    """Write an experiment with a tiny decoder, and LLaMA-Factory's YAML for it; returns it loaded."""
+    return experiment_maker(fetched, tiny_models)

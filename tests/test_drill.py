@@ -5,6 +5,8 @@ is forked where the libraries are imported already, so that a kill and a second 
 """
 
 import collections
+import contextlib
+import functools
 import multiprocessing
 import os
 import random
@@ -12,6 +14,7 @@ import resource
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +24,7 @@ import pytest
 from letterhead.checkpoints import step_of
 from letterhead.records import read_json, sha256_file, whole_lines
 from report.status import MAKERS, UNUSUAL
-from tests.conftest import ROOT
+from tests.conftest import ROOT, experiment_maker
 from tests.test_prompt import LABELS, nasty_rows, write_csv
 
 STAGES = {
@@ -111,10 +114,11 @@ def made(place: Path) -> dict:
     return found
 
 
-def prepared(make_experiment, tiny_models) -> None:
+def prepared(fetched, tiny_models) -> None:
+    """Rows and an experiment, in the working folder."""
     write_csv("rows.csv", nasty_rows(140))
     head = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "eval_steps": 0.25, "learning_rate": 1e-3}
-    make_experiment(
+    experiment_maker(fetched, tiny_models)(
         "rows.csv",
         LABELS,
         sft={"per_device_train_batch_size": 8, "logging_steps": 1, "save_steps": 4, "learning_rate": 1e-3},
@@ -123,6 +127,34 @@ def prepared(make_experiment, tiny_models) -> None:
         encoder_keys={"model": str(tiny_models["bert"]), "head": head | {"max_length": 128}},
         eval={"thinking": {"rows": 4, "tokens": 4, "batch": 2}},
     )
+
+
+def size(place: Path) -> int:
+    """The bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, room: int):
+    """Put a place on a file system with so many bytes of room; gives what makes more, or None where none can be mounted."""
+
+    def mount(*options: str) -> bool:
+        return not subprocess.run(["mount", "-t", "tmpfs", *options, place], capture_output=True).returncode
+
+    away = place.with_name("away")
+    place.rename(away)
+    place.mkdir()
+    if mounted := mount("-o", "size=2g", "tmpfs"):
+        shutil.copytree(away, place, symlinks=True, dirs_exist_ok=True)
+        used = os.statvfs(place)
+        full = (used.f_blocks - used.f_bfree) * used.f_frsize
+        mount("-o", f"remount,size={full + room}")
+    shutil.rmtree(away)
+    try:
+        yield functools.partial(mount, "-o", "remount,size=2g") if mounted else None
+    finally:
+        if mounted:
+            subprocess.run(["umount", place], check=True)
 
 
 class Drill:
@@ -134,12 +166,19 @@ class Drill:
         self.before: dict[str, Path] = {}
         self.after: dict[str, dict] = {}
         self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, int] = {}
 
     def run(self, place: Path, stage: str, **how) -> int:
         process = self._forked(place, stage, **how)
         process.join(300)
         assert process.exitcode is not None, f"{stage} hangs"
         return process.exitcode
+
+    def run_short_of_room(self, place: Path, stage: str, **how) -> None:
+        """Run a stage that may end for want of room, and then says so."""
+        code = self.run(place, stage, **how)
+        log = (place / f"{stage}.log").read_text(errors="replace")
+        assert code in (0, 1) and (code == 0 or "error: " in log), (stage, log[-3000:])
 
     def start(self, place: Path, stage: str):
         return self._forked(place, stage)
@@ -153,6 +192,7 @@ class Drill:
             assert self.run(work, stage) == 0, (work / f"{stage}.log").read_text()[-3000:]
             self.seconds[stage] = time.monotonic() - start
             self.after[stage] = made(work)
+            self.bytes[stage] = size(work) - size(self.before[stage])
 
     def place(self, stage: str) -> Path:
         """A fresh copy of what was there before a stage began."""
@@ -173,53 +213,58 @@ class Drill:
         self.survived[fault] += 1
 
 
-@pytest.fixture
-def drill(pytestconfig, make_experiment, tiny_models, forked, tmp_path):
+@pytest.fixture(scope="module")
+def drill(pytestconfig, fetched, tiny_models, forked, tmp_path_factory):
     if not pytestconfig.getoption("kills"):
         pytest.skip("takes long; make drill")
-    prepared(make_experiment, tiny_models)
-    work = tmp_path / "drill" / "work"
-    work.mkdir(parents=True)
-    for name in ("rows.csv", "sft.yaml", "experiments"):
-        shutil.move(name, work / name)
+    work = tmp_path_factory.mktemp("drill") / "work"
+    work.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        prepared(fetched, tiny_models)
     found = Drill(work.parent, forked)
     found.undisturbed(work)
-    print("undisturbed, s: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in found.seconds.items()))
     yield found
-    counts = [f"{fault}: {n} injected, {found.survived[fault]} survived" for fault, n in found.injected.items()]
-    print("\n".join([*counts, f"lost: {sum(found.injected.values()) - sum(found.survived.values())}"]))
+    lines = [f"{fault}: {n} injected, {found.survived[fault]} survived" for fault, n in found.injected.items()]
+    lost = sum(found.injected.values()) - sum(found.survived.values())
+    print("\n".join(["", *lines, f"lost: {lost}"]))
 
 
-def test_disturbed_stages_end_as_if_undisturbed(drill, pytestconfig):
-    kills, chance = pytestconfig.getoption("kills"), random.Random(0)
-    for stage in STAGES:
-        for _ in range(kills):
-            work = drill.place(stage)
-            process = drill.start(work, stage)
-            time.sleep(chance.uniform(0, drill.seconds[stage]))
-            end(process)
-            drill.check(work, stage, "kill -9 at a random moment")
-        for _ in range(max(1, kills // 5)):
-            work = drill.place(stage)
-            code = drill.run(work, stage, limit=int(10 ** chance.uniform(2, 6.5)))
-            log = (work / f"{stage}.log").read_text(errors="replace")
-            assert code in (0, 1) and (code == 0 or "error: " in log), (stage, log[-3000:])
-            drill.check(work, stage, "file-size limit")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disturbed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
+    kills, chance, before = pytestconfig.getoption("kills"), random.Random(stage), sum(drill.injected.values())
+    for _ in range(kills):
         work = drill.place(stage)
-        for path in work.rglob("*"):
-            os.utime(path, (4e9, 4e9), follow_symlinks=False)
-        assert drill.run(work, stage, ignored=(signal.SIGINT, signal.SIGHUP)) == 0
-        drill.check(work, stage, "times in the future, SIGINT and SIGHUP ignored")
-        if stage in MAKERS:
-            outputs = [work / of for of in read_json(work / f"runs/mine/{stage}/stage.json")["outputs"]]
-            # A checkpoint of SFT before the last, which nothing goes on from, is set aside and told, not trained again.
-            last = max(step_of(of.parent) for of in outputs)
-            cut = chance.choice([of for of in outputs if stage != "sft" or step_of(of.parent) == last])
-            os.truncate(cut, cut.stat().st_size // 2)
-            drill.check(work, stage, "an output cut in half")
+        process = drill.start(work, stage)
+        time.sleep(chance.uniform(0, drill.seconds[stage]))
+        end(process)
+        drill.check(work, stage, "kill -9 at a random moment")
+    for _ in range(max(1, kills // 5)):
         work = drill.place(stage)
-        both = [drill.start(work, stage) for _ in range(2)]
-        for process in both:
-            process.join(300)
-        assert 0 in [process.exitcode for process in both], (work / f"{stage}.log").read_text()[-3000:]
-        drill.check(work, stage, "two at once")
+        drill.run_short_of_room(work, stage, limit=int(10 ** chance.uniform(2, 6.5)))
+        drill.check(work, stage, "file-size limit")
+        work = drill.place(stage)
+        with small_disk(work, int(chance.uniform(0, drill.bytes[stage]))) as make_room:
+            if make_room:
+                drill.run_short_of_room(work, stage)
+                make_room()
+                drill.check(work, stage, "full file system")
+    work = drill.place(stage)
+    for path in work.rglob("*"):
+        os.utime(path, (4e9, 4e9), follow_symlinks=False)
+    assert drill.run(work, stage, ignored=(signal.SIGINT, signal.SIGHUP)) == 0
+    drill.check(work, stage, "times in the future, SIGINT and SIGHUP ignored")
+    if stage in MAKERS:
+        outputs = [work / of for of in read_json(work / f"runs/mine/{stage}/stage.json")["outputs"]]
+        # A checkpoint of SFT before the last, which nothing goes on from, is set aside and told, not trained again.
+        last = max(step_of(of.parent) for of in outputs)
+        cut = chance.choice([of for of in outputs if stage != "sft" or step_of(of.parent) == last])
+        os.truncate(cut, cut.stat().st_size // 2)
+        drill.check(work, stage, "an output cut in half")
+    work = drill.place(stage)
+    both = [drill.start(work, stage) for _ in range(2)]
+    for process in both:
+        process.join(300)
+    assert 0 in [process.exitcode for process in both], (work / f"{stage}.log").read_text()[-3000:]
+    drill.check(work, stage, "two at once")
+    print(f"\n{stage} ({drill.seconds[stage]:.1f} s): {sum(drill.injected.values()) - before} survived", flush=True)

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from bench import rows
+from bench import soak as bench_soak
 from eval import thinking, zero_shot
 from letterhead import folding, load, processes, results, service
 from letterhead.experiment import load_experiment
@@ -249,6 +252,54 @@ def test_open_loops_count_the_wait_and_break_off_when_the_objective_is_missed():
     fast, held = asyncio.run(loop(400, 0.3))
     assert not held and len(fast.answers) < 200
     assert (fast.latencies > 0.3).sum() == 3  # 1 % of 200 may miss it, the third breaks it off
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A classifier that answers by the first id, wrongly to every so manieth request."""
+
+    wrong_every, asked = 0, 0
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        try:
+            ids = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
+            probabilities = [0.1, 0.1, 0.1]
+            probabilities[ids[0] % 3] = 0.8
+        except (ValueError, TypeError):
+            return self.send_error(400, "not a list of ids")
+        type(self).asked += 1
+        if self.wrong_every and self.asked % self.wrong_every == 0:
+            probabilities = probabilities[1:] + probabilities[:1]
+        content = json.dumps({"data": [{"probs": probabilities}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.mark.parametrize("wrong_every", [0, 9])
+def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_path, wrong_every):
+    monkeypatch.setattr(Stub, "wrong_every", wrong_every)
+    monkeypatch.setattr(Stub, "asked", 0)
+    monkeypatch.setattr(bench_soak, "PAUSES", dict.fromkeys(bench_soak.PAUSES, 0.1))
+    monkeypatch.setattr(bench_soak, "HANGING_S", 0.5)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, requests = f"http://127.0.0.1:{server.server_port}", [[i, 5] for i in range(12)]
+    tally = asyncio.run(bench_soak.soak(url, service.classify_route(), requests, 3.0, lambda: (100.0, 10, 4)))
+    server.shutdown()
+    found = bench_soak.figures(tally)
+    assert found["answers"] > 40 and found["memory_mib"] == [100.0, 100.0]
+    # A bad client that leaves takes one of the wrong answers now and then.
+    assert (found["wrong"] == 0) if not wrong_every else (1 < found["wrong"] <= Stub.asked // wrong_every), found
+    assert {of.partition(":")[0] for of in found["bad_clients"]} == set(bench_soak.PAUSES)
+    assert found["bad_clients"]["hangs: nothing"] > 1
+    assert found["bad_clients"]["no JSON: 400"] > 3 and found["bad_clients"]["leaves: left"] > 3
+    bench_soak.draw_picture(tmp_path / "soak.png", "a test", tally)
+    told = bench_soak.sentence(found | {"name": "stub", "seconds": 3, "left_running": []})
+    assert f"{found['wrong']} wrong" in told and "processes left: 0" in told
 
 
 def test_a_bench_row_is_measured_once_on_texts_that_never_come_twice(make_experiment, monkeypatch):
