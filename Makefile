@@ -8,6 +8,7 @@ MODEL ?= best
 PORT ?= 8000
 STUDY ?= curve
 DATA ?=
+ROWS ?= 1000000
 PYTHON ?= python3
 # How many GPUs (or, without one, processes) a stage uses; one, whatever is visible. Only `make … NPROC=2` changes it.
 NPROC = 1
@@ -28,10 +29,10 @@ READY_SERVE := .venv-serve/.ready-$(shell cat $(LOCKS_SERVE) 2>/dev/null | sha25
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
 RUN := .venv/bin/python -m
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL PORT STUDY DATA NPROC
+export EXP SET IN OUT MODEL PORT STUDY DATA ROWS NPROC
 
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
-KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA NPROC PREFLIGHT PYTHON GLIBC_TUNABLES
+KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA ROWS NPROC PREFLIGHT PYTHON GLIBC_TUNABLES
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
 OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
 UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
@@ -115,6 +116,9 @@ bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every m
 soak: $(READY_SERVE) ## 20 minutes of load and bad clients on a service: make soak MODEL=bert (after make report)
 	@$(RUN) bench.soak $(STAGE) --model "$$MODEL"
 
+growth: data ## time and memory against rows, options and results, up to a million rows: make growth ROWS=1000000
+	@$(RUN) bench.growth $(STAGE) --rows "$$ROWS"
+
 bench-shape: $(READY) $(READY_SERVE) ## time and memory of the article's models (random weights) on this machine
 	@$(RUN) prep.shape --experiment shape
 	@[ "$$($(RUN) letterhead.devices)" = gpu ] || SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false $$SET"; \
@@ -197,4 +201,4 @@ tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak study curve demo smoke test drill lint clean
+.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test drill lint clean
