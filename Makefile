@@ -41,8 +41,12 @@ $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(if $(NEAR),write $(NEAR)=,choo
 $(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)), which Python's environments do not bear; move it))
 override EXP := $(if $(wildcard experiments/$(EXP)),$(basename $(EXP)),$(EXP))
 
+# Experiments whose data no package and no hub has
+EXPERIMENTS = $(basename $(notdir $(wildcard experiments/*.yaml)))
+FROM_FILES = $(basename $(notdir $(shell grep -lE '^  source: [^:]*$$' experiments/*.yaml)))
+
 help: ## print this list
-	@echo 'make TARGET [EXP=quick] [SET="key=value …"] [NPROC=1]    EXP is quick, the BBC News demo, unless you say; experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))'
+	@echo 'make TARGET [EXP=quick] [SET="key=value …"] [NPROC=1]    EXP is quick, the BBC News demo, unless you say; experiments: $(filter-out $(FROM_FILES),$(EXPERIMENTS)); of files that you have: $(FROM_FILES)'
 	@awk -F ':.*## ' '/^#: / { print substr($$0, 4) ":" } /^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 #: common
@@ -193,7 +197,7 @@ smoke: $(READY) ## the whole pipeline and the bench on 64 rows: minutes, for CI
 	@$(MAKE) bench EXP=smoke
 
 drill: $(READY) ## disturb every stage in every way, 20 kills each, and hold what it ends with against an undisturbed run
-	@$(RUN) pytest -s tests/test_drill.py --kills 20
+	@$(RUN) pytest -s tests/test_drill.py --kills 20 --all-faults
 
 tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 	@.venv/bin/tensorboard --logdir "runs/$$EXP" --host 127.0.0.1

@@ -41,7 +41,8 @@ settings.load_profile("few")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=0, help="of each stage in the drill (0: no drill)")
+    parser.addoption("--kills", type=int, default=3, help="of each stage, at random moments")
+    parser.addoption("--all-faults", action="store_true", help="disturb each stage in other ways, too")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,8 @@
-"""Every stage, disturbed in every way that we can think of, run again: its files are those of an undisturbed run.
+"""Every stage, end to end, and disturbed in every way that we can think of and run again: its files are those of an
+undisturbed run.
 
-`make drill` does it and prints the counts; the other tests leave it out, since it takes long. A stage runs in a process that
-is forked where the libraries are imported already, so that a kill and a second run take seconds.
+The tests kill each stage three times; `make drill` twenty times, adds the other faults, and prints the counts. A stage runs
+in a process that is forked where the libraries are imported already, so that a kill and a second run take seconds.
 """
 
 import collections
@@ -22,7 +23,9 @@ from pathlib import Path
 import pytest
 
 from letterhead.checkpoints import step_of
-from letterhead.records import read_json, sha256_file, whole_lines
+from letterhead.experiment import load_experiment
+from letterhead.records import read_json, read_jsonl, sha256_file, whole_lines
+from letterhead.results import best_step, read_result
 from report.status import MAKERS, UNUSUAL
 from tests.conftest import ROOT, experiment_maker
 from tests.test_prompt import LABELS, nasty_rows, write_csv
@@ -117,14 +120,17 @@ def made(place: Path) -> dict:
 def prepared(fetched, tiny_models) -> None:
     """Rows and an experiment, in the working folder."""
     write_csv("rows.csv", nasty_rows(140))
-    head = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "eval_steps": 0.25, "learning_rate": 1e-3}
+    often = {"learning_rate": 1e-3, "max_length": 128}
+    # Evaluated every 7 steps and logged every 2: neither divides the other, nor the epoch of 6.
+    head = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "eval_steps": 0.38}
+    plain = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_steps": 0.25}
     experiment_maker(fetched, tiny_models)(
         "rows.csv",
         LABELS,
         sft={"per_device_train_batch_size": 8, "logging_steps": 1, "save_steps": 4, "learning_rate": 1e-3},
         data={"rows": {"validation": 20, "test": 20}},
-        decoder_keys={"train_rows": 48, "head": head},
-        encoder_keys={"model": str(tiny_models["bert"]), "head": head | {"max_length": 128}},
+        decoder_keys={"train_rows": 48, "head": head | often},
+        encoder_keys={"model": str(tiny_models["bert"]), "head": plain | often | {"group_by_length": False}},
         eval={"thinking": {"rows": 4, "tokens": 4, "batch": 2}},
     )
 
@@ -193,9 +199,11 @@ class Drill:
             self.seconds[stage] = time.monotonic() - start
             self.after[stage] = made(work)
             self.bytes[stage] = size(work) - size(self.before[stage])
+        self.before["end"] = self.folder / "end"
+        shutil.copytree(work, self.before["end"], symlinks=True)
 
     def place(self, stage: str) -> Path:
-        """A fresh copy of what was there before a stage began."""
+        """A fresh copy of what was there before a stage began; `end` is behind the last."""
         work = self.folder / "work"
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(self.before[stage], work, symlinks=True)
@@ -214,9 +222,7 @@ class Drill:
 
 
 @pytest.fixture(scope="module")
-def drill(pytestconfig, fetched, tiny_models, forked, tmp_path_factory):
-    if not pytestconfig.getoption("kills"):
-        pytest.skip("takes long; make drill")
+def drill(fetched, tiny_models, forked, tmp_path_factory):
     work = tmp_path_factory.mktemp("drill") / "work"
     work.mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -230,16 +236,88 @@ def drill(pytestconfig, fetched, tiny_models, forked, tmp_path_factory):
     print("\n".join(["", *lines, f"lost: {lost}"]))
 
 
+def test_stages_end_to_end(drill, monkeypatch):
+    monkeypatch.chdir(work := drill.place("end"))
+    experiment = load_experiment("mine")
+
+    # The result files are the design's.
+    result = read_json("runs/mine/results/sft@6.json")
+    keys = "experiment method step seed split n accuracy precision_macro recall_macro f1_macro per_class f1_macro_ci95 ece "
+    keys += "train_loss eval_loss seconds rows_per_second tokens device dtype model inputs_sha256 versions"
+    assert set(keys.split()) <= set(result) and (result["step"], result["split"], result["n"]) == (6, "test", 20)
+    predictions = list(read_jsonl("runs/mine/results/sft@6.predictions.jsonl"))
+    assert [p["id"] for p in predictions] == [row["id"] for row in read_jsonl("data/mine/test.jsonl")]
+    for p in predictions:
+        assert set(p) == {"id", "label", "prediction", "probabilities", "perplexity"}
+        assert abs(sum(p["probabilities"].values()) - 1) < 1e-9
+        assert p["prediction"] == min(p["perplexity"], key=p["perplexity"].get)
+    assert result["accuracy"] == sum(p["label"] == p["prediction"] for p in predictions) / 20
+    table = Path("runs/mine/results/sft_checkpoints.md")
+    assert [f"| {step} |" in table.read_text() for step in (0, 4, 6)] == [True] * 3
+    optimizers = sorted(str(p.parent.name) for p in Path("runs/mine/sft/checkpoints").glob("*/optimizer.pt"))
+    assert optimizers == ["checkpoint-6"]
+    assert "How sure?" in Path("runs/mine/report/report.html").read_text()
+    # The best checkpoint on validation and the last are kept, and their results are among those of every evaluation.
+    by_step = {step: read_result(experiment, f"linear_head@{step}", "validation") for step in (7, 14, 18)}
+    kept = {int(path.name.split("-")[1]) for path in Path("runs/mine/linear-head/checkpoints").glob("checkpoint-*")}
+    assert kept == {best_step(by_step), 18}
+    state = read_json("runs/mine/linear-head/checkpoints/checkpoint-18/trainer_state.json")
+    logged = {line["step"]: line["loss"] for line in state["log_history"] if "loss" in line}
+    mean = (logged[8] + 2 * logged[10] + 2 * logged[12] + 2 * logged[14]) / 7  # of steps 8 to 14
+    assert abs(read_result(experiment, "linear_head@14", "test")["train_loss"] - mean) < 1e-6
+
+    # Nothing is done again.
+    def times() -> dict:
+        files = [path for of in ("data", "runs") for path in Path(of).rglob("*") if path.name != ".lock"]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    written = times()
+    assert [stage for stage in MAKERS if stage in STAGES and drill.run(work, stage)] == []
+    assert times() == written
+    Path("runs/mine/eval-ckpts/stage.json").unlink()
+    assert drill.run(work, "eval-ckpts") == 0  # the table again, but no score
+    scores = [path for path in written if path.name.startswith("sft@")]
+    assert scores and all(path.stat().st_mtime_ns == written[path] for path in scores)
+
+    # A result that is gone is made again, which takes the training that made it.
+    Path("runs/mine/results/linear_head@7.json").unlink()
+    assert drill.run(work, "linear-head") == 0 and made(work) == drill.after["predict"]
+
+    # A checkpoint cut in half is set aside, and the table says so.
+    half = Path("runs/mine/sft/checkpoints/checkpoint-4/model.safetensors")
+    os.truncate(half, half.stat().st_size // 2)
+    assert drill.run(work, "sft") == drill.run(work, "eval-ckpts") == 0
+    assert Path("runs/mine/sft/checkpoints/broken-checkpoint-4").exists()
+    assert "| 4 | not scored: no whole checkpoint" in table.read_text()
+
+    # Other settings train anew and keep the old checkpoints.
+    weights = Path("runs/mine/sft/checkpoints/model.safetensors")
+    before = sha256_file(weights)
+    config = Path("sft.yaml").read_text()
+    Path("sft.yaml").write_text(config.replace("learning_rate: 0.001", "learning_rate: 0.002"))
+    assert drill.run(work, "sft") == 0
+    assert Path("runs/mine/sft/checkpoints.old/checkpoint-6").exists() and sha256_file(weights) != before
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_disturbed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
-    kills, chance, before = pytestconfig.getoption("kills"), random.Random(stage), sum(drill.injected.values())
-    for _ in range(kills):
+def test_a_killed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
+    if stage in ("tfidf-all", "bert-all") and not pytestconfig.getoption("all_faults"):
+        pytest.skip(f"the code is {stage.removesuffix('-all')}'s; make drill")
+    chance = random.Random(stage)
+    for _ in range(pytestconfig.getoption("kills")):
         work = drill.place(stage)
         process = drill.start(work, stage)
         time.sleep(chance.uniform(0, drill.seconds[stage]))
         end(process)
         drill.check(work, stage, "kill -9 at a random moment")
-    for _ in range(max(1, kills // 5)):
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disturbed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
+    if not pytestconfig.getoption("all_faults"):
+        pytest.skip("takes long; make drill")
+    chance = random.Random(stage)
+    for _ in range(max(1, pytestconfig.getoption("kills") // 5)):
         work = drill.place(stage)
         drill.run_short_of_room(work, stage, limit=int(10 ** chance.uniform(2, 6.5)))
         drill.check(work, stage, "file-size limit")
@@ -267,4 +345,3 @@ def test_a_disturbed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
         process.join(300)
     assert 0 in [process.exitcode for process in both], (work / f"{stage}.log").read_text()[-3000:]
     drill.check(work, stage, "two at once")
-    print(f"\n{stage} ({drill.seconds[stage]:.1f} s): {sum(drill.injected.values()) - before} survived", flush=True)
