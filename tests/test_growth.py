@@ -1,0 +1,32 @@
+"""The benchmark of growth: its drawn predictions are compared as real ones are, and a quadratic line is told."""
+
+import pytest
+
+from bench import growth
+from eval import compare
+from letterhead.experiment import load_experiment
+from letterhead.records import read_json
+from prep import data
+from tests.conftest import ROOT
+
+
+def test_drawn_results_are_compared(workplace, tiny_models, monkeypatch):
+    monkeypatch.setattr(growth, "SFT", ROOT / growth.SFT)
+    path = growth.write_experiment("mine", workplace, "rows400", 400, tiny_models["smollm2"], tiny_models["bert"])
+    data.main(experiment := load_experiment(path))
+    assert read_json(experiment.data_folder / "data_card.json")["rows"]["test"] == 400
+    growth.draw_results(experiment, steps=[1, 2])
+    compare.main(experiment)
+    methods = read_json(experiment.results_folder / "comparison.json")["methods"]
+    assert {of.partition("@")[0] for of in methods} == set(compare.compared(experiment))
+    assert 0.6 < methods["tfidf"]["f1_macro"] < 0.99
+
+
+def test_the_power_of_growth_is_told(tmp_path):
+    points = [{"of": "data", "n": n, "seconds": n * n / 1e4, "peak_mib": 100 + n / 10} for n in (1000, 10_000, 100_000)]
+    points += [{"of": "scoring, options", "n": n, "seconds": n / 10, "tokens": 60 + n} for n in (4, 100)]
+    assert growth.slope(points[:3], "seconds") == pytest.approx(2)
+    table = growth.as_table(points)
+    assert "| 2.00 (seconds), 0.96 (peak memory, MiB) |" in table and "| scoring, options | 100 | 10.00 | – | 1.00" in table
+    growth.draw_picture(tmp_path / "growth.png", "a test", points)
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
