@@ -2,8 +2,9 @@
 
     python -m bench.growth --experiment quick --rows 1000000
 
-Rows are drawn words, models tiny and random, predictions drawn: what is measured is what we add to a model's own work. Each
-point is a process of its own. runs/EXPERIMENT/growth/ takes growth.json, GROWTH.md and growth.png.
+Rows are drawn words, predictions drawn, models tiny and random (but for the options, which the experiment's own decoder
+scores): what is measured is what we add to a model's own work. Each point is a process of its own.
+runs/EXPERIMENT/growth/ takes growth.json, GROWTH.md and growth.png.
 """
 
 import csv
@@ -18,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from eval.compare import METHODS, compared
 from letterhead import results, tfidf
 from letterhead.experiment import Experiment, load_experiment
 from letterhead.figures import caption_of, plt, save
-from letterhead.records import LetterheadError, atomic_open, device_name, machine, write_json
+from letterhead.processes import call_in_a_process
+from letterhead.records import LetterheadError, atomic_open, device_name, machine, peak_memory, write_json
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
-SFT = Path("llamafactory_configs/smollm2_135m_full_sft.yaml")
 LABELS = ["World", "Sports", "Business", "Science"]
 WORDS = 12
 FEW_TRAINED = 2000
@@ -39,8 +38,17 @@ OPTIONS, SCORED_ROWS = (4, 10, 26, 52, 100), 12
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SKILL = 2.0  # of the drawn predictions
 THINKING = {"no_think_accuracy_same_rows": 0.4, "times_one_forward": 20.0, "engine": "hf", "budget_tokens": 64}
-POWERS = {"seconds": "seconds", "peak_mib": "peak memory, MiB"}
 THINKING |= {"thought": 30, "begun": 32, "unfinished": 4, "unparsed": 2}
+POWERS = {"seconds": "seconds", "peak_mib": "peak memory, MiB"}
+# Runs a module and tells its seconds and peak memory. What starts it is small: a process counts what its starter held.
+SHIM = """
+import json, resource, subprocess, sys, time
+begin = time.perf_counter()
+ended = subprocess.run([sys.executable, *sys.argv[1:]], capture_output=True, text=True)
+seconds, kibibytes = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+told = (ended.stdout + ended.stderr).strip().splitlines()[-1:]
+print(json.dumps({"code": ended.returncode, "said": told, "seconds": seconds, "peak_mib": kibibytes / 1024}))
+"""
 
 
 def main(experiment: Experiment, most: str) -> None:
@@ -49,53 +57,65 @@ def main(experiment: Experiment, most: str) -> None:
     os.environ.update(OFFLINE)
     stage_outputs(experiment, "data")  # the tokenizers come from its models
     stage = Stage(experiment, "growth", None)
-    place = stage.folder / "work"
-    shutil.rmtree(place, ignore_errors=True)
-    decoder, encoder = tiny_models(experiment, place)
-    sizes = [10**power for power in range(3, int(math.log10(int(most))) + 1)]
-    points: list[dict] = []
-    total = 4 * len(sizes) + 2 * len(CHECKPOINTS) + len(OPTIONS)
-    with tqdm(total=total, desc="growth", unit=" points") as bar:
-        for rows in sizes:
-            name = write_experiment(experiment.name, place, f"rows{rows}", rows, decoder, encoder)
-            told = ["--experiment", name]
-            points += [measured("data", rows, bar, "prep.data", *told)]
-            draw_results(load_experiment(name), steps=[1])
-            points += [measured("compare", rows, bar, "eval.compare", *told)]
-            points += [measured("report", rows, bar, "report.build", *told)]
-            labelled = [
-                "--in",
-                place / f"rows{rows}/test.csv",
-                "--out",
-                place / "labelled.csv",
-                "--model",
-                encoder.absolute(),
-            ]
-            points += [measured("predict", rows, bar, "serve.predict", *told, *labelled)]
-        name = write_experiment(experiment.name, place, "checkpoints", CHECKED_ROWS, decoder, encoder)
-        call("prep.data", "--experiment", name)
-        for checkpoints in CHECKPOINTS:
-            draw_results(checked := load_experiment(name), steps=list(range(1, checkpoints + 1)))
-            n = len(list(checked.results_folder.glob("*@*.validation.json"))) + len(compared(checked))
-            points += [measured("compare, results", n, bar, "eval.compare", "--experiment", name)]
-            points += [measured("report, results", n, bar, "report.build", "--experiment", name)]
-        for options in OPTIONS:
-            points.append({"of": "scoring, options", "n": options, **score_rows(experiment, options)})
-            bar.update()
-    shutil.rmtree(place)
-    for made in (*Path("runs").glob(f"{experiment.name}.growth.*"), *Path("data").glob(f"{experiment.name}.growth.*")):
-        shutil.rmtree(made)
+    sizes = [10**power for power in range(3, len(str(int(most))))]
+    try:
+        remove(experiment, stage.folder / "work")  # of a run that broke off: nothing may be up to date
+        points = measure(experiment, stage.folder / "work", sizes)
+    finally:
+        remove(experiment, stage.folder / "work")
     record, table, picture = (stage.folder / of for of in ("growth.json", "GROWTH.md", "growth.png"))
     write_json(record, {"points": points, "device": device_name(), "machine": machine()})
     with atomic_open(table) as file:
         file.write(as_table(points))
     draw_picture(picture, caption_of(experiment), points)
-    stage.finish([record, table, picture], rows=int(most))
+    stage.finish([record, table, picture], rows=sizes[-1])
     print(f"{table.read_text(encoding='utf-8')}\n{record}, {picture.name} beside it", flush=True)
+
+
+def remove(experiment: Experiment, place: Path) -> None:
+    """Remove what the points made."""
+    pattern = f"{experiment.name}.growth.*"
+    for made in (place, *Path("runs").glob(pattern), *Path("data").glob(pattern)):
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def measure(experiment: Experiment, place: Path, sizes: list[int]) -> list[dict]:
+    """All points: what was measured, `n`, seconds, and peak memory in MiB."""
+    decoder, encoder = tiny_models(experiment, place)
+    points: list[dict] = []
+    with tqdm(total=4 * len(sizes) + 2 * len(CHECKPOINTS) + len(OPTIONS), desc="growth", unit=" points") as bar:
+
+        def add(of: str, n: int, *told: Any) -> None:
+            points.append({"of": of, "n": n, **call(*told)})
+            bar.update()
+
+        for rows in sizes:
+            name = write_experiment(experiment, place, f"rows{rows}", rows, decoder, encoder)
+            told = ["--experiment", name]
+            add("data", rows, "-m", "prep.data", *told)
+            draw_results(load_experiment(name), steps=[1])
+            add("compare", rows, "-m", "eval.compare", *told)
+            add("report", rows, "-m", "report.build", *told)
+            labelled = ["--in", place / f"rows{rows}/test.csv", "--out", place / "labelled.csv"]
+            add("predict", rows, "-m", "serve.predict", *told, *labelled, "--model", encoder.absolute())
+        name = write_experiment(experiment, place, "checkpoints", CHECKED_ROWS, decoder, encoder)
+        call("-m", "prep.data", "--experiment", name)
+        for checkpoints in CHECKPOINTS:
+            n = draw_results(load_experiment(name), steps=list(range(1, checkpoints + 1)))
+            add("compare, results", n, "-m", "eval.compare", "--experiment", name)
+            add("report, results", n, "-m", "report.build", "--experiment", name)
+        for options in OPTIONS:
+            told = call_in_a_process(score_rows, experiment, options)
+            points.append({"of": "scoring, options", "n": options, **told})
+            bar.update()
+    return points
 
 
 def tiny_models(experiment: Experiment, place: Path) -> tuple[Path, Path]:
     """A decoder, and an encoder with a head, of random weights, with the tokenizers of the experiment's models."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     decoder, encoder = place / "decoder", place / "encoder"
     tokenizer = AutoTokenizer.from_pretrained(experiment.decoder.folder)
@@ -109,7 +129,7 @@ def tiny_models(experiment: Experiment, place: Path) -> tuple[Path, Path]:
     return decoder, encoder
 
 
-def write_experiment(of: str, place: Path, name: str, rows: int, decoder: Path, encoder: Path) -> str:
+def write_experiment(of: Experiment, place: Path, name: str, rows: int, decoder: Path, encoder: Path) -> str:
     """Rows of drawn words, so many to test and a few to train, and an experiment that reads them; returns its path."""
     folder, chance = place / name, np.random.default_rng(rows)
     folder.mkdir()
@@ -124,22 +144,25 @@ def write_experiment(of: str, place: Path, name: str, rows: int, decoder: Path, 
                     (f"{at + i} {' '.join(row)}", LABELS[(at + i) % len(LABELS)]) for i, row in enumerate(drawn)
                 )
     trained_by = place / "sft.yaml"
-    trained_by.write_text(json.dumps(yaml.safe_load(SFT.read_text()) | {"model_name_or_path": str(decoder)}))
+    trained_by.write_text(
+        json.dumps(yaml.safe_load(of.decoder.sft.config.read_text()) | {"model_name_or_path": str(decoder)})
+    )
     values = {
         "title": f"growth, {rows} rows",
         "data": {"source": f"{folder}/{{split}}.csv", "labels": LABELS, "rows": {"validation": 300, "test": None}},
         "decoder": {"model": str(decoder), "train_rows": 100, "sft": {"config": str(trained_by)}},
         "encoder": {"model": str(encoder)},
-        "name": f"{of}.growth.{name}",
+        "name": f"{of.name}.growth.{name}",
     }
     path = folder / f"{name}.yaml"  # JSON is YAML
     path.write_text(json.dumps(values))
     return str(path)
 
 
-def draw_results(experiment: Experiment, steps: list[int]) -> None:
-    """Drawn predictions of all methods, with so many checkpoints of those that are trained, as their stages leave them."""
-    chance = np.random.default_rng(0)
+def draw_results(experiment: Experiment, steps: list[int]) -> int:
+    """Drawn predictions of all methods, those that are trained with so many checkpoints, as their stages leave them; gives
+    the number of methods × checkpoints."""
+    chance, drawn = np.random.default_rng(0), set()
     files: dict[str, list[Path]] = {}
     facts = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
     for method in compared(experiment):
@@ -150,6 +173,7 @@ def draw_results(experiment: Experiment, steps: list[int]) -> None:
             truth = results.class_numbers(experiment, rows)
             for step in steps if numbered else [None]:
                 name = f"{method}@{step}" if step else method
+                drawn.add(name)
                 files.setdefault(stage, []).extend(results.result_files(experiment, name, split))
                 if files[stage][-1].exists():
                     continue
@@ -163,36 +187,27 @@ def draw_results(experiment: Experiment, steps: list[int]) -> None:
     for stage, paths in files.items():
         Stage(experiment, stage, len(steps)).finish(paths, rows=100, scoring_seconds=1.0)
     Stage(experiment, "sft", 0).finish([], rows=100, resumed_from=0)
+    return len(drawn)
 
 
-def call(module: str, *told: Any) -> tuple[float, float]:
-    """Run a module in a process of its own; gives its seconds and its peak memory in MiB.
+def call(*told: Any) -> dict[str, float]:
+    """Run Python with these arguments in a process of its own; gives its seconds and its peak memory in MiB.
 
     Raises
     ------
-    LetterheadError : it failed; quotes the end of what it said
+    LetterheadError : it failed; quotes the last line that it said
     """
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, told)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise LetterheadError(f"{module} {' '.join(map(str, told))}: {said.strip().splitlines()[-1]}")
-    return time.perf_counter() - begin, usage.ru_maxrss / 1024
-
-
-def measured(of: str, n: int, bar: tqdm, module: str, *told: Any) -> dict:
-    """One point: time and memory of a module."""
-    seconds, megabytes = call(module, *told)
-    bar.update()
-    return {"of": of, "n": n, "seconds": seconds, "peak_mib": megabytes}
+    command = [sys.executable, "-c", SHIM, *map(str, told)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    if found["code"]:
+        said = "".join(found["said"]) or "nothing"
+        raise LetterheadError(f"{' '.join(map(str, told))}: exit code {found['code']}, it said: {said}")
+    return {key: found[key] for key in ("seconds", "peak_mib")}
 
 
 def score_rows(experiment: Experiment, options: int) -> dict:
-    """Seconds to score some rows with so many names as options by the experiment's own decoder, and the tokens of a prompt,
-    which lists them all."""
+    """Seconds and peak memory (MiB, the model's own with it) to score some rows with so many names as options, which the
+    prompt lists, by the experiment's own decoder."""
     from letterhead.prompt import load_prompt_encoder
     from letterhead.scoring import load_decoder, score_options
 
@@ -209,13 +224,13 @@ def score_rows(experiment: Experiment, options: int) -> dict:
     score_options(model, prompts[:2], encoder.answers, True, experiment.eval.batch_tokens)
     begin = time.perf_counter()
     score_options(model, prompts, encoder.answers, True, experiment.eval.batch_tokens)
-    return {"seconds": time.perf_counter() - begin, "tokens": sum(map(len, prompts)) / len(prompts)}
+    return {"seconds": time.perf_counter() - begin, "peak_mib": float(peak_memory()["peak_memory_mb"])}
 
 
-def slope(points: list[dict], key: str) -> float | None:
+def slope(points: list[dict], key: str) -> float:
     """The power of n with which a figure grows between the last two points: 1 is linear, 2 quadratic."""
-    (a, b) = points[-2:]
-    return math.log(b[key] / a[key]) / math.log(b["n"] / a["n"]) if key in a else None
+    a, b = points[-2:]
+    return math.log(b[key] / a[key]) / math.log(b["n"] / a["n"])
 
 
 def as_table(points: list[dict]) -> str:
@@ -224,10 +239,10 @@ def as_table(points: list[dict]) -> str:
     for of in dict.fromkeys(point["of"] for point in points):
         line = [point for point in points if point["of"] == of]
         for point in line:
-            memory = f"{point['peak_mib']:,.0f}" if "peak_mib" in point else "–"
-            powers = [f"{slope(line, key):.2f} ({name})" for key, name in POWERS.items() if key in point]
-            told = ", ".join(powers) if point is line[-1] and len(line) > 1 else ""
-            lines.append(f"| {of} | {point['n']:,} | {point['seconds']:.2f} | {memory} | {told} |")
+            told = ""
+            if point is line[-1] and len(line) > 1:
+                told = ", ".join(f"{slope(line, key):.2f} ({name})" for key, name in POWERS.items())
+            lines.append(f"| {of} | {point['n']:,} | {point['seconds']:.2f} | {point['peak_mib']:,.0f} | {told} |")
     return "\n".join(lines) + "\n"
 
 
@@ -235,7 +250,7 @@ def draw_picture(path: Path, caption: str, points: list[dict]) -> None:
     """Seconds and memory against n, both logarithmic."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, (key, name) in zip(panels, POWERS.items(), strict=True):
-        for of in dict.fromkeys(point["of"] for point in points if key in point):
+        for of in dict.fromkeys(point["of"] for point in points):
             line = [(point["n"], point[key]) for point in points if point["of"] == of]
             panel.plot(*zip(*line, strict=True), marker="o", markersize=4, label=of)
         panel.set(xscale="log", yscale="log", xlabel="rows, results or options", ylabel=name)

@@ -31,20 +31,27 @@ from letterhead.precision import precision
 from letterhead.records import LetterheadError, device_name, machine, write_json
 from letterhead.stage import OFFLINE, Stage, run
 
-ROWS, CLIENTS, SHARE = 64, 4, 0.25  # of the closed loop's rate come by chance beside it
+ROWS, CLIENTS, SHARE = 64, 4, 0.25  # of a single stream's rate come by chance beside the closed loops
 EVERY_S = 5.0  # memory is read
 BIG = 10_000_000
-HANGING_S, PATIENCE_S = 10.0, 60.0
+HANGING_S, PATIENCE_S, ENDING_S = 10.0, 60.0, 20.0
+GROWN = 1.05  # from the first quarter's memory to the last's is called growth
+NEAR = 1e-3  # probabilities of a text that is asked again may differ by so much, for another batch
+ODD = ("text", -1, None, [[]], 1e30, {"a": 1})
 # So long does each kind of client pause before it comes again
 PAUSES = {"hangs": 1.0, "leaves": 0.5, "garbage": 0.5, "no JSON": 0.5, "wrong types": 0.5, "10 MB": 20.0}
 
 
+RIGHT, WRONG, FAILED = "right", "wrong", "failed"
+
+
 @dataclass
 class Tally:
-    """What a soak saw. `answered` holds (seconds since the start, latency in seconds, whether the answer was right);
-    `memory` (seconds since the start, MiB, open files, threads); `replies` counts a bad client's kind and what it got."""
+    """What a soak saw. `answered` holds (seconds since the start, latency in seconds, RIGHT, WRONG or FAILED); `memory`
+    (seconds since the start, MiB, open files, threads); `replies` counts what kinds of bad clients got, `said` has one reply
+    of each, in words."""
 
-    answered: list[tuple[float, float, bool]] = field(default_factory=list)
+    answered: list[tuple[float, float, str]] = field(default_factory=list)
     memory: list[tuple[float, float, int, int]] = field(default_factory=list)
     replies: Counter = field(default_factory=Counter)
     said: dict[str, str] = field(default_factory=dict)
@@ -56,24 +63,28 @@ def main(experiment: Experiment, model: str) -> None:
     method = name.partition("@")[0]
     if method not in ("sft", "bert", "linear_head"):
         raise LetterheadError(f"{name}: choose MODEL=sft, bert or linear_head")
+    if method == "sft" and experiment.prompt.options == "names":
+        raise LetterheadError(f"{name}: vLLM is asked for one token, and the options are names; choose bert or linear_head")
     stage = Stage(experiment, "soak", None)
     row = Row(method, "vllm", "one_token" if method == "sft" else "head")
     folder, route, encode = asked_of_vllm(experiment, row, name)
     requests = [encode(of["text"]) for of in draw(experiment, ROWS, 0)]
     dtype, log = precision(experiment.decoder.dtype, folder), stage.folder / "vllm.log"
     runner = "generate" if method == "sft" else "pooling"
-    with service.VllmServer(folder, runner, model_length(experiment, row), log, dtype=dtype) as server:
+    memory = experiment.serve.gpu_memory_utilization
+    with service.VllmServer(folder, runner, model_length(experiment, row), log, dtype=dtype, gpu_memory=memory) as server:
         family = psutil.Process(server.pid).children(recursive=True)
         tally = asyncio.run(soak(server.url, route, requests, experiment.bench.soak_seconds, lambda: held(server.pid)))
-        server.require_alive()
-    left = [process.pid for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    left = [process.pid for process in psutil.wait_procs(family, timeout=ENDING_S)[1]]
     record = figures(tally) | {"name": name, "left_running": left, "device": device_name(), "machine": machine()}
     record |= {"seconds": experiment.bench.soak_seconds, "vllm": service.vllm_version()}
     path, picture = stage.folder / "soak.json", stage.folder / "soak.png"
     write_json(path, record)
     draw_picture(picture, caption_of(experiment), tally)
-    stage.finish([path, picture], rows=record["answers"])
+    stage.finish([path, picture], rows=record["requests"])
     print(f"{sentence(record)}\n{path}, {picture.name} beside it", flush=True)
+    if faults := faults_of(record):
+        raise LetterheadError(f"{name}: {'; '.join(faults)}; see {path} and {log}")
 
 
 def held(pid: int) -> tuple[float, int, int]:
@@ -104,10 +115,10 @@ async def soak(
     tally, chance = Tally(), np.random.default_rng(seed)
     async with service.client() as client:
 
-        async def answer(i: int) -> int:
+        async def answer(i: int) -> np.ndarray:
             reply = await client.post(url + route.path, json=route.body(requests[i]))
             reply.raise_for_status()
-            return route.read(reply.json())[0]
+            return np.array(route.read(reply.json())[1])
 
         begin = time.perf_counter()
         right = [await answer(i) for i in range(len(requests))]
@@ -120,11 +131,12 @@ async def soak(
         async def one(i: int) -> None:
             start = passed()
             try:
-                is_right = await answer(i) == right[i]
+                found = RIGHT if np.abs(await answer(i) - right[i]).max() < NEAR else WRONG
             except (httpx.HTTPError, KeyError, ValueError) as error:
-                is_right = False
+                found = FAILED
                 tally.said.setdefault(f"good request: {type(error).__name__}", str(error)[:300])
-            tally.answered.append((passed(), passed() - start, is_right))
+                await asyncio.sleep(1)
+            tally.answered.append((passed(), passed() - start, found))
 
         async def closed() -> None:
             while passed() < seconds:
@@ -163,29 +175,30 @@ async def misbehave(kind: str, url: str, route: service.Route, ids: list[int], c
     if kind == "no JSON":
         body = bytes(chance.integers(256, size=300, dtype=np.uint8))
     elif kind == "wrong types":
-        odd = chance.choice(["text", "-1", "null", "[[]]", "1e999", '{"a": 1}'])
-        body = json.dumps({**route.body(ids), **{key: str(odd) for key in ("max_tokens", "input", "logprobs")}}).encode()
+        odd = ODD[chance.integers(len(ODD))]
+        body = json.dumps({**route.body(ids), **dict.fromkeys(("max_tokens", "input", "prompt"), odd)}).encode()
     elif kind == "10 MB":
         text = "word " * (BIG // 5)
         body = json.dumps(route.body([7] * (BIG // 3) if chance.random() < 0.5 else text)).encode()
-    head = f"POST {route.path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    sent = head.encode() + body
+    head = f"POST {route.path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    sent = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     if kind == "hangs":
         sent = sent[: len(head) + 10]
     elif kind == "garbage":
         sent = bytes(chance.integers(256, size=500, dtype=np.uint8)) + b"\r\n\r\n"
     at = urlsplit(url)
     try:
-        reader, writer = await asyncio.open_connection(at.hostname, at.port)
-        try:
-            writer.write(sent)
-            await writer.drain()
-            if kind == "leaves":
-                await asyncio.sleep(chance.uniform(0, 0.2))
-                return "left"
-            reply = await asyncio.wait_for(reader.read(4096), HANGING_S if kind == "hangs" else PATIENCE_S)
-        finally:
-            writer.close()
+        async with asyncio.timeout(HANGING_S if kind == "hangs" else PATIENCE_S):
+            reader, writer = await asyncio.open_connection(at.hostname, at.port)
+            try:
+                writer.write(sent)
+                if kind == "leaves":
+                    await asyncio.sleep(chance.uniform(0, 0.2))
+                    return "left"
+                await writer.drain()
+                reply = await reader.read()
+            finally:
+                writer.close()
     except TimeoutError:
         return "nothing"
     except OSError:
@@ -195,13 +208,23 @@ async def misbehave(kind: str, url: str, route: service.Route, ids: list[int], c
 
 
 def figures(tally: Tally) -> dict:
-    """Answers, how many were wrong, latencies and memory of the first and the last quarter, and what bad clients got."""
-    at, latency, is_right = (np.array(of) for of in zip(*tally.answered, strict=True))
+    """Answers, how many were wrong or failed, latencies and memory of the first and the last quarter, and what bad clients
+    got.
+
+    Raises
+    ------
+    LetterheadError : nothing was answered in one of the two
+    """
+    at, latency, found = (np.array(of) for of in zip(*tally.answered, strict=True))
     when, megabytes, files, threads = (np.array(of) for of in zip(*tally.memory, strict=True))
-    first, last = (lambda of: of < of.max() / 4), (lambda of: of > of.max() * 3 / 4)
+    end = when.max()
+    first, last = (lambda of: of < end / 4), (lambda of: of > end * 3 / 4)
+    if not (first(at).any() and last(at).any()):
+        raise LetterheadError(f"the service answered nothing in a quarter of the time; {tally.said}")
     return {
-        "answers": len(at),
-        "wrong": int((~is_right).sum()),
+        "requests": len(at),
+        "wrong": int((found == WRONG).sum()),
+        "failed": int((found == FAILED).sum()),
         "p50_ms": [float(np.median(1000 * latency[part(at)])) for part in (first, last)],
         "p99_ms": [float(np.percentile(1000 * latency[part(at)], 99)) for part in (first, last)],
         "memory_mib": [float(np.median(megabytes[part(when)])) for part in (first, last)],
@@ -212,13 +235,27 @@ def figures(tally: Tally) -> dict:
     }
 
 
+def faults_of(record: dict) -> list[str]:
+    """What a soak must not show, in words; none where all is well."""
+    before, after = record["memory_mib"]
+    crashed = [of for of in record["bad_clients"] if of.partition(": ")[2].startswith("5")]
+    faults = {
+        f"{record['wrong']} answers are wrong": record["wrong"],
+        f"{record['failed']} good requests failed": record["failed"],
+        f"memory grew from {before:.0f} to {after:.0f} MiB": after > GROWN * before,
+        f"bad clients were told that the server failed ({', '.join(crashed)})": crashed,
+        f"{len(record['left_running'])} processes stayed behind": record["left_running"],
+    }
+    return [fault for fault, found in faults.items() if found]
+
+
 def sentence(record: dict) -> str:
     """The soak in a few lines."""
     told = ", ".join(f"{of} {n}" for of, n in record["bad_clients"].items())
-    quarters = {name: "{:.0f} and {:.0f}".format(*record[name]) for name in ("memory_mib", "p99_ms", "open_files")}
+    memory, p99, files = ("{:.0f} and {:.0f}".format(*record[name]) for name in ("memory_mib", "p99_ms", "open_files"))
     return (
-        f"{record['name']}, {record['seconds']} s: {record['answers']:,} answers, {record['wrong']} wrong; in the first and "
-        f"the last quarter {quarters['memory_mib']} MiB, p99 {quarters['p99_ms']} ms, {quarters['open_files']} open files\n"
+        f"{record['name']}, {record['seconds']} s: {record['requests']:,} requests, {record['wrong']} answered wrongly, "
+        f"{record['failed']} failed; in the first and the last quarter {memory} MiB, p99 {p99} ms, {files} open files\n"
         f"bad clients: {told}\nprocesses left: {len(record['left_running'])}"
     )
 
@@ -229,9 +266,12 @@ def draw_picture(path: Path, caption: str, tally: Tally) -> None:
     when, megabytes, *_ = zip(*tally.memory, strict=True)
     above.plot(np.array(when) / 60, megabytes)
     above.set(ylabel="memory of the service (MiB)", ylim=(0, None), title="A service under load and bad clients")
-    at, latency, is_right = (np.array(of) for of in zip(*tally.answered, strict=True))
-    below.plot(at / 60, 1000 * latency, ".", markersize=2, label="right")
-    below.plot(at[~is_right] / 60, 1000 * latency[~is_right], "x", label=f"wrong or failed ({(~is_right).sum()})")
+    at, latency, found = (np.array(of) for of in zip(*tally.answered, strict=True))
+    for of, marker in ((RIGHT, "."), (WRONG, "x"), (FAILED, "+")):
+        here = found == of
+        below.plot(
+            at[here] / 60, 1000 * latency[here], marker, markersize=2 if of == RIGHT else 6, label=f"{of} ({here.sum()})"
+        )
     below.set(xlabel="minutes", ylabel="latency (ms)", yscale="log")
     below.legend()
     save(figure, path, caption)

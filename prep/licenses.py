@@ -4,30 +4,34 @@
 
 sbom/train.cdx.json holds .venv's packages and the models and data that the experiments name, sbom/serve.cdx.json those of
 .venv-serve where that is built; sbom/LICENSES.md lists both by license. cyclonedx-py, in an environment of its own, reads
-the packages and checks the files against CycloneDX's schema.
+the packages and checks what is written against CycloneDX's schema.
 """
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from letterhead.experiment import Model, Parts, is_fetched, load_experiment
-from letterhead.records import LetterheadError, atomic_open, read_json, write_json
+from letterhead.records import LetterheadError, atomic_open, write_json
 from letterhead.stage import telling
+from prep.shape import QWEN_VOCABULARY
 
 FOLDER = Path("sbom")
 TOOLS = Path(".venv-sbom/bin")
 ENVIRONMENTS = {"train": Path(".venv"), "serve": Path(".venv-serve")}
 NOT_DECLARED = "not declared"
-# Exit code 1 and the faults where a file is not CycloneDX's.
+# Exit code 1, and what is wrong, where it is given something that is not CycloneDX.
 VALIDATE = """
 import sys
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-sys.exit(str(JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1], encoding="utf-8").read()) or "") or 0)
+sys.exit(str(JsonStrictValidator(SchemaVersion.V1_6).validate_str(sys.stdin.read()) or "") or 0)
 """
+SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT"}  # as hubs write them, and as SPDX does
 
 
 def main() -> None:
@@ -35,22 +39,23 @@ def main() -> None:
 
     Raises
     ------
-    LetterheadError : an environment can't be read, or what was written is not CycloneDX
+    LetterheadError : an environment can't be read, or what was made is not CycloneDX
     """
     lines = []
     for name, environment in ENVIRONMENTS.items():
         path = FOLDER / f"{name}.cdx.json"
         if not list(environment.glob(".ready-*")):
-            print(f"{environment} is not built: not listed (make setup-{name})")
+            path.unlink(missing_ok=True)
+            print(f"{environment} is not built: not listed")
             continue
-        call([TOOLS / "cyclonedx-py", "environment", environment / "bin/python", "--output-reproducible", "-o", path])
-        bom = read_json(path)
-        groups = {f"packages of {environment}": bom["components"]}
+        bom = json.loads(call("cyclonedx-py", "environment", environment / "bin/python", "--output-reproducible"))
+        packages = [with_said_license(of, environment) for of in bom["components"]]
+        groups = {f"packages of {environment}": packages}
         if name == "train":
             groups["models and data"] = list(named_by_experiments())
-            bom["components"] = bom["components"] + groups["models and data"]
-            write_json(path, bom)
-            call([TOOLS / "python", "-c", VALIDATE, path])
+        bom["components"] = [of for components in groups.values() for of in components]
+        call("python", "-c", VALIDATE, given=json.dumps(bom))
+        write_json(path, bom)
         print(f"{path}: {len(bom['components'])} components")
         lines += [line for title, components in groups.items() for line in listed(title, components)]
     with atomic_open(FOLDER / "LICENSES.md") as file:
@@ -58,18 +63,31 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def call(command: list[Any]) -> None:
-    """Run one of CycloneDX's tools.
+def call(program: str, *told: Any, given: str = "") -> str:
+    """Run one of the SBOM environment's programs; gives what it writes.
 
     Raises
     ------
-    LetterheadError : it failed; its own last line says why
+    LetterheadError : it is not there, or it failed; its own last line says why
     """
-    FOLDER.mkdir(exist_ok=True)
-    finished = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if not (TOOLS / program).exists():
+        raise LetterheadError(f"{TOOLS / program}: not there; run: make licenses")
+    finished = subprocess.run([TOOLS / program, *map(str, told)], input=given, capture_output=True, text=True)
     if finished.returncode:
         reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise LetterheadError(f"{command[-1]}: no SBOM ({reason})")
+        raise LetterheadError(f"{program}: no SBOM ({reason}); remove .venv-sbom, and run: make licenses")
+    return finished.stdout
+
+
+def with_said_license(component: dict, environment: Path) -> dict:
+    """A package with the license that its metadata say in free text, of which cyclonedx-py knows nothing."""
+    if component.get("licenses"):
+        return component
+    folders = [str(of) for of in environment.glob("lib/python*/site-packages")]
+    for package in metadata.distributions(name=component["name"], path=folders):
+        if said := (package.metadata.get("License") or "").strip().splitlines():
+            return component | {"licenses": [{"license": {"name": said[0]}}]}
+    return component
 
 
 def license_of(component: dict) -> str:
@@ -91,7 +109,9 @@ def listed(title: str, components: list[dict]) -> list[str]:
 
 
 def named_by_experiments() -> Iterator[dict]:
-    """A component for each model and data set that the experiments name, once, with its license and the packages' sha256."""
+    """A component for each model and data set that the experiments name, and Qwen's vocabulary, once each, with its license
+    and the packages' sha256."""
+    yield component("data", QWEN_VOCABULARY, "Apache 2.0")
     seen = set()
     for path in sorted(Path("experiments").glob("*.yaml")):
         experiment = load_experiment(path.stem)
@@ -117,7 +137,7 @@ def component(kind: str, source: Model, said: str | None) -> dict:
     if hashes:
         made["hashes"] = hashes
     if said:
-        made["licenses"] = [{"license": {"name": said}}]
+        made["licenses"] = [{"license": {"id": SPDX[said]} if said in SPDX else {"name": said}}]
     return made
 
 

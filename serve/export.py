@@ -15,7 +15,7 @@ from pathlib import Path
 from letterhead.card import write_card
 from letterhead.classifier import model_folder, named_method
 from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError, atomic_folder
+from letterhead.records import LetterheadError, atomic_folder, exclusive
 from letterhead.stage import OFFLINE, run
 
 # What a checkpoint holds for a training that goes on, and nobody who uses it needs
@@ -49,7 +49,7 @@ def main(experiment: Experiment, model: str) -> None:
 
 
 def export(experiment: Experiment, name: str) -> tuple[Path, str]:
-    """Write a method's checkpoint, by its full name, with its card to runs/<experiment>/export/NAME.
+    """Write a method's checkpoint, by its full name, with its card to runs/<experiment>/export/NAME; a second process waits.
 
     Returns
     -------
@@ -59,6 +59,11 @@ def export(experiment: Experiment, name: str) -> tuple[Path, str]:
     ------
     LetterheadError : a method that can't be exported, or a checkpoint that is not there
     """
+    with exclusive(experiment.run_folder / "export" / ".lock"):
+        return _export(experiment, name)
+
+
+def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
     if name.partition("@")[0] in HEADS:
         folder = export_head(experiment, name)
         section = experiment.encoder if name.startswith("bert") else experiment.decoder

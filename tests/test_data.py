@@ -274,10 +274,16 @@ def test_a_package_with_another_hash_is_refused_with_the_hash_it_has(workplace):
                 fetch.fetch_package(f"pypi:thing==1.0/thing/a.csv{wrong}", {})
         assert not list(Path(".cache").rglob("*.whl"))
         source = f"pypi:thing==1.0/thing/{{name}}.csv#sha256={sha256_file(wheel)}"
-        for damaged in ("", "packages/thing==1.0/*.whl", "unpacked/*/thing/a.csv"):
-            for path in Path(".cache").glob(damaged) if damaged else []:
-                os.truncate(path, 5)
+        folder = source.format(name="a").replace("/a.csv", "")
+        for damaged in ("packages/thing==1.0/*.whl", "unpacked/*/thing/a.csv"):
             assert fetch.fetch_package(source.format(name="a"), {})["train"].read_text() == "text,label\n"
+            assert (fetch.fetch_package(folder, {})["train"] / "a.csv").read_text() == "text,label\n"
+            (path,) = Path(".cache").glob(damaged)
+            os.truncate(path, 5)
+        kept = fetch.fetch_package(folder, {})["train"] / "a.csv"
+        assert kept.read_text() == "text,label\n"
+        inode = kept.stat().st_ino
+        assert (fetch.fetch_package(folder, {})["train"] / "a.csv").stat().st_ino == inode  # others may be reading it
         with pytest.raises(LetterheadError, match="thing-1.0-py3-none-any.whl holds no thing/b.csv"):
             fetch.fetch_package(source.format(name="b"), {})
         with pytest.raises(LetterheadError, match="pip could not fetch other==1.0"):

@@ -1,6 +1,7 @@
 """Service: vLLM answers as the scorer does, its failures are told clearly, and nothing that was started stays behind."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -257,7 +258,7 @@ def test_open_loops_count_the_wait_and_break_off_when_the_objective_is_missed():
 class Stub(BaseHTTPRequestHandler):
     """A classifier that answers by the first id, wrongly to every so manieth request."""
 
-    wrong_every, asked = 0, 0
+    wrong_every, numbers = 0, itertools.count(1)
 
     def log_message(self, *_):
         pass
@@ -269,8 +270,7 @@ class Stub(BaseHTTPRequestHandler):
             probabilities[ids[0] % 3] = 0.8
         except (ValueError, TypeError):
             return self.send_error(400, "not a list of ids")
-        type(self).asked += 1
-        if self.wrong_every and self.asked % self.wrong_every == 0:
+        if next(self.numbers) % (self.wrong_every or 1e9) == 0:
             probabilities = probabilities[1:] + probabilities[:1]
         content = json.dumps({"data": [{"probs": probabilities}]}).encode()
         self.send_response(200)
@@ -282,7 +282,7 @@ class Stub(BaseHTTPRequestHandler):
 @pytest.mark.parametrize("wrong_every", [0, 20])
 def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_path, wrong_every):
     monkeypatch.setattr(Stub, "wrong_every", wrong_every)
-    monkeypatch.setattr(Stub, "asked", 0)
+    monkeypatch.setattr(Stub, "numbers", itertools.count(1))
     monkeypatch.setattr(bench_soak, "PAUSES", dict.fromkeys(bench_soak.PAUSES, 0.1))
     monkeypatch.setattr(bench_soak, "HANGING_S", 0.5)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
@@ -291,15 +291,20 @@ def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_p
     tally = asyncio.run(bench_soak.soak(url, service.classify_route(), requests, 3.0, lambda: (100.0, 10, 4)))
     server.shutdown()
     found = bench_soak.figures(tally)
-    assert found["answers"] > 40 and found["memory_mib"] == [100.0, 100.0]
+    assert found["requests"] > 40 and found["memory_mib"] == [100.0, 100.0]
     # A bad client that leaves takes one of the wrong answers now and then.
-    assert (found["wrong"] == 0) if not wrong_every else (1 < found["wrong"] <= Stub.asked // wrong_every), found
+    most = next(Stub.numbers) // wrong_every if wrong_every else 0
+    assert min(1, most) <= found["wrong"] <= most and found["failed"] == 0, found
     assert {of.partition(":")[0] for of in found["bad_clients"]} == set(bench_soak.PAUSES)
     assert found["bad_clients"]["hangs: nothing"] > 1
     assert found["bad_clients"]["no JSON: 400"] > 3 and found["bad_clients"]["leaves: left"] > 3
     bench_soak.draw_picture(tmp_path / "soak.png", "a test", tally)
-    told = bench_soak.sentence(found | {"name": "stub", "seconds": 3, "left_running": []})
-    assert f"{found['wrong']} wrong" in told and "processes left: 0" in told
+    record = found | {"name": "stub", "seconds": 3, "left_running": []}
+    assert bench_soak.faults_of(record) == ([f"{found['wrong']} answers are wrong"] if wrong_every else [])
+    grown = {"memory_mib": [100.0, 120.0], "bad_clients": {"garbage: 500": 1}, "left_running": [7]}
+    assert len(bench_soak.faults_of(record | grown)) == 3 + bool(wrong_every)
+    told = bench_soak.sentence(record)
+    assert f"{found['wrong']} answered wrongly" in told and "processes left: 0" in told
 
 
 def test_a_bench_row_is_measured_once_on_texts_that_never_come_twice(make_experiment, monkeypatch):
