@@ -8,6 +8,7 @@ in a process that is forked where the libraries are imported already, so that a 
 import collections
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import pytest
 
 from letterhead.checkpoints import step_of
 from letterhead.experiment import load_experiment
-from letterhead.records import read_json, read_jsonl, sha256_file, whole_lines
+from letterhead.records import read_json, read_jsonl, sha256_file
 from letterhead.results import best_step, read_result
 from report.status import MAKERS, UNUSUAL
 from tests.conftest import ROOT, experiment_maker
@@ -39,6 +41,10 @@ STAGES |= {"export": ["serve.export", "--model", "sft"], "predict": LABELLED}
 FLEETING = ("second", "time", "start", "memory", "resumed_from", "runtime", "flos")
 # Made of those, or holding them; that they are there is enough
 ONLY_THERE = {".log", ".png", ".pt", ".pth", ".bin", ".html"}
+PATIENCE_S = 300
+LARGE = 2 << 30
+MISSING = "missing"
+KILL, FUTURE = "kill -9 at a random moment", "SIGINT and SIGHUP ignored, killed half-way, all times in the future"
 NOT_LOOKED_AT = (
     "tfevents",
     "trainer_log.jsonl",
@@ -50,14 +56,13 @@ NOT_LOOKED_AT = (
 PRELOADED = ["torch", "transformers", "datasets", "llamafactory.data", "letterhead.scoring", "letterhead.heads", "sklearn"]
 
 
-def begin(place: str, log: str, told: list[str], limit: int | None, ignored: tuple[int, ...]) -> None:
-    """A stage, in a process group of its own."""
+def begin(place: str, output, told: list[str], limit: int | None, ignored: tuple[int, ...]) -> None:
+    """A stage, in a process group of its own; what it says goes down a pipe, which no limit and no full disk can stop."""
     os.setsid()
     os.chdir(place)
     os.environ["PYTHONPATH"] = str(ROOT)
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for standard in (1, 2):
+        os.dup2(output.fileno(), standard)
     for number in (*ignored, *([signal.SIGXFSZ] if limit else [])):
         signal.signal(number, signal.SIG_IGN)
     if limit:
@@ -67,27 +72,49 @@ def begin(place: str, log: str, told: list[str], limit: int | None, ignored: tup
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+class Started:
+    """A stage that was started: its process, and what it has said."""
+
+    def __init__(self, process, output):
+        self.process, self._output, self._said = process, output, b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while piece := os.read(self._output.fileno(), 65536):
+            self._said += piece
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit code, and what it said."""
+        self.process.join(PATIENCE_S)
+        assert self.process.exitcode is not None, f"hangs: {self._said[-3000:]}"
+        self._reader.join(5)
+        return self.process.exitcode, self._said.decode(errors="replace")
+
+    def kill(self) -> bool:
+        """Kill -9 it and all that it started; False where it had ended by itself."""
+        running = self.process.is_alive()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+        return running
+
+
 @pytest.fixture(scope="module")
 def forked():
-    """Starts a stage: forked(place, stage, …) is a process."""
+    """Starts a stage: forked(place, stage, …)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
 
-    def start(place: Path, stage: str, limit: int | None = None, ignored: tuple[int, ...] = ()):
-        process = context.Process(target=begin, args=(str(place), f"{stage}.log", STAGES[stage], limit, ignored))
+    def start(place: Path, stage: str, limit: int | None = None, ignored: tuple[int, ...] = ()) -> Started:
+        output, given = context.Pipe(duplex=False)
+        process = context.Process(target=begin, args=(str(place), given, STAGES[stage], limit, ignored))
         process.start()
-        return process
+        given.close()
+        return Started(process, output)
 
     return start
-
-
-def end(process) -> None:
-    """Kill -9 a stage and all that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        process.kill()
-    process.join()
 
 
 def without_times(value):
@@ -111,9 +138,9 @@ def made(place: Path) -> dict:
             outputs = [of for of in record["outputs"] if Path(of).suffix not in ONLY_THERE]
             found[name] = without_times(record | {"outputs": sorted(outputs)})
         elif path.suffix == ".jsonl":
-            found[name] = without_times(whole_lines(path))
+            found[name] = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
         else:
-            found[name] = without_times(read_json(path)) if path.suffix == ".json" else sha256_file(path)
+            found[name] = without_times(json.loads(path.read_text())) if path.suffix == ".json" else sha256_file(path)
     return found
 
 
@@ -147,17 +174,19 @@ def small_disk(place: Path, room: int):
     def mount(*options: str) -> bool:
         return not subprocess.run(["mount", "-t", "tmpfs", *options, place], capture_output=True).returncode
 
+    def resize(size: int) -> None:
+        assert mount("-o", f"remount,size={size}")
+
     away = place.with_name("away")
     place.rename(away)
     place.mkdir()
-    if mounted := mount("-o", "size=2g", "tmpfs"):
+    if mounted := mount("-o", f"size={LARGE}", "tmpfs"):
         shutil.copytree(away, place, symlinks=True, dirs_exist_ok=True)
         used = os.statvfs(place)
-        full = (used.f_blocks - used.f_bfree) * used.f_frsize
-        mount("-o", f"remount,size={full + room}")
+        resize((used.f_blocks - used.f_bfree) * used.f_frsize + room)
     shutil.rmtree(away)
     try:
-        yield functools.partial(mount, "-o", "remount,size=2g") if mounted else None
+        yield functools.partial(resize, LARGE) if mounted else None
     finally:
         if mounted:
             subprocess.run(["umount", place], check=True)
@@ -174,20 +203,17 @@ class Drill:
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
 
-    def run(self, place: Path, stage: str, **how) -> int:
-        process = self._forked(place, stage, **how)
-        process.join(300)
-        assert process.exitcode is not None, f"{stage} hangs"
-        return process.exitcode
+    def run(self, place: Path, stage: str, **how) -> tuple[int, str]:
+        return self.start(place, stage, **how).wait()
 
     def run_short_of_room(self, place: Path, stage: str, **how) -> None:
         """Run a stage that may end for want of room, and then says so."""
-        code = self.run(place, stage, **how)
-        log = (place / f"{stage}.log").read_text(errors="replace")
-        assert code in (0, 1) and (code == 0 or "error: " in log), (stage, log[-3000:])
+        code, said = self.run(place, stage, **how)
+        assert code in (0, 1) and (code == 0 or "error: " in said), (stage, said[-3000:])
+        assert "Traceback" not in said, (stage, said[-3000:])
 
-    def start(self, place: Path, stage: str):
-        return self._forked(place, stage)
+    def start(self, place: Path, stage: str, **how) -> Started:
+        return self._forked(place, stage, **how)
 
     def undisturbed(self, work: Path) -> None:
         """Run all stages, and keep what was there before each."""
@@ -195,28 +221,39 @@ class Drill:
             self.before[stage] = self.folder / f"before-{stage}"
             shutil.copytree(work, self.before[stage], symlinks=True)
             start = time.monotonic()
-            assert self.run(work, stage) == 0, (work / f"{stage}.log").read_text()[-3000:]
+            code, said = self.run(work, stage)
+            assert code == 0, said[-3000:]
             self.seconds[stage] = time.monotonic() - start
             self.after[stage] = made(work)
             self.bytes[stage] = size(work) - size(self.before[stage])
         self.before["end"] = self.folder / "end"
         shutil.copytree(work, self.before["end"], symlinks=True)
 
-    def place(self, stage: str) -> Path:
-        """A fresh copy of what was there before a stage began; `end` is behind the last."""
-        work = self.folder / "work"
+    def place(self, stage: str, behind: bool = False) -> Path:
+        """A fresh copy of what was there before a stage began, or behind it; `end` is behind the last."""
+        order, work = [*STAGES, "end"], self.folder / "work"
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(self.before[stage], work, symlinks=True)
+        shutil.copytree(self.before[order[order.index(stage) + behind]], work, symlinks=True)
         return work
+
+    def cut(self, work: Path, stage: str, chance: random.Random) -> None:
+        """Cut in half one of the files that a stage made: one that it lists, or the weights of its last checkpoint."""
+        outputs = [work / of for of in read_json(work / f"runs/mine/{stage}/stage.json")["outputs"]]
+        if checkpoints := sorted((work / f"runs/mine/{stage}/checkpoints").glob("checkpoint-*"), key=step_of):
+            # One before the last, which nothing goes on from, is set aside and told, not trained again.
+            outputs = [of for of in outputs if step_of(of.parent) in (-1, step_of(checkpoints[-1]))]
+            outputs += [of for of in checkpoints[-1].iterdir() if of.suffix == ".safetensors"]
+        cut = chance.choice(outputs)
+        os.truncate(cut, cut.stat().st_size // 2)
 
     def check(self, work: Path, stage: str, fault: str) -> None:
         """Run the stage again and hold what it made against the undisturbed run."""
-        self.injected[fault] += 1
-        code = self.run(work, stage)
-        log = (work / f"{stage}.log").read_text(errors="replace")
-        assert code == 0, (stage, fault, log[-3000:])
+        code, said = self.run(work, stage)
+        assert code == 0, (stage, fault, said[-3000:])
         found, expected = made(work), self.after[stage]
-        differing = {name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)}
+        differing = {
+            name for name in found.keys() | expected.keys() if found.get(name, MISSING) != expected.get(name, MISSING)
+        }
         assert not differing, (stage, fault, {name: (found.get(name), expected.get(name)) for name in sorted(differing)[:4]})
         self.survived[fault] += 1
 
@@ -272,21 +309,21 @@ def test_stages_end_to_end(drill, monkeypatch):
         return {path: path.stat().st_mtime_ns for path in files}
 
     written = times()
-    assert [stage for stage in MAKERS if stage in STAGES and drill.run(work, stage)] == []
+    assert [stage for stage in MAKERS if stage in STAGES and drill.run(work, stage)[0]] == []
     assert times() == written
     Path("runs/mine/eval-ckpts/stage.json").unlink()
-    assert drill.run(work, "eval-ckpts") == 0  # the table again, but no score
+    assert drill.run(work, "eval-ckpts")[0] == 0  # the table again, but no score
     scores = [path for path in written if path.name.startswith("sft@")]
     assert scores and all(path.stat().st_mtime_ns == written[path] for path in scores)
 
     # A result that is gone is made again, which takes the training that made it.
     Path("runs/mine/results/linear_head@7.json").unlink()
-    assert drill.run(work, "linear-head") == 0 and made(work) == drill.after["predict"]
+    assert drill.run(work, "linear-head")[0] == 0 and made(work) == drill.after["predict"]
 
     # A checkpoint cut in half is set aside, and the table says so.
     half = Path("runs/mine/sft/checkpoints/checkpoint-4/model.safetensors")
     os.truncate(half, half.stat().st_size // 2)
-    assert drill.run(work, "sft") == drill.run(work, "eval-ckpts") == 0
+    assert drill.run(work, "sft")[0] == drill.run(work, "eval-ckpts")[0] == 0
     assert Path("runs/mine/sft/checkpoints/broken-checkpoint-4").exists()
     assert "| 4 | not scored: no whole checkpoint" in table.read_text()
 
@@ -295,7 +332,7 @@ def test_stages_end_to_end(drill, monkeypatch):
     before = sha256_file(weights)
     config = Path("sft.yaml").read_text()
     Path("sft.yaml").write_text(config.replace("learning_rate: 0.001", "learning_rate: 0.002"))
-    assert drill.run(work, "sft") == 0
+    assert drill.run(work, "sft")[0] == 0
     assert Path("runs/mine/sft/checkpoints.old/checkpoint-6").exists() and sha256_file(weights) != before
 
 
@@ -303,13 +340,18 @@ def test_stages_end_to_end(drill, monkeypatch):
 def test_a_killed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
     if stage in ("tfidf-all", "bert-all") and not pytestconfig.getoption("all_faults"):
         pytest.skip(f"the code is {stage.removesuffix('-all')}'s; make drill")
-    chance = random.Random(stage)
-    for _ in range(pytestconfig.getoption("kills")):
+    chance, killed = random.Random(stage), 0
+    for _ in range(3 * pytestconfig.getoption("kills")):
         work = drill.place(stage)
-        process = drill.start(work, stage)
-        time.sleep(chance.uniform(0, drill.seconds[stage]))
-        end(process)
-        drill.check(work, stage, "kill -9 at a random moment")
+        started = drill.start(work, stage)
+        time.sleep(chance.uniform(0, 0.9 * drill.seconds[stage]))
+        if started.kill():
+            killed += 1
+            drill.injected[KILL] += 1
+            drill.check(work, stage, KILL)
+        if killed == pytestconfig.getoption("kills"):
+            return
+    pytest.fail(f"{stage} is too fast: {killed} kills")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -317,31 +359,35 @@ def test_a_disturbed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
     if not pytestconfig.getoption("all_faults"):
         pytest.skip("takes long; make drill")
     chance = random.Random(stage)
+
+    def inject(fault: str, **where) -> Path:
+        drill.injected[fault] += 1
+        return drill.place(stage, **where)
+
     for _ in range(max(1, pytestconfig.getoption("kills") // 5)):
-        work = drill.place(stage)
+        work = inject("file-size limit")
         drill.run_short_of_room(work, stage, limit=int(10 ** chance.uniform(2, 6.5)))
         drill.check(work, stage, "file-size limit")
-        work = drill.place(stage)
+        work = inject("full file system")
         with small_disk(work, int(chance.uniform(0, drill.bytes[stage]))) as make_room:
             if make_room:
                 drill.run_short_of_room(work, stage)
                 make_room()
                 drill.check(work, stage, "full file system")
-    work = drill.place(stage)
+            else:
+                drill.injected["full file system"] -= 1
+    work = inject(FUTURE)
+    started = drill.start(work, stage, ignored=(signal.SIGINT, signal.SIGHUP))
+    time.sleep(drill.seconds[stage] / 2)
+    started.kill()
     for path in work.rglob("*"):
         os.utime(path, (4e9, 4e9), follow_symlinks=False)
-    assert drill.run(work, stage, ignored=(signal.SIGINT, signal.SIGHUP)) == 0
-    drill.check(work, stage, "times in the future, SIGINT and SIGHUP ignored")
+    drill.check(work, stage, FUTURE)
     if stage in MAKERS:
-        outputs = [work / of for of in read_json(work / f"runs/mine/{stage}/stage.json")["outputs"]]
-        # A checkpoint of SFT before the last, which nothing goes on from, is set aside and told, not trained again.
-        last = max(step_of(of.parent) for of in outputs)
-        cut = chance.choice([of for of in outputs if stage != "sft" or step_of(of.parent) == last])
-        os.truncate(cut, cut.stat().st_size // 2)
+        work = inject("an output cut in half", behind=True)
+        drill.cut(work, stage, chance)
         drill.check(work, stage, "an output cut in half")
-    work = drill.place(stage)
-    both = [drill.start(work, stage) for _ in range(2)]
-    for process in both:
-        process.join(300)
-    assert 0 in [process.exitcode for process in both], (work / f"{stage}.log").read_text()[-3000:]
+    work = inject("two at once")
+    for code, said in [started.wait() for started in [drill.start(work, stage) for _ in range(2)]]:
+        assert code == 0 or (code == 1 and "another process" in said and "Traceback" not in said), (stage, said[-3000:])
     drill.check(work, stage, "two at once")
