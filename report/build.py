@@ -17,23 +17,10 @@ from letterhead.figures import caption_of
 from letterhead.records import atomic_open, escape_markdown, read_json, sha256_file
 from letterhead.stage import Stage, run, stage_outputs
 from report import article, pictures
+from report.status import stages_of
 
 HERE = Path(__file__).parent
 TRAINED = ("sft", "bert", "bert_all", "linear_head", "sft_options")
-STAGES = (
-    "data",
-    "sft",
-    "eval-ckpts",
-    "zero-shot",
-    "tfidf",
-    "tfidf-all",
-    "bert",
-    "bert-all",
-    "linear-head",
-    "sft-think",
-    "sft-options",
-    "compare",
-)
 SHOWN_ROWS = 15
 SHOWN_CHARACTERS = 400
 WHAT_A_PICTURE_SHOWS = {
@@ -83,12 +70,6 @@ def main(experiment: Experiment) -> None:
                 file.write(environment().get_template(template).render(context | more))
         stage.finish([page, text, *paths.values()])
     print(f"{page} and REPORT.md beside it")
-
-
-def stages_of(experiment: Experiment) -> list[str]:
-    """The stages that the report is of, those of methods that are not compared left out."""
-    left_out = {compare.METHODS[name][0] for name in set(compare.METHODS) - set(compare.compared(experiment))}
-    return [name for name in STAGES if name not in left_out]
 
 
 def served(row: dict) -> str:

@@ -5,12 +5,12 @@ python -m report.status --experiment quick
 
 from importlib import import_module
 
+from eval import compare
 from letterhead.estimate import stage_seconds
 from letterhead.experiment import Experiment
 from letterhead.records import LetterheadError, read_json, write_json
 from letterhead.stage import ESTIMATE, ask, is_running, minutes, run
 from prep.fetch import is_there
-from report.build import stages_of
 
 # stage → the module that makes it, and what the module is told
 MAKERS = {
@@ -23,8 +23,8 @@ MAKERS = {
     "bert": ("baselines.train", ["bert"]),
     "bert-all": ("baselines.train", ["bert_all"]),
     "linear-head": ("baselines.train", ["linear_head"]),
-    "sft-options": ("baselines.train", ["sft_options"]),
     "sft-think": ("eval.sft_think", []),
+    "sft-options": ("baselines.train", ["sft_options"]),
     "compare": ("eval.compare", []),
     "report": ("report.build", []),
 }
@@ -53,6 +53,12 @@ def main(experiment: Experiment) -> None:
     again = f" and {len(experiment.seeds) - 1} further trainings of every method" if len(experiment.seeds) > 1 else ""
     how_long = f", {minutes(left)}{again}" if seconds else ""
     print(f"next: {to_do[0]}; make report EXP={experiment.name} makes what is missing{how_long}", flush=True)
+
+
+def stages_of(experiment: Experiment) -> list[str]:
+    """The stages that the report is of, those of methods that are not compared left out."""
+    left_out = {compare.METHODS[name][0] for name in set(compare.METHODS) - set(compare.compared(experiment))}
+    return [name for name in MAKERS if name not in left_out | {"report"}]
 
 
 def state(experiment: Experiment, name: str, before: dict[str, str]) -> str:

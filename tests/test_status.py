@@ -120,3 +120,9 @@ def test_what_tools_read_from_the_environment_may_stand_on_the_command_line():
 def test_an_experiment_may_be_named_with_its_ending():
     shown = subprocess.run(["make", "-pn", "help", "EXP=smoke.yaml"], cwd=ROOT, capture_output=True, text=True).stdout
     assert re.search(r"^EXP .*= smoke$", shown, re.MULTILINE)
+
+
+def test_the_stages_are_made_as_the_makefile_makes_them():
+    recipes = (ROOT / "Makefile").read_text()
+    for module, told in status.MAKERS.values():
+        assert " ".join([f"$(RUN) {module}", *told, "$(STAGE)"]) in recipes, module
