@@ -19,7 +19,7 @@ from letterhead.stage import Stage
 from prep import data
 from report import article, build
 from tests.browser import Browser, needs_browser
-from tests.conftest import ROOT
+from tests.conftest import ROOT, experiment_maker
 from tests.test_prompt import write_csv
 
 LABELS = ["World", "<u>Sports</u>", "Sci|Tech $_$"]
@@ -106,9 +106,19 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
     return first
 
 
+@pytest.fixture(scope="module")
+def compared_once(fetched, tiny_models, tmp_path_factory):
+    """The folder of an experiment that was compared and reported, to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := tmp_path_factory.mktemp("compared"))
+        drawn(experiment_maker(fetched, tiny_models), validation=60)
+    return folder
+
+
 @pytest.fixture
-def compared(make_experiment):
-    return drawn(make_experiment, validation=60)
+def compared(compared_once, workplace):
+    shutil.copytree(compared_once, workplace, dirs_exist_ok=True)
+    return load_experiment("mine")
 
 
 def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_described(compared):
