@@ -138,7 +138,7 @@ def made(place: Path) -> dict:
             outputs = [of for of in record["outputs"] if Path(of).suffix not in ONLY_THERE]
             found[name] = without_times(record | {"outputs": sorted(outputs)})
         elif path.suffix == ".jsonl":
-            found[name] = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+            found[name] = [without_times(json.loads(line)) for line in path.read_text().rstrip("\n").split("\n") if line]
         else:
             found[name] = without_times(json.loads(path.read_text())) if path.suffix == ".json" else sha256_file(path)
     return found
