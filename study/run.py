@@ -395,20 +395,27 @@ def draw_against_rows(path: Path, caption: str, study: Study, found: list[dict],
 
 
 def draw_arms(path: Path, caption: str, study: Study, found: list[dict], untrained: dict[str, float]) -> None:
-    """Macro F1 of each arm, with its interval and every training; dashed lines untrained."""
+    """Macro F1 of each arm, with its interval and every training; dashed lines untrained, or, where they would squeeze the
+    arms, in words."""
     arms = found[0]["arms"]
     figure, axes = plt.subplots(figsize=(8.5, 1.4 + 0.45 * len(arms)), layout="constrained")
     for y, of in enumerate(arms.values()):
         axes.plot(of["f1_macro_ci95"], [y, y], color="tab:blue", linewidth=2)
         axes.plot([training["f1_macro"] for training in of["trainings"]], [y] * len(of["trainings"]), ".", color="grey")
         axes.plot(of["f1_macro"], y, "o", color="tab:blue")
+    low, high = axes.get_xlim()
+    label = "macro F1 on test rows, 95 % interval; each training a dot"
     for method, style in zip(UNTRAINED, ("--", ":"), strict=True):
-        axes.axvline(untrained[method], linestyle=style, color="grey", linewidth=1, label=compare.METHODS[method][2])
+        title, value = compare.METHODS[method][2], untrained[method]
+        if 2 * low - high < value < 2 * high - low:
+            axes.axvline(value, linestyle=style, color="grey", linewidth=1, label=title)
+            axes.legend(fontsize=8, loc="best")
+        else:
+            label += f"\n{title}: {value:.3f}, not drawn"
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
-    axes.set(title=study.title, xlabel="macro F1 on test rows, 95 % interval; each training a dot")
+    axes.set(title=study.title, xlabel=label)
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8, loc="best")
     save(figure, path, caption)
 
 
