@@ -9,6 +9,7 @@ import argparse
 import errno
 import fcntl
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from letterhead.devices import choose_devices
 from letterhead.experiment import Experiment, load_experiment
@@ -254,7 +257,10 @@ def telling() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run again to go on from here")
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' errors are no OSErrors
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number not in NO_ROOM:
             raise
-        sys.exit(f"error: {error.filename or 'disk'}: {error.strerror}; make room and run again, nothing is half-written")
+        place = getattr(error, "filename", None) or "disk"
+        sys.exit(f"error: {place}: {os.strerror(number)}; make room and run again, nothing is half-written")
