@@ -41,7 +41,7 @@ settings.load_profile("few")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="of each stage, at random moments")
+    parser.addoption("--kills", type=int, default=1, help="of each stage, at random moments")
     parser.addoption("--all-faults", action="store_true", help="disturb each stage in other ways, too")
 
 

@@ -1,7 +1,7 @@
 """Every stage, end to end, and disturbed in every way that we can think of and run again: its files are those of an
 undisturbed run.
 
-The tests kill each stage three times; `make drill` twenty times, adds the other faults, and prints the counts. A stage runs
+The tests kill each stage once; `make drill` twenty times, adds the other faults, and prints the counts. A stage runs
 in a process that is forked where the libraries are imported already, so that a kill and a second run take seconds.
 """
 

@@ -106,6 +106,7 @@ def write_qwen(path: Path, tokenizer) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 def test_a_gguf_is_tied_and_keeps_its_own_control_tokens(workplace, qwen3_tokenizer):
     write_qwen(path := Path("whole.gguf"), qwen3_tokenizer)
     part = packed("part", "part/data.bin", path.read_bytes())

@@ -66,6 +66,7 @@ def test_chinese_headlines_with_fourteen_classes(make_experiment):
     assert card["shared_with_train"]["test"] == sum(row["text"].strip() in trained for row in read["test"]) == 38
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_die_with_their_parent(make_experiment, tiny_models, tmp_path):
     write_csv("rows.csv", nasty_rows(140))
     for folder in tiny_models.values():  # dropout draws other numbers in each process

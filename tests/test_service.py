@@ -119,6 +119,7 @@ def test_vllm_classifies_with_the_folded_model_as_the_scorer_does(served):
     assert np.abs(np.array([p for _, p in told]) - scores.probabilities("sum")).max() < 1e-4
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_thoughts_that_vllm_generates_go_on_row_by_row_behind_a_kill(served, monkeypatch):
     """The route of a GPU, on the CPU's vLLM: `engine` decides, and is patched."""
