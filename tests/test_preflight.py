@@ -54,6 +54,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(fetched, workplace, qwen3_tokenizer, name):
     kind, shape, how = SHAPES[name]
