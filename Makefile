@@ -41,8 +41,8 @@ $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(if $(NEAR),write $(NEAR)=,choo
 $(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)), which Python's environments do not bear; move it))
 override EXP := $(if $(wildcard experiments/$(EXP)),$(basename $(EXP)),$(EXP))
 
-# Experiments whose data no package and no hub has
 EXPERIMENTS = $(basename $(notdir $(wildcard experiments/*.yaml)))
+# Those whose data no package and no hub has
 FROM_FILES = $(basename $(notdir $(shell grep -lE '^  source: [^:]*$$' experiments/*.yaml)))
 
 help: ## print this list
@@ -200,7 +200,7 @@ lint: $(READY) ## lint and format in place
 smoke: $(READY) ## the whole pipeline and the bench on 64 rows: minutes, for CI
 	@$(MAKE) bench EXP=smoke
 
-drill: $(READY) ## disturb every stage in every way, 20 kills each, and hold what it ends with against an undisturbed run
+drill: $(READY) ## disturb every stage of a report, 20 kills each, and hold what it ends with against an undisturbed run
 	@$(RUN) pytest -s tests/test_drill.py --kills 20 --all-faults
 
 tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1

@@ -149,8 +149,9 @@ def peak_memory() -> dict[str, int]:
     import torch
 
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    if (status := Path("/proc/self/status")).exists():  # getrusage counts what its starter held before exec, too
-        own = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    status = Path("/proc/self/status")  # getrusage counts what its starter held before exec, too
+    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        own = int(peak[1])
     peak = {"peak_memory_mb": max(own, children) // (1 if sys.platform == "linux" else 1024) // 1024}
     if torch.cuda.is_available():
         peak["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
