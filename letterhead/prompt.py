@@ -38,11 +38,16 @@ def option_texts(prompt: Prompt, labels: list[str]) -> list[str]:
     return list(LETTERS[: len(labels)]) if prompt.options == "letters" else labels
 
 
+# Chinese and Japanese write no spaces: each character counts as a word, as word processors count.
+UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+
+
 def keep_words(text: str, words: int | None) -> str:
-    """The text through its `words`-th whitespace-separated word, spacing untouched."""
+    """The text through its `words`-th word, spacing untouched."""
     if words is None:
         return text
-    for number, word in enumerate(re.finditer(r"\S+", text), 1):
+    for number, word in enumerate(WORD.finditer(text), 1):
         if number == words:
             return text[: word.end()]
     return text

@@ -187,7 +187,14 @@ def is_there(model: Model, folder: Path) -> bool:
         return True
     record = read_json(folder / "letterhead_source.json") or {}
     files = record.get("sha256", {})
-    return record.get("source") == model_source(model) and not any(safetensors_error(folder / name) for name in files)
+    return record.get("source") == model_source(model) and all(is_whole(folder / name, files[name]) for name in files)
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether a fetched file is as it came; of weights, which take seconds to read, only that nothing was cut off."""
+    if path.suffix == ".safetensors":
+        return not safetensors_error(path)
+    return path.is_file() and sha256_file(path) == sha256
 
 
 def fetch_model(model: Model, folder: Path) -> None:
@@ -224,7 +231,7 @@ def fetch_model(model: Model, folder: Path) -> None:
                 shutil.copytree(fetched, temporary, dirs_exist_ok=True)
         if not list(temporary.glob("*.safetensors")):
             raise LetterheadError(f"{source}: holds no safetensors file; other weight formats can run code and are refused")
-        hashes = {file.name: sha256_file(file) for file in sorted(temporary.glob("*.safetensors"))}
+        hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir()) if file.is_file()}
         write_json(temporary / "letterhead_source.json", {"source": model_source(model), "sha256": hashes})
 
 

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from letterhead.estimate import stage_seconds
 from letterhead.experiment import LETTERS, Columns, Data, load_experiment
-from letterhead.prompt import keep_words
+from letterhead.prompt import WORD, keep_words
 from letterhead.records import LetterheadError, atomic_open, read_json
 from letterhead.stage import minutes, telling
 from prep import data
@@ -51,10 +51,9 @@ SHOWN = 20
 DECODER_STEPS, ENCODER_STEPS = 100, 200  # with fewer SmolLM2 and MiniLM had not learnt the demo's task
 HEAD_BATCH, MOST_EPOCHS = 16, 20
 MAX_WORDS = 64
+FEW_ROWS, BATCH = 400, 4  # for the LLM
 ENGLISH = {
     "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name larger ones",
-    "rows": 400,
-    "batch": 4,
     "rate": 2e-4,
     "encoder_rate": 2e-4,
     "sft": "llamafactory_configs/smollm2_135m_full_sft.yaml",
@@ -64,8 +63,6 @@ ENGLISH = {
 }
 CHINESE = {
     "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which reads it character by character",
-    "rows": 800,
-    "batch": 8,
     "rate": 2e-5,
     "encoder_rate": 5e-5,
     "sft": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
@@ -240,9 +237,9 @@ def decide(name: str, path: str, text: str | list[str], label: str, said: list[s
     rows = read_rows(Data(source=path, columns=columns, labels=["a", "b"]))
     whole = [row for row in rows if not row.fault and isinstance(row.text, str) and row.text.strip()]
     whole = [row for row in whole if row.label is not None and str(row.label).strip()]
-    words = sorted(len(row.text.split()) for row in whole) or [0]
+    words = sorted(len(WORD.findall(row.text)) for row in whole) or [0]
     chinese = sum(bool(HAN.search(row.text)) for row in whole) > len(whole) / 2
-    cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS and not chinese else None
+    cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS else None
     distinct = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}.values()
     labels = Counter(str(row.label).strip() for row in distinct)
     listed = ", ".join(f"{of} {n:,}" for of, n in labels.most_common(SHOWN)) + (" …" if len(labels) > SHOWN else "")
@@ -278,18 +275,19 @@ def decide(name: str, path: str, text: str | list[str], label: str, said: list[s
     said.append(f"options: {'letters' if letters else 'names'}, since {reason}")
     if cut:
         values["max_words"] = cut
-        said.append(f"texts: the first {cut} words (half have more than {words[len(words) // 2]}), for time")
+        unit = "characters" if chinese else "words"
+        said.append(f"texts: the first {cut} {unit} (half have more than {words[len(words) // 2]}), for time")
     models = CHINESE if chinese else ENGLISH
-    batch, shared = models["batch"], min(models["rows"], train)
-    epochs = min(MOST_EPOCHS, math.ceil(DECODER_STEPS * batch / shared))
+    shared = min(FEW_ROWS, train)
+    epochs = min(MOST_EPOCHS, math.ceil(DECODER_STEPS * BATCH / shared))
     head_epochs = min(MOST_EPOCHS, max(2, math.ceil(ENCODER_STEPS * HEAD_BATCH / train)))
     said.append(f"models: {models['why']}")
     said.append(
         f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
-        f"({epochs * math.ceil(shared / batch)} steps); BERT and TF-IDF on the same"
+        f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same"
         + (f", and once more on all {train:,}" if train > shared else "")
     )
-    head = {"per_device_train_batch_size": batch, "eval_steps": 0.5}
+    head = {"per_device_train_batch_size": BATCH, "eval_steps": 0.5}
     return {
         "title": f"{name}, {len(kept)} classes",
         "data": values,
@@ -297,7 +295,10 @@ def decide(name: str, path: str, text: str | list[str], label: str, said: list[s
         "decoder": {
             **models["decoder"],
             "train_rows": shared,
-            "sft": {"config": models["sft"], "overrides": {"num_train_epochs": epochs}},
+            "sft": {
+                "config": models["sft"],
+                "overrides": {"num_train_epochs": epochs, "per_device_train_batch_size": BATCH},
+            },
             "head": {"learning_rate": models["rate"], "num_train_epochs": epochs} | head,
         },
         "encoder": {

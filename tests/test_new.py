@@ -74,11 +74,14 @@ def test_many_classes_are_answered_by_name_and_rare_ones_left_out(written):
 
 def test_chinese_texts_get_models_that_read_them(written):
     write_csv(
-        "zh.csv", [("正面" if i % 2 else "负面", f"这是第{i}条评论，内容还不错") for i in range(200)], ("kind", "content")
+        "zh.csv",
+        [("正面" if i % 2 else "负面", f"第{i}条评论" + "内容还不错" * 20) for i in range(200)],
+        ("kind", "content"),
     )
     experiment = written("zh.csv")
     assert experiment.decoder.folder.name.startswith("Qwen2.5") and "{text}" in experiment.prompt.template
     assert experiment.data.columns.text == "content" and experiment.prompt.answer_prefix == ""
+    assert experiment.data.max_words == 64 and experiment.sft_arguments()["per_device_train_batch_size"] == 4
 
 
 def test_a_folder_names_its_labels_and_few_rows_are_trained_on_longer(written):

@@ -224,10 +224,11 @@ def test_a_model_whose_download_breaks_off_is_fetched_again(tiny_models, workpla
     assert broken.returncode == 1 and "error: hf:me/bert: cannot be fetched" in broken.stderr, broken.stderr
     assert "Traceback" not in broken.stderr and not folder.exists()
     monkeypatch.setattr(ModelHub, "dies", False)
-    for _ in range(2):  # the second time a file has been cut off since
+    for damaged in (None, "model.safetensors", "tokenizer.json", "config.json"):
+        if damaged:
+            os.truncate(folder / damaged, 100)
         assert (whole := fetched()).returncode == 0, whole.stderr
-        assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
-        os.truncate(folder / "model.safetensors", 100)
+        assert {name: (folder / name).read_bytes() for name in files} == files
     server.shutdown()
 
 
