@@ -265,7 +265,9 @@ def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> 
     if dtype != "float32":  # vLLM's own default is the model's dtype for a generating model
         options += ["--hf-overrides", json.dumps({"head_dtype": "float32"})]
     if not gpu:
-        return [*options, "--enforce-eager"]  # compiling takes minutes on a CPU
+        # Compiling takes minutes. A prompt cut in two ends vLLM 0.32 on a CPU if its request has a seed: "CPU Generator does
+        # not use offset" (v1/worker/gpu_model_runner.py, _bookkeeping_sync).
+        return [*options, "--enforce-eager", "--no-enable-chunked-prefill"]
     options += ["--gpu-memory-utilization", str(gpu_memory)]
     return [*options, "--data-parallel-size", str(processes)] if processes > 1 else options
 

@@ -88,6 +88,10 @@ def test_vllm_answers_as_the_scorer_does_and_outlives_its_clients(served):
         assert ask_all(server, service.generate_route(taught), asked[:1]) == [(1, None)]
         assert all(server.phases()[phase] > before[phase] for phase in service.PHASES)
 
+        # More prompts with a seed at once than a batch has tokens for; none may be cut in two.
+        sampled = service.sampled_route(1, [], {"temperature": 1.0, "seed": 1})
+        assert all(ask_all(server, sampled, [(ids[0] * 10)[:500]] * 6))
+
         with pytest.raises(httpx.ReadTimeout):
             long = {"model": service.NAME, "prompt": ids[0], "max_tokens": 300, "ignore_eos": True}
             httpx.post(f"{server.url}/v1/completions", json=long, timeout=0.5)
