@@ -15,13 +15,17 @@ from tqdm import tqdm
 
 from letterhead import results
 from letterhead.experiment import Experiment
+from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import PromptEncoder, load_prompt_encoder, read_answer
 from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_json, whole_lines, write_jsonl
 from letterhead.stage import Stage, run, stage_outputs
 from letterhead.teacher import Teacher
 
 # What the teacher is told besides the question; the student is not.
-HOW = "\n\nThink it over briefly inside <think> and </think>. Then write the chosen option alone on the last line."
+HOW = (
+    "\n\nBefore you answer, say in one or two short sentences what the text is about and which option that speaks for. "
+    'Then write "Answer:" and the chosen option on the last line.'
+)
 # What decides which rows are asked and how often, and not what the teacher says.
 LIMITS = {"concurrency", "requests_per_minute", "price_of_prompts", "price_of_replies", "key", "endpoint"}
 
@@ -121,8 +125,7 @@ async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]
                 if row["id"] not in right and (row["id"], number) not in tried
             ]
             async for (row_id, _), reply in teacher.ask_all(asked):
-                last = (reply.answer.splitlines() or [""])[-1]
-                option, _ = read_answer(f"</think>{last}", True, encoder.options)
+                option = chosen(encoder, (reply.answer.splitlines() or [""])[-1])
                 right_one = reply.ended and bool(reply.thought) and option == truth[row_id]
                 one = {"id": row_id, "try": number, "right": right_one, **vars(reply)}
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
@@ -132,6 +135,12 @@ async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]
                     right.add(row_id)
                     bar.update()
     return done
+
+
+def chosen(encoder: PromptEncoder, last: str) -> int:
+    """The option that a last line names, or NO_ANSWER: by its label, as a teacher that talks does, else by its letter."""
+    read = (read_answer(f"</think>{last}", True, names)[0] for names in (encoder.labels, encoder.options))
+    return next((option for option in read if option != NO_ANSWER), NO_ANSWER)
 
 
 def alpaca(encoder: PromptEncoder, row: dict, one: dict) -> dict:

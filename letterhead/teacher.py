@@ -7,6 +7,7 @@ that came is on disk before the next is awaited.
 import asyncio
 import os
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ LONGEST_RETRY_AFTER_S = 300.0
 BUSY = (408, 409, 425, 429)
 # Refused is this question (too long, or not to the endpoint's taste), and others may do.
 REFUSED = (400, 413, 422)
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?!$)|\s*\n\s*")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Teacher:
 
 def read_reply(reply: dict) -> Reply:
     """A completion's thought and answer: a field of their own where the endpoint has one (`reasoning_content`, or vLLM's
-    `reasoning`), else what stands in <think> and </think>; a reply with neither is all thought but for its last line."""
+    `reasoning`), else what stands in <think> and </think>; a reply with neither is all thought but for its last sentence."""
     choice, usage = reply["choices"][0], reply.get("usage") or {}
     message = choice["message"]
     text, thought = message["content"] or "", message.get("reasoning_content") or message.get("reasoning")
@@ -133,7 +135,9 @@ def read_reply(reply: dict) -> Reply:
         if closed:
             thought, text = before.partition("<think>")[2] if "<think>" in before else before, rest
         else:
-            thought, _, text = text.strip().rpartition("\n")
+            text = text.strip()
+            last = max((gap.end() for gap in SENTENCE_GAP.finditer(text)), default=0)
+            thought, text = text[:last], text[last:]
     return Reply(
         thought.strip(),
         text.strip(),

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from eval import sft_think
 from eval.score import score_model, split_prompts
 from letterhead import results, teacher
 from letterhead.experiment import Distill
+from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, read_jsonl
 from letterhead.stage import Stage, stage_outputs
@@ -193,6 +195,8 @@ def test_another_experiments_teacher_is_not_asked_again(taught, make_experiment)
         (completion("B", reasoning_content="hm"), "hm", "B"),
         (completion("B", reasoning="hm"), "hm", "B"),
         (completion("First this,\nthen that.\nB"), "First this,\nthen that.", "B"),
+        (completion("It is a match. So it is Sports."), "It is a match.", "So it is Sports."),
+        (completion("讲的是比赛。所以是体育。"), "讲的是比赛。", "所以是体育。"),
         (completion("B"), "", "B"),
         (completion("<think></think>B"), "", "B"),
         ({"choices": completion("hm</think>B")["choices"]}, "hm", "B"),  # without usage
@@ -202,6 +206,13 @@ def test_the_thought_is_found_where_endpoints_put_it(reply, thought, answer):
     read = read_reply(reply)
     assert (read.thought, read.answer, read.ended) == (thought, answer, True)
     assert not read_reply(completion("hm", finish="length")).ended
+
+
+@pytest.mark.parametrize(
+    ("last", "option"), [("Answer: B", 1), ("B. Sports", 1), ("A good fit is sports.", 1), ("(A)", 0), ("Neither", -1)]
+)
+def test_an_option_is_read_by_its_label_or_its_letter(last, option):
+    assert NO_ANSWER == -1 and teach.chosen(SimpleNamespace(labels=["World", "Sports"], options=["A", "B"]), last) == option
 
 
 def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch):
