@@ -23,7 +23,10 @@ free_gb=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 
 echo "setup: building $environment from $lock (about $((need_gb - 1)) GB, minutes)"
 "$python" -m venv "$environment"
-# --no-deps: the lock names everything, so pip has nothing to resolve, only hashes to check.
-"$environment/bin/pip" install -qq --disable-pip-version-check --no-deps --require-hashes -r "$lock" ||
-    die "pip could not install $lock (its message is above); mend that and run again"
+# --no-deps: the lock names everything, so pip has nothing to resolve, only hashes to check. What has no wheel is built by what
+# build.txt locks, not by what the index has newest.
+for locked in requirements/build.txt "$lock"; do
+    "$environment/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --require-hashes -r "$locked" ||
+        die "pip could not install $locked (its message is above); mend that and run again"
+done
 touch "$stamp"

@@ -407,6 +407,8 @@ def draw_arms(path: Path, caption: str, study: Study, found: list[dict], untrain
     label = "macro F1 on test rows, 95 % interval; each training a dot"
     for method, style in zip(UNTRAINED, ("--", ":"), strict=True):
         title, value = compare.METHODS[method][2], untrained[method]
+        if any(method in study.methods_of(cell) for cell in study.all_cells):
+            continue  # an arm of its own
         if 2 * low - high < value < 2 * high - low:
             axes.axvline(value, linestyle=style, color="grey", linewidth=1, label=title)
             axes.legend(fontsize=8, loc="best")
@@ -414,7 +416,8 @@ def draw_arms(path: Path, caption: str, study: Study, found: list[dict], untrain
             label += f"\n{title}: {value:.3f}, not drawn"
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
-    axes.set(title=study.title, xlabel=label)
+    axes.set_xlabel(label)
+    figure.suptitle(study.title)  # over the arms' names, too, which may be long
     axes.grid(alpha=0.3, axis="x")
     save(figure, path, caption)
 
