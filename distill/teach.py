@@ -8,6 +8,7 @@ behind it. data/EXPERIMENT/distilled.jsonl holds the right ones in LLaMA-Factory
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from letterhead import results
 from letterhead.experiment import Experiment
 from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import PromptEncoder, load_prompt_encoder, read_answer
+from letterhead.prompt import PromptEncoder, load_prompt_encoder, options_named
 from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_json, whole_lines, write_jsonl
 from letterhead.stage import Stage, run, stage_outputs
 from letterhead.teacher import Teacher
@@ -125,7 +126,7 @@ async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]
                 if row["id"] not in right and (row["id"], number) not in tried
             ]
             async for (row_id, _), reply in teacher.ask_all(asked):
-                option = chosen(encoder, (reply.answer.splitlines() or [""])[-1])
+                option = chosen(encoder, reply.answer)
                 right_one = reply.ended and bool(reply.thought) and option == truth[row_id]
                 one = {"id": row_id, "try": number, "right": right_one, **vars(reply)}
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
@@ -137,10 +138,14 @@ async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]
     return done
 
 
-def chosen(encoder: PromptEncoder, last: str) -> int:
-    """The option that a last line names, or NO_ANSWER: by its label, as a teacher that talks does, else by its letter."""
-    read = (read_answer(f"</think>{last}", True, names)[0] for names in (encoder.labels, encoder.options))
-    return next((option for option in read if option != NO_ANSWER), NO_ANSWER)
+def chosen(encoder: PromptEncoder, answer: str) -> int:
+    """The one option that an answer names, by its letter, its label or both; NO_ANSWER where it names several, or none."""
+    alone = re.match(r"\W*([A-Za-z])(?=[\W_]*$|[.):,])", answer)
+    said = [options_named(answer, encoder.labels)]
+    if alone or not said[0]:
+        said.append(options_named(alone[1] if alone else answer, encoder.options))
+    named = {option for of in said for option in of}
+    return named.pop() if len(named) == 1 else NO_ANSWER
 
 
 def alpaca(encoder: PromptEncoder, row: dict, one: dict) -> dict:

@@ -39,7 +39,7 @@ def option_texts(prompt: Prompt, labels: list[str]) -> list[str]:
 
 
 # Chinese and Japanese write no spaces: each character counts as a word, as word processors count.
-UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"
+UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
@@ -257,9 +257,15 @@ def read_answer(text: str, ended: bool, options: list[str]) -> tuple[int, str]:
         if not ended or "<think>" in text:
             return NO_ANSWER, "unfinished"
         rest = text
+    named = options_named(rest, options)
+    return (named[0], "answered") if named else (NO_ANSWER, "unparsed")
+
+
+def options_named(text: str, options: list[str]) -> list[int]:
+    """The numbers of the options that a text names, in its order; letters as they are written, names in any case."""
     letters = all(len(option) == 1 for option in options)
     longest = sorted(range(len(options)), key=lambda i: -len(options[i]))
     names = "|".join(f"({re.escape(options[i])})" for i in longest)
     # Edges of ASCII words only: other scripts write no spaces.
-    found = re.search(rf"(?<![A-Za-z0-9_])(?:{names})(?![A-Za-z0-9_])", rest, 0 if letters else re.IGNORECASE)
-    return (longest[found.lastindex - 1], "answered") if found else (NO_ANSWER, "unparsed")
+    found = re.finditer(rf"(?<![A-Za-z0-9_])(?:{names})(?![A-Za-z0-9_])", text, 0 if letters else re.IGNORECASE)
+    return [longest[match.lastindex - 1] for match in found]

@@ -156,6 +156,11 @@ class VllmServer:
         options += ["--runner", runner, "--max-model-len", str(max_model_len), "--no-enable-prefix-caching"]
         options += ["--generation-config", "vllm"]  # the checkpoint's own may hold a penalty that the evaluation has not
         options += device_options(gpu, dtype, gpu_memory, processes)
+        if runner == "generate" and not gpu:
+            # A prompt cut in two ends vLLM 0.32 on a CPU if its request has a seed: "CPU Generator does not use offset"
+            # (v1/worker/gpu_model_runner.py, _bookkeeping_sync). vLLM warns that whole prompts may give wrong answers; ours
+            # are held against the scorer's.
+            options.append("--no-enable-chunked-prefill")
         # Not `vllm serve`: in the build for the CPU that command looks for its own version under the wrong name, and ends.
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -265,9 +270,7 @@ def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> 
     if dtype != "float32":  # vLLM's own default is the model's dtype for a generating model
         options += ["--hf-overrides", json.dumps({"head_dtype": "float32"})]
     if not gpu:
-        # Compiling takes minutes. A prompt cut in two ends vLLM 0.32 on a CPU if its request has a seed: "CPU Generator does
-        # not use offset" (v1/worker/gpu_model_runner.py, _bookkeeping_sync).
-        return [*options, "--enforce-eager", "--no-enable-chunked-prefill"]
+        return [*options, "--enforce-eager"]  # compiling takes minutes on a CPU
     options += ["--gpu-memory-utilization", str(gpu_memory)]
     return [*options, "--data-parallel-size", str(processes)] if processes > 1 else options
 

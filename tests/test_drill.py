@@ -366,6 +366,7 @@ def test_a_killed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
             drill.injected[KILL] += 1
             drill.check(work, stage, KILL)
         else:
+            assert started.process.exitcode == 0, f"{stage} fails by itself"
             longest *= 0.8  # it was slower when its time was taken
             assert longest > 0.01, f"{stage} ends before it can be killed"
 
