@@ -27,7 +27,7 @@ def trl():
 
 class Rewards:
     """What an answer is worth: 1 for the right option, and 1 for one that is finished: it ended by itself, and holds, after
-    at most one closed thought, an option and nothing else.
+    one closed thought that says something (or, where none is asked for, at most one), an option and nothing else.
 
     Parameters
     ----------
