@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from letterhead.checkpoints import model_identity
 from letterhead.experiment import Data, Experiment, Rows
-from letterhead.prompt import PromptEncoder, keep_words, load_prompt_encoder
+from letterhead.prompt import WORD, PromptEncoder, keep_words, load_prompt_encoder
 from letterhead.records import LetterheadError, atomic_open, exclusive, read_jsonl, sha256_file, write_json
 from letterhead.stage import OFFLINE, Stage, run
 from letterhead.tfidf import TOKEN
@@ -63,6 +63,7 @@ def main(experiment: Experiment) -> None:
         "licenses": [experiment.decoder.license, experiment.encoder.license],
         "files": FILES,
         "card": CARD,
+        "words": data.max_words and WORD.pattern,
     }
     stage = Stage(experiment, "data", inputs)
     if stage.has_other_inputs() and experiment.results_folder.exists():
