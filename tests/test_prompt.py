@@ -55,7 +55,7 @@ THINKING = {
 @pytest.mark.parametrize("thinking", THINKING)
 @pytest.mark.parametrize("decoder", ["smollm2", "qwen3"])
 def test_scored_ids_are_the_ids_llamafactory_trains_on(make_experiment, decoder, thinking, options):
-    write_csv("rows.csv", nasty_rows(306))
+    write_csv("rows.csv", nasty_rows(126))
     keys, prefix = THINKING[thinking]
     prompt = {"options": options, "answer_prefix": prefix}
     experiment = make_experiment("rows.csv", LABELS, decoder=decoder, sft=keys, prompt=prompt)
@@ -69,7 +69,7 @@ def test_scored_ids_are_the_ids_llamafactory_trains_on(make_experiment, decoder,
     trained = get_dataset(template, model_args, data_args, training_args, "sft", tokenizer)["train_dataset"]
 
     rows = list(read_jsonl(experiment.data_folder / "train.jsonl"))
-    assert len(trained) == len(rows) == 300
+    assert len(trained) == len(rows) == 120
     for row, example in zip(rows, trained, strict=True):
         prompt_ids, answer = encoder.encode(row["text"]), encoder.answers[LABELS.index(row["label"])]
         assert prompt_ids + answer.ids == example["input_ids"]
