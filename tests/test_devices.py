@@ -143,10 +143,7 @@ def test_vllm_on_a_gpu_compiles_no_sampler_leaves_memory_and_projects_in_float32
     assert options[options.index("--data-parallel-size") + 1] == "2" and "--enforce-eager" not in options
     assert json.loads(options[options.index("--hf-overrides") + 1]) == {"head_dtype": "float32"}
     on_cpu = service.device_options(False, "float32", 0.8, 2)
-    assert "--enforce-eager" in on_cpu and not {
-        "--gpu-memory-utilization",
-        "--hf-overrides",
-    } & set(on_cpu)
+    assert "--enforce-eager" in on_cpu and not {"--gpu-memory-utilization", "--hf-overrides"} & set(on_cpu)
 
 
 def test_what_triton_compiles_with_is_named_where_it_is_missing(tmp_path, monkeypatch):

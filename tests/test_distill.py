@@ -216,15 +216,16 @@ def test_the_thought_is_found_where_endpoints_put_it(reply, thought, answer):
 @pytest.mark.parametrize(
     ("answer", "option"),
     [
-        *[
-            ("B", 1),
-            ("** B. Sports", 1),
-            ("A good fit is sports.", 1),
-            ("(A)", 0),
-            ("I say A", 0),
-            ("B (Sports). I hope so!", 1),
-        ],
-        *[("Neither", NO_ANSWER), ("B, not World", NO_ANSWER), ("World or Sports", NO_ANSWER), ("A. Sports", NO_ANSWER)],
+        ("B", 1),
+        ("** B. Sports", 1),
+        ("A good fit is sports.", 1),
+        ("(A)", 0),
+        ("I say A", 0),
+        ("B (Sports). I hope so!", 1),
+        ("Neither", NO_ANSWER),
+        ("B, not World", NO_ANSWER),
+        ("World or Sports", NO_ANSWER),
+        ("A. Sports", NO_ANSWER),
     ],
 )
 def test_an_answer_names_one_option_by_its_letter_its_label_or_both(answer, option):
