@@ -19,11 +19,13 @@ PREFLIGHT ?= yes
 MAKEFLAGS += --no-print-directory
 
 LOCK := requirements/train.txt
-READY := .venv/.ready-$(shell sha256sum $(LOCK) 2>/dev/null | cut -c1-16)
 LOCKS_SERVE := requirements/serve-cpu.txt requirements/serve-gpu.txt
 LOCK_SBOM := requirements/sbom.txt
-READY_SBOM := .venv-sbom/.ready-$(shell sha256sum $(LOCK_SBOM) 2>/dev/null | cut -c1-16)
-READY_SERVE := .venv-serve/.ready-$(shell cat $(LOCKS_SERVE) 2>/dev/null | sha256sum | cut -c1-16)
+# An environment's stamp holds its locks' sha256, so that other locks build it anew.
+stamp = $(1)/.ready-$(shell cat requirements/build.txt $(2) 2>/dev/null | sha256sum | cut -c1-16)
+READY := $(call stamp,.venv,$(LOCK))
+READY_SBOM := $(call stamp,.venv-sbom,$(LOCK_SBOM))
+READY_SERVE := $(call stamp,.venv-serve,$(LOCKS_SERVE))
 # What is freed stays with the process, in huge pages: page faults cost a training on a CPU a third of its time. (glibc's own
 # variable; elsewhere nobody reads it.)
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
