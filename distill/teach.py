@@ -20,7 +20,7 @@ from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import PromptEncoder, load_prompt_encoder, options_named
 from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_json, whole_lines, write_jsonl
 from letterhead.stage import Stage, run, stage_outputs
-from letterhead.teacher import Teacher
+from letterhead.teacher import Reply, Teacher
 
 # What the teacher is told besides the question; the student is not.
 HOW = (
@@ -28,7 +28,7 @@ HOW = (
     'Then write "Answer:" and the chosen option on the last line.'
 )
 # What decides which rows are asked and how often, and not what the teacher says.
-LIMITS = {"concurrency", "requests_per_minute", "price_of_prompts", "price_of_replies", "key", "endpoint"}
+LIMITS = {"concurrency", "requests_per_minute", "price_of_prompts", "price_of_replies", "key"}
 
 
 def main(experiment: Experiment) -> None:
@@ -58,26 +58,26 @@ def main(experiment: Experiment) -> None:
         said["settings"] = settings.model_dump(exclude=LIMITS | {"rows", "tries"})
         kept = stage.folder / f"tries-{sha256_json(said)[:16]}.jsonl"
         tries = asyncio.run(teach(experiment, encoder, rows, kept))
-        asked = {row["id"] for row in rows}
-        tries = [one for one in tries if one["id"] in asked]
-        right = {one["id"]: one for one in tries if one["right"]}
-        written = [alpaca(encoder, row, right[row["id"]]) for row in rows if row["id"] in right]
+        replies = [reply for of in tries.values() for reply in of.values()]
+        right = [(row, thought_of(encoder, row, tries[row["id"]])) for row in rows]
+        written = [alpaca(encoder, row, thought) for row, thought in right if thought]
         fitting = [one for one in written if tokens(encoder, one) <= encoder.cutoff_len]
         if not fitting:
-            refused = next((f"; it refuses: {one['refused']}" for one in tries if one["refused"]), "")
+            refused = next((f"; it refuses: {reply.refused}" for reply in replies if reply.refused), "")
             raise LetterheadError(
                 f"{kept}: none of {len(rows)} rows was answered rightly and briefly; take another teacher{refused}"
             )
         write_jsonl(path, fitting)
-        paid = {of: sum(one[of] for one in tries) for of in ("prompt_tokens", "reply_tokens")}
+        paid = {of: sum(getattr(reply, of) or 0 for reply in replies) for of in ("prompt_tokens", "reply_tokens")}
         cost = paid["prompt_tokens"] * settings.price_of_prompts + paid["reply_tokens"] * settings.price_of_replies
         stage.finish(
             [path],
             rows=len(fitting),
             asked=len(rows),
-            tries=len(tries),
-            unfinished=sum(not one["ended"] for one in tries),
-            refused=sum(bool(one["refused"]) for one in tries),
+            tries=len(replies),
+            unfinished=sum(not reply.ended for reply in replies),
+            refused=sum(bool(reply.refused) for reply in replies),
+            uncounted=sum(None in (reply.prompt_tokens, reply.reply_tokens) for reply in replies),
             too_long=len(written) - len(fitting),
             cost=cost / 1e6,
             **paid,
@@ -106,36 +106,43 @@ def draw(experiment: Experiment) -> list[dict]:
     return [rows[i] for i in sorted(drawn)]
 
 
-async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict], path: Path) -> list[dict]:
-    """Ask about each row until the teacher is right, at most `tries` times; returns all tries, those on disk included."""
-    settings, done = experiment.distill, whole_lines(path)
-    tried = {(one["id"], one["try"]) for one in done}
-    right = {one["id"] for one in done if one["right"]}
-    truth = {row["id"]: experiment.labels.index(row["label"]) for row in rows}
+async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict], path: Path) -> dict[str, dict[int, Reply]]:
+    """Ask about each row until the teacher is right, at most `tries` times.
+
+    Returns
+    -------
+    dict : a row's id → number of the try → reply, those on disk included; what is there is judged anew
+    """
+    settings, tries = experiment.distill, {row["id"]: {} for row in rows}
+    questions = {row["id"]: encoder.instruction(row["text"]) + HOW for row in rows}
+    for one in whole_lines(path):
+        # An id tells a place in a file, where another text may stand by now.
+        if one["id"] in questions and one["question"] == sha256_json(questions[one["id"]]):
+            tries[one["id"]][one["try"]] = Reply(**one["reply"])
     path.parent.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(settings)
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        tqdm(total=len(rows), initial=len(right & truth.keys()), unit=" rows right") as bar,
-    ):
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), unit=" rows right") as bar:
         for number in range(settings.tries):
             bar.set_description(f"try {number + 1} of at most {settings.tries}")
-            asked = [
-                ((row["id"], number), encoder.instruction(row["text"]) + HOW, experiment.seed + number)
-                for row in rows
-                if row["id"] not in right and (row["id"], number) not in tried
-            ]
-            async for (row_id, _), reply in teacher.ask_all(asked):
-                option = chosen(encoder, reply.answer)
-                right_one = reply.ended and bool(reply.thought) and option == truth[row_id]
-                one = {"id": row_id, "try": number, "right": right_one, **vars(reply)}
+            open_rows = {row["id"]: row for row in rows if not thought_of(encoder, row, tries[row["id"]])}
+            bar.update(len(rows) - len(open_rows) - bar.n)
+            asked = [(of, questions[of], experiment.seed + number) for of in open_rows if number not in tries[of]]
+            async for row_id, reply in teacher.ask_all(asked):
+                one = {"id": row_id, "question": sha256_json(questions[row_id]), "try": number, "reply": vars(reply)}
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
                 file.flush()
-                done.append(one)
-                if one["right"]:
-                    right.add(row_id)
-                    bar.update()
-    return done
+                tries[row_id][number] = reply
+                bar.update(bool(thought_of(encoder, open_rows[row_id], {number: reply})))
+    return tries
+
+
+def thought_of(encoder: PromptEncoder, row: dict, tries: dict[int, Reply]) -> str:
+    """The thought of the first try that came to its end, thought, and named the row's label; empty where none did."""
+    for _, reply in sorted(tries.items()):
+        thought, answer = reply.parts()
+        if reply.ended and thought and chosen(encoder, answer) == encoder.labels.index(row["label"]):
+            return thought
+    return ""
 
 
 def chosen(encoder: PromptEncoder, answer: str) -> int:
@@ -148,10 +155,10 @@ def chosen(encoder: PromptEncoder, answer: str) -> int:
     return named.pop() if len(named) == 1 else NO_ANSWER
 
 
-def alpaca(encoder: PromptEncoder, row: dict, one: dict) -> dict:
-    """A right try as what the student learns: the question without `/no_think`, the thought, the option."""
+def alpaca(encoder: PromptEncoder, row: dict, thought: str) -> dict:
+    """What the student learns: the question without `/no_think`, the thought that led to its option, the option."""
     option = dict(zip(encoder.labels, encoder.options, strict=True))[row["label"]]
-    output = f"<think>\n{encoder.neutralise(one['thought'])}\n</think>\n\n{option}"
+    output = f"<think>\n{encoder.neutralise(thought)}\n</think>\n\n{option}"
     return {"instruction": encoder.instruction(row["text"]), "input": "", "output": output}
 
 
@@ -162,11 +169,12 @@ def tokens(encoder: PromptEncoder, one: dict) -> int:
 
 def summary(record: dict, path: Path) -> str:
     """The stage in a few lines for the terminal."""
+    untold = f" ({record['uncounted']} replies told no tokens and count none)" if record["uncounted"] else ""
     return (
         f"{path}: {record['rows']} of {record['asked']} rows with the thought that led to the right option, in "
         f"{record['tries']} tries ({record['unfinished']} unfinished, {record['refused']} refused; {record['too_long']} "
         "rows too long for cutoff_len); "
-        f"{record['prompt_tokens']:,} tokens asked, {record['reply_tokens']:,} written, cost {record['cost']:.2f}"
+        f"{record['prompt_tokens']:,} tokens asked, {record['reply_tokens']:,} written, cost {record['cost']:.2f}{untold}"
     )
 
 

@@ -1,6 +1,7 @@
 """A teacher whose endpoint fails in every way: nothing is lost, nothing asked twice, only right thoughts are learnt."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import re
@@ -8,6 +9,8 @@ import shutil
 import threading
 import time
 from collections import Counter
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +24,7 @@ from letterhead import results, teacher
 from letterhead.experiment import Distill
 from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import load_prompt_encoder
-from letterhead.records import LetterheadError, read_json, read_jsonl
+from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_file
 from letterhead.stage import Stage, stage_outputs
 from letterhead.teacher import Teacher, read_reply
 from prep import data
@@ -40,10 +43,11 @@ def completion(content: str, finish: str = "stop", **message: str) -> dict:
 class Endpoint(BaseHTTPRequestHandler):
     """Fails each question in another way before it answers it; `wrong` rows are answered wrongly at first or for good."""
 
-    failures: tuple = ("429", "500", "garbage", "half", "silence", "empty")
+    failures: tuple = ("429", "500", "garbage", "half", "silence", "dripping", "empty")
     answered: Counter
     failed: Counter
     refuse_after: int | None = None
+    burning: tuple[int, ...] = ()
 
     def log_message(self, *_):
         pass
@@ -53,6 +57,8 @@ class Endpoint(BaseHTTPRequestHandler):
         text = body["messages"][0]["content"]
         number = int(re.search(r"text (\d+)", text)[1])
         cls, key = type(self), (number, body["seed"])
+        if number in cls.burning:
+            return self.send(500, b"this one burns")
         if cls.refuse_after is not None and sum(cls.answered.values()) >= cls.refuse_after:
             return self.send(500, b"the machine burns")
         how = cls.failures[(number + cls.failed[key]) % len(cls.failures)] if cls.failures else None
@@ -60,6 +66,13 @@ class Endpoint(BaseHTTPRequestHandler):
             cls.failed[key] += 1
             if how == "silence":
                 time.sleep(1.2)
+                return None
+            if how == "dripping":  # each piece in time, and no end
+                self.send(200, b"", length=4000)
+                with contextlib.suppress(OSError):
+                    for _ in range(12):
+                        self.wfile.write(b" ")
+                        time.sleep(0.1)
                 return None
             if how == "half":
                 self.send(200, json.dumps(completion("a"))[:40].encode(), length=4000)
@@ -87,7 +100,7 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint(monkeypatch):
     monkeypatch.setattr(teacher, "WAIT_S", 0.01)
     monkeypatch.setattr(teacher, "TIMEOUT_S", 0.5)
-    Endpoint.answered, Endpoint.failed, Endpoint.refuse_after = Counter(), Counter(), None
+    Endpoint.answered, Endpoint.failed, Endpoint.refuse_after, Endpoint.burning = Counter(), Counter(), None, ()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -137,6 +150,53 @@ def test_an_endpoint_that_fails_in_every_way_loses_nothing_and_repeats_nothing(t
     assert (record["rows"], record["asked"], record["tries"]) == (len(learnt), 20, len(tries))
     assert record["cost"] == pytest.approx(len(tries) * (100 * 2 + 10 * 5) / 1e6)
     assert sft_rows(taught) == len(results.read_rows(taught, "decoder_train")) + len(learnt)
+
+
+def test_a_question_that_alone_fails_is_given_up_and_the_others_are_learnt(taught, monkeypatch):
+    bad, *_ = [int(row["text"].split()[1]) for row in teach.draw(taught)]
+    monkeypatch.setattr(Endpoint, "burning", (bad,))
+    monkeypatch.setattr(Endpoint, "failures", ())
+    for concurrency in (1, 4):
+        changed = {"concurrency": concurrency, "tries": 1, "temperature": concurrency / 10}
+        teach.main(taught.model_copy(update={"distill": taught.distill.model_copy(update=changed)}))
+        record = read_json("runs/mine/distill/stage.json")
+        assert (record["asked"], record["tries"], record["refused"]) == (20, 20, 1)
+        assert f"text {bad} of news" not in Path("data/mine/distilled.jsonl").read_text()
+
+
+def test_what_is_on_disk_is_of_the_same_text_label_and_teacher(taught, endpoint):
+    teach.main(taught)
+    asked = sum(Endpoint.answered.values())
+    # More tries and more rows go on behind what is there.
+    more = taught.distill.model_copy(update={"tries": 4, "rows": 22})
+    teach.main(taught.model_copy(update={"distill": more}))
+    number = {int(row["text"].split()[1]) for row in teach.draw(taught)}
+    never = sum(n % 10 == 1 for n in number)
+    others = {int(row["text"].split()[1]) for row in teach.draw(taught.model_copy(update={"distill": more}))} - number
+    of_others = sum(4 if n % 10 == 1 else 2 if n % 5 == 1 else 1 for n in others)
+    assert len(others) == 2 and sum(Endpoint.answered.values()) == asked + never + of_others
+
+    # A row of another text is asked, and its old thought is not learnt.
+    rows = list(read_jsonl("data/mine/decoder_train.jsonl"))
+    drawn = {row["id"] for row in teach.draw(taught)}
+    changed = next(row for row in rows if row["id"] in drawn and int(row["text"].split()[1]) % 5 != 1)
+    before = dict(Endpoint.answered)
+    was, changed["text"] = changed["text"], f"text {int(changed['text'].split()[1]) + 300} of news"
+    Path("data/mine/decoder_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data_stage, rows_file = Path("runs/mine/data/stage.json"), Path("data/mine/decoder_train.jsonl")
+    record = read_json(data_stage)
+    record["outputs"][str(rows_file)] |= {"bytes": rows_file.stat().st_size, "sha256": sha256_file(rows_file)}
+    data_stage.write_text(json.dumps(record))
+    teach.main(taught)
+    assert sum(Endpoint.answered.values()) - sum(before.values()) == 1
+    learnt = Path("data/mine/distilled.jsonl").read_text()
+    assert changed["text"] in learnt and was not in learnt
+
+    # Another endpoint is another teacher, though its model has the same name.
+    asked = sum(Endpoint.answered.values())
+    other = taught.distill.model_copy(update={"endpoint": endpoint.replace("127.0.0.1", "localhost")})
+    teach.main(taught.model_copy(update={"distill": other}))
+    assert sum(Endpoint.answered.values()) > asked + 20
 
 
 def test_what_is_learnt_is_the_thinking_prompt_and_the_thought(taught):
@@ -209,7 +269,7 @@ def test_another_experiments_teacher_is_not_asked_again(taught, make_experiment)
 )
 def test_the_thought_is_found_where_endpoints_put_it(reply, thought, answer):
     read = read_reply(reply)
-    assert (read.thought, read.answer, read.ended) == (thought, answer, True)
+    assert (*read.parts(), read.ended) == (thought, answer, True)
     assert not read_reply(completion("hm", finish="length")).ended
 
 
@@ -259,10 +319,37 @@ def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch
     monkeypatch.setattr(Endpoint, "do_POST", lambda self: self.send(200, json.dumps(garbage).encode()))
     with pytest.raises(LetterheadError, match="8 attempts, the last: not a completion"):
         asyncio.run(ask((0, "text 0 .", 0)))
-    monkeypatch.setattr(Endpoint, "do_POST", lambda self: (asked.append(1), self.send(401, b"no key")))
     slept.clear()
     asked.clear()
+    monkeypatch.setattr(Endpoint, "do_POST", lambda self: (asked.append(1), self.send(401, b"no key")))
     settings = Distill(endpoint=endpoint, model="big", concurrency=3)
     with pytest.raises(LetterheadError, match="chat/completions: status 401: no key"):
         asyncio.run(ask(*((i, f"text {i} .", i) for i in range(9))))
     assert not slept and len(asked) <= 3  # what was on its way, and nothing after
+
+
+def test_retry_after_is_heard(endpoint, monkeypatch):
+    slept, replies = [], []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def ask() -> list:
+        asked = Teacher(Distill(endpoint=endpoint, model="big")).ask_all([(0, "text 0 .", 0)])
+        return [reply.content async for _, reply in asked]
+
+    monkeypatch.setattr(teacher.asyncio, "sleep", sleep)
+    monkeypatch.setattr(Endpoint, "do_POST", lambda self: self.send(*replies.pop(0)))
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    for told, least, most in [
+        ("7", 7, 7),
+        ("2.5", 2.5, 2.5),
+        (later, 50, 60),
+        ("9999", 300, 300),
+        ("soon", 0, 1),
+        ("-3", 0, 1),
+    ]:
+        slept.clear()
+        replies += [(429, b"slower", None, {"Retry-After": told}), (200, json.dumps(completion("A")).encode())]
+        assert asyncio.run(ask()) == ["A"] and len(slept) == 1
+        assert least <= slept[0] <= most, (told, slept)

@@ -260,8 +260,8 @@ def test_a_teachers_reply_is_whole_or_no_completion(reply):
         found = read_reply(reply)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return  # asked again
-    assert isinstance(found, Reply) and isinstance(found.thought, str) and isinstance(found.answer, str)
-    assert isinstance(found.prompt_tokens, int) and isinstance(found.reply_tokens, int)
+    assert isinstance(found, Reply) and all(isinstance(part, str) for part in found.parts())
+    assert isinstance(found.prompt_tokens, int | None) and isinstance(found.reply_tokens, int | None)
 
 
 @given(st.text(max_size=40), st.booleans(), st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=5, unique=True))
