@@ -10,8 +10,8 @@ from letterhead.experiment import Experiment, Head
 from letterhead.processes import Workers
 from letterhead.records import LetterheadError, read_json
 
-# Beside an exported model that reads the prompt: how its fold was checked
-FOLDED = "letterhead_export.json"
+# Beside an exported model that reads the prompt, not the text alone: how it was checked
+ON_PROMPT = "letterhead_export.json"
 # An encoder knows some 512 positions, a decoder thousands.
 MANY_POSITIONS = 1024
 # Texts → probabilities, shape (rows, classes)
@@ -136,9 +136,9 @@ def _exported(experiment: Experiment, folder: Path) -> Classifier:
             f"{folder}: its classes are {', '.join(labels) or 'not named'}, and the experiment's "
             f"{', '.join(experiment.labels)}; choose a model of these labels, or name them so in its config.json (id2label)"
         )
-    folded = (folder / FOLDED).is_file()
+    on_prompt = (folder / ON_PROMPT).is_file()
     section = experiment.encoder if config.get("max_position_embeddings", 0) < MANY_POSITIONS else experiment.decoder
-    classify = _head(experiment, folder, labels, section.head, folded)
+    classify = _head(experiment, folder, labels, section.head, on_prompt)
     columns = [labels.index(label) for label in experiment.labels]
     return lambda texts: classify(texts)[:, columns]
 

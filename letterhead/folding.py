@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from letterhead import results
 from letterhead.checkpoints import model_identity
-from letterhead.classifier import FOLDED, model_folder
+from letterhead.classifier import ON_PROMPT, model_folder
 from letterhead.cpu import pack
 from letterhead.experiment import Experiment
 from letterhead.heads import ready
@@ -36,18 +36,15 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     LetterheadError : not an SFT checkpoint, one that is not there, or one that can't be folded
     """
     if not name.startswith("sft@"):
-        raise LetterheadError(
-            f"{name}: can't be exported; choose sft, bert, bert_all or linear_head (sft_options is a classifier already)"
-        )
+        raise LetterheadError(f"{name}: can't be exported; choose sft, sft_options, bert, bert_all or linear_head")
     source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
     encoder = load_prompt_encoder(experiment)
     made_from = {"model": model_identity(source), "prompt": experiment.prompt.model_dump(), "labels": experiment.labels}
     made_from |= {"answers": [answer.ids for answer in encoder.answers]}
-    facts = read_json(target / FOLDED)
+    facts = read_json(target / ON_PROMPT)
     if facts and facts["made_from"] == made_from:
         return target, facts
-    rows = results.read_rows(experiment, "test")[:CHECKED_ROWS]
-    prompts = [encoder.encode_before_option(row["text"]) for row in rows]
+    prompts = _prompts(experiment, encoder)
     decoder = load_decoder(source, "float32", packed=False)
     folded = fold(decoder, encoder, experiment.labels)
     with atomic_folder(target) as folder:
@@ -58,11 +55,22 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
             raise LetterheadError(
                 f"{source}: the folded logits differ by {off:.2g} from the decoder's; this model can't be folded"
             )
-        facts = {"made_from": made_from, "largest_difference": off}
-        facts |= {"rows_checked": len(prompts), "same_predictions": same, "architecture": type(folded).__name__}
-        facts |= {"rows_whose_prompt_works_as_text": sum(text_gives_ids(encoder, ids) for ids in prompts)}
-        write_json(folder / FOLDED, facts)
+        facts = {"made_from": made_from, "largest_difference": off, "same_predictions": same}
+        facts |= {"architecture": type(folded).__name__, **prompts_as_text(experiment)}
+        write_json(folder / ON_PROMPT, facts)
     return target, facts
+
+
+def prompts_as_text(experiment: Experiment) -> dict[str, int]:
+    """On how many of up to 512 test rows the prompt, sent as text, gives the ids of training."""
+    encoder = load_prompt_encoder(experiment)
+    prompts = _prompts(experiment, encoder)
+    works = sum(text_gives_ids(encoder, ids) for ids in prompts)
+    return {"rows_checked": len(prompts), "rows_whose_prompt_works_as_text": works}
+
+
+def _prompts(experiment: Experiment, encoder: PromptEncoder) -> list[list[int]]:
+    return [encoder.encode_before_option(row["text"]) for row in results.read_rows(experiment, "test")[:CHECKED_ROWS]]
 
 
 def load_folded(experiment: Experiment, encoder: PromptEncoder):

@@ -13,9 +13,9 @@ import textwrap
 from pathlib import Path
 
 from letterhead.card import write_card
-from letterhead.classifier import model_folder, named_method
+from letterhead.classifier import ON_PROMPT, model_folder, named_method
 from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError, atomic_folder, exclusive
+from letterhead.records import LetterheadError, atomic_folder, exclusive, write_json
 from letterhead.stage import OFFLINE, run
 
 # What a checkpoint holds for a training that goes on, and nobody who uses it needs
@@ -64,7 +64,8 @@ def export(experiment: Experiment, name: str) -> tuple[Path, str]:
 
 
 def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
-    if name.partition("@")[0] in HEADS:
+    method = name.partition("@")[0]
+    if method in HEADS:
         folder = export_head(experiment, name)
         section = experiment.encoder if name.startswith("bert") else experiment.decoder
         words = "words of it (a Chinese or Japanese character counts as one)"
@@ -73,27 +74,31 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
         call = CALL_TEXT.format(folder=folder, length=section.head.max_length, text="A text")
         said = "the checkpoint without its trainer's files"
     else:
-        from letterhead.folding import export_folded
+        from letterhead.folding import export_folded, prompts_as_text
 
-        folder, facts = export_folded(experiment, name)
+        if method == "sft_options":
+            facts = prompts_as_text(experiment)
+            folder, said = export_head(experiment, name, facts), "the checkpoint without its trainer's files"
+        else:
+            folder, facts = export_folded(experiment, name)
+            said = f"{facts['architecture']}, logits within {facts['largest_difference']:.2g} of the decoder's, the same "
+            said += f"answer on {facts['same_predictions']} of {facts['rows_checked']} rows"
         checked, as_text = facts["rows_checked"], facts["rows_whose_prompt_works_as_text"]
         told = "the prompt works as text too" if as_text == checked else "send token ids, not text"
         told += f": the tokenizer gives the ids of training on {as_text} of {checked} prompts"
-        said = (
-            f"{facts['architecture']}, logits within {facts['largest_difference']:.2g} of the decoder's, the same answer on "
-            f"{facts['same_predictions']} of {checked} rows; {told}"
-        )
+        said += f"; {told}"
         asked = (
             "It reads the token ids of this prompt through its think block; its classes are the option letters of the "
-            f"decoder that it was folded from ({told}).\n\n{textwrap.indent(experiment.prompt.template, '    ')}"
+            f"decoder that it was made from ({told}).\n\n{textwrap.indent(experiment.prompt.template, '    ')}"
         )
         call = CALL_IDS.format(folder=folder, text="A text")
     write_card(experiment, name, folder, asked, call)
     return folder, said
 
 
-def export_head(experiment: Experiment, name: str) -> Path:
-    """Copy a sequence classifier's checkpoint without what only a training needs; returns the folder.
+def export_head(experiment: Experiment, name: str, facts: dict | None = None) -> Path:
+    """Copy a sequence classifier's checkpoint without what only a training needs; returns the folder. With `facts` it is one
+    that reads the prompt, and they say whether as text, too.
 
     Raises
     ------
@@ -104,6 +109,8 @@ def export_head(experiment: Experiment, name: str) -> Path:
         raise LetterheadError(f"{name}: is the untrained model; choose a step that was trained")
     with atomic_folder(target) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_FILES))
+        if facts:
+            write_json(folder / ON_PROMPT, facts)
     return target
 
 

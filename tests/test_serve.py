@@ -29,12 +29,14 @@ from transformers import (
 
 from letterhead import classifier, folding, heads, tfidf
 from letterhead.checkpoints import require_model
-from letterhead.experiment import Columns, load_experiment
+from letterhead.experiment import Columns, Head, load_experiment
+from letterhead.folding import load_folded
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, write_json
 from letterhead.scoring import load_decoder, score_options
 from prep import data
 from serve import export, predict
+from serve.start import served
 from tests.conftest import ROOT
 from tests.test_data import Hub
 from tests.test_prompt import LABELS, nasty_rows, write_csv
@@ -263,7 +265,7 @@ class ModelHub(Hub):
     files: dict[str, bytes] = {}
 
 
-@pytest.mark.parametrize("form", ["head", "folded"])
+@pytest.mark.parametrize("form", ["head", "folded", "options"])
 def test_an_exported_model_labels_rows_from_its_path_and_from_a_hub(experiment, form):
     """The same probabilities as the method that it was, whatever the order of its classes."""
     if form == "head":
@@ -273,7 +275,15 @@ def test_an_exported_model_labels_rows_from_its_path_and_from_a_hub(experiment, 
         )
         AutoTokenizer.from_pretrained(experiment.encoder.folder).save_pretrained(checkpoint)
         write_json(checkpoint / "trainer_state.json", {"global_step": 30})
-    name = {"head": "bert@30", "folded": "sft@0"}[form]
+    if form == "options":
+        experiment.decoder.sft_options = Head()
+        checkpoint = Path("runs/mine/sft-options/checkpoints/checkpoint-30")
+        encoder = load_prompt_encoder(experiment)
+        load_folded(experiment, encoder).save_pretrained(checkpoint)
+        encoder.tokenizer.save_pretrained(checkpoint)
+        write_json(checkpoint / "trainer_state.json", {"global_step": 30})
+        assert served(experiment, "sft_options@30")[1:3] == (checkpoint, "pooling")
+    name = {"head": "bert@30", "folded": "sft@0", "options": "sft_options@30"}[form]
     export.main(experiment, name)
     exported = Path("runs/mine/export") / name
     write_csv("in.csv", nasty_rows(30))
