@@ -248,6 +248,7 @@ class Head(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     num_train_epochs: Annotated[float, Field(gt=0)] = 3
     per_device_train_batch_size: Count = 16
     gradient_accumulation_steps: Count = 1

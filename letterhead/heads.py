@@ -109,6 +109,7 @@ def training_arguments(
         lr_scheduler_type=head.lr_scheduler_type,
         warmup_steps=head.warmup_ratio,  # below 1: a share
         weight_decay=head.weight_decay,
+        adam_beta2=head.adam_beta2,
         num_train_epochs=head.num_train_epochs,
         per_device_train_batch_size=head.per_device_train_batch_size,
         gradient_accumulation_steps=head.gradient_accumulation_steps,
