@@ -3,13 +3,16 @@
 import gc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from eval import grpo as eval_grpo
 from eval.score import score_model, split_prompts
 from grpo import train
 from letterhead import checkpoints, grpo, results
+from letterhead.experiment import Grpo
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import read_json, write_json
 from letterhead.stage import Stage, stage_outputs
@@ -48,6 +51,29 @@ def test_the_reward_has_moved_or_not():
     found = grpo.moved([{"step": 99, "loss": 1.0}, *log], "finished")
     assert (found["first"], found["last"]) == pytest.approx((0.01 / 3, 0.1 + 0.02 / 3))
     assert 0 < found["standard_error"] < 0.01
+
+
+def test_a_reward_that_can_be_earned_is_earned(make_experiment):
+    """A model that answers with any of the letters learns to answer with the one that is always right."""
+    write_csv("rows.csv", [(f"text {i} of news", LABELS[i % 3]) for i in range(40)])
+    experiment = make_experiment("rows.csv", LABELS, decoder="qwen3")
+    encoder, chance = load_prompt_encoder(experiment), np.random.default_rng(0)
+    model = AutoModelForCausalLM.from_pretrained(experiment.decoder.folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(60):
+        prompt, answer = encoder.encode(f"text {step % 40} of news"), encoder.answers[chance.integers(3)].ids
+        given = torch.tensor([prompt + answer])
+        learnt = torch.tensor([[-100] * len(prompt) + answer])
+        model(input_ids=given, labels=learnt).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained("warm")
+    settings = Grpo(steps=24, prompts=2, generations=8, tokens=len(answer), learning_rate=3e-3, think=False)
+    asked = grpo.questions(encoder, [{"text": f"text {i} of news", "label": "b"} for i in range(40)])
+    trainer = grpo.trainer(Path("warm"), encoder, asked, settings, grpo.arguments(settings, Path("out"), 1, "float32"))
+    trainer.train()
+    found = grpo.moved(trainer.state.log_history, "right_option")
+    assert found["last"] - found["first"] > 4 * found["standard_error"] and found["last"] > 0.7, found
 
 
 def test_a_short_run_goes_from_the_sft_checkpoint_to_both_modes_scores(make_experiment):
