@@ -9,7 +9,7 @@ import yaml
 from eval.compare import METHODS
 from letterhead import results
 from letterhead.experiment import load_experiment
-from letterhead.records import LetterheadError, read_json, read_jsonl
+from letterhead.records import LetterheadError, read_json, read_jsonl, write_jsonl
 from letterhead.stage import Stage
 from prep import data
 from study import run
@@ -45,6 +45,7 @@ def studied(make_experiment, monkeypatch):
         if len(asked) == fake.fails_at:
             raise LetterheadError("killed")
         data.main(cell)
+        (cell.run_folder / "sft" / "checkpoints").mkdir(parents=True, exist_ok=True)  # gigabytes of weights
         rng = np.random.default_rng([cell.seed, 1])
         n = read_json(cell.data_folder / "data_card.json")["rows"]["train"]
         for target in targets:
@@ -84,6 +85,7 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
     assert asked == ["mine", *cells[:4], "mine", *cells[3:]]  # what was done before the failure is not done again
     run.main(experiment, "mine", "", "curve")
     assert asked[9:] == ["mine"]
+    assert [str(path) for path in Path("runs").glob("*/*/checkpoints")] == ["runs/mine/sft/checkpoints"]
 
     def ids(cell: str, split: str) -> set[str]:
         return {row["id"] for row in read_jsonl(Path("data", cell, f"{split}.jsonl"))}
@@ -146,6 +148,45 @@ def test_a_study_may_vary_any_keys(studied):
         made["sentences"][0].startswith("Highest macro F1 (one seed): ")
         and "Not told apart from it: " in made["sentences"][0]
     )
+
+
+def test_a_cell_is_done_again_where_what_it_learnt_from_is_another(studied):
+    experiment, asked, _ = studied
+    data.main(experiment)
+    ids = [row["id"] for row in read_jsonl("data/mine/train.jsonl")]
+    keys = {
+        "title": "Hard?",
+        "rows": [30],
+        "seeds": [1],
+        "methods": ["sft"],
+        "cells": {"hard": {"data.rows.train_from": "hard"}},
+    }
+    keys["keys"] = {"data.rows.ranking": "margins.jsonl"}
+    Path("experiments/studies/hard.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    for sign, cells in ((1, 1), (1, 1), (-1, 2)):
+        write_jsonl("margins.jsonl", [{"id": of, "margin": sign * i} for i, of in enumerate(ids)])
+        run.main(experiment, "mine", "", "hard")
+        assert asked.count("mine.hard.hard.30.seed1") == cells
+        drawn = {row["id"] for row in read_jsonl("data/mine.hard.hard.30.seed1/decoder_train.jsonl")}
+        assert len(drawn) == 30 and (drawn < set(ids[:100])) == (sign == 1)
+
+
+def test_what_is_untrained_is_drawn_beside_the_arms_unless_far_from_them_or_an_arm(monkeypatch):
+    figures = []
+    monkeypatch.setattr(run, "save", lambda figure, *_: figures.append(figure))
+    trained = {"f1_macro": 0.9, "f1_macro_ci95": [0.85, 0.95], "trainings": [{"f1_macro": 0.9}]}
+    untrained = {"zero_shot_no_think": 0.1, "zero_shot_calibrated": 0.8}
+    for methods, drawn, told in (
+        (["sft"], ["LLM zero-shot, contextual calibration"], "LLM zero-shot, option perplexity: 0.100, not drawn"),
+        (["sft", *untrained], [], None),
+    ):
+        study = run.Study(title="Which?", cells={"one": {}, "other": {}}, methods=methods)
+        arms = {study.arm(cell, method): trained for cell in study.cells for method in methods}
+        run.draw_arms(Path("study.png"), "", study, [{"arms": arms}], untrained)
+        (axes,) = figures.pop().axes
+        assert axes.get_legend_handles_labels()[1] == drawn
+        assert axes.get_xlabel().split("\n")[1:] == ([told] if told else [])
+        assert [text.get_text() for text in axes.get_yticklabels()] == list(arms)
 
 
 def test_a_study_may_vary_rows_and_keys_and_each_cell_its_methods(studied):
