@@ -75,6 +75,7 @@ def test_the_articles_parameters(fetched, tmp_path, section, steps, every):
     )
     assert batch == ((64, 1, 256) if section == "encoder" else (8, 8, 16))
     assert (arguments.learning_rate, arguments.lr_scheduler_type, arguments.weight_decay) == (1e-5, "cosine", 1e-6)
+    assert arguments.adam_beta2 == 0.999  # HF's own
     assert arguments.num_train_epochs == (3 if section == "encoder" else 1)
     assert arguments.get_warmup_steps(steps) == 0 and arguments.train_sampling_strategy == "random"
     assert head.max_length == 512  # 510 tokens and BERT's two specials
