@@ -91,6 +91,7 @@ def main(experiment: Experiment, method: str) -> None:
             [*made, table, *weights],
             rows=len(results.read_rows(experiment, trained.rows)),
             epochs=head.num_train_epochs,
+            reading=experiment.reading,
             tokens=None,
             training_seconds=max(result["training_seconds"] for result in kept.values()),
             scoring_seconds=round(sum(result["seconds"] for result in kept.values()), 1),

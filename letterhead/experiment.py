@@ -499,6 +499,16 @@ class Experiment(Section):
         return self.data.label_names
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """What decides how a trained model reads a row, and what its classes are called."""
+        of_rows = {
+            "data.labels": self.labels,
+            "data.columns.text": self.data.columns.text,
+            "data.max_words": self.data.max_words,
+        }
+        return of_rows | {"prompt": self.prompt.model_dump(mode="json")}
+
+    @property
     def data_folder(self) -> Path:
         return Path("data") / self.name
 

@@ -58,6 +58,7 @@ def main(experiment: Experiment) -> None:
         training_seconds=clock["training_seconds"][str(state["global_step"])],
         dtype="bfloat16 by autocast" if (for_device(experiment) | arguments).get("bf16") else "float32",
         peak_gpu_memory_mb=clock["peak_gpu_memory_mb"],
+        reading=experiment.reading,
         resumed_from=checkpoints.step_of(resume) if resume else 0,
     )
     print(f"{folder}: checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}")
