@@ -8,6 +8,8 @@ MODEL ?= best
 PORT ?= 8000
 STUDY ?= curve
 DATA ?=
+TEXT ?=
+LABEL ?=
 ROWS ?= 1000000
 PYTHON ?= python3
 # How many GPUs (or, without one, processes) a stage uses; one, whatever is visible. Only `make … NPROC=2` changes it.
@@ -31,16 +33,17 @@ READY_SERVE := $(call stamp,.venv-serve,$(LOCKS_SERVE))
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
 RUN := .venv/bin/python -m
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL PORT STUDY DATA ROWS NPROC
+export EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC
 
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
-KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA ROWS NPROC PREFLIGHT PYTHON GLIBC_TUNABLES
+KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC PREFLIGHT PYTHON GLIBC_TUNABLES
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
 OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
 UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
 NEAR := $(filter $(shell echo '$(UNKNOWN)' | tr a-z A-Z),$(KNOWN))
 $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(if $(NEAR),write $(NEAR)=,choose of $(KNOWN))))
 $(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)), which Python's environments do not bear; move it))
+override EXP := $(patsubst experiments/%,%,$(EXP))
 override EXP := $(if $(wildcard experiments/$(EXP)),$(basename $(EXP)),$(EXP))
 
 EXPERIMENTS = $(basename $(notdir $(wildcard experiments/*.yaml)))
@@ -55,8 +58,8 @@ help: ## print this list
 
 demo: report ## BBC News end to end, everything but the bench
 
-new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv
-	@$(RUN) prep.new --data "$$DATA"
+new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv (TEXT=title,body LABEL=stars where its guess is wrong)
+	@$(RUN) prep.new --data "$$DATA" --text "$$TEXT" --label "$$LABEL"
 
 report: preflight-on-gpu data status compare ## report.html (opens from disk) and REPORT.md, with pictures
 	@$(RUN) report.build $(STAGE)

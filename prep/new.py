@@ -6,6 +6,7 @@ What it writes, experiments/reviews.yaml, is a beginning to be edited. It never 
 """
 
 import argparse
+import codecs
 import math
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import charset_normalizer
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,9 +26,26 @@ from letterhead.prompt import WORD, keep_words
 from letterhead.records import LetterheadError, atomic_open, read_json
 from letterhead.stage import minutes, telling
 from prep import data
-from prep.sources import RawRow, column_names, open_source
+from prep.sources import RawRow, column_names, lacks, local_files, open_source
 
-LABEL_NAMES = ("label", "class", "category", "target", "topic", "sentiment", "intent", "rating", "y", "tag", "type")
+LABEL_NAMES = (
+    *(
+        "label",
+        "class",
+        "category",
+        "target",
+        "topic",
+        "sentiment",
+        "intent",
+        "rating",
+        "overall",
+        "stars",
+        "y",
+        "tag",
+        "type",
+    ),
+    *("标签", "类别", "分类", "情感", "主题", "类型"),
+)
 TEXT_NAMES = (
     "text",
     "body",
@@ -39,26 +58,29 @@ TEXT_NAMES = (
     "summary",
     "article",
     "query",
+    *("正文", "内容", "文本", "评论", "文章", "句子", "描述", "摘要"),
 )
-TITLE_NAMES = ("title", "headline", "subject", "heading")
+TITLE_NAMES = ("title", "headline", "subject", "heading", "标题", "题目")
 # More classes than this are not told apart by a few hundred rows a class, and are hardly meant as classes.
 MOST_CLASSES = 150
 RARE = 10  # a class with fewer rows can't be in train, validation and test
 FEWEST = 4  # rows a class to train on
 HAN = re.compile(r"[\u3400-\u9fff]")
+CODE = re.compile(r"[-+]?[A-Za-z]?\d+(\.\d+)?")  # 1, -1, 2.0, C03: a number for a class, not its name
 IMBALANCED = 3
 SHOWN = 20
-DECODER_STEPS, ENCODER_STEPS = 100, 200  # with fewer SmolLM2 and MiniLM had not learnt the demo's task
+DECODER_STEPS, ENCODER_STEPS = 100, 200  # at least; with fewer SmolLM2 had not learnt the demo's task
 HEAD_BATCH, MOST_EPOCHS = 16, 20
 MAX_WORDS = 64
 FEW_ROWS, BATCH = 400, 4  # for the LLM
+UTF_8, GUESSED_BYTES = ["utf-8"], 1 << 18
 ENGLISH = {
     "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name larger ones",
     "rate": 2e-4,
     "encoder_rate": 2e-4,
     "sft": "llamafactory_configs/smollm2_135m_full_sft.yaml",
-    "decoder": {},
-    "encoder": {},
+    "decoder": {"license": "apache-2.0"},
+    "encoder": {"license": "apache-2.0"},
     "prompt": {},
 }
 CHINESE = {
@@ -66,8 +88,8 @@ CHINESE = {
     "rate": 2e-5,
     "encoder_rate": 5e-5,
     "sft": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
-    "decoder": {"model": "experiments/models/qwen2.5_coder_0.5b.yaml"},
-    "encoder": {"model": "experiments/models/mpnet_base.yaml"},
+    "decoder": {"model": "experiments/models/qwen2.5_coder_0.5b.yaml", "license": "apache-2.0"},
+    "encoder": {"model": "experiments/models/mpnet_base.yaml", "license": "apache-2.0"},
     "prompt": {
         "answer_prefix": "",
         "template": "请从选项中选出下面文字的类别。\n\n文字：\n{text}\n\n问题：它属于哪一类？\n{options}\n\n答案：",
@@ -77,13 +99,14 @@ CHINESE = {
 
 @dataclass
 class Column:
-    """What is known of a column: its values' number, how many are distinct, their mean length, and whether they are text."""
+    """What is known of a column: its values' number, how many are distinct, their mean length, how many are in words."""
 
     name: str
     values: Counter = field(default_factory=Counter)
     n: int = 0
     empty: int = 0
     characters: int = 0
+    in_words: int = 0
     strings: bool = True
 
     def add(self, value: Any) -> None:
@@ -91,6 +114,7 @@ class Column:
         shown = "" if value is None else str(value).strip()
         self.empty += not shown
         self.characters += len(shown)
+        self.in_words += bool(re.search(r"\s", shown) or HAN.search(shown))
         self.strings &= value is None or isinstance(value, str)
         self.values[shown] += 1
 
@@ -104,13 +128,14 @@ class Column:
         return 2 <= classes <= min(MOST_CLASSES, self.n // 4) and self.mean_length < 60
 
     @property
-    def is_numbers(self) -> bool:
-        return all(value.isdecimal() for value in self.values if value)
+    def is_codes(self) -> bool:
+        return all(CODE.fullmatch(value) for value in self.values if value)
 
     @property
     def could_be_text(self) -> bool:
         least = 5 if self.is_title or any(HAN.search(value) for value in list(self.values)[:20]) else 15
-        return self.strings and self.mean_length > least and len(self.values) > self.n / 10
+        in_words = self.in_words > (self.n - self.empty) / 2
+        return self.strings and in_words and self.mean_length > least and len(self.values) > self.n / 10
 
     @property
     def is_title(self) -> bool:
@@ -124,8 +149,12 @@ class AllColumns(Columns):
         return list(parts)
 
 
-def main(path: str) -> None:
+def main(path: str, text: str = "", label: str = "") -> None:
     """Read a data set, write its experiment, and say what was chosen and why; then make its rows, and say how long it takes.
+
+    Parameters
+    ----------
+    text, label : columns of the text (several with commas between) and of the label; where empty they are guessed
 
     Raises
     ------
@@ -138,9 +167,14 @@ def main(path: str) -> None:
     if target.exists():
         raise LetterheadError(f"{target}: is there already and is not overwritten; edit it, delete it, or rename {source}")
     said: list[str] = []
-    names = column_names(path)
-    text, label = choose_columns(path, names, said) if names else ("text", "label")
-    values = as_yaml(decide(name, path, text, label, said), path)
+    encoding = guess_encoding(path)
+    if encoding != UTF_8:
+        said.append(f"encoding: not UTF-8; {encoding[1]}, by charset-normalizer's guess")
+    names = column_names(path, encoding)
+    if not names and (text or label):
+        raise LetterheadError(f"{path}: a folder has no columns; leave TEXT and LABEL out")
+    columns = choose_columns(path, encoding, names, text, label, said) if names else ("text", "label")
+    values = as_yaml(decide(name, path, encoding, *columns, said), path)
     print("\n".join(said), flush=True)
     with atomic_open(target) as file:
         file.write("# Written by `make new`, which chose as follows. Edit what you know better.\n")
@@ -178,48 +212,86 @@ def read_rows(of: Data) -> list[RawRow]:
     return list(chain.from_iterable(open_source(of).splits.values()))
 
 
-def choose_columns(path: str, names: list[str], said: list[str]) -> tuple[str | list[str], str]:
-    """The column, or columns, of the text and the label's; why goes to `said`.
+def guess_encoding(path: str) -> list[str]:
+    """The encodings of a source's files on this disk: UTF-8, and, where one is not, what charset-normalizer takes it for."""
+    for file in local_files(path):
+        if file.suffix.lower() == ".parquet":
+            continue
+        with open(file, "rb") as opened:
+            head = opened.read(GUESSED_BYTES)
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(head)  # which forgives a character that is cut at the end
+        except UnicodeDecodeError:
+            found = charset_normalizer.from_bytes(head).best()
+            if found is None:
+                raise LetterheadError(f"{file}: its encoding can't be guessed; save it as UTF-8") from None
+            chinese = found.encoding in ("gb2312", "gbk", "hz", "cp936")
+            return [*UTF_8, "gb18030" if chinese else found.encoding]
+    return UTF_8
+
+
+def choose_columns(
+    path: str, encoding: list[str], names: list[str], text: str, label: str, said: list[str]
+) -> tuple[str | list[str], str]:
+    """The column, or columns, of the text and the label's, where they are not given; why goes to `said`.
 
     Raises
     ------
-    LetterheadError : no column looks like a label, or like a text
+    LetterheadError : no column of that name, none that looks like a label, or like a text
     """
-    every = Data(source=path, columns=AllColumns(text=names, label=names[0]), labels=["a", "b"])
+    given = [name.strip() for name in text.split(",")] if text and text not in names else [text] if text else []
+    for variable, of in (("TEXT", given), ("LABEL", [label] if label else [])):
+        if missing := [name for name in of if name not in names]:
+            raise LetterheadError(f"{variable}={','.join(of)}: {lacks(missing[0], names).partition(';')[0]}")
+    every_column = AllColumns(text=names, label=names[0], empty_parts=True)
+    every = Data(source=path, encoding=encoding, columns=every_column, labels=["a", "b"])
     rows = [row.text for row in read_rows(every) if not row.fault]
     columns = [Column(of) for of in names]
     for row in rows:
         for column, value in zip(columns, row, strict=True):
             column.add(value)
     known = ", ".join(f"{of.name} ({len(of.values)} distinct, {of.mean_length:.0f} characters)" for of in columns)
-    by_hand = f"among {known}; write the experiment by hand, with data.columns"
-    labels = [of for of in columns if of.could_be_label]
-    if not labels:
-        raise LetterheadError(f"{path}: no column looks like a label (few distinct short values) {by_hand}")
-    label = min(labels, key=lambda of: (rank(of.name, LABEL_NAMES), len(of.values)))
-    same = [of for of in columns if of is label or alike(rows, names, label.name, of.name)]  # they would tell the label
+    labels = [of for of in columns if of.could_be_label and of.name not in given]
+    labels.sort(key=lambda of: (rank(of.name, LABEL_NAMES), len(of.values)))
+    if not label and not labels:
+        raise LetterheadError(
+            f"{path}: no column looks like a label (few distinct short values) among {known}; name one: LABEL=column"
+        )
+    chosen = next(of for of in columns if of.name == label) if label else labels[0]
+    same = [of for of in columns if of is chosen or alike(rows, names, chosen.name, of.name)]  # they would tell the label
+    spelled = [of for of in same if of is not chosen and not of.is_codes]
+    if label:
+        said.append(f"label: column {label!r}, as you say")
+    elif chosen.is_codes and spelled:
+        said.append(f"label: column {spelled[0].name!r}, which names what {chosen.name!r} numbers")
+        chosen = spelled[0]
+    else:
+        said.append(f"label: column {chosen.name!r}{others([of for of in labels if of not in same], 'LABEL')}")
+    if given:
+        said.append(f"text: {' and '.join(map(repr, given))}, as you say")
+        return given if len(given) > 1 else given[0], chosen.name
     texts = [of for of in columns if of not in same and of.could_be_text]
     if not texts:
-        raise LetterheadError(f"{path}: no column looks like a text {by_hand}")
-    spelled = [of for of in same if of is not label and not of.is_numbers]
-    if label.is_numbers and spelled:
-        said.append(f"label: column {spelled[0].name!r}, which names what {label.name!r} numbers")
-        label = spelled[0]
-    else:
-        said.append(f"label: column {label.name!r}")
-    body = min(texts, key=lambda of: (rank(of.name, TEXT_NAMES), -of.mean_length))
-    titles = [of.name for of in texts if of is not body and of.is_title]
+        raise LetterheadError(f"{path}: no column looks like a text among {known}; name one: TEXT=column")
+    texts.sort(key=lambda of: (rank(of.name, TEXT_NAMES), -of.mean_length))
+    body, titles = texts[0], [of for of in texts[1:] if of.is_title][:1]
+    rest = others([of for of in texts[1:] if of not in titles], "TEXT")
     if titles:
-        said.append(f"text: columns {titles[0]!r} and {body.name!r}, joined by a line break")
-        return [titles[0], body.name], label.name
-    said.append(f"text: column {body.name!r}")
-    return body.name, label.name
+        said.append(f"text: columns {titles[0].name!r} and {body.name!r}, joined by a line break{rest}")
+        return [titles[0].name, body.name], chosen.name
+    said.append(f"text: column {body.name!r}{rest}")
+    return body.name, chosen.name
+
+
+def others(columns: list[Column], variable: str) -> str:
+    """What else could have been chosen, in words."""
+    return f" (it could be {', '.join(repr(of.name) for of in columns)}, too: {variable}=…)" if columns else ""
 
 
 def rank(name: str, known: tuple[str, ...]) -> int:
-    """The place of a column's name among known ones; `label_name` and `Label` are labels too."""
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    return next((i for i, of in enumerate(known) if of in words), len(known))
+    """The place of a column's name among known ones; `label_name`, `newsLabel` and 新闻类别 are labels too."""
+    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    return next((i for i, of in enumerate(known) if of in words or (HAN.search(of) and of in name)), len(known))
 
 
 def alike(rows: list[list[Any]], names: list[str], one: str, other: str) -> bool:
@@ -229,12 +301,12 @@ def alike(rows: list[list[Any]], names: list[str], one: str, other: str) -> bool
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
-def decide(name: str, path: str, text: str | list[str], label: str, said: list[str]) -> dict[str, Any]:
+def decide(name: str, path: str, encoding: list[str], text: str | list[str], label: str, said: list[str]) -> dict[str, Any]:
     """The experiment's values for the size and kind of its data; what was chosen, and why, goes to `said`."""
     columns: dict[str, Any] = {"text": text, "label": label}
     if isinstance(text, list):
         columns["empty_parts"] = True
-    rows = read_rows(Data(source=path, columns=columns, labels=["a", "b"]))
+    rows = read_rows(Data(source=path, encoding=encoding, columns=columns, labels=["a", "b"]))
     whole = [row for row in rows if not row.fault and isinstance(row.text, str) and row.text.strip()]
     whole = [row for row in whole if row.label is not None and str(row.label).strip()]
     words = sorted(len(WORD.findall(row.text)) for row in whole) or [0]
@@ -248,6 +320,8 @@ def decide(name: str, path: str, text: str | list[str], label: str, said: list[s
         raise LetterheadError(f"{path}: fewer than two labels have {RARE} rows or more ({listed or 'no row is whole'})")
     said.append(f"labels: {len(labels)}, with different texts: {listed}")
     values: dict[str, Any] = {"source": path, "columns": columns, "labels": kept}
+    if encoding != UTF_8:
+        values["encoding"] = encoding
     if rare := sorted({str(row.label).strip() for row in whole} - set(kept)):
         values["labels"] = {of: of for of in kept} | dict.fromkeys(rare)
         said.append(f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}")
@@ -284,8 +358,9 @@ def decide(name: str, path: str, text: str | list[str], label: str, said: list[s
     said.append(f"models: {models['why']}")
     said.append(
         f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
-        f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same"
-        + (f", and once more on all {train:,}" if train > shared else "")
+        f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same, BERT {head_epochs} times "
+        f"({head_epochs * math.ceil(shared / HEAD_BATCH)} steps)"
+        + (f", and once more on all {train:,} ({head_epochs * math.ceil(train / HEAD_BATCH):,})" if train > shared else "")
     )
     head = {"per_device_train_batch_size": BATCH, "eval_steps": 0.5}
     return {
@@ -317,8 +392,10 @@ def decide(name: str, path: str, text: str | list[str], label: str, said: list[s
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a CSV, TSV, JSONL or Parquet file, or a folder")
-    given = parser.parse_args().data
+    parser.add_argument("--text", default="", help="the column of the text, or several, with commas between; guessed")
+    parser.add_argument("--label", default="", help="the column of the label; guessed")
+    given = parser.parse_args()
     with telling():
-        if not given:
+        if not given.data:
             raise LetterheadError("say DATA=, a CSV, TSV, JSONL or Parquet file, or a folder")
-        main(given)
+        main(given.data, given.text, given.label)

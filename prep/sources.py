@@ -77,8 +77,8 @@ def open_source(data: Data, streaming: bool = False) -> Source:
     return Source({split: readers[split](path, split, data) for split, path in paths.items()}, sha256)
 
 
-def column_names(source: str) -> list[str]:
-    """The columns of a file on this disk (of JSON Lines the keys that all of the first rows have); none for a folder.
+def column_names(source: str, encoding: list[str]) -> list[str]:
+    """The columns of a file on this disk (of JSON Lines the keys of the first rows); none for a folder.
 
     Raises
     ------
@@ -89,24 +89,33 @@ def column_names(source: str) -> list[str]:
         return []
     if path.suffix.lower() == ".parquet":
         return _parquet(path).schema_arrow.names
-    with open(path, encoding=_encoding(path, Data(source=source, labels=["a", "b"])), newline="") as file:
+    with open(path, encoding=_encoding(path, encoding), newline="") as file:
         if path.suffix.lower() != ".jsonl":
-            return next(_csv_reader(path, file), [])
+            return _header(path, _csv_reader(path, file))
         found: list[dict] = []
         for line in islice((line for line in file if line.strip()), FIRST_ROWS):
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 found += [row for row in [json.loads(line)] if isinstance(row, dict)]
     if not found:
         raise LetterheadError(f"{path}: none of the first rows is a JSON object; write one a line")
-    return [key for key in found[0] if all(key in row for row in found)]
+    return list(dict.fromkeys(key for row in found for key in row))
 
 
 def local_sha256(data: Data) -> dict[str, str]:
     """The sha256 of every file of a source on this disk; empty for one whose name pins what it is."""
     if data.source.startswith(("hf:", "pypi:")):
         return {}
-    files = (file for path in _local(data.source).values() for file in (_texts(path) if path.is_dir() else [path]))
-    return {str(file): sha256_file(file) for file in files}
+    return {str(file): sha256_file(file) for file in local_files(data.source)}
+
+
+def local_files(source: str) -> list[Path]:
+    """The files of a source on this disk, those of a folder one by one.
+
+    Raises
+    ------
+    LetterheadError : no such file or folder, or one of a kind that is not read
+    """
+    return [file for path in _local(source).values() for file in (_texts(path) if path.is_dir() else [path])]
 
 
 def _local(source: str) -> dict[str, Path]:
@@ -131,9 +140,9 @@ def _texts(folder: Path) -> list[Path]:
     return found or sorted(folder.glob("*.txt"))
 
 
-def _encoding(path: Path, data: Data) -> str:
+def _encoding(path: Path, encodings: list[str]) -> str:
     """The first of data.encoding in which the whole file decodes."""
-    for encoding in data.encoding:
+    for encoding in encodings:
         # "utf-8-sig" reads plain UTF-8 too, and drops the mark that Excel puts first.
         name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
         try:
@@ -141,11 +150,14 @@ def _encoding(path: Path, data: Data) -> str:
                 while file.read(1 << 20):
                     pass
             return name
-        except UnicodeDecodeError:
+        except UnicodeError:  # of a character, or, in UTF-16, of a missing mark
             reason = f"{path}, {_first_undecodable(path.read_bytes(), encoding)}"
         except LookupError:
             raise LetterheadError(f"data.encoding: {encoding!r} is not an encoding that Python knows") from None
-    raise LetterheadError(f"{reason}; save the file as UTF-8, or name its encoding: data.encoding: [utf-8, latin-1]")
+    raise LetterheadError(
+        f"{reason}; save the file as UTF-8, or name its encoding: data.encoding: [utf-8, latin-1] "
+        "(gb18030 for Chinese, cp1252 for what Windows writes in the west)"
+    )
 
 
 def _first_undecodable(content: bytes, encoding: str) -> str:
@@ -165,10 +177,27 @@ def _csv_reader(path: Path, file: IO[str]):
     return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
 
 
+def _header(path: Path, reader) -> list[str]:
+    """The names in the first line.
+
+    Raises
+    ------
+    LetterheadError : a broken quote in it, or names that a semicolon or a tab separates
+    """
+    try:
+        names = next(reader, [])
+    except csv.Error as error:
+        raise LetterheadError(f"{path}, header: a broken quote or field ({error}); mend the first line") from None
+    if len(names) == 1 and (other := next((mark for mark in ";\t" if mark in names[0]), None)):
+        told = {";": "semicolons; save it with commas", "\t": "tabs; call it .tsv"}[other]
+        raise LetterheadError(f"{path}: its columns are separated by {told}")
+    return names
+
+
 def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
-    with open(path, encoding=_encoding(path, data), newline="") as file:
+    with open(path, encoding=_encoding(path, data.encoding), newline="") as file:
         reader = _csv_reader(path, file)
-        header = next(reader, [])
+        header = _header(path, reader)
         *at_text, at_label = (_column(path, header, name) for name in (*data.columns.parts, data.columns.label))
         for _ in range(data.skip_lines):
             next(reader, None)
@@ -211,20 +240,21 @@ def lacks(name: str, header: list[str]) -> str:
 
 def _read_jsonl(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     names = [*data.columns.parts, data.columns.label]
-    with open(path, encoding=_encoding(path, data)) as file:
+    with open(path, encoding=_encoding(path, data.encoding)) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             row = RawRow(f"{split}:{number}", f"{path}, row {number}", None, None)
             try:
                 values = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 row.fault = f"not JSON ({error}); one object a line"
             else:
                 keys = list(values) if isinstance(values, dict) else []
-                row.fault = next((lacks(name, keys) for name in names if name not in keys), "")
+                may_lack = data.columns.parts if data.columns.empty_parts and keys else []
+                row.fault = next((lacks(name, keys) for name in names if name not in (*keys, *may_lack)), "")
             if not row.fault:
-                *parts, label = (values[name] for name in names)
+                *parts, label = (values.get(name) for name in names)
                 row = _row(row.id, row.place, parts, label, data)
             yield row
 
@@ -271,7 +301,7 @@ def _read_hub(rows: Any, split: str, data: Data) -> Iterator[RawRow]:
 
 def _read_folder(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     for file in _texts(path):
-        name, encoding = file.relative_to(path).as_posix(), _encoding(file, data)
+        name, encoding = file.relative_to(path).as_posix(), _encoding(file, data.encoding)
         if file.parent != path:
             yield RawRow(f"{split}:{name}", f"{file}, row 1", file.read_text(encoding=encoding), file.parent.name)
             continue

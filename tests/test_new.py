@@ -28,8 +28,8 @@ def written(place, monkeypatch):
     monkeypatch.setattr(new.data, "main", lambda experiment: None)
     monkeypatch.setattr(new, "stage_seconds", lambda *_: {})
 
-    def write(source: str):
-        new.main(source)
+    def write(source: str, **columns: str):
+        new.main(source, **columns)
         return load_experiment(Path(source).stem)
 
     return write
@@ -132,6 +132,61 @@ def test_what_would_tell_the_label_is_no_text_and_a_users_name_neither(written):
     assert experiment.data.columns.text == "utterance" and experiment.data.columns.label == "intent_title"
 
 
+def test_what_else_could_be_meant_is_told_and_the_user_may_say_it(written, capsys):
+    header = ("overall", "verified", "reviewText", "summary", "id")
+    rows = [(i % 5, i % 2, f"{i} {words(i, 30)}", f"{i} {words(i, 5)}", f"{i:036x}") for i in range(300)]
+    write_csv("amazon.csv", rows, header)
+    experiment = written("amazon.csv")
+    assert (experiment.data.columns.text, experiment.data.columns.label) == ("reviewText", "overall")
+    said = capsys.readouterr().out
+    assert "'overall' (it could be 'verified', too: LABEL=…)" in said
+    assert "'reviewText' (it could be 'summary', too: TEXT=…)" in said
+    Path("experiments/amazon.yaml").unlink()
+    experiment = written("amazon.csv", text="summary, reviewText", label="verified")
+    assert experiment.data.columns.text == ["summary", "reviewText"] and experiment.data.columns.label == "verified"
+    Path("experiments/amazon.yaml").unlink()
+    for told, message in (
+        ({"label": "stars"}, "LABEL=stars: no column 'stars'"),
+        ({"text": "id,body"}, "TEXT=id,body: no .*'body'"),
+    ):
+        with pytest.raises(LetterheadError, match=message):
+            written("amazon.csv", **told)
+
+
+def test_an_id_of_many_characters_is_no_text_and_codes_have_names(written):
+    rows = [(f"{i:036x}", f"say {i} {words(i, 2)}", f"C0{i % 3}", f"kind of {i % 3}") for i in range(200)]
+    write_csv("short.csv", rows, ("id", "utterance", "intent", "intent_name"))
+    columns = written("short.csv").data.columns
+    assert (columns.text, columns.label) == ("utterance", "intent_name")
+
+
+def test_a_file_of_a_chinese_spreadsheet_is_read(written):
+    header = ("编号", "标题", "正文", "来源", "类别")
+    rows = [
+        (i, f"第{i}条新闻", f"今天第{i}次说到" + "足球比赛很好看" * 3, "报纸", ["体育", "财经", "国际"][i % 3])
+        for i in range(150)
+    ]
+    lines = [",".join(map(str, row)) for row in (header, *rows)]
+    Path("新闻.csv").write_bytes("\r\n".join(lines).encode("gb18030"))
+    experiment = written("新闻.csv")
+    assert experiment.data.encoding == ["utf-8", "gb18030"] and experiment.labels == ["体育", "国际", "财经"]
+    assert experiment.data.columns.text == ["标题", "正文"] and experiment.data.columns.label == "类别"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("semicolons.csv", "text;label\na b;x\n", "its columns are separated by semicolons; save it with commas"),
+        ("tabs.csv", "text\tlabel\na b\tx\n", "its columns are separated by tabs; call it .tsv"),
+        ("quote.csv", '"text" ,label\na,b\n', "quote.csv, header: a broken quote or field"),
+    ],
+)
+def test_a_header_that_cannot_be_read_tells_the_mend(written, name, content, message):
+    Path(name).write_text(content)
+    with pytest.raises(LetterheadError, match=message):
+        written(name)
+
+
 def test_published_splits_stay_and_a_label_that_stands_only_twice_is_left_out(written, capsys):
     rows = [(f"{i} {words(i, 9)}", "ab"[i % 2]) for i in range(900)]
     for split, of in (("train", [*rows[:700], (rows[0][0], "odd")]), ("val", rows[700:730]), ("test", rows[730:])):
@@ -148,3 +203,7 @@ def test_a_tab_separated_header_and_optional_keys_are_read_as_the_rows_are(writt
     objects = [{"text": f"{i} {words(i, 9)}", "label": "ab"[i % 2]} | ({"note": "n"} if i == 0 else {}) for i in range(90)]
     Path("optional.jsonl").write_text("".join(json.dumps(of) + "\n" for of in objects))
     assert written("optional.jsonl").data.columns.text == "text"
+    titled = [of | ({"title": f"Title {i}"} if i % 2 else {}) for i, of in enumerate(objects)]
+    Path("titled.jsonl").write_text("".join(json.dumps(of) + "\n" for of in titled))
+    experiment = written("titled.jsonl")
+    assert experiment.data.columns.text == ["title", "text"] and experiment.data.bad_rows == "stop"

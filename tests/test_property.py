@@ -87,7 +87,7 @@ def test_any_bytes_are_rows_or_an_error_that_is_told(head, tail, suffix, text):
         for row in read(f"rows{suffix}", text):
             assert row.place.startswith(f"rows{suffix}") and (row.fault or row.label is not None or suffix == ".jsonl")
     with told():
-        column_names(f"rows{suffix}")
+        column_names(f"rows{suffix}", ["utf-8"])
 
 
 def read(source: str, text="text") -> list:
@@ -108,7 +108,7 @@ def test_a_damaged_parquet_file_is_told(content):
     with told():
         read("damaged.parquet")
     with told():
-        column_names("damaged.parquet")
+        column_names("damaged.parquet", ["utf-8"])
 
 
 @given(
