@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -48,7 +49,8 @@ def model_folder(experiment: Experiment, name: str) -> Path:
 
     Raises
     ------
-    LetterheadError : no such method, or its checkpoint is not there (of the heads the best and the last are kept)
+    LetterheadError : no such method, its checkpoint is not there (of the heads the best and the last are kept), or it learnt
+        other labels, texts or prompts than the experiment has
     """
     if is_source(name):
         return Path("model/hub") / name.removeprefix("hf:").replace("/", "--") if name.startswith("hf:") else Path(name)
@@ -64,7 +66,21 @@ def model_folder(experiment: Experiment, name: str) -> Path:
     kept = [str(checkpoints.step_of(path)) for path in checkpoints.whole_checkpoints(folder)]
     if step not in kept:
         raise LetterheadError(f"{name}: no whole checkpoint; {folder} holds steps {', '.join(kept) or 'none'}")
+    _require_same_reading(experiment, name, stages[method])
     return folder / f"checkpoint-{step}"
+
+
+def _require_same_reading(experiment: Experiment, name: str, stage: str) -> None:
+    """A model that learnt other labels or other texts would answer all the same."""
+    then = (read_json(experiment.run_folder / stage / "stage.json") or {}).get("reading", {})
+    now = experiment.reading
+    if name.partition("@")[0] not in ("sft", "sft_options"):
+        del now["prompt"]  # which the heads do not read
+    if changed := [key for key, value in now.items() if then.get(key, value) != value]:
+        raise LetterheadError(
+            f"{name}: was trained with another {' and '.join(changed)} than the experiment has now; give the value of then, "
+            f"or train anew: make report EXP={experiment.name}"
+        )
 
 
 def load_classifier(experiment: Experiment, name: str) -> Classifier:
@@ -125,7 +141,14 @@ def _head(experiment: Experiment, folder: Path, labels: Sequence[str], head: Hea
     encoder = TextEncoder(tokenizer, head.max_length)
     if on_prompt:
         encoder = OptionEncoder(load_prompt_encoder(experiment, folder=folder))
-    return lambda texts: heads.classify(model, tokenizer, encoder.encode(texts), head.per_device_eval_batch_size)
+    turn = Lock()
+
+    def classify(texts: Sequence[str]) -> np.ndarray:
+        ids = encoder.encode(texts)  # while another thread's texts are in the model
+        with turn:
+            return heads.classify(model, tokenizer, ids, head.per_device_eval_batch_size)
+
+    return classify
 
 
 def _exported(experiment: Experiment, folder: Path) -> Classifier:
@@ -149,9 +172,11 @@ def _options(experiment: Experiment, folder: Path) -> Classifier:
 
     encoder, model = load_prompt_encoder(experiment), load_decoder(folder, experiment.decoder.dtype)
     with_end, budget, how = experiment.prompt.options == "names", experiment.eval.batch_tokens, experiment.eval.score
+    turn = Lock()
 
     def classify(texts: Sequence[str]) -> np.ndarray:
         prompts = [encoder.encode(text) for text in texts]
-        return score_options(model, prompts, encoder.answers, with_end, budget).probabilities(how)
+        with turn:
+            return score_options(model, prompts, encoder.answers, with_end, budget).probabilities(how)
 
     return classify

@@ -2,32 +2,36 @@
 
     python -m serve.predict --experiment quick --in rows.csv --out labelled.csv --model best
 
-Rows go through in chunks of a fixed size. A chunk that is done is in OUT.part, and OUT.part.json says how far that file
-holds; so a run that was killed goes on behind it and ends with the bytes it would have written undisturbed.
+Rows go through in chunks of a fixed size; while the model is at one, the next is read and tokenised. A chunk that is done is
+in OUT.part, and OUT.part.json says how far that file holds; so a run that was killed goes on behind it and ends with the
+bytes it would have written undisturbed.
 """
 
 import csv
 import fcntl
 import io
 import os
+from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from letterhead import tfidf
 from letterhead.checkpoints import model_identity, require_model
-from letterhead.classifier import in_parts, load_classifier, model_folder, named_method
+from letterhead.classifier import Classifier, in_parts, load_classifier, model_folder, named_method
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.precision import precision
 from letterhead.processes import Workers
 from letterhead.prompt import keep_words
-from letterhead.records import LetterheadError, device_name, read_json, sha256_file, sha256_json, write_json
+from letterhead.records import LetterheadError, device_name, exclusive, read_json, sha256_file, sha256_json, write_json
 from letterhead.stage import OFFLINE, run, stage_outputs
-from prep.fetch import fetch_model
+from prep.fetch import CACHE, fetch_model
 
 CHUNK = 1024
 DIGITS = 6
@@ -36,7 +40,8 @@ csv.field_size_limit(1 << 24)
 
 def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     if model.startswith("hf:"):
-        fetch_model(model, model_folder(experiment, model))
+        with exclusive(CACHE / ".lock"):
+            fetch_model(model, model_folder(experiment, model))
     os.environ.update(OFFLINE)
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
@@ -46,6 +51,8 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     folder = None if name in tfidf.ROWS else model_folder(experiment, name)
     if folder:
         require_model(folder)
+    if target.is_dir():
+        raise LetterheadError(f"{target}: is a folder; name a file")
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
     inputs = sha256_json(
         {
@@ -56,28 +63,24 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             "device": [device_name(), precision(experiment.decoder.dtype, folder) if folder else None, process_count()],
         }
     )
-    progress = read_json(progress_file)
-    if not (progress and progress["inputs"] == inputs and part.is_file() and part.stat().st_size >= progress["bytes"]):
-        progress = {"inputs": inputs, "rows": 0, "bytes": 0}
-    if progress["rows"]:
-        print(f"{part}: goes on behind row {progress['rows']:,}")
-    with Workers(process_count(), load_classifier, experiment, name) as workers, ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(alone(target))
+        progress = read_json(progress_file)
+        if not (progress and progress["inputs"] == inputs and part.is_file() and part.stat().st_size >= progress["bytes"]):
+            progress = {"inputs": inputs, "rows": 0, "bytes": 0}
+        if progress["rows"]:
+            print(f"{part}: goes on behind row {progress['rows']:,}")
+        workers = stack.enter_context(Workers(process_count(), load_classifier, experiment, name))
         workers.load()
-        target.parent.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(open(part, "ab"))
         bar = stack.enter_context(tqdm(desc=f"predicting with {name}", unit=" rows", initial=progress["rows"]))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LetterheadError(f"{part}: another process is writing it; wait for it, or name another OUT") from None
         file.truncate(progress["bytes"])
         if not progress["rows"]:
             columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
             file.write(as_csv([columns]))
         rows = islice(read_rows(source, experiment, text_columns), progress["rows"], None)
-        classify = in_parts(workers)
-        for chunk in iter(lambda: list(islice(rows, CHUNK * workers.n)), []):
-            probabilities = classify([text for _, text in chunk])
+        chunks = iter(lambda: list(islice(rows, CHUNK * workers.n)), [])
+        for chunk, probabilities in ahead(in_parts(workers), chunks, 2 if workers.n == 1 else 1):
             lines = [
                 [*fields, experiment.labels[int(p.argmax())], *(f"{value:.{DIGITS}f}" for value in p)]
                 for (fields, _), p in zip(chunk, probabilities, strict=True)
@@ -88,9 +91,52 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             progress |= {"rows": progress["rows"] + len(chunk), "bytes": file.tell()}
             write_json(progress_file, progress)
             bar.update(len(chunk))
-    part.replace(target)
-    progress_file.unlink(missing_ok=True)
+        part.replace(target)
+        progress_file.unlink(missing_ok=True)
     print(f"{target}: {progress['rows']:,} rows labelled by {name}")
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """A block in which no other process writes what makes `target`.
+
+    Raises
+    ------
+    LetterheadError : another is at it
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f".{target.name}.lock")
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                raise BlockingIOError  # its holder has just ended and removed it
+        except BlockingIOError:
+            raise LetterheadError(f"{target}: another process is writing it; wait for it, or name another OUT") from None
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def ahead(classify: Classifier, chunks: Iterator[list], n: int) -> Iterator[tuple[list, np.ndarray]]:
+    """Each chunk of (fields, text) with its texts' probabilities, in order, n chunks at work at once. What is before a chunk
+    that can't be read still comes."""
+    waiting, broken = deque(), None
+    with ThreadPoolExecutor(n) as pool:
+        while True:
+            try:
+                if chunk := next(chunks, None):
+                    waiting.append((chunk, pool.submit(classify, [text for _, text in chunk])))
+            except LetterheadError as error:
+                chunk, broken = None, error
+            if not waiting:
+                break
+            if not chunk or len(waiting) == n:
+                done, found = waiting.popleft()
+                yield done, found.result()
+    if broken:
+        raise broken
 
 
 def as_csv(lines: list[list[str]]) -> bytes:
@@ -114,7 +160,10 @@ def read_header(path: Path, experiment: Experiment) -> tuple[list[str], list[int
     if line:
         raise LetterheadError(f"{path} line {line}: not UTF-8; save the file as UTF-8 CSV")
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file), [])
+        try:
+            header = next(csv.reader(file, strict=True), [])
+        except csv.Error as error:
+            raise LetterheadError(f"{path}, header: {error}; mend the quotes of the first line") from None
     for column in experiment.data.columns.parts:
         if column not in header:
             known = ", ".join(header)
@@ -134,9 +183,7 @@ def read_rows(path: Path, experiment: Experiment, at: list[int]) -> Iterator[tup
         number = 0
         try:
             header = next(reader)
-            for number, fields in enumerate(reader, 1):
-                if not fields:
-                    raise LetterheadError(f"{path} row {number}: empty line; delete it")
+            for number, fields in enumerate(filter(None, reader), 1):  # no blank lines, as in training
                 if len(fields) != len(header):
                     raise LetterheadError(
                         f"{path} row {number}: {len(fields)} fields, the header has {len(header)}; quote commas"

@@ -34,6 +34,7 @@ from letterhead.folding import load_folded
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, write_json
 from letterhead.scoring import load_decoder, score_options
+from letterhead.stage import Stage
 from prep import data
 from serve import export, predict
 from serve.start import served
@@ -135,10 +136,14 @@ def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(experiment):
 
 def test_two_predictions_into_one_file_do_not_mix(experiment):
     Path("in.csv").write_text("text\none\ntwo\n")
-    with open("out.csv.part", "ab") as part:
-        fcntl.flock(part, fcntl.LOCK_EX)
-        with pytest.raises(LetterheadError, match="out.csv.part: another process is writing it"):
+    with open(".out.csv.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LetterheadError, match="out.csv: another process is writing it"):
             predict.main(experiment, "in.csv", "out.csv", "tfidf")
+        with predict.alone(Path("other.csv")), pytest.raises(LetterheadError), predict.alone(Path("other.csv")):
+            pass
+    predict.main(experiment, "in.csv", "out.csv", "tfidf")
+    assert len(read("out.csv")) == 3 and not list(Path().glob(".o*.lock"))
 
 
 def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, monkeypatch):
@@ -258,6 +263,29 @@ def test_an_export_carries_a_card_that_hubs_read_and_code_that_runs(experiment):
     assert load_experiment(str(exported / "experiment.yaml")).labels == LABELS
     said = said_by_the_cards_code(exported)
     assert all(repr(label) in said for label in LABELS)
+
+
+def test_weights_that_learnt_other_labels_texts_or_prompts_are_refused(experiment):
+    for stage in ("bert", "sft"):
+        checkpoint = Path(f"runs/mine/{stage}/checkpoints/checkpoint-30")
+        heads.load_head(experiment.encoder.folder, LABELS).save_pretrained(checkpoint)
+        write_json(checkpoint / "trainer_state.json", {"global_step": 30})
+        Stage(experiment, stage, 0).finish([], reading=experiment.reading)
+    changes = {
+        "data.labels": {"data": experiment.data.model_copy(update={"labels": LABELS[::-1]})},
+        "data.max_words": {"data": experiment.data.model_copy(update={"max_words": 3})},
+        "data.columns.text": {"data": experiment.data.model_copy(update={"columns": Columns(text=["text", "more"])})},
+        "prompt": {"prompt": experiment.prompt.model_copy(update={"template": "{text}? {options}"})},
+    }
+    for key, sections in changes.items():
+        changed = experiment.model_copy(update=sections)
+        for name in ("bert@30", "sft@30"):
+            assert classifier.model_folder(experiment, name).is_dir()
+            if (name, key) == ("bert@30", "prompt"):
+                assert classifier.model_folder(changed, name).is_dir()
+                continue
+            with pytest.raises(LetterheadError, match=f"{name}: was trained with another {key} than the experiment has now"):
+                classifier.model_folder(changed, name)
 
 
 class ModelHub(Hub):
