@@ -107,14 +107,16 @@ class PromptEncoder:
         self.tokenizer, self.labels = tokenizer, labels
         self.template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
         self.cutoff_len = data_arguments.cutoff_len
-        listed, shown = option_texts(prompt, labels), [*labels[1:], labels[0]] if rotate else labels
-        self.options = labels if prompt.options == "names" else [listed[shown.index(label)] for label in labels]
+        self._control = _control_strings(tokenizer, THINK)
+        names = [self.neutralise(label) for label in labels]  # a label is somebody's text, too
+        listed, shown = option_texts(prompt, names), [*names[1:], names[0]] if rotate else names
+        self.options = names if prompt.options == "names" else [listed[shown.index(name)] for name in names]
         self._prefix = prompt.answer_prefix
         self._removes_thought = isinstance(self.template, ReasoningTemplate) and self.template.enable_thinking is False
         lettered = [f"{letter}. {name}" for letter, name in zip(listed, shown, strict=True)]
         lines = lettered if prompt.options == "letters" else shown
-        self._before, self._after = prompt.template.replace("{options}", "\n".join(lines)).split("{text}")
-        self._control = _control_strings(tokenizer, THINK)
+        parts = prompt.template.split("{text}")  # before the labels are in it, which may hold {text}
+        self._before, self._after = (part.replace("{options}", "\n".join(lines)) for part in parts)
         self._turns = []
         for text, label in examples:
             asked, answer = self.fill(self.neutralise(text)), self.answer_text(self.options[labels.index(label)])
