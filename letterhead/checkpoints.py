@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -28,9 +29,9 @@ def safetensors_error(path: Path) -> str | None:
             if header_bytes > path.stat().st_size:
                 return "its header is cut off"
             header = json.loads(file.read(header_bytes))
-    except (OSError, ValueError) as error:
-        return f"its header does not parse ({error})"
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        return f"its header does not parse ({type(error).__name__}: {error})"
     expected = 8 + header_bytes + max(ends, default=0)
     size = path.stat().st_size
     return None if size == expected else f"it has {size} bytes, its header says {expected}"
@@ -99,14 +100,14 @@ def is_whole(folder: Path) -> bool:
     index = read_json(folder / "model.safetensors.index.json")
     weights = sorted(folder.glob("*.safetensors"))
     shards = set(index["weight_map"].values()) if index else set()
-    optimizer = folder / "optimizer.pt"
+    states = [*folder.glob("*.pt"), *folder.glob("*.pth")]  # of optimizer, schedule and chance: zip files
     return (
         isinstance(state, dict)
         and state.get("global_step") == step_of(folder)
         and bool(weights)
         and shards <= {file.name for file in weights}
         and not any(safetensors_error(file) for file in weights)
-        and (not optimizer.exists() or zipfile.is_zipfile(optimizer))
+        and all(map(zipfile.is_zipfile, states))
     )
 
 
@@ -117,13 +118,17 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def set_aside_broken(folder: Path) -> list[Path]:
-    """Rename every checkpoint that is not whole to broken-checkpoint-N; returns the new paths."""
+    """Rename every checkpoint that is not whole to broken-checkpoint-N; returns the new paths. The others get times in the
+    order of their steps, all past, since by these the Trainer knows which is the oldest."""
     aside = []
     for path in sorted(folder.glob("checkpoint-*"), key=step_of):
         if step_of(path) >= 0 and not is_whole(path):
             target = path.with_name(f"broken-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
             aside.append(path.rename(target))
+    kept, now = whole_checkpoints(folder), time.time()
+    for age, path in enumerate(reversed(kept), 1):
+        os.utime(path, (now - age, now - age))
     return aside
 
 
