@@ -45,6 +45,7 @@ LOCK_PATIENCE_S = 20
 BAR = 20
 # A full disk, a quota, and a limit on the size of files
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 ESTIMATE = "estimate.json"  # under runs/NAME: the seconds of each stage, and those to do; `make status` leaves it
 
 
@@ -257,10 +258,16 @@ def telling() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run again to go on from here")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' errors are no OSErrors
         number = int(told[1]) if told else getattr(error, "errno", None)
-        if number not in NO_ROOM:
+        place = getattr(error, "filename", None)
+        if number in NO_ROOM:
+            why = f"{place or 'disk'}: {os.strerror(number)}; make room and run again, nothing is half-written"
+        elif "PytorchStreamWriter failed" in str(error):  # torch's is a RuntimeError
+            why = "disk: a checkpoint could not be written whole; make room and run again, it is not used"
+        elif place and number in CLOSED:
+            why = f"{place}: {os.strerror(number)}; mend that and run again"
+        else:
             raise
-        place = getattr(error, "filename", None) or "disk"
-        sys.exit(f"error: {place}: {os.strerror(number)}; make room and run again, nothing is half-written")
+        sys.exit(f"error: {why}")
