@@ -183,7 +183,7 @@ def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | 
     if value in labels:
         return labels[value] if isinstance(labels, dict) else value
     numbered = isinstance(labels, list) and not any(label.isdecimal() for label in labels)
-    if numbered and value.isdecimal() and int(value) < len(labels):
+    if numbered and value.isdecimal() and len(value) < 6 and int(value) < len(labels):
         return labels[int(value)]
     known = ", ".join(labels if isinstance(labels, dict) else (f"{i} or {name}" for i, name in enumerate(labels)))
     raise LetterheadError(f"{row.place}: label {value!r} is not in data.labels ({known}); add it, or map it to null")

@@ -308,6 +308,17 @@ def test_odd_texts_and_labels_are_named(make_experiment):
             data.main(make_experiment("a.jsonl", ["1", "2"]))
 
 
+def test_odd_numbers_marks_and_nesting_are_told_not_traced(make_experiment):
+    write_csv("rows.csv", [("one", "0"), ("two", "9" * 5000)])
+    with pytest.raises(LetterheadError, match="row 2.*is not in data.labels"):
+        data.main(make_experiment("rows.csv", LABELS))
+    with pytest.raises(LetterheadError, match="rows.csv,.*not utf-16"):
+        data.main(make_experiment("rows.csv", LABELS, data={"encoding": ["utf-16"]}))
+    Path("deep.jsonl").write_text("[" * 200_000 + "\n")
+    with pytest.raises(LetterheadError, match="row 1: not JSON"):
+        data.main(make_experiment("deep.jsonl", LABELS))
+
+
 def test_the_easiest_or_hardest_rows_of_each_label_are_taken_by_a_ranking(make_experiment):
     write_csv("a.csv", rows(100))
     keys = {"train": 20, "validation": 10, "test": 20}
