@@ -135,6 +135,7 @@ def write_result(
         prediction = None if predicted[i] == NO_ANSWER else labels[predicted[i]]
         return {"id": rows[i]["id"], "label": rows[i]["label"], "prediction": prediction, "probabilities": None} | named
 
+    result_file.unlink(missing_ok=True)  # of other inputs: its figures are not those of these predictions
     write_jsonl(predictions_file, map(line, range(len(rows))))
     write_json(result_file, result)
     return result

@@ -8,7 +8,7 @@ from importlib import import_module
 from eval import compare
 from letterhead.estimate import stage_seconds
 from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError, read_json, write_json
+from letterhead.records import LetterheadError, exclusive, read_json, write_json
 from letterhead.stage import ESTIMATE, ask, is_running, minutes, run
 from prep.fetch import is_there
 
@@ -41,7 +41,9 @@ def main(experiment: Experiment) -> None:
         states[name] = state(experiment, name, states)
     seconds = stage_seconds(experiment, card) if states["data"] == "done" else {}
     to_do = [name for name, of in states.items() if of != "done"]
-    write_json(experiment.run_folder / ESTIMATE, {"seconds": seconds, "to_do": to_do})
+    if "running" not in states.values():  # else a report is at it, and tells how far it is by the plan that it began with
+        with exclusive(experiment.run_folder / ".estimate.lock"):
+            write_json(experiment.run_folder / ESTIMATE, {"seconds": seconds, "to_do": to_do})
     for name, of in states.items():
         record = read_json(experiment.run_folder / name / "stage.json") or {}
         took = f"took {record['seconds']:,.0f} s" if of == "done" else minutes(seconds[name]) if name in seconds else ""
