@@ -42,7 +42,7 @@ def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call
         model_name=folder.name,
         eval_results=_for_hubs(experiment, of_training) if of_training else None,
     )
-    counts, shared = card["rows"], card["shared_with_train"].get("test", 0) + len(card["near_duplicates"]["test"])
+    counts, shared = card["rows"], max(card["shared_with_train"].get("test", 0), len(card["near_duplicates"]["test"]))
     twice = f" {shared} of the test rows stand in train too, or nearly." if shared else ""
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
@@ -51,7 +51,7 @@ def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call
         "## Figures",
         _table(of_training) if of_training else "Not measured.",
         "## Data",
-        f"{escape_markdown(Path(source_name(experiment.data.source)).name)} "
+        f"{escape_markdown(shown_source(experiment))} "
         f"({escape_markdown(experiment.data.license or 'its license is not said')}): {counts['train']:,} rows to train on, "
         f"{counts['validation']:,} to choose a step by, {counts['test']:,} to measure on.{twice}",
         "## Model",
@@ -61,12 +61,18 @@ def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call
         f"```python\n{call.strip()}\n```",
     ]
     values = experiment.model_dump(mode="json")
-    values["data"]["source"] = Path(experiment.data.source).name  # a path of somebody's disk is nobody's business
+    values["data"]["source"] = shown_source(experiment)
     with atomic_open(folder / EXPERIMENT) as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(values)))
     with atomic_open(folder / "README.md") as file:
         file.write("\n\n".join(paragraphs) + "\n")
     return folder / "README.md"
+
+
+def shown_source(experiment: Experiment) -> str:
+    """Where the data come from; of a path on somebody's disk, which is nobody's business, the last part alone."""
+    source = experiment.data.source
+    return source if source.startswith(("hf:", "pypi:")) else Path(source.replace("/{split}", "")).name
 
 
 def _for_hubs(experiment: Experiment, result: dict) -> list[EvalResult]:

@@ -25,14 +25,14 @@ HEADS = ("bert", "bert_all", "linear_head")
 CALL_TEXT = """
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="{folder}")
+classify = pipeline("text-classification", model="{folder}")  # or its id, once it is on a hub
 print(classify("{text}", truncation=True, max_length={length}, top_k=None))
 """
 CALL_IDS = """
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from letterhead.experiment import load_experiment
+from letterhead.experiment import load_experiment  # run in Letterhead's folder, with its environment
 from letterhead.prompt import load_prompt_encoder
 
 encoder = load_prompt_encoder(load_experiment("{folder}/experiment.yaml"), folder="{folder}")

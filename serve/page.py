@@ -111,6 +111,15 @@ def prompt_of(experiment: Experiment, encoder, text: str) -> tuple[str, str]:
     return encoder.tokenizer.decode(encoder.encode(cut)), "\n".join(lines)
 
 
+def put_together(experiment: Experiment) -> str:
+    """How a text is made of several columns, for who types one."""
+    columns = experiment.data.columns
+    if columns.text == columns.parts[0]:
+        return ""
+    how = f"as {columns.text}" if isinstance(columns.text, str) else f"{', '.join(columns.parts)}, each from a new line"
+    return f"; write it {how}"
+
+
 def build(experiment: Experiment, files: Path):
     """The page as an ASGI application, all models loaded; files that it labels lie in the folder `files`."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*Gradio 6.0")
@@ -146,7 +155,9 @@ def build(experiment: Experiment, files: Path):
     of_page = {"title": f"Letterhead: {experiment.name}", "theme": theme, "css": "footer {display: none !important}"}
     with gr.Blocks(**of_page, analytics_enabled=False) as page:
         gr.Markdown(f"# A letter or a head? {experiment.name}")
-        text = gr.Textbox(lines=5, label=f"A text ({experiment.title})", placeholder="Type or paste a text")
+        text = gr.Textbox(
+            lines=5, label=f"A text ({experiment.title}){put_together(experiment)}", placeholder="Type or paste a text"
+        )
         button = gr.Button("Label it", variant="primary")
         named, bars = [], []
         for begin in range(0, len(titles), 3):
