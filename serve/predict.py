@@ -67,7 +67,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         stack.enter_context(alone(target))
         progress = read_json(progress_file)
         if not (progress and progress["inputs"] == inputs and part.is_file() and part.stat().st_size >= progress["bytes"]):
-            progress = {"inputs": inputs, "rows": 0, "bytes": 0}
+            progress = {"inputs": inputs, "rows": 0, "without": 0, "bytes": 0}
         if progress["rows"]:
             print(f"{part}: goes on behind row {progress['rows']:,}")
         workers = stack.enter_context(Workers(process_count(), load_classifier, experiment, name))
@@ -81,10 +81,9 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         rows = islice(read_rows(source, experiment, text_columns), progress["rows"], None)
         chunks = iter(lambda: list(islice(rows, CHUNK * workers.n)), [])
         for chunk, probabilities in ahead(in_parts(workers), chunks, 2 if workers.n == 1 else 1):
-            lines = [
-                [*fields, experiment.labels[int(p.argmax())], *(f"{value:.{DIGITS}f}" for value in p)]
-                for (fields, _), p in zip(chunk, probabilities, strict=True)
-            ]
+            found, nothing = iter(probabilities), [""] * (1 + len(experiment.labels))
+            lines = [[*fields, *(of_row(experiment, next(found)) if text else nothing)] for fields, text in chunk]
+            progress["without"] += sum(not text for _, text in chunk)
             file.write(as_csv(lines))
             file.flush()
             os.fsync(file.fileno())
@@ -93,7 +92,13 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             bar.update(len(chunk))
         part.replace(target)
         progress_file.unlink(missing_ok=True)
-    print(f"{target}: {progress['rows']:,} rows labelled by {name}")
+    left = f", {progress['without']:,} of them without a text and left empty" if progress["without"] else ""
+    print(f"{target}: {progress['rows']:,} rows labelled by {name}{left}")
+
+
+def of_row(experiment: Experiment, probabilities: np.ndarray) -> list[str]:
+    """The label, and each label's probability."""
+    return [experiment.labels[int(probabilities.argmax())], *(f"{value:.{DIGITS}f}" for value in probabilities)]
 
 
 @contextmanager
@@ -120,21 +125,22 @@ def alone(target: Path) -> Iterator[None]:
 
 
 def ahead(classify: Classifier, chunks: Iterator[list], n: int) -> Iterator[tuple[list, np.ndarray]]:
-    """Each chunk of (fields, text) with its texts' probabilities, in order, n chunks at work at once. What is before a chunk
-    that can't be read still comes."""
+    """Each chunk of (fields, text) with the probabilities of the texts that it has, in order, n chunks at work at once. What
+    is before a chunk that can't be read still comes."""
     waiting, broken = deque(), None
     with ThreadPoolExecutor(n) as pool:
         while True:
             try:
                 if chunk := next(chunks, None):
-                    waiting.append((chunk, pool.submit(classify, [text for _, text in chunk])))
+                    texts = [text for _, text in chunk if text]
+                    waiting.append((chunk, pool.submit(classify, texts) if texts else None))
             except LetterheadError as error:
                 chunk, broken = None, error
             if not waiting:
                 break
             if not chunk or len(waiting) == n:
                 done, found = waiting.popleft()
-                yield done, found.result()
+                yield done, found.result() if found else np.empty((0, 0))
     if broken:
         raise broken
 
@@ -172,11 +178,12 @@ def read_header(path: Path, experiment: Experiment) -> tuple[list[str], list[int
 
 
 def read_rows(path: Path, experiment: Experiment, at: list[int]) -> Iterator[tuple[list[str], str]]:
-    """Each row's fields, and its text, made from those at positions `at`, as the experiment cuts it.
+    """Each row's fields, and its text, made from those at positions `at`, as the experiment cuts it; empty for a row without
+    one, where the experiment drops such rows.
 
     Raises
     ------
-    LetterheadError : a row that cannot be read, or that has no text; names file and row
+    LetterheadError : a row that cannot be read, or that has no text and may not be dropped; names file and row
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -189,11 +196,13 @@ def read_rows(path: Path, experiment: Experiment, at: list[int]) -> Iterator[tup
                         f"{path} row {number}: {len(fields)} fields, the header has {len(header)}; quote commas"
                     )
                 try:
-                    text = experiment.data.columns.join([fields[i] for i in at])
+                    text = experiment.data.columns.join([fields[i] for i in at]).strip()
+                    if not text:
+                        raise ValueError("the text is empty; fill it in, or delete the row")
                 except ValueError as error:
-                    raise LetterheadError(f"{path} row {number}: {error}") from None
-                if not text.strip():
-                    raise LetterheadError(f"{path} row {number}: the text is empty; fill it in, or delete the row")
+                    if experiment.data.bad_rows == "stop":
+                        raise LetterheadError(f"{path} row {number}: {error}") from None
+                    text = ""
                 yield fields, keep_words(text, experiment.data.max_words).strip()
         except csv.Error as error:
             raise LetterheadError(f"{path} row {number + 1}: {error}; mend its quotes") from None

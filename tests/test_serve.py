@@ -146,12 +146,18 @@ def test_two_predictions_into_one_file_do_not_mix(experiment):
     assert len(read("out.csv")) == 3 and not list(Path().glob(".o*.lock"))
 
 
-def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, monkeypatch):
+def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, monkeypatch, capsys):
     monkeypatch.setattr(predict, "CHUNK", 2)
-    Path("in.csv").write_text("text\none\ntwo\nthree\n  \nfive\n")
+    Path("in.csv").write_text("text\none\n\ntwo\nthree\n  \nfive\n\n")
     with pytest.raises(LetterheadError, match="in.csv row 4: the text is empty; fill it in"):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
     assert read_json("out.csv.part.json")["rows"] == 2 and not Path("out.csv").exists()
+    dropping = experiment.model_copy(update={"data": experiment.data.model_copy(update={"bad_rows": "drop"})})
+    predict.main(dropping, "in.csv", "dropped.csv", "tfidf")
+    header, *lines = read("dropped.csv")
+    assert [line[0] for line in lines] == ["one", "two", "three", "  ", "five"]
+    assert [bool(line[1]) for line in lines] == [True, True, True, False, True] and lines[3][1:] == [""] * (len(header) - 1)
+    assert "1 of them without a text and left empty" in capsys.readouterr().out
     Path("in.csv").write_text("title\none\n")
     with pytest.raises(LetterheadError, match="no column 'text' among title; set data.columns.text"):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -117,9 +118,18 @@ def test_what_tools_read_from_the_environment_may_stand_on_the_command_line():
     assert told.returncode == 0
 
 
-def test_an_experiment_may_be_named_with_its_ending():
-    shown = subprocess.run(["make", "-pn", "help", "EXP=smoke.yaml"], cwd=ROOT, capture_output=True, text=True).stdout
+@pytest.mark.parametrize("named", ["smoke.yaml", "experiments/smoke.yaml"])
+def test_an_experiment_may_be_named_with_its_ending_and_folder(named):
+    shown = subprocess.run(["make", "-pn", "help", f"EXP={named}"], cwd=ROOT, capture_output=True, text=True).stdout
     assert re.search(r"^EXP .*= smoke$", shown, re.MULTILINE)
+
+
+def test_a_folder_with_spaces_and_another_make_are_told(tmp_path):
+    (folder := tmp_path / "my project").mkdir()
+    shutil.copy(ROOT / "Makefile", folder)
+    told = subprocess.run(["make", "-n", "help"], cwd=folder, capture_output=True, text=True)
+    assert told.returncode and "has spaces" in told.stderr and "move it" in told.stderr
+    assert "GNU make is needed here" in (ROOT / "BSDmakefile").read_text()
 
 
 def test_the_stages_are_made_as_the_makefile_makes_them():
