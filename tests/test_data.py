@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from letterhead.experiment import Data
-from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_file
+from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_file, write_jsonl
 from prep import data, fetch
 from prep.sources import open_source
 
@@ -165,6 +165,38 @@ def test_texts_that_are_nearly_in_train_are_named_and_can_be_taken_out(make_expe
     card = read_json("data/mine/data_card.json")
     assert card["rows"]["train"] == 21 and card["dropped"]["text nearly one of test or validation"] == 2
     assert NEAR not in texts(experiment, "train") and len(card["near_duplicates"]["test"]) == 2
+
+
+def test_no_near_duplicate_is_missed_and_a_line_that_all_share_costs_nothing(workplace):
+    """Against all pairs by Python's sets."""
+    chance, signature = np.random.default_rng(0), "Sent from my telephone please excuse the brevity of this message"
+    words = [f"w{i}" for i in range(60)]
+    rows = []
+    for i in range(240):
+        text = list(chance.choice(words, size=int(chance.integers(1, 40))))
+        if i >= 60 and i % 3:  # another row with some words changed
+            text = list(rows[int(chance.integers(60))])
+            for at in chance.integers(len(text), size=int(chance.integers(3))):
+                text[at] = "changed"
+        rows.append(text)
+    for end in ("", f" {signature}"):
+        texts_of = [" ".join(row) + end for row in rows]
+        write_jsonl("pool.jsonl", ({"id": str(i), "text": of} for i, of in enumerate(texts_of)))
+        chosen = np.array([0 if i < 120 else 1 + i % 2 for i in range(240)])
+        runs = [{tuple(of[k : k + 3]) for k in range(len(of) - 2)} for of in (text.split() for text in texts_of)]
+
+        def alike(a: int, b: int, runs=runs) -> float:
+            return len(runs[a] & runs[b]) / max(1, len(runs[a] | runs[b]))
+
+        expected = {b: {a for a in range(120) if alike(a, b) >= data.ALIKE} for b in range(120, 240)}
+        found = {row: (pair, set(train.tolist())) for row, pair, train in data.near_duplicates(Path("pool.jsonl"), chosen)}
+        assert {row: train for row, (_, train) in found.items()} == {b: of for b, of in expected.items() if of}
+        assert len(found) > 20
+        for row, (pair, _) in found.items():
+            assert pair[0] == str(row) and alike(int(pair[1]), row) == max(alike(a, row) for a in range(120))
+    runs = data.csr_matrix(np.ones((3, 8), np.float32))
+    kept = data.rarest_runs(runs, np.array([9, 9, 9, 9, 9, 1, 9, 2]))
+    assert kept.toarray()[0].tolist() == [1, 0, 0, 0, 0, 1, 0, 1]  # 3 of 8: two that share 6 of 8 share one of these
 
 
 def test_subsets_are_nested_and_the_split_keeps_its_seed(make_experiment):
