@@ -2,8 +2,9 @@
 
     python -m bench.growth --experiment quick --rows 1000000
 
-Rows are drawn words, predictions drawn, models tiny and random (but for the options, which the experiment's own decoder
-scores): what is measured is what we add to a model's own work. Each point is a process of its own.
+Rows are words drawn as languages use them (Zipf) and a line that all share, predictions are drawn, models tiny and random:
+what is measured is what we add to a model's own work. The experiment's own decoder scores the options, and its own encoder,
+with a random head, labels rows, held against that model alone. Each point is a process of its own, and kept once it is there.
 runs/EXPERIMENT/growth/ takes growth.json, GROWTH.md and growth.png.
 """
 
@@ -31,11 +32,14 @@ from letterhead.records import LetterheadError, atomic_open, device_name, machin
 from letterhead.stage import OFFLINE, Stage, run, stage_outputs
 
 LABELS = ["World", "Sports", "Business", "Science"]
-WORDS = 12
+WORDS, ZIPF, SHARED = 12, 1.3, "sent from my telephone please excuse errors"
+OWN_ROWS = 20_000  # for the experiment's own encoder
 FEW_TRAINED = 2000
 CHECKPOINTS, CHECKED_ROWS = (1, 4, 16, 64), 1000
 OPTIONS, SCORED_ROWS = (4, 10, 26, 52, 100), 12
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+OWN, ALONE = "predict, own encoder", "own encoder alone"
+OWN_POINTS = ((OWN, OWN_ROWS // 10), (OWN, OWN_ROWS), (ALONE, OWN_ROWS))
 SKILL = 2.0  # of the drawn predictions
 THINKING = {"no_think_accuracy_same_rows": 0.4, "times_one_forward": 20.0, "engine": "hf", "budget_tokens": 64}
 THINKING |= {"thought": 30, "begun": 32, "unfinished": 4, "unparsed": 2}
@@ -58,13 +62,12 @@ def main(experiment: Experiment, most: str) -> None:
     stage_outputs(experiment, "data")  # the tokenizers come from its models
     stage = Stage(experiment, "growth", None)
     sizes = [10**power for power in range(3, len(str(int(most))))]
+    record, table, picture = (stage.folder / of for of in ("growth.json", "GROWTH.md", "growth.png"))
     try:
         remove(experiment, stage.folder / "work")  # of a run that broke off: nothing may be up to date
-        points = measure(experiment, stage.folder / "work", sizes)
+        points = measure(experiment, stage.folder / "work", sizes, record)
     finally:
         remove(experiment, stage.folder / "work")
-    record, table, picture = (stage.folder / of for of in ("growth.json", "GROWTH.md", "growth.png"))
-    write_json(record, {"points": points, "device": device_name(), "machine": machine()})
     with atomic_open(table) as file:
         file.write(as_table(points))
     draw_picture(picture, caption_of(experiment), points)
@@ -79,15 +82,19 @@ def remove(experiment: Experiment, place: Path) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def measure(experiment: Experiment, place: Path, sizes: list[int]) -> list[dict]:
-    """All points: what was measured, `n`, seconds, and peak memory in MiB."""
+def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path) -> list[dict]:
+    """All points: what was measured, `n`, seconds, and peak memory in MiB; written to `record` one by one."""
     decoder, encoder = tiny_models(experiment, place)
     points: list[dict] = []
-    with tqdm(total=4 * len(sizes) + 2 * len(CHECKPOINTS) + len(OPTIONS), desc="growth", unit=" points") as bar:
+    with tqdm(total=4 * len(sizes) + 3 + 2 * len(CHECKPOINTS) + len(OPTIONS), desc="growth", unit=" points") as bar:
+
+        def keep(of: str, n: int, told: dict) -> None:
+            points.append({"of": of, "n": n, **told})
+            write_json(record, {"points": points, "device": device_name(), "machine": machine()})
+            bar.update()
 
         def add(of: str, n: int, *told: Any) -> None:
-            points.append({"of": of, "n": n, **call(*told)})
-            bar.update()
+            keep(of, n, call(*told))
 
         for rows in sizes:
             name = write_experiment(experiment, place, f"rows{rows}", rows, decoder, encoder)
@@ -98,6 +105,13 @@ def measure(experiment: Experiment, place: Path, sizes: list[int]) -> list[dict]
             add("report", rows, "-m", "report.build", *told)
             labelled = ["--in", place / f"rows{rows}/test.csv", "--out", place / "labelled.csv"]
             add("predict", rows, "-m", "serve.predict", *told, *labelled, "--model", encoder.absolute())
+        own = own_encoder(experiment, place)
+        for rows in (OWN_ROWS // 10, OWN_ROWS):
+            name = write_experiment(experiment, place, f"own{rows}", rows, decoder, encoder)
+            call("-m", "prep.data", "--experiment", name)
+            told = ["--in", place / f"own{rows}/test.csv", "--out", place / "labelled.csv", "--model", own.absolute()]
+            add(OWN, rows, "-m", "serve.predict", "--experiment", name, *told)
+        keep(ALONE, OWN_ROWS, call_in_a_process(model_alone, own, place / f"own{OWN_ROWS}/test.csv"))
         name = write_experiment(experiment, place, "checkpoints", CHECKED_ROWS, decoder, encoder)
         call("-m", "prep.data", "--experiment", name)
         for checkpoints in CHECKPOINTS:
@@ -105,9 +119,7 @@ def measure(experiment: Experiment, place: Path, sizes: list[int]) -> list[dict]
             add("compare, results", n, "-m", "eval.compare", "--experiment", name)
             add("report, results", n, "-m", "report.build", "--experiment", name)
         for options in OPTIONS:
-            told = call_in_a_process(score_rows, experiment, options)
-            points.append({"of": "scoring, options", "n": options, **told})
-            bar.update()
+            keep("scoring, options", options, call_in_a_process(score_rows, experiment, options))
     return points
 
 
@@ -129,19 +141,51 @@ def tiny_models(experiment: Experiment, place: Path) -> tuple[Path, Path]:
     return decoder, encoder
 
 
+def own_encoder(experiment: Experiment, place: Path) -> Path:
+    """The experiment's encoder with a head of random weights, as `make export` would leave it."""
+    import torch
+
+    from letterhead import heads
+
+    torch.manual_seed(0)
+    heads.load_head(experiment.encoder.folder, LABELS).save_pretrained(place / "own")
+    heads.load_tokenizer(experiment.encoder.folder).save_pretrained(place / "own")
+    return place / "own"
+
+
+def model_alone(folder: Path, rows: Path) -> dict:
+    """Seconds and peak memory (MiB) of the bare model on the texts of a CSV file, tokenised before."""
+    from letterhead import heads
+    from letterhead.cpu import pack
+    from letterhead.experiment import Head
+    from letterhead.precision import cast, precision
+    from letterhead.prompt import TextEncoder
+    from serve.predict import CHUNK
+
+    model = pack(cast(heads.load_head(folder, LABELS), precision("auto", folder)).eval())
+    tokenizer = heads.load_tokenizer(folder)
+    with open(rows, encoding="utf-8", newline="") as file:
+        ids = TextEncoder(tokenizer, Head().max_length).encode([row["text"] for row in csv.DictReader(file)])
+    heads.classify(model, tokenizer, ids[:CHUNK], Head().per_device_eval_batch_size)
+    begin = time.perf_counter()
+    for at in range(0, len(ids), CHUNK):
+        heads.classify(model, tokenizer, ids[at : at + CHUNK], Head().per_device_eval_batch_size)
+    return {"seconds": time.perf_counter() - begin, "peak_mib": float(peak_memory()["peak_memory_mb"])}
+
+
 def write_experiment(of: Experiment, place: Path, name: str, rows: int, decoder: Path, encoder: Path) -> str:
     """Rows of drawn words, so many to test and a few to train, and an experiment that reads them; returns its path."""
     folder, chance = place / name, np.random.default_rng(rows)
     folder.mkdir()
-    words = np.array([f"w{i}" for i in range(5000)])
+    words = np.array([f"w{i}" for i in range(50_000)])
     for split, n in (("train", max(FEW_TRAINED, rows // 10)), ("test", rows)):
         with open(folder / f"{split}.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
             for at in range(0, n, 10_000):
-                drawn = words[chance.integers(len(words), size=(min(10_000, n - at), WORDS))]
+                drawn = words[chance.zipf(ZIPF, size=(min(10_000, n - at), WORDS)) % len(words)]
                 writer.writerows(
-                    (f"{at + i} {' '.join(row)}", LABELS[(at + i) % len(LABELS)]) for i, row in enumerate(drawn)
+                    (f"{at + i} {' '.join(row)} {SHARED}", LABELS[(at + i) % len(LABELS)]) for i, row in enumerate(drawn)
                 )
     trained_by = place / "sft.yaml"
     trained_by.write_text(
@@ -243,6 +287,14 @@ def as_table(points: list[dict]) -> str:
             if point is line[-1] and len(line) > 1:
                 told = ", ".join(f"{slope(line, key):.2f} ({name})" for key, name in POWERS.items())
             lines.append(f"| {of} | {point['n']:,} | {point['seconds']:.2f} | {point['peak_mib']:,.0f} | {told} |")
+    few, many, alone = (next((p for p in points if (p["of"], p["n"]) == of), None) for of in OWN_POINTS)
+    if alone:
+        a_row = (many["seconds"] - few["seconds"]) / (many["n"] - few["n"])
+        share = alone["seconds"] / alone["n"] / a_row
+        lines += [
+            "",
+            f"Of the time that predict takes for a further row with the experiment's encoder, that model takes {share:.0%}.",
+        ]
     return "\n".join(lines) + "\n"
 
 

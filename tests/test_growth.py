@@ -27,12 +27,15 @@ def test_the_power_of_growth_is_told(tmp_path):
     points = [{"of": "data", "n": n, "seconds": n * n / 1e4, "peak_mib": 100 + n / 10} for n in (1000, 10_000, 100_000)]
     points += [{"of": "scoring, options", "n": n, "seconds": n / 10, "peak_mib": 900} for n in (4, 100)]
     points += [{"of": "report", "n": 1000, "seconds": 1, "peak_mib": 100}]
+    for (of, n), seconds in zip(growth.OWN_POINTS, (12.0, 30.0, 18.0), strict=True):
+        points.append({"of": of, "n": n, "seconds": seconds, "peak_mib": 100})
     assert growth.slope(points[:3], "seconds") == pytest.approx(2)
     table = growth.as_table(points)
     assert (
         "| 2.00 (seconds), 0.96 (peak memory, MiB) |" in table
         and "| scoring, options | 100 | 10.00 | 900 | 1.00 (seconds), 0.00" in table
     )
+    assert "that model takes 90%." in table  # 18 s for 18,000 rows, and 18 for 20,000
     growth.draw_picture(tmp_path / "growth.png", "a test", points)
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
