@@ -4,7 +4,7 @@
 
 Rows are words drawn as languages use them (Zipf) and a line that all share, predictions are drawn, models tiny and random:
 what is measured is what we add to a model's own work. The experiment's own decoder scores the options, and its own encoder,
-with a random head, labels rows, held against that model alone. Each point is a process of its own, and kept once it is there.
+with a random head, labels rows, held against that model alone. Each point is a process of its own, and is kept at once.
 runs/EXPERIMENT/growth/ takes growth.json, GROWTH.md and growth.png.
 """
 
