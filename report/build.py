@@ -4,6 +4,7 @@ python -m report.build --experiment quick
 """
 
 import base64
+from operator import itemgetter
 from pathlib import Path
 
 import jinja2
@@ -14,7 +15,7 @@ from eval import compare
 from letterhead import checkpoints, metrics, results, tfidf
 from letterhead.experiment import Experiment, source_name
 from letterhead.figures import caption_of
-from letterhead.records import atomic_open, escape_markdown, read_json, sha256_file
+from letterhead.records import atomic_open, escape_markdown, read_json, read_jsonl, sha256_file
 from letterhead.stage import Stage, run, stage_outputs
 from report import article, pictures
 from report.status import stages_of
@@ -122,7 +123,6 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
     """All that the templates show."""
     ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     by_name, trained = dict(ranked), [name for name, entry in ranked if entry["method"] in (*TRAINED, *tfidf.ROWS)]
-    wrong, split = hard_rows(experiment, trained)
     return {
         "experiment": experiment,
         "model_source": source_name(experiment.decoder.model),
@@ -134,8 +134,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "article": article if article.is_the_articles(experiment) else None,
         "overfit": overfitting(experiment),
         "trained": trained,
-        "wrong": wrong,
-        "split": split,
+        **hard_rows(experiment, trained),
         "shown": SHOWN_ROWS,
         "card": read_json(experiment.data_folder / "data_card.json"),
         "config": yaml.safe_dump(experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
@@ -180,24 +179,33 @@ def overfitting(experiment: Experiment) -> str:
     return words + sure + ("its predictions get better." if low > 0 else "no difference in its predictions can be shown.")
 
 
-def hard_rows(experiment: Experiment, names: list[str]) -> tuple[list[dict], list[dict]]:
-    """Test rows that every named method gets wrong, and rows where they disagree (the most evenly split first)."""
-    text = {row["id"]: row["text"] for row in results.read_rows(experiment, "test")}
-    answers = {name: results.read_predictions(experiment, name, "test") for name in names}
-    wrong, split = [], []
-    for lines in zip(*answers.values(), strict=True):
-        first = lines[0]
-        row = {"id": first["id"], "label": first["label"], "text": text[first["id"]]}
-        row["answers"] = {
-            name: (line["prediction"], line["probabilities"][line["prediction"]])
-            for name, line in zip(names, lines, strict=True)
-        }
+def hard_rows(experiment: Experiment, names: list[str]) -> dict[str, dict]:
+    """Test rows that every named method gets wrong, and rows where they disagree (the most evenly split first): how many
+    there are, and the first of them. The files are read side by side, a row at a time."""
+    found = {"wrong": {"n": 0, "rows": []}, "split": {"n": 0, "rows": []}}
+    files = [read_jsonl(results.result_files(experiment, name, "test")[1]) for name in names]
+    for number, lines in enumerate(zip(*files, strict=True)):
         right = sum(line["prediction"] == line["label"] for line in lines)
-        if not right:
-            wrong.append(row)
+        kinds = [("wrong", number)] if not right else []
         if len({line["prediction"] for line in lines}) > 1:
-            split.append((abs(2 * right - len(names)), row))
-    return wrong, [row for _, row in sorted(split, key=lambda pair: pair[0])]
+            kinds.append(("split", abs(2 * right - len(names))))
+        for kind, place in kinds:
+            answers = {
+                name: (line["prediction"], line["probabilities"][line["prediction"]])
+                for name, line in zip(names, lines, strict=True)
+            }
+            of = found[kind]
+            of["n"] += 1
+            of["rows"].append((place, number, {"id": lines[0]["id"], "label": lines[0]["label"], "answers": answers}))
+            if len(of["rows"]) > 4 * SHOWN_ROWS:
+                of["rows"] = sorted(of["rows"], key=itemgetter(0, 1))[:SHOWN_ROWS]
+    for of in found.values():
+        of["rows"] = [row for *_, row in sorted(of["rows"], key=itemgetter(0, 1))[:SHOWN_ROWS]]
+    shown = {row["id"] for of in found.values() for row in of["rows"]}
+    text = {row["id"]: row["text"] for row in results.read_rows(experiment, "test") if row["id"] in shown}
+    for row in (row for of in found.values() for row in of["rows"]):
+        row["text"] = text[row["id"]]
+    return found
 
 
 def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> None:

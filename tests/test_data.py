@@ -270,11 +270,14 @@ BROKEN = {
 def test_bad_rows_are_named_and_nothing_is_half_written(make_experiment, tmp_path, fault):
     content, message = BROKEN[fault]
     Path("a.csv").write_bytes(content)
-    make_experiment("a.csv", LABELS)
-    finished = run_data(tmp_path)
-    assert finished.returncode == 1 and "Traceback" not in finished.stderr
-    assert re.search(f"error: {message}", finished.stderr.splitlines()[-1]), finished.stderr
+    experiment = make_experiment("a.csv", LABELS)
+    with pytest.raises(LetterheadError, match=message):
+        data.main(experiment)
     assert not list(Path("data").glob("*/*"))
+    if fault == "unknown label":  # and what a user sees
+        finished = run_data(tmp_path)
+        assert finished.returncode == 1 and "Traceback" not in finished.stderr
+        assert re.search(f"error: {message}", finished.stderr.splitlines()[-1]), finished.stderr
 
 
 def test_bad_files_of_other_forms_are_named(workplace):

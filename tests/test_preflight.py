@@ -27,6 +27,7 @@ import prep.preflight
 from letterhead import checkpoints, needs
 from letterhead.experiment import load_experiment
 from prep import data
+from prep.fetch import is_there
 from tests.conftest import ROOT
 from tests.test_data import Hub
 from tests.test_prompt import LABELS, nasty_rows, write_csv
@@ -224,11 +225,16 @@ def test_a_model_whose_download_breaks_off_is_fetched_again(tiny_models, workpla
     assert broken.returncode == 1 and "error: hf:me/bert: cannot be fetched" in broken.stderr, broken.stderr
     assert "Traceback" not in broken.stderr and not folder.exists()
     monkeypatch.setattr(ModelHub, "dies", False)
-    for damaged in (None, "model.safetensors", "tokenizer.json", "config.json"):
-        if damaged:
-            os.truncate(folder / damaged, 100)
-        assert (whole := fetched()).returncode == 0, whole.stderr
-        assert {name: (folder / name).read_bytes() for name in files} == files
+    assert (whole := fetched()).returncode == 0, whole.stderr
+    assert is_there("hf:me/bert", folder)
+    for damaged in ("model.safetensors", "tokenizer.json", "config.json"):
+        os.truncate(folder / damaged, 100)
+        assert not is_there("hf:me/bert", folder)
+        (folder / damaged).write_bytes(files[damaged])
+    assert is_there("hf:me/bert", folder)
+    os.truncate(folder / damaged, 100)
+    assert (whole := fetched()).returncode == 0, whole.stderr
+    assert {name: (folder / name).read_bytes() for name in files} == files
     server.shutdown()
 
 
