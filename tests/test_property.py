@@ -3,12 +3,15 @@
 200 cases each; `--hypothesis-profile=thorough --hypothesis-show-statistics` tries 5,000 and counts them.
 """
 
+import asyncio
 import json
 import shutil
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,13 +19,16 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from letterhead import service
 from letterhead.checkpoints import is_whole, safetensors_error
-from letterhead.experiment import Data, load_experiment
-from letterhead.prompt import read_answer
+from letterhead.experiment import Data, Prompt, load_experiment
+from letterhead.metrics import NO_ANSWER
+from letterhead.prompt import Answer, PromptEncoder, read_answer
 from letterhead.records import LetterheadError, escape_markdown, read_json
 from letterhead.teacher import Reply, read_reply
 from prep import fetch
-from prep.sources import column_names, open_source
+from prep.data import label_name
+from prep.sources import RawRow, column_names, open_source
 from serve import predict
 
 ODD = st.sampled_from(
@@ -262,6 +268,95 @@ def test_a_teachers_reply_is_whole_or_no_completion(reply):
         return  # asked again
     assert isinstance(found, Reply) and all(isinstance(part, str) for part in found.parts())
     assert isinstance(found.prompt_tokens, int | None) and isinstance(found.reply_tokens, int | None)
+
+
+class Replies:
+    """A client that gets one reply, whatever is asked."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+
+    async def post(self, *_, **__) -> httpx.Response:
+        return httpx.Response(200, content=self.content)
+
+
+ROUTES = {
+    "generate": (service.generate_route, {"choices": [{"token_ids": [5, 9]}]}),
+    "one token": (
+        service.one_token_route,
+        {"choices": [{"logprobs": {"top_logprobs": [{"token_id:5": -1.0, "token_id:6": -2.0}]}}]},
+    ),
+    "classify": (lambda _: service.classify_route(), {"data": [{"probs": [0.2, 0.8]}]}),
+}
+
+
+@given(st.sampled_from(sorted(ROUTES)), st.data())
+def test_a_services_reply_is_read_or_told(name, draw):
+    make, whole = ROUTES[name]
+    content = draw.draw(st.one_of(BYTES, JSON.map(lambda of: json.dumps(of).encode()), damaged(json.dumps(whole).encode())))
+    route = make([Answer([5, 9], 0, 1), Answer([6, 9], 0, 1)])
+    server = SimpleNamespace(url="http://127.0.0.1:1", log="vllm.log")
+    with told():
+        found, _ = asyncio.run(service.VllmServer.ask(server, Replies(content), route, [1]))
+        assert found in (NO_ANSWER, *range(9))
+
+
+CONTROLS = (
+    "<|im_end|>",
+    "<|im_start|>",
+    "<think>",
+    "</think>",
+    "<|endoftext|>",
+    "{text}",
+    "{options}",
+    "/no_think",
+    "A",
+    "\n",
+)
+LABEL = st.lists(st.one_of(st.sampled_from(CONTROLS), st.text(max_size=6)), min_size=1, max_size=4).map("".join)
+
+
+@given(
+    st.lists(LABEL.map(str.strip).filter(bool), min_size=2, max_size=5, unique=True),
+    st.sampled_from(["letters", "names"]),
+    LABEL,
+)
+def test_no_label_and_no_text_is_a_control_token(make_encoder, labels, options, text):
+    with told():
+        encoder, plain = (make_encoder(options, of) for of in (labels, [f"label {i}" for i in range(len(labels))]))
+        pairs = [(encoder.encode(text), plain.encode("a text"))]
+        pairs += [(one.ids, other.ids) for one, other in zip(encoder.answers, plain.answers, strict=True)]
+        for one, other in pairs:
+            assert [of for of in one if of in encoder.controls] == [of for of in other if of in encoder.controls]
+
+
+@pytest.fixture(scope="module")
+def make_encoder(qwen3_tokenizer):
+    from llamafactory.hparams import DataArguments
+
+    def make(options: str, labels: list[str]) -> PromptEncoder:
+        prompt = Prompt(template="{text}\n{options}\nWhich?", options=options)
+        encoder = PromptEncoder(qwen3_tokenizer, DataArguments(template="qwen3", cutoff_len=512), prompt, labels)
+        encoder.controls = {
+            *qwen3_tokenizer.all_special_ids,
+            *qwen3_tokenizer.convert_tokens_to_ids(["<think>", "</think>"]),
+        }
+        return encoder
+
+    return make
+
+
+@given(
+    st.one_of(
+        st.lists(LABEL.filter(str.strip), min_size=2, max_size=4, unique=True),
+        st.dictionaries(LABEL, st.none() | st.sampled_from(["a", "b"]), min_size=2, max_size=4),
+    ),
+    st.one_of(JSON, LABEL, st.integers().map(str)),
+)
+def test_any_label_is_a_class_dropped_or_told(labels, value):
+    with told():
+        found = label_name(RawRow("train:1", "rows.csv, row 1", "a text", value), labels)
+        assert found is None or found in (labels if isinstance(labels, list) else labels.values())
 
 
 @given(st.text(max_size=40), st.booleans(), st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=5, unique=True))
