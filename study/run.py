@@ -381,7 +381,8 @@ def draw_against_rows(path: Path, caption: str, study: Study, found: list[dict],
         for x, point in zip(at, points, strict=True):
             values = [training["f1_macro"] for training in point["trainings"]]
             shifted = x * 1.02 ** (number - len(found[0]["arms"]) / 2)
-            axes.plot([shifted] * len(values), values, ".", markersize=4, color=line.get_color(), alpha=0.7)
+            if len(values) > 1:
+                axes.plot([shifted] * len(values), values, ".", markersize=4, color=line.get_color(), alpha=0.7)
     for method, style in zip(UNTRAINED, ("--", ":"), strict=True):
         axes.axhline(untrained[method], linestyle=style, color="grey", linewidth=1, label=compare.METHODS[method][2])
     axes.set_xscale("log")
