@@ -17,6 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
 from baselines import tfidf
+from letterhead import heads
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, write_json
 from prep import data
@@ -26,19 +27,25 @@ from tests.conftest import ROOT
 from tests.test_data import write_csv
 
 LABELS = ["<b>World</b>", "Sports"]
+TITLES = {"tfidf": "TF-IDF + logistic regression", "bert@9": "BERT", "sft@0": "LLM, SFT"}
 
 
 @pytest.fixture
-def experiment(make_experiment):
+def experiment(make_experiment, tiny_models):
     write_csv("rows.csv", [(f"text {i} about {'goals' if i % 2 else 'wars'}", LABELS[i % 2]) for i in range(80)])
     made = make_experiment("rows.csv", LABELS)
     data.main(made)
     tfidf.main(made, "tfidf")
-    entry = {"method": "tfidf", "title": "TF-IDF + logistic regression", "f1_macro": 0.9}
-    others = {
-        name: {"method": name.partition("@")[0], "title": name, "f1_macro": 0.2} for name in ("zero_shot_think", "bert@9")
+    checkpoint = Path("runs/mine/bert/checkpoints/checkpoint-9")
+    heads.load_head(tiny_models["bert"], LABELS).save_pretrained(checkpoint)
+    heads.load_tokenizer(tiny_models["bert"]).save_pretrained(checkpoint)
+    write_json(checkpoint / "trainer_state.json", {"global_step": 9})
+    figures = {"tfidf": 0.9, "bert@9": 0.8, "sft@0": 0.7, "zero_shot_think": 0.2, "linear_head@9": 0.1}
+    methods = {
+        name: {"method": name.partition("@")[0], "title": TITLES.get(name, name), "f1_macro": f1}
+        for name, f1 in figures.items()
     }
-    write_json("runs/mine/results/comparison.json", {"best": "tfidf", "methods": {"tfidf": entry} | others})
+    write_json("runs/mine/results/comparison.json", {"best": "tfidf", "methods": methods})
     return made
 
 
@@ -69,7 +76,7 @@ def address(experiment):
 
 
 def test_what_answers_are_the_trained_methods_and_the_ids_are_those_of_training(experiment):
-    assert list(page.trained_methods(experiment)) == ["tfidf"]  # BERT's checkpoint is gone
+    assert list(page.trained_methods(experiment)) == list(TITLES)  # the linear head's checkpoint is gone
     answers = page.answer(experiment, {"a": lambda texts: np.array([[0.25, 0.75]])}, "  some text ")
     assert answers[0][0] == {LABELS[0]: 0.25, "Sports": 0.75} and answers[0][1] > 0
     with pytest.raises(LetterheadError, match="the text is empty"):
@@ -107,7 +114,11 @@ def test_a_text_and_a_file_are_labelled_in_a_real_browser_that_asks_nobody_else(
             button(browser, "Label it").click()
             wait.until(lambda driver: "%" in driver.find_element(By.TAG_NAME, "body").text)
             shown = browser.driver.find_element(By.TAG_NAME, "body").text
-            assert "Sports" in shown and "<b>World</b>" in shown and " ms" in shown  # a label's markup is text
+            assert "Sports" in shown and "<b>World</b>" in shown  # a label's markup is text
+            assert all(title in shown for title in TITLES.values()) and shown.count(" ms") == len(TITLES)
+            button(browser, "What the LLM reads").click()
+            read = wait.until(lambda driver: [of for of in written(driver) if "nothing but goals" in of and "Sports" in of])
+            assert any("B = Sports: " in of for of in written(browser.driver)) and "<|im_start|>" in read[0]
             assert "radio" not in shown  # no links of the library's
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             button(browser, "Label a CSV file").click()
@@ -122,6 +133,11 @@ def test_a_text_and_a_file_are_labelled_in_a_real_browser_that_asks_nobody_else(
             browser.screenshot(tmp_path / f"{width}.png")
             others = {url for url in browser.asked() if urlsplit(url).hostname not in (page.HOST, None)}
             assert not {url for url in others if not url.startswith(("data:", "blob:", "chrome"))}, others
+
+
+def written(driver) -> list[str]:
+    """What stands in the page's text boxes."""
+    return [of.get_attribute("value") for of in driver.find_elements(By.TAG_NAME, "textarea")]
 
 
 def button(browser: Browser, text: str):

@@ -118,7 +118,7 @@ def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(experiment):
 
     assert start("whole.csv").wait(300) == 0
     kills = []
-    for seed in range(3):
+    for seed in range(2):
         before, process = done(), start("out.csv")
         while process.poll() is None and done() <= before:
             time.sleep(0.002)
@@ -126,7 +126,7 @@ def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(experiment):
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills.append(done())
-    assert 0 < kills[0] < kills[1] < kills[2] < 20_000 and not Path("out.csv").exists()
+    assert 0 < kills[0] < kills[1] < 20_000 and not Path("out.csv").exists()
     with open("out.csv.part", "ab") as part:  # what a kill between the chunk and its record leaves; too short to hit
         part.write(b"a chunk that nobody recor")
     assert start("out.csv").wait(300) == 0
