@@ -132,7 +132,7 @@ async def soak(
             start = passed()
             try:
                 found = RIGHT if np.abs(await answer(i) - right[i]).max() < NEAR else WRONG
-            except (httpx.HTTPError, KeyError, ValueError) as error:
+            except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
                 found = FAILED
                 tally.said.setdefault(f"good request: {type(error).__name__}", str(error)[:300])
                 await asyncio.sleep(1)
