@@ -195,7 +195,7 @@ $(READY_SBOM): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_SBOM) .venv-
 # file stay with one worker, which shares what it loaded among them.
 test: $(READY) $(READY_SERVE) ## lint, then the tests
 	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
-	@OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(RUN) pytest -n 3 --dist loadfile
+	@OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) $(READY_SERVE) ## the tests that take minutes each, and three kills of each stage
 	@$(RUN) pytest -m slow

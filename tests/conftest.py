@@ -31,6 +31,7 @@ from prep.fetch import CACHE, fetch_model
 from prep.shape import qwen3_tokenizer as qwen3_tokenizer_of_vocabulary
 
 ROOT = Path(__file__).parent.parent
+LONGEST = ("test_drill.py", "test_service.py", "test_serve.py", "test_preflight.py")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's; what a GPU decides is tested with torch's view patched
 
 
@@ -44,6 +45,11 @@ settings.load_profile("few")
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=1, help="of each stage, at random moments")
     parser.addoption("--all-faults", action="store_true", help="disturb each stage in other ways, too")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker begins one when the others are at their end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)
