@@ -12,11 +12,12 @@ matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
 
 
-def caption_of(experiment: Experiment, seeds: Sequence[int] = ()) -> str:
-    """What stands under a picture that travels alone: the experiment, its models, its seeds (or those of a study)."""
-    models = f"LLM: {experiment.decoder.folder.name}, BERT: {experiment.encoder.folder.name}"
+def caption_of(experiment: Experiment, seeds: Sequence[int] = (), cells: Sequence[Experiment] = ()) -> str:
+    """What stands under a picture that travels alone: the experiment, its models, its seeds (or those of a study's cells)."""
+    of = cells or [experiment]
+    llm, bert = (" and ".join(dict.fromkeys(getattr(one, key).folder.name for one in of)) for key in ("decoder", "encoder"))
     seeds = seeds or experiment.seeds or [experiment.seed]
-    return f"{experiment.name}; {models}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{experiment.name}; LLM: {llm}, BERT: {bert}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def save(figure: plt.Figure, path: Path, caption: str = "") -> None:

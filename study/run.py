@@ -203,7 +203,8 @@ def publish(experiment: Experiment, name: str, study: Study, done: Done) -> None
         said = sentences(study, found, experiment.compare.margin)
         write_json(figures, {"title": study.title, "found": found, "untrained": untrained, "sentences": said})
         draw_picture = draw_against_rows if study.rows else draw_arms
-        draw_picture(picture, caption_of(experiment, study.seeds[: seeds_done(found)]), study, found, untrained)
+        caption = caption_of(experiment, study.seeds[: seeds_done(found)], [one for of in done.values() for one in of])
+        draw_picture(picture, caption, study, found, untrained)
         with atomic_open(table) as file:
             file.write(markdown(study, found, untrained, said))
         stage.finish([figures, table, picture])

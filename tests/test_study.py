@@ -8,7 +8,8 @@ import yaml
 
 from eval.compare import METHODS
 from letterhead import results
-from letterhead.experiment import load_experiment
+from letterhead.experiment import Encoder, load_experiment
+from letterhead.figures import caption_of
 from letterhead.records import LetterheadError, read_json, read_jsonl, write_jsonl
 from letterhead.stage import Stage
 from prep import data
@@ -148,6 +149,13 @@ def test_a_study_may_vary_any_keys(studied):
         made["sentences"][0].startswith("Highest macro F1 (one seed): ")
         and "Not told apart from it: " in made["sentences"][0]
     )
+
+
+def test_a_picture_names_the_models_of_all_cells(studied):
+    experiment, *_ = studied
+    other = experiment.model_copy(update={"encoder": Encoder(model="model/other")})
+    assert "; seeds 1, 2" in caption_of(experiment, [1, 2]) and " and " not in caption_of(experiment, [1])
+    assert f"BERT: {experiment.encoder.folder.name} and other; seed 1" in caption_of(experiment, [1], [experiment, other])
 
 
 def test_a_cell_is_done_again_where_what_it_learnt_from_is_another(studied):
