@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 
 def caption_of(experiment: Experiment, seeds: Sequence[int] = (), cells: Sequence[Experiment] = ()) -> str:
-    """What stands under a picture that travels alone: the experiment, its models, its seeds (or those of a study's cells)."""
+    """What stands under a picture that travels alone: experiment, models and seeds (or those of a study's cells)."""
     of = cells or [experiment]
     llm, bert = (" and ".join(dict.fromkeys(getattr(one, key).folder.name for one in of)) for key in ("decoder", "encoder"))
     seeds = seeds or experiment.seeds or [experiment.seed]
