@@ -15,6 +15,8 @@ from letterhead.records import LetterheadError, read_json
 ON_PROMPT = "letterhead_export.json"
 # An encoder knows some 512 positions, a decoder thousands.
 MANY_POSITIONS = 1024
+# The methods that may be named without a step
+NAMED = (*tfidf.ROWS, "bert", "bert_all", "linear_head", "sft", "sft_options", "zero_shot_no_think")
 # Texts → probabilities, shape (rows, classes)
 Classifier = Callable[[Sequence[str]], np.ndarray]
 
@@ -28,6 +30,8 @@ def named_method(experiment: Experiment, name: str) -> str:
     """
     if "@" in name or name in tfidf.ROWS or is_source(name):
         return name
+    if name != "best" and name not in NAMED:
+        raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(NAMED)}")
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None:
         raise LetterheadError(f"{name}: which step that is, the comparison says; run: make compare EXP={experiment.name}")

@@ -242,7 +242,7 @@ def choose_columns(
     given = [name.strip() for name in text.split(",")] if text and text not in names else [text] if text else []
     for variable, of in (("TEXT", given), ("LABEL", [label] if label else [])):
         if missing := [name for name in of if name not in names]:
-            raise LetterheadError(f"{variable}={','.join(of)}: {lacks(missing[0], names).partition(';')[0]}")
+            raise LetterheadError(f"{variable}={','.join(of)}: {lacks(missing[0], names).rpartition('; set ')[0]}")
     every_column = AllColumns(text=names, label=names[0], empty_parts=True)
     every = Data(source=path, encoding=encoding, columns=every_column, labels=["a", "b"])
     rows = [row.text for row in read_rows(every) if not row.fault]

@@ -151,6 +151,15 @@ def test_a_study_may_vary_any_keys(studied):
     )
 
 
+def test_a_wrong_key_of_the_last_cell_is_told_before_the_first_is_made(studied):
+    experiment, asked, _ = studied
+    keys = {"title": "Wrong?", "cells": {"a": {}, "b": {"compare.margn": 0.1}}, "methods": ["tfidf"]}
+    Path("experiments/studies/wrong.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    with pytest.raises(LetterheadError, match="compare.margn: unknown key; did you mean margin"):
+        run.main(experiment, "mine", "", "wrong")
+    assert asked == []
+
+
 def test_a_picture_names_the_models_of_all_cells(studied):
     experiment, *_ = studied
     other = experiment.model_copy(update={"encoder": Encoder(model="model/other")})
