@@ -191,11 +191,10 @@ licenses: $(READY) $(READY_SBOM) ## licenses of packages, models and data, and a
 
 $(READY_SBOM): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_SBOM) .venv-sbom $@
 
-# Workers that wait, for a server or a kill, leave their processor to others, so there are half as many again. The tests of a
-# file stay with one worker, which shares what it loaded among them.
+# Two workers with half of the processors each; the tests of a file stay with one, which shares what it loaded among them.
 test: $(READY) $(READY_SERVE) ## lint, then the tests
 	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
-	@OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) $(READY_SERVE) ## the tests that take minutes each, and three kills of each stage
 	@$(RUN) pytest -m slow
