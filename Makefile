@@ -6,7 +6,7 @@ IN ?=
 OUT ?=
 MODEL ?= best
 PORT ?= 8000
-STUDY ?= curve
+STUDY ?=
 DATA ?=
 TEXT ?=
 LABEL ?=
@@ -40,8 +40,11 @@ KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC PREFLIGHT PY
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
 OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
 UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
-NEAR := $(filter $(shell echo '$(UNKNOWN)' | tr a-z A-Z),$(KNOWN))
-$(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(if $(NEAR),write $(NEAR)=,choose of $(KNOWN))))
+NEAREST := import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))
+NEAR = $(shell $(PYTHON) -c '$(NEAREST)' '$(UNKNOWN)' $(KNOWN))
+$(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(or $(NEAR:%=did you mean %=?),choose of $(KNOWN))))
+ONLY_NEW := $(firstword $(filter DATA TEXT LABEL,$(GIVEN)))
+$(if $(ONLY_NEW),$(if $(filter-out new,$(MAKECMDGOALS)),$(error $(ONLY_NEW)= is for make new; here its experiment is read, edit that: EXP=name)))
 $(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)), which Python's environments do not bear; move it))
 override EXP := $(patsubst experiments/%,%,$(EXP))
 override EXP := $(if $(wildcard experiments/$(EXP)),$(basename $(EXP)),$(EXP))
@@ -70,7 +73,7 @@ status: $(READY) ## which stages are done or stale, how long each took, what run
 try: $(READY) ## a page on 127.0.0.1 where all trained methods answer side by side: make try PORT=8000
 	@$(RUN) serve.page $(STAGE) --port "$$PORT"
 
-predict: $(READY) ## label a CSV file: make predict IN=rows.csv OUT=labelled.csv MODEL=best
+predict: $(READY) ## label a file of texts: make predict IN=rows.csv OUT=labelled.csv MODEL=best
 	@$(RUN) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
 
 #: stages, in order

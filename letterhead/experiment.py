@@ -563,10 +563,11 @@ def load_experiment(name: str, overrides: str = "") -> Experiment:
     try:
         return Experiment.model_validate({"name": path.stem} | values)
     except ValidationError as error:
-        raise LetterheadError(f"{path}{' with SET' if overrides else ''}: " + _explain(error)) from None
+        raise LetterheadError(f"{path}{' with SET' if overrides else ''}: " + explain(error, Experiment)) from None
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, of: type[Section]) -> str:
+    """What does not fit, key by key, with the mend, in place of pydantic's own words."""
     lines = []
     for problem in error.errors():
         if problem["loc"][-2:] == ("model", "str"):
@@ -574,7 +575,7 @@ def _explain(error: ValidationError) -> str:
         key = ".".join(str(part) for part in problem["loc"] if part != Parts.__name__)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            section = Experiment
+            section = of
             for part in problem["loc"][:-1]:
                 if field := section.model_fields.get(part):
                     kinds = [field.annotation, *get_args(field.annotation)]

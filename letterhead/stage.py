@@ -236,8 +236,9 @@ def run(
         parser.add_argument(f"--{name}", required=True, help=meaning)
     arguments = parser.parse_args()
     given = [getattr(arguments, name) for name in options or ()]
-    if missing := [name.upper() for name, value in zip(options or (), given, strict=True) if not value]:
-        sys.exit(f"error: say {' '.join(f'{name}=…' for name in missing)}")
+    asked = zip((options or {}).items(), given, strict=True)
+    if missing := [f"{name.upper()}=… ({meaning})" for (name, meaning), value in asked if not value]:
+        sys.exit(f"error: say {'; '.join(missing)}")
     if os.environ.get("HF_ENDPOINT"):  # a mirror, and few mirrors speak hf-xet's protocol
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     with telling():

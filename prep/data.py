@@ -29,7 +29,7 @@ from letterhead.records import LetterheadError, atomic_open, exclusive, read_jso
 from letterhead.stage import OFFLINE, Stage, run
 from letterhead.tfidf import TOKEN
 from prep.fetch import CACHE, fetch_model
-from prep.sources import RawRow, local_sha256, open_source
+from prep.sources import RawRow, checked_text, local_sha256, open_source
 
 SPLITS = ("train", "validation", "test")
 FILES = (*(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")), "dataset_info.json", "data_card.json")
@@ -151,24 +151,6 @@ def label_and_text(row: RawRow, data: Data, dropped: Counter) -> tuple[str, str]
             print(f"{error}; this row is left out, and others like it: data.bad_rows: drop")
         dropped["bad row"] += 1
     return None
-
-
-def checked_text(row: RawRow) -> str:
-    """A row's text.
-
-    Raises
-    ------
-    LetterheadError : empty, not a string, or half a surrogate pair, which no file can hold
-    """
-    if row.text is not None and not isinstance(row.text, str):
-        raise LetterheadError(f"{row.place}: the text is of type {type(row.text).__name__}; write it as a string")
-    if not row.text or not row.text.strip():
-        raise LetterheadError(f"{row.place}: the text is empty; fill it in, or delete the row")
-    try:
-        row.text.encode()
-    except UnicodeEncodeError as error:
-        raise LetterheadError(f"{row.place}: character {error.start + 1} of the text is half a pair; delete it") from None
-    return row.text
 
 
 def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | None:

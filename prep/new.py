@@ -10,7 +10,6 @@ import codecs
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,12 +20,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from letterhead.estimate import stage_seconds
-from letterhead.experiment import LETTERS, Columns, Data, load_experiment
+from letterhead.experiment import LETTERS, Data, load_experiment
 from letterhead.prompt import WORD, keep_words
 from letterhead.records import LetterheadError, atomic_open, read_json
 from letterhead.stage import minutes, telling
 from prep import data
-from prep.sources import RawRow, column_names, lacks, local_files, open_source
+from prep.sources import RawRow, column_names, every_column, lacks, local_files, open_source
 
 LABEL_NAMES = (
     *(
@@ -142,13 +141,6 @@ class Column:
         return rank(self.name, TITLE_NAMES) < len(TITLE_NAMES)
 
 
-class AllColumns(Columns):
-    """Columns whose values are handed on side by side."""
-
-    def join(self, parts: Sequence[Any]) -> list[Any]:
-        return list(parts)
-
-
 def main(path: str, text: str = "", label: str = "") -> None:
     """Read a data set, write its experiment, and say what was chosen and why; then make its rows, and say how long it takes.
 
@@ -243,9 +235,9 @@ def choose_columns(
     for variable, of in (("TEXT", given), ("LABEL", [label] if label else [])):
         if missing := [name for name in of if name not in names]:
             raise LetterheadError(f"{variable}={','.join(of)}: {lacks(missing[0], names).rpartition('; set ')[0]}")
-    every_column = AllColumns(text=names, label=names[0], empty_parts=True)
-    every = Data(source=path, encoding=encoding, columns=every_column, labels=["a", "b"])
-    rows = [row.text for row in read_rows(every) if not row.fault]
+    rows = [row.text for row in read_rows(every_column(path, encoding)) if not row.fault]
+    if not rows:
+        raise LetterheadError(f"{path}: has no rows below its header")
     columns = [Column(of) for of in names]
     for row in rows:
         for column, value in zip(columns, row, strict=True):

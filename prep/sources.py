@@ -20,7 +20,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from letterhead.experiment import Data
+from letterhead.experiment import Columns, Data
 from letterhead.records import LetterheadError, sha256_file
 from prep.fetch import fetch_package, load_hub_dataset
 
@@ -42,12 +42,37 @@ class RawRow:
     fault: str = ""
 
 
+def checked_text(row: RawRow) -> str:
+    """A row's text.
+
+    Raises
+    ------
+    LetterheadError : empty, not a string, or half a surrogate pair, which no file can hold
+    """
+    if row.text is not None and not isinstance(row.text, str):
+        raise LetterheadError(f"{row.place}: the text is of type {type(row.text).__name__}; write it as a string")
+    if not row.text or not row.text.strip():
+        raise LetterheadError(f"{row.place}: the text is empty; fill it in, or delete the row")
+    try:
+        row.text.encode()
+    except UnicodeEncodeError as error:
+        raise LetterheadError(f"{row.place}: character {error.start + 1} of the text is half a pair; delete it") from None
+    return row.text
+
+
 def _row(id: str, place: str, parts: Sequence[Any], label: Any, data: Data) -> RawRow:
     """A row whose text is put together from its parts."""
     try:
         return RawRow(id, place, data.columns.join(parts), label)
     except ValueError as error:
         return RawRow(id, place, None, label, str(error))
+
+
+class AllColumns(Columns):
+    """Columns whose values are handed on side by side."""
+
+    def join(self, parts: Sequence[Any]) -> list[Any]:
+        return list(parts)
 
 
 @dataclass
@@ -99,6 +124,22 @@ def column_names(source: str, encoding: list[str]) -> list[str]:
     if not found:
         raise LetterheadError(f"{path}: none of the first rows is a JSON object; write one a line")
     return list(dict.fromkeys(key for row in found for key in row))
+
+
+def every_column(source: str, encoding: list[str]) -> Data:
+    """What reads a file on this disk whole: the text of a row is a list of all its values, in the order of its columns.
+
+    Raises
+    ------
+    LetterheadError : no such file, no columns, or two of one name
+    """
+    names = column_names(source, encoding)
+    if not names:
+        raise LetterheadError(f"{source}: has no columns; begin with a line that names them")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise LetterheadError(f"{source}: {len(repeated)} columns are called {repeated[0]!r}; rename all but one")
+    columns = AllColumns(text=names, label=names[0], empty_parts=True)
+    return Data(source=source, encoding=encoding, columns=columns, labels=["a", "b"])
 
 
 def local_sha256(data: Data) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A page on 127.0.0.1 on which all trained methods answer side by side; a CSV file can be dropped in to be labelled.
+"""A page on 127.0.0.1 on which all trained methods answer side by side; a file of texts can be dropped in to be labelled.
 
     python -m serve.page --experiment quick --port 8000
 
@@ -19,6 +19,7 @@ from letterhead.experiment import Experiment
 from letterhead.prompt import keep_words, load_prompt_encoder
 from letterhead.records import LetterheadError, read_json
 from letterhead.stage import OFFLINE, run
+from prep.sources import READERS
 from serve import predict
 
 HOST = "127.0.0.1"
@@ -143,7 +144,7 @@ def build(experiment: Experiment, files: Path):
 
     def label_file(source: str | None, name: str) -> str:
         if source is None:
-            raise gr.Error("drop a CSV file first")
+            raise gr.Error("drop a file first")
         target = files / f"{Path(source).stem}.labelled.csv"
         try:
             predict.main(experiment, source, str(target), name)
@@ -173,9 +174,9 @@ def build(experiment: Experiment, files: Path):
             )
         if examples:
             gr.Examples([[of] for of in examples], inputs=text, label="test rows")
-        with gr.Accordion("Label a CSV file", open=False):
+        with gr.Accordion("Label a file", open=False):
             parts = ", ".join(experiment.data.columns.parts)
-            dropped = gr.File(label=f"CSV with the column {parts}", file_types=[".csv"], type="filepath")
+            dropped = gr.File(label=f"{', '.join(READERS)}; with the column {parts}", file_types=[*READERS], type="filepath")
             method = gr.Dropdown([(title, name) for name, title in titles.items()], value=next(iter(titles)), label="method")
             labelled = gr.File(label="labelled")
             gr.Button("Label the file").click(label_file, [dropped, method], labelled)

@@ -1,4 +1,4 @@
-"""Give every row of a CSV file a label and probabilities; rows stream, order is kept, a killed run goes on.
+"""Give every row of a file a label and probabilities; rows stream, order is kept, a killed run goes on.
 
     python -m serve.predict --experiment quick --in rows.csv --out labelled.csv --model best
 
@@ -10,6 +10,7 @@ bytes it would have written undisturbed.
 import csv
 import fcntl
 import io
+import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -32,10 +34,10 @@ from letterhead.prompt import keep_words
 from letterhead.records import LetterheadError, device_name, exclusive, read_json, sha256_file, sha256_json, write_json
 from letterhead.stage import OFFLINE, run, stage_outputs
 from prep.fetch import CACHE, fetch_model
+from prep.sources import RawRow, checked_text, every_column, lacks, open_source
 
 CHUNK = 1024
 DIGITS = 6
-csv.field_size_limit(1 << 24)
 
 
 def main(experiment: Experiment, source: str, target: str, model: str) -> None:
@@ -46,7 +48,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
         raise LetterheadError(f"{target}: OUT is IN; name another file")
-    header, text_columns = read_header(source, experiment)
+    header, table = read_table(source, experiment)
     name = named_method(experiment, model)
     folder = None if name in tfidf.ROWS else model_folder(experiment, name)
     if folder:
@@ -78,7 +80,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         if not progress["rows"]:
             columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
             file.write(as_csv([columns]))
-        rows = islice(read_rows(source, experiment, text_columns), progress["rows"], None)
+        rows = islice(table, progress["rows"], None)
         chunks = iter(lambda: list(islice(rows, CHUNK * workers.n)), [])
         for chunk, probabilities in ahead(in_parts(workers), chunks, 2 if workers.n == 1 else 1):
             found, nothing = iter(probabilities), [""] * (1 + len(experiment.labels))
@@ -146,75 +148,55 @@ def ahead(classify: Classifier, chunks: Iterator[list], n: int) -> Iterator[tupl
 
 
 def as_csv(lines: list[list[str]]) -> bytes:
-    """Lines as CSV in UTF-8."""
+    """Lines as CSV in UTF-8, halves of surrogate pairs, which no file holds, as question marks."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="replace")
 
 
-def read_header(path: Path, experiment: Experiment) -> tuple[list[str], list[int]]:
-    """The names of the columns, and the positions of those that make the text.
+def read_table(path: Path, experiment: Experiment) -> tuple[list[str], Iterator[tuple[list[str], str]]]:
+    """The columns of a file, and each row's fields and text, as training reads it; the text is empty for a row without one,
+    where the experiment drops such rows.
 
     Raises
     ------
-    LetterheadError : no such file, no such column, not UTF-8
+    LetterheadError : no such file, or no column that the text needs; a row that cannot be read, or that has no text and may
+        not be dropped, names file and row
     """
     if not path.is_file():
         raise LetterheadError(f"{path}: no such file; say IN=file.csv")
-    with open(path, "rb") as file:
-        line = next((number for number, line in enumerate(file, 1) if not is_utf8(line)), None)
-    if line:
-        raise LetterheadError(f"{path} line {line}: not UTF-8; save the file as UTF-8 CSV")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            header = next(csv.reader(file, strict=True), [])
-        except csv.Error as error:
-            raise LetterheadError(f"{path}, header: {error}; mend the quotes of the first line") from None
+    every = every_column(str(path), experiment.data.encoding)
+    header = every.columns.parts
     for column in experiment.data.columns.parts:
         if column not in header:
-            known = ", ".join(header)
-            raise LetterheadError(f"{path}: no column {column!r} among {known}; set data.columns.text, or rename it")
-    return header, [header.index(column) for column in experiment.data.columns.parts]
+            raise LetterheadError(f"{path}: {lacks(column, header)}, or rename it")
+    return header, read_rows(open_source(every).splits["train"], experiment, header)
 
 
-def read_rows(path: Path, experiment: Experiment, at: list[int]) -> Iterator[tuple[list[str], str]]:
-    """Each row's fields, and its text, made from those at positions `at`, as the experiment cuts it; empty for a row without
-    one, where the experiment drops such rows.
-
-    Raises
-    ------
-    LetterheadError : a row that cannot be read, or that has no text and may not be dropped; names file and row
-    """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        number = 0
+def read_rows(rows: Iterator[RawRow], experiment: Experiment, header: list[str]) -> Iterator[tuple[list[str], str]]:
+    """Each row's fields and its text (see `read_table`)."""
+    columns = experiment.data.columns
+    at = [header.index(column) for column in columns.parts]
+    for row in rows:
+        if row.fault:
+            raise LetterheadError(f"{row.place}: {row.fault}")
+        values = row.text
         try:
-            header = next(reader)
-            for number, fields in enumerate(filter(None, reader), 1):  # no blank lines, as in training
-                if len(fields) != len(header):
-                    raise LetterheadError(
-                        f"{path} row {number}: {len(fields)} fields, the header has {len(header)}; quote commas"
-                    )
-                try:
-                    text = experiment.data.columns.join([fields[i] for i in at]).strip()
-                    if not text:
-                        raise ValueError("the text is empty; fill it in, or delete the row")
-                except ValueError as error:
-                    if experiment.data.bad_rows == "stop":
-                        raise LetterheadError(f"{path} row {number}: {error}") from None
-                    text = ""
-                yield fields, keep_words(text, experiment.data.max_words).strip()
-        except csv.Error as error:
-            raise LetterheadError(f"{path} row {number + 1}: {error}; mend its quotes") from None
+            row.text = columns.join([values[i] for i in at])
+            text = keep_words(checked_text(row), experiment.data.max_words).strip()
+        except (LetterheadError, ValueError) as error:
+            if experiment.data.bad_rows == "stop":
+                told = error if isinstance(error, LetterheadError) else f"{row.place}: {error}"
+                raise LetterheadError(f"{told} (or leave its answer empty: data.bad_rows: drop)") from None
+            text = ""
+        yield [as_field(value) for value in values], text
 
 
-def is_utf8(line: bytes) -> bool:
-    """Whether bytes are text in UTF-8."""
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def as_field(value: Any) -> str:
+    """A value as a field of a CSV file; what is neither text nor missing as JSON writes it."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 if __name__ == "__main__":
@@ -222,7 +204,7 @@ if __name__ == "__main__":
         main,
         __doc__.splitlines()[0],
         options={
-            "in": "a CSV file",
+            "in": "a CSV, TSV, JSONL or Parquet file",
             "out": "where to write",
             "model": "best, a method, or a model: hf:OWNER/ID@REVISION, or a path",
         },

@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from eval import compare
 from letterhead import decision, metrics, results
-from letterhead.experiment import Count, Experiment, Section, load_experiment
+from letterhead.experiment import Count, Experiment, Section, explain, load_experiment
 from letterhead.figures import caption_of, plt, save
 from letterhead.records import LetterheadError, atomic_open, read_json, sha256_file, write_json
 from letterhead.stage import Stage, run, stage_outputs
@@ -99,6 +99,11 @@ class Study(Section):
         return cell if all(len(self.methods_of(of)) == 1 for of in self.cells) else f"{cell}: {title}"
 
 
+def known_studies() -> str:
+    """The names of the studies that there are."""
+    return ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
 def load_study(name: str) -> Study:
     """Read and check a study.
 
@@ -108,12 +113,17 @@ def load_study(name: str) -> Study:
     """
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-        raise LetterheadError(f"{path}: no such study; choose one of {known}, or write that file")
+        raise LetterheadError(f"{path}: no such study; choose one of {known_studies()}, or write that file")
     try:
-        return Study.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
-    except (OmegaConfBaseException, YAMLError, OSError, ValidationError) as error:
-        raise LetterheadError(f"{path}: {error}") from None
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise LetterheadError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise LetterheadError(f"{path}: not a mapping of keys; begin with title: and cells:")
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        raise LetterheadError(f"{path}: {explain(error, Study)}") from None
 
 
 def keys_for_rows(experiment: Experiment, rows: int, base: int) -> dict[str, Any]:
@@ -459,4 +469,4 @@ def markdown(study: Study, found: list[dict], untrained: dict[str, float], said:
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], options={"study": "a name in experiments/studies/"}, with_arguments=True)
+    run(main, __doc__.splitlines()[0], options={"study": f"{FOLDER}: {known_studies()}"}, with_arguments=True)

@@ -121,7 +121,7 @@ def test_a_text_and_a_file_are_labelled_in_a_real_browser_that_asks_nobody_else(
             assert any("B = Sports: " in of for of in written(browser.driver)) and "<|im_start|>" in read[0]
             assert "radio" not in shown  # no links of the library's
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
-            button(browser, "Label a CSV file").click()
+            button(browser, "Label a file").click()
             inputs = wait.until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "input[type=file]"))
             inputs[0].send_keys(str(tmp_path / "new.csv"))
             wait.until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "a[href*='new.csv']"))  # it is uploaded

@@ -211,14 +211,20 @@ def test_any_value_of_a_key_is_taken_or_refused(key, value):
         load_experiment("odd")
 
 
-@given(st.sampled_from([b"", b"text,n\n", b"n,text\r\n"]), BYTES)
-def test_any_file_to_be_labelled_is_rows_or_an_error_that_is_told(head, tail):
+@given(
+    st.sampled_from(["csv", "tsv", "jsonl"]),
+    st.sampled_from(
+        [b"", b"text,n\n", b"n\ttext\r\n", b'{"text": '],
+    ),
+    BYTES,
+)
+def test_any_file_to_be_labelled_is_rows_or_an_error_that_is_told(kind, head, tail):
     Path("experiments/whole.yaml").write_text(EXPERIMENT)
-    experiment, path = load_experiment("whole"), Path("in.csv")
+    experiment, path = load_experiment("whole"), Path(f"in.{kind}")
     path.write_bytes(head + tail)
     with told():
-        header, at = predict.read_header(path, experiment)
-        for fields, text in predict.read_rows(path, experiment, at):
+        header, rows = predict.read_table(path, experiment)
+        for fields, text in rows:
             assert len(fields) == len(header) and text.strip()
 
 

@@ -15,6 +15,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -149,7 +150,7 @@ def test_two_predictions_into_one_file_do_not_mix(experiment):
 def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, monkeypatch, capsys):
     monkeypatch.setattr(predict, "CHUNK", 2)
     Path("in.csv").write_text("text\none\n\ntwo\nthree\n  \nfive\n\n")
-    with pytest.raises(LetterheadError, match="in.csv row 4: the text is empty; fill it in"):
+    with pytest.raises(LetterheadError, match=r"in.csv, row 4 \(line 6\): the text is empty; fill it in.*bad_rows: drop"):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
     assert read_json("out.csv.part.json")["rows"] == 2 and not Path("out.csv").exists()
     dropping = experiment.model_copy(update={"data": experiment.data.model_copy(update={"bad_rows": "drop"})})
@@ -159,16 +160,16 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, mo
     assert [bool(line[1]) for line in lines] == [True, True, True, False, True] and lines[3][1:] == [""] * (len(header) - 1)
     assert "1 of them without a text and left empty" in capsys.readouterr().out
     Path("in.csv").write_text("title\none\n")
-    with pytest.raises(LetterheadError, match="no column 'text' among title; set data.columns.text"):
+    with pytest.raises(LetterheadError, match="no column 'text'; it has title; set data.columns.text"):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
     with pytest.raises(LetterheadError, match="OUT is IN"):
         predict.main(experiment, "in.csv", "./in.csv", "tfidf")
     Path("in.csv").write_text("text,n\none,1,2\n")
-    with pytest.raises(LetterheadError, match="row 1: 3 fields, the header has 2"):
+    with pytest.raises(LetterheadError, match=r"row 1 \(line 2\): 3 fields, but the header has 2"):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
     for encoding in ("latin-1", "utf-16"):
         Path("in.csv").write_bytes("text\none\ncafé\n".encode(encoding))
-        with pytest.raises(LetterheadError, match=r"in.csv line [13]: not UTF-8; save the file as UTF-8 CSV"):
+        with pytest.raises(LetterheadError, match=r"in.csv, line [13]: not utf-8 .* save the file as UTF-8"):
             predict.main(experiment, "in.csv", "out.csv", "tfidf")
     with pytest.raises(LetterheadError, match="run: make compare EXP=mine"):
         predict.main(experiment, "rows.csv", "out.csv", "best")
@@ -180,11 +181,34 @@ def test_a_text_of_several_columns_is_put_together_as_in_training(experiment):
     Path("in.csv").write_text("body,n,title\nsecond,1,first\n,2,alone\n")
     columns = Columns(text=["title", "body"], empty_parts=True)
     experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"columns": columns})})
-    header, at = predict.read_header(Path("in.csv"), experiment)
-    assert [text for _, text in predict.read_rows(Path("in.csv"), experiment, at)] == ["first\nsecond", "alone"]
+    _, rows = predict.read_table(Path("in.csv"), experiment)
+    assert [text for _, text in rows] == ["first\nsecond", "alone"]
     columns.empty_parts = False
-    with pytest.raises(LetterheadError, match="in.csv row 2: column 'body' is empty"):
-        list(predict.read_rows(Path("in.csv"), experiment, at))
+    with pytest.raises(LetterheadError, match=r"in.csv, row 2 .*: column 'body' is empty"):
+        list(predict.read_table(Path("in.csv"), experiment)[1])
+
+
+def test_every_kind_of_file_that_training_reads_is_labelled_alike(experiment):
+    rows = [{"n": i, "text": f'a "quoted" text, {i}', "more": None if i else "x"} for i in range(3)]
+    write_csv("in.csv", [(of["n"], of["text"], of["more"] or "") for of in rows], ["n", "text", "more"])
+    Path("in.tsv").write_text("".join(f"{n}\t{text}\t{more}\n" for n, text, more in read("in.csv")))
+    Path("in.jsonl").write_text("".join(json.dumps(of if of["more"] else of | {"more": None}) + "\n" for of in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "in.parquet")
+    for kind in ("csv", "tsv", "jsonl", "parquet"):
+        predict.main(experiment, f"in.{kind}", f"{kind}.csv", "tfidf")
+        assert Path(f"{kind}.csv").read_bytes() == Path("csv.csv").read_bytes()
+    assert read("csv.csv")[1][:3] == ["0", rows[0]["text"], "x"]
+    Path("in.jsonl").write_text('{"text": "a", "n": [1, "\\ud800"]}\n')
+    predict.main(experiment, "in.jsonl", "odd.csv", "tfidf")
+    assert read("odd.csv")[1][:2] == ["a", '[1, "?"]']
+    for name, content, message in (
+        ("in.txt", "text\na\n", "a .txt file; known: .csv"),
+        ("twice.csv", "text,n,n\na,1,2\n", "2 columns are called 'n'"),
+        ("none.csv", "", "no columns"),
+    ):
+        Path(name).write_text(content)
+        with pytest.raises(LetterheadError, match=message):
+            predict.main(experiment, name, "out.csv", "tfidf")
 
 
 def test_best_is_the_comparisons_choice(experiment):

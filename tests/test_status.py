@@ -103,9 +103,11 @@ def test_before_anything_is_made_all_is_not_made(make_experiment, capsys):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (["exp=quick"], "no variable exp; write EXP="),
-        (["Set=seed=1"], "no variable Set; write SET="),
-        (["LABELS=2"], "no variable LABELS; choose of EXP"),
+        (["exp=quick"], "no variable exp; did you mean EXP=?"),
+        (["Set=seed=1"], "no variable Set; did you mean SET=?"),
+        (["STUDIE=curve"], "no variable STUDIE; did you mean STUDY=?"),
+        (["TEXT=title"], "TEXT= is for make new"),
+        (["LABELS=2"], "no variable LABELS; did you mean LABEL=?"),
     ],
 )
 def test_misspelt_variables_are_refused_with_the_right_name(said, message):

@@ -234,6 +234,8 @@ def test_a_study_that_is_wrong_is_refused(studied):
         ({"rows": [9], "methods": ["x"]}, "x unknown"),
         ({"cells": {"a": {"methods": ["y"]}}}, "y unknown"),
         ({"cells": {"a b": {}}}, "a b"),
+        ({"row": [9]}, "bad.yaml: row: unknown key; did you mean rows\\?"),
+        ({"rows": [9], "seeds": []}, "seeds: "),
     ):
         Path("experiments/studies/bad.yaml").write_text(yaml.safe_dump({"title": "t"} | keys))
         with pytest.raises(LetterheadError, match=message):
