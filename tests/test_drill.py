@@ -34,7 +34,8 @@ from letterhead.results import best_step, read_result
 from letterhead.stage import telling
 from report.status import MAKERS, UNUSUAL
 from tests.conftest import ROOT, experiment_maker
-from tests.test_prompt import LABELS, nasty_rows, write_csv
+from tests.test_data import write_csv
+from tests.test_prompt import LABELS, nasty_rows
 
 # Stages that only `make drill` kills → whose code they run
 SEEN_ELSEWHERE = {"tfidf-all": "tfidf", "bert-all": "bert", "sft-options": "linear-head", "rank": "eval-ckpts"}

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from letterhead.records import read_json, read_jsonl, write_json
-from tests.test_prompt import LABELS, nasty_rows, write_csv
+from tests.test_data import write_csv
+from tests.test_prompt import LABELS, nasty_rows
 
 ROOT = Path(__file__).parent.parent
 STAGES = {

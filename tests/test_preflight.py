@@ -29,8 +29,8 @@ from letterhead.experiment import load_experiment
 from prep import data
 from prep.fetch import is_there
 from tests.conftest import ROOT
-from tests.test_data import Hub
-from tests.test_prompt import LABELS, nasty_rows, write_csv
+from tests.test_data import Hub, write_csv
+from tests.test_prompt import LABELS, nasty_rows
 
 # What is trained: architecture and shape, how, and the rows of a batch and their tokens.
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_hidden_layers": 8}

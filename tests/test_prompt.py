@@ -1,6 +1,5 @@
 """The ids that we score are the ids that LLaMA-Factory trains on."""
 
-import csv
 import json
 import random
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 from letterhead.prompt import keep_words, load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, read_jsonl
 from prep import data
+from tests.test_data import write_csv
 
 LABELS = ["World", "Sports", "Business", "Science/Technology", "World Business"]
 SEEDS = [
@@ -36,11 +36,6 @@ def nasty_rows(n: int) -> list[tuple[str, str]]:
             text = " ".join(rng.choice(words) for _ in range(5000 if i % 20 == 9 else 600))
         rows.append((f"{i} {text}" if i % 3 else f"{text} {i}", LABELS[i % len(LABELS)]))
     return rows
-
-
-def write_csv(path: str, rows: list[tuple[str, str]]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *rows])
 
 
 THINKING = {

@@ -20,7 +20,7 @@ from prep import data
 from report import article, build
 from tests.browser import Browser, needs_browser
 from tests.conftest import ROOT, experiment_maker
-from tests.test_prompt import write_csv
+from tests.test_data import write_csv
 
 LABELS = ["World", "<u>Sports</u>", "Sci|Tech $_$"]
 MARKUP = [

@@ -40,8 +40,8 @@ from prep import data
 from serve import export, predict
 from serve.start import served
 from tests.conftest import ROOT
-from tests.test_data import Hub
-from tests.test_prompt import LABELS, nasty_rows, write_csv
+from tests.test_data import Hub, write_csv
+from tests.test_prompt import LABELS, nasty_rows
 
 
 @pytest.fixture

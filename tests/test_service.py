@@ -29,7 +29,8 @@ from letterhead.records import LetterheadError, write_json
 from letterhead.scoring import load_decoder, score_options
 from prep import data
 from tests.conftest import ROOT
-from tests.test_prompt import LABELS, nasty_rows, write_csv
+from tests.test_data import write_csv
+from tests.test_prompt import LABELS, nasty_rows
 
 SERVED_ROWS = 16
 needs_vllm = pytest.mark.skipif(not (ROOT / ".venv-serve").exists(), reason="no serving environment: make setup-serve")

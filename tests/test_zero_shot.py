@@ -17,7 +17,8 @@ from letterhead.records import LetterheadError, read_json, read_jsonl
 from letterhead.scoring import load_decoder
 from prep import data
 from tests.conftest import ROOT
-from tests.test_prompt import LABELS, nasty_rows, write_csv
+from tests.test_data import write_csv
+from tests.test_prompt import LABELS, nasty_rows
 
 LETTERS = ["A", "B", "C", "D"]
 NAMES = ["World", "Sports", "Science/Technology", "World Business"]
