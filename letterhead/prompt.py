@@ -6,6 +6,7 @@ a text too long for `cutoff_len` is shortened. (LLaMA-Factory cuts the tail of t
 and the assistant's header would go, and the article stay.)
 """
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ def keep_words(text: str, words: int | None) -> str:
         if number == words:
             return text[: word.end()]
     return text
+
+
+def not_of_reasoning(told: logging.LogRecord) -> bool:
+    """Whether LLaMA-Factory's words are to be shown: not its advice to take a template without thinking, whose block our
+    answers begin with on purpose."""
+    return "_nothink" not in told.getMessage()
 
 
 def _control_strings(tokenizer, more: Iterable[str] = ()) -> re.Pattern:
@@ -105,6 +112,7 @@ class PromptEncoder:
         from llamafactory.data.template import ReasoningTemplate, get_template_and_fix_tokenizer
 
         self.tokenizer, self.labels = tokenizer, labels
+        logging.getLogger("llamafactory.data.template").addFilter(not_of_reasoning)
         self.template = get_template_and_fix_tokenizer(tokenizer, data_arguments)
         self.cutoff_len = data_arguments.cutoff_len
         self._control = _control_strings(tokenizer, THINK)

@@ -250,6 +250,8 @@ def choose_columns(
             f"{path}: no column looks like a label (few distinct short values) among {known}; name one: LABEL=column"
         )
     chosen = next(of for of in columns if of.name == label) if label else labels[0]
+    if label and len(chosen.values) > chosen.n / 2:
+        raise LetterheadError(f"LABEL={label}: {len(chosen.values):,} different values in {chosen.n:,} rows are no classes")
     same = [of for of in columns if of is chosen or alike(rows, names, chosen.name, of.name)]  # they would tell the label
     spelled = [of for of in same if of is not chosen and not of.is_codes]
     if label:

@@ -148,9 +148,13 @@ def test_what_else_could_be_meant_is_told_and_the_user_may_say_it(written, capsy
     for told, message in (
         ({"label": "stars"}, "LABEL=stars: no column 'stars'"),
         ({"text": "id,body"}, "TEXT=id,body: no .*'body'"),
+        ({"label": "reviewText"}, "LABEL=reviewText: 300 different values in 300 rows are no classes"),
     ):
         with pytest.raises(LetterheadError, match=message):
             written("amazon.csv", **told)
+    Path("bare.csv").write_text("text,label\n")
+    with pytest.raises(LetterheadError, match="bare.csv: has no rows below its header"):
+        written("bare.csv")
 
 
 def test_an_id_of_many_characters_is_no_text_and_codes_have_names(written):
