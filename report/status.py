@@ -29,6 +29,8 @@ MAKERS = {
     "report": ("report.build", []),
 }
 UNUSUAL = {"sft-options", "sft-think", "tfidf-all", "bert-all"}
+# What each further seed trains and scores anew
+AGAIN = {"sft", "eval-ckpts", "bert", "bert-all", "linear-head", "sft-options"}
 # stage → the stages whose files it reads; the others read the data's alone
 NEEDS = {"data": [], "eval-ckpts": ["sft"], "sft-think": ["eval-ckpts"], "report": ["compare"]}
 
@@ -51,9 +53,15 @@ def main(experiment: Experiment) -> None:
     if not to_do:
         print(f"all done: {experiment.run_folder}/report/report.html")
         return
-    left = sum(seconds.get(name, 0.0) for name in to_do)
-    again = f" and {len(experiment.seeds) - 1} further trainings of every method" if len(experiment.seeds) > 1 else ""
-    how_long = f", {minutes(left)}{again}" if seconds else ""
+    again = [
+        name
+        for training in experiment.trainings()[1:]
+        for name in seconds.keys() & AGAIN
+        if not (training.run_folder / name / "stage.json").is_file()
+    ]
+    left = sum(seconds.get(name, 0.0) for name in [*to_do, *again])
+    seeds = f", further seeds among them ({', '.join(map(str, experiment.seeds[1:]))})" if again else ""
+    how_long = f", {minutes(left)}{seeds}" if seconds else ""
     print(f"next: {to_do[0]}; make report EXP={experiment.name} makes what is missing{how_long}", flush=True)
 
 

@@ -95,6 +95,13 @@ def test_other_settings_are_said_to_replace_what_is_there(experiment, capsys):
     assert 'what runs/mine holds will be made anew; SET="name=mine2 …" keeps both' in capsys.readouterr().out
 
 
+def test_further_seeds_are_in_the_estimate(experiment, capsys, monkeypatch):
+    monkeypatch.setattr(status, "stage_seconds", lambda *_: dict.fromkeys(["sft", "eval-ckpts", "bert", "report"], 60.0))
+    for seeds, message in (([], "about 4 minutes"), ([1, 2], "about 7 minutes, further seeds among them (2)")):
+        status.main(experiment.model_copy(update={"seeds": seeds}))
+        assert capsys.readouterr().out.rstrip().endswith(message)
+
+
 def test_before_anything_is_made_all_is_not_made(make_experiment, capsys):
     write_csv("rows.csv", [(f"text {i}", LABELS[i % 2]) for i in range(60)])
     assert set(states(make_experiment("rows.csv", LABELS), capsys).values()) == {"not made"}
