@@ -41,7 +41,7 @@ ODD = ("text", -1, None, [[]], 1e30, {"a": 1})
 # So long does each kind of client pause before it comes again
 PAUSES = {"hangs": 1.0, "leaves": 0.5, "garbage": 0.5, "no JSON": 0.5, "wrong types": 0.5, "10 MB": 20.0}
 
-
+TOLD = ("garbage", "no JSON", "wrong types", "10 MB")  # are to hear what is wrong
 RIGHT, WRONG, FAILED = "right", "wrong", "failed"
 
 
@@ -238,12 +238,15 @@ def figures(tally: Tally) -> dict:
 def faults_of(record: dict) -> list[str]:
     """What a soak must not show, in words; none where all is well."""
     before, after = record["memory_mib"]
-    crashed = [of for of in record["bad_clients"] if of.partition(": ")[2].startswith("5")]
+    got = {of: of.partition(": ")[::2] for of in record["bad_clients"]}
+    crashed = [of for of, (_, reply) in got.items() if reply.startswith("5")]
+    silent = [of for of, (kind, reply) in got.items() if kind in TOLD and reply in ("closed", "nothing")]
     faults = {
         f"{record['wrong']} answers are wrong": record["wrong"],
         f"{record['failed']} good requests failed": record["failed"],
         f"memory grew from {before:.0f} to {after:.0f} MiB": after > GROWN * before,
         f"bad clients were told that the server failed ({', '.join(crashed)})": crashed,
+        f"bad clients were told nothing ({', '.join(silent)})": silent,
         f"{len(record['left_running'])} processes stayed behind": record["left_running"],
     }
     return [fault for fault, found in faults.items() if found]

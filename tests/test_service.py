@@ -307,8 +307,8 @@ def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_p
     bench_soak.draw_picture(tmp_path / "soak.png", "a test", tally)
     record = found | {"name": "stub", "seconds": 3, "left_running": []}
     assert bench_soak.faults_of(record) == ([f"{found['wrong']} answers are wrong"] if wrong_every else [])
-    grown = {"memory_mib": [100.0, 120.0], "bad_clients": {"garbage: 500": 1}, "left_running": [7]}
-    assert len(bench_soak.faults_of(record | grown)) == 3 + bool(wrong_every)
+    grown = {"memory_mib": [100.0, 120.0], "bad_clients": {"garbage: 500": 1, "no JSON: closed": 2}, "left_running": [7]}
+    assert len(bench_soak.faults_of(record | grown)) == 4 + bool(wrong_every)
     told = bench_soak.sentence(record)
     assert f"{found['wrong']} answered wrongly" in told and "processes left: 0" in told
 
