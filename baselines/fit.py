@@ -45,7 +45,9 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     batch, accumulation = share_batch(
         head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), key
     )
-    shared = head.model_copy(update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation})
+    shared = head.on(len(rows)).model_copy(
+        update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    )
     best = "validation_log_loss" if "validation" in splits else None
     dtype = precision(experiment.decoder.dtype, source)
     arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype)

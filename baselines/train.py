@@ -87,10 +87,11 @@ def main(experiment: Experiment, method: str) -> None:
         with atomic_open(table) as file:
             file.write(results.checkpoint_table(experiment, trained.title, kept, []))
         weights = [file for path in checkpoints.whole_checkpoints(folder) for file in path.glob("*.safetensors")]
+        rows = len(results.read_rows(experiment, trained.rows))
         stage.finish(
             [*made, table, *weights],
-            rows=len(results.read_rows(experiment, trained.rows)),
-            epochs=head.num_train_epochs,
+            rows=rows,
+            epochs=head.on(rows).num_train_epochs,
             reading=experiment.reading,
             tokens=None,
             training_seconds=max(result["training_seconds"] for result in kept.values()),

@@ -39,7 +39,7 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     text, prompt = lengths["decoder"]["p50"], lengths["decoder"]["p50"] + lengths["prompt"]
 
     def head(folder: Path, head: Head, n: int, length: int) -> float:
-        parameters, flops = rates[folder]
+        head, (parameters, flops) = head.on(n), rates[folder]
         _, evaluated = planned_steps(
             n, head.per_device_train_batch_size, head.gradient_accumulation_steps, head.num_train_epochs, head.eval_steps
         )

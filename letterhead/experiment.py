@@ -1,6 +1,7 @@
 """An experiment: one YAML file, read with OmegaConf, checked with pydantic before any stage begins."""
 
 import difflib
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -241,7 +242,8 @@ class Sft(Section):
 class Head(Section):
     """How a linear head and the model under it are trained on the raw text; the names are HF's TrainingArguments'.
 
-    `eval_steps` is a share of all steps, rounded up to a step. `max_length` counts the special tokens.
+    On few rows `num_train_epochs` is raised until `least_steps` optimizer steps are made. `eval_steps` is a share of all
+    steps, rounded up to a step. `max_length` counts the special tokens.
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -256,6 +258,12 @@ class Head(Section):
     eval_steps: Annotated[float, Field(gt=0, lt=1)] = 0.2
     max_length: Count = 512
     group_by_length: bool = True
+    least_steps: Annotated[int, Field(ge=0)] = 0
+
+    def on(self, rows: int) -> "Head":
+        """These settings on so many rows, with as many epochs as `least_steps` take."""
+        an_epoch = math.ceil(rows / (self.per_device_train_batch_size * self.gradient_accumulation_steps))
+        return self.model_copy(update={"num_train_epochs": max(self.num_train_epochs, self.least_steps / an_epoch)})
 
 
 class Decoder(Section):

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from letterhead.estimate import stage_seconds
-from letterhead.experiment import LETTERS, Data, load_experiment
+from letterhead.experiment import LETTERS, Data, Head, load_experiment
 from letterhead.prompt import WORD, keep_words
 from letterhead.records import LetterheadError, atomic_open, read_json
 from letterhead.stage import minutes, telling
@@ -68,8 +68,9 @@ HAN = re.compile(r"[\u3400-\u9fff]")
 CODE = re.compile(r"[-+]?[A-Za-z]?\d+(\.\d+)?")  # 1, -1, 2.0, C03: a number for a class, not its name
 IMBALANCED = 3
 SHOWN = 20
-DECODER_STEPS, ENCODER_STEPS = 100, 200  # at least; with fewer SmolLM2 had not learnt the demo's task
-HEAD_BATCH, MOST_EPOCHS = 16, 20
+# Optimizer steps at least: with fewer SmolLM2 had not learnt the demo's five classes, nor in a hundred fourteen others.
+DECODER_STEPS, STEPS_A_CLASS, ENCODER_STEPS = 100, 20, 200
+HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
 FEW_ROWS, BATCH = 400, 4  # for the LLM
 UTF_8, GUESSED_BYTES = ["utf-8"], 1 << 18
@@ -347,14 +348,22 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
         said.append(f"texts: the first {cut} {unit} (half have more than {words[len(words) // 2]}), for time")
     models = CHINESE if chinese else ENGLISH
     shared = min(FEW_ROWS, train)
-    epochs = min(MOST_EPOCHS, math.ceil(DECODER_STEPS * BATCH / shared))
-    head_epochs = min(MOST_EPOCHS, max(2, math.ceil(ENCODER_STEPS * HEAD_BATCH / train)))
+    steps = max(DECODER_STEPS, STEPS_A_CLASS * min(len(kept), len(LETTERS)))
+    epochs = min(MOST_EPOCHS, math.ceil(steps * BATCH / shared))
+    encoder_head = {
+        "learning_rate": models["encoder_rate"],
+        "num_train_epochs": HEAD_EPOCHS,
+        "least_steps": ENCODER_STEPS,
+        "per_device_train_batch_size": HEAD_BATCH,
+        "eval_steps": 0.5,
+    }
+    on_shared, on_all = (Head(**encoder_head).on(n).num_train_epochs for n in (shared, train))
     said.append(f"models: {models['why']}")
     said.append(
         f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
-        f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same, BERT {head_epochs} times "
-        f"({head_epochs * math.ceil(shared / HEAD_BATCH)} steps)"
-        + (f", and once more on all {train:,} ({head_epochs * math.ceil(train / HEAD_BATCH):,})" if train > shared else "")
+        f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same, BERT {on_shared:.3g} times"
+        + (f", and once more on all {train:,}, BERT {on_all:.3g} times" if train > shared else "")
+        + f", so that it makes {ENCODER_STEPS} steps at least"
     )
     head = {"per_device_train_batch_size": BATCH, "eval_steps": 0.5}
     return {
@@ -372,12 +381,7 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
         },
         "encoder": {
             **models["encoder"],
-            "head": {
-                "learning_rate": models["encoder_rate"],
-                "num_train_epochs": head_epochs,
-                "per_device_train_batch_size": HEAD_BATCH,
-                "eval_steps": 0.5,
-            },
+            "head": encoder_head,
         },
         "eval": {"score": "mean" if letters else "sum"},
     }

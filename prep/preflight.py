@@ -277,6 +277,7 @@ def steps(plan: Plan) -> str:
     made, at = sft_plan(plan.experiment, plan.n["decoder"])
     said = [f"SFT {made:,}, saved at {', '.join(f'{step:,}' for step in at)}"]
     for title, (_, name, head, _) in plan.heads().items():
+        head = head.on(plan.n[name])
         batch, accumulation = head.per_device_train_batch_size, head.gradient_accumulation_steps
         made, at = planned_steps(plan.n[name], batch, accumulation, head.num_train_epochs, head.eval_steps)
         said.append(f"{title} {made:,}, evaluated every {at[0]:,}")

@@ -152,7 +152,8 @@ def history(experiment: Experiment, method: str, split: str) -> dict[int, dict]:
 
 def overfitting(experiment: Experiment) -> str:
     """Whether BERT overfits after two epochs, as the article says it does: test loss, and a paired test of F1, in words."""
-    test, epochs = history(experiment, "bert", "test"), experiment.encoder.head.num_train_epochs
+    rows = read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
+    test, epochs = history(experiment, "bert", "test"), experiment.encoder.head.on(rows).num_train_epochs
     lowest, last = min(test, key=lambda step: test[step]["eval_loss"]), max(test)
     per_epoch = last / epochs
     after = min(test, key=lambda step: abs(step - 2 * per_epoch))

@@ -14,6 +14,7 @@ from letterhead import heads, results
 from letterhead.classifier import load_classifier
 from letterhead.experiment import Head, load_experiment
 from letterhead.folding import load_folded
+from letterhead.llamafactory import planned_steps
 from letterhead.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 from letterhead.records import LetterheadError, read_json
 from letterhead.scoring import load_decoder, score_options
@@ -62,6 +63,14 @@ def test_control_strings_in_a_text_are_text_and_long_texts_keep_their_special_to
     assert (len(long), long[0], long[-1]) == (20, tokenizer.cls_token_id, tokenizer.sep_token_id)
     decoder = heads.load_tokenizer(fetched["smollm2"])
     assert not set(TextEncoder(decoder, 50).encode(["x <|im_end|> y"])[0]) & set(decoder.all_special_ids)
+
+
+def test_few_rows_are_trained_on_for_the_least_steps_and_many_for_the_epochs():
+    head = Head(num_train_epochs=2, per_device_train_batch_size=8, gradient_accumulation_steps=2, least_steps=200)
+    for rows, steps in ((81, 200), (400, 200), (1600, 200), (3200, 400)):
+        on = head.on(rows)
+        assert planned_steps(rows, 8, 2, on.num_train_epochs, on.eval_steps)[0] in (steps, steps + 1)  # of rounding
+    assert Head(num_train_epochs=2).on(10) == Head(num_train_epochs=2)
 
 
 @pytest.mark.parametrize(("section", "steps", "every"), [("encoder", 5625, 282), ("decoder", 1875, 94)])

@@ -70,6 +70,10 @@ def test_many_classes_are_answered_by_name_and_rare_ones_left_out(written):
     experiment = written("many.jsonl")
     assert len(experiment.labels) == 40 and experiment.data.labels["rare"] is None
     assert experiment.prompt.options == "names" and experiment.eval.score == "sum"
+    assert (
+        experiment.sft_arguments()["num_train_epochs"] * 100 >= 20 * 26
+        and experiment.encoder.head.on(400).num_train_epochs == 8
+    )
 
 
 def test_chinese_texts_get_models_that_read_them(written):
