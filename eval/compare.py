@@ -37,6 +37,8 @@ THINKING = ("zero_shot_think", "sft_think", "grpo_think")
 # Stages of methods that another seed trains otherwise.
 RETRAINED = ("bert", "bert-all", "linear-head", "eval-ckpts", "sft-think", "sft-options")
 FEW_ROWS = 10  # a class with fewer test rows is named
+# A log loss above this share of guessing's, and a kappa below that, are those of a method that has hardly learnt.
+NEAR_GUESSING, LITTLE = 0.7, 0.5
 FEW_SHOWN = 5
 ROWS_THAT_DECIDE = {"rows_if_as_seen": "if the loss is as seen", "rows_if_equal": "if the two are equal"}
 
@@ -387,6 +389,12 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
         sure.append(line)
     if dearer := [name for name, of in chosen.items() if is_trained(of) and of["n"] == n and name not in found]:
         sure.append(f"Not considered, since dearer than the best: {', '.join(map(named, dearer))}.")
+    sure += [
+        f"{named(name)} has learnt little yet: its log loss is {told[0]:.2f}, and {told[1]:.2f} is that of guessing by the "
+        "classes' shares. Train it for more steps, on more rows or at another rate before it counts against the method."
+        for name, of in chosen.items()
+        if is_trained(of) and (told := hardly_learnt(of))
+    ]
     if decided["trainings"] == 1:
         sure.append(
             "The bounds hold the noise of the rows, for these trained files; seeds: [1, 2, 3] adds that of training."
@@ -406,6 +414,18 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
     pairs = [(ship, name) if prices[name] > prices[ship] else (name, ship) for name in others]
     change = [line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))]
     return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
+
+
+def hardly_learnt(entry: dict) -> tuple[float, float] | None:
+    """The log loss of a method, and that of guessing by the classes' shares, where the two are near and the predictions
+    agree with the labels little better than chance would (Cohen's kappa, 1960); None for a method that has learnt."""
+    confusion = np.array(entry["confusion"], float)
+    shares, predicted = (confusion.sum(axis) / confusion.sum() for axis in (1, 0))
+    chance = shares @ predicted
+    kappa = (np.trace(confusion) / confusion.sum() - chance) / (1 - chance) if chance < 1 else 0.0
+    guessing = float(-sum(share * np.log(share) for share in shares if share))
+    loss = entry.get("log_loss")
+    return (loss, guessing) if loss is not None and loss > NEAR_GUESSING * guessing and kappa < LITTLE else None
 
 
 def priced(price: float, unit: str) -> str:

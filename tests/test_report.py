@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
+from sklearn import metrics
 
 from eval import compare
 from letterhead import results, tfidf
@@ -143,7 +143,7 @@ def test_figures_without_near_duplicates_stand_beside_the_others(compared):
     near = {mine for mine, _ in read_json("data/mine/data_card.json")["near_duplicates"]["test"]}
     lines = [line for line in results.read_predictions(compared, "bert@20", "test") if line["id"] not in near]
     assert 0 < len(lines) < 150
-    expected = f1_score([line["label"] for line in lines], [line["prediction"] for line in lines], average="macro")
+    expected = metrics.f1_score([line["label"] for line in lines], [line["prediction"] for line in lines], average="macro")
     entry = read_json("runs/mine/results/comparison.json")["methods"]["bert@20"]
     assert entry["f1_macro_without_near_duplicates"] == pytest.approx(expected)
     for name in ("report.html", "REPORT.md"):
@@ -185,6 +185,18 @@ def test_checkpoints_that_tie_go_to_the_lower_loss():
     assert results.best_step(tied) == results.highest_f1(tied) == 20
     tied |= {30: {"f1_macro": 0.8, "log_loss": 0.3}, 40: {"f1_macro": 0.95, "log_loss": 0.6}}
     assert results.best_step(tied) == 30 and results.highest_f1(tied) == 40
+
+
+@pytest.mark.parametrize(("skill", "share", "told"), [(0.2, 0.9, True), (0.2, 0.5, False), (0.9, 0.9, False)])
+def test_a_method_that_has_hardly_learnt_is_told(skill, share, told):
+    chance = np.random.default_rng(0)
+    truth = chance.choice(4, p=[0.4, 0.3, 0.2, 0.1], size=400)
+    predicted = np.where(chance.random(400) < skill, truth, chance.integers(4, size=400))
+    guessing = metrics.log_loss(truth, np.tile(np.bincount(truth) / 400, (400, 1)))
+    entry = {"confusion": metrics.confusion_matrix(truth, predicted).tolist(), "log_loss": share * guessing}
+    found = compare.hardly_learnt(entry)
+    assert bool(found) == told == (metrics.cohen_kappa_score(truth, predicted) < compare.LITTLE and share > 0.7)
+    assert not found or found == pytest.approx((share * guessing, guessing))
 
 
 def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(make_experiment):
