@@ -254,7 +254,8 @@ def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
                 ) from None
             if values is None:
                 return
-            if not any(values):  # a blank line, also as spreadsheets write it: separators alone
+            # A blank line, also as spreadsheets write it, by separators alone; who reads all columns keeps those.
+            if not (values if isinstance(data.columns, AllColumns) else any(values)):
                 continue
             number += 1
             row = RawRow(f"{split}:{number}", f"{path}, row {number} (line {start})", None, None)

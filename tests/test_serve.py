@@ -155,6 +155,9 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, mo
     assert read_json("out.csv.part.json")["rows"] == 2 and not Path("out.csv").exists()
     dropping = experiment.model_copy(update={"data": experiment.data.model_copy(update={"bad_rows": "drop"})})
     predict.main(dropping, "in.csv", "dropped.csv", "tfidf")
+    Path("wide.csv").write_text("text,n\none,1\n,\n\ntwo,2\n")
+    predict.main(dropping, "wide.csv", "wide.out.csv", "tfidf")
+    assert [line[:2] for line in read("wide.out.csv")[1:]] == [["one", "1"], ["", ""], ["two", "2"]]
     header, *lines = read("dropped.csv")
     assert [line[0] for line in lines] == ["one", "two", "three", "  ", "five"]
     assert [bool(line[1]) for line in lines] == [True, True, True, False, True] and lines[3][1:] == [""] * (len(header) - 1)
