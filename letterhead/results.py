@@ -12,7 +12,16 @@ import numpy as np
 
 from letterhead.experiment import Experiment
 from letterhead.metrics import NO_ANSWER, classification_figures
-from letterhead.records import LetterheadError, device_name, read_json, read_jsonl, versions, write_json, write_jsonl
+from letterhead.records import (
+    LetterheadError,
+    device_name,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    versions,
+    write_json,
+    write_jsonl,
+)
 
 SPLITS = ("test", "validation")
 BENCHED = ("data", "sft", "bert", "linear-head", "tfidf")
@@ -83,10 +92,12 @@ def read_bench(experiment: Experiment) -> dict | None:
 
 
 def kept_result(experiment: Experiment, name: str, split: str, inputs_sha256: str) -> dict | None:
-    """The result on disk if it was made from the same inputs, else None."""
+    """The result on disk if it was made from the same inputs and its predictions are whole, else None."""
     result_file, predictions_file = result_files(experiment, name, split)
     kept = read_json(result_file)
-    return kept if kept and kept["inputs_sha256"] == inputs_sha256 and predictions_file.exists() else None
+    if not kept or kept["inputs_sha256"] != inputs_sha256 or not predictions_file.exists():
+        return None
+    return kept if kept.get("predictions_sha256") == sha256_file(predictions_file) else None
 
 
 def write_result(
@@ -137,6 +148,7 @@ def write_result(
 
     result_file.unlink(missing_ok=True)  # of other inputs: its figures are not those of these predictions
     write_jsonl(predictions_file, map(line, range(len(rows))))
+    result["predictions_sha256"] = sha256_file(predictions_file)
     write_json(result_file, result)
     return result
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from letterhead.cpu import attention, use_onednn
 from letterhead.records import read_json, write_json
+from letterhead.stage import telling
 
 
 class Clock(TrainerCallback):
@@ -93,4 +94,5 @@ if __name__ == "__main__":
     from llamafactory.train.tuner import run_exp
 
     use_onednn()
-    run_exp(callbacks=[Clock(Path(sys.argv.pop(1))), LessWork()])
+    with telling():
+        run_exp(callbacks=[Clock(Path(sys.argv.pop(1))), LessWork()])

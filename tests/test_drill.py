@@ -356,6 +356,11 @@ def test_stages_end_to_end(drill, monkeypatch):
     Path("runs/mine/results/linear_head@7.json").unlink()
     assert drill.run(work, "linear-head")[0] == 0 and made(work) == drill.after["predict"]
 
+    # So is one whose predictions were cut off.
+    half = min(Path("runs/mine/results").glob("bert@*.predictions.jsonl"))
+    os.truncate(half, half.stat().st_size // 2)
+    assert drill.run(work, "bert")[0] == 0 and made(work) == drill.after["predict"]
+
     # A checkpoint cut in half is set aside, and the table says so.
     half = Path("runs/mine/sft/checkpoints/checkpoint-4/model.safetensors")
     os.truncate(half, half.stat().st_size // 2)
