@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -250,9 +251,16 @@ def run(
         main(experiment, *([arguments.choice] if choices else []), *said, *given)
 
 
+def told_of_thread(ended: threading.ExceptHookArgs) -> None:
+    """A thread's error as Python prints it, but for a full disk's: TensorBoard's writer hands that on to the block."""
+    if getattr(ended.exc_value, "errno", None) not in NO_ROOM:
+        threading.__excepthook__(ended)
+
+
 @contextmanager
 def telling() -> Iterator[None]:
     """End the process with one message where the block fails for a reason that the user can mend."""
+    threading.excepthook = told_of_thread
     try:
         yield
     except LetterheadError as error:

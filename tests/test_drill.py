@@ -288,7 +288,16 @@ def drill(request, fetched, tiny_models, forked, tmp_path_factory):
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_told_and_other_faults_are_not_hidden(error):
+def test_a_full_disk_is_told_and_other_faults_are_not_hidden(error, capsys):
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with telling():
+        for number in (errno.EFBIG, errno.EIO):
+            threading.Thread(target=fail, args=[number]).start()
+    time.sleep(0.5)
+    told = capsys.readouterr().err
+    assert "File too large" not in told and "Input/output error" in told
     with pytest.raises(SystemExit, match="error: disk: No space left on device; make room and run again"), telling():
         raise error
     for error in (
