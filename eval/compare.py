@@ -421,7 +421,7 @@ def hardly_learnt(entry: dict) -> tuple[float, float] | None:
     agree with the labels little better than chance would (Cohen's kappa, 1960); None for a method that has learnt."""
     confusion = np.array(entry["confusion"], float)
     shares, predicted = (confusion.sum(axis) / confusion.sum() for axis in (1, 0))
-    chance = shares @ predicted
+    chance = shares @ predicted[: len(shares)]  # a column more counts the rows without an answer
     kappa = (np.trace(confusion) / confusion.sum() - chance) / (1 - chance) if chance < 1 else 0.0
     guessing = float(-sum(share * np.log(share) for share in shares if share))
     loss = entry.get("log_loss")

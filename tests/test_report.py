@@ -197,6 +197,8 @@ def test_a_method_that_has_hardly_learnt_is_told(skill, share, told):
     found = compare.hardly_learnt(entry)
     assert bool(found) == told == (metrics.cohen_kappa_score(truth, predicted) < compare.LITTLE and share > 0.7)
     assert not found or found == pytest.approx((share * guessing, guessing))
+    silent = entry | {"confusion": [[*row, 9] for row in entry["confusion"]]}  # rows without an answer
+    assert bool(compare.hardly_learnt(silent)) == told
 
 
 def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(make_experiment):

@@ -265,6 +265,7 @@ class Stub(BaseHTTPRequestHandler):
     """A classifier that answers by the first id, wrongly to every so manieth request."""
 
     wrong_every, numbers = 0, itertools.count(1)
+    default_request_version = "HTTP/1.1"  # else what isn't HTTP is answered without a status line
 
     def log_message(self, *_):
         pass
@@ -274,7 +275,7 @@ class Stub(BaseHTTPRequestHandler):
             ids = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
             probabilities = [0.1, 0.1, 0.1]
             probabilities[ids[0] % 3] = 0.8
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, LookupError):
             return self.send_error(400, "not a list of ids")
         if next(self.numbers) % (self.wrong_every or 1e9) == 0:
             probabilities = probabilities[1:] + probabilities[:1]
