@@ -1,9 +1,11 @@
-"""How long each stage will take on this machine's CPU: its multiply-adds over a measured rate of matrix products."""
+"""How long each stage will take on this machine's CPU (its multiply-adds over a measured rate of matrix products), and what
+it takes on disk."""
 
 import math
 from pathlib import Path
 from typing import Any
 
+from letterhead.checkpoints import head_disk, sft_disk
 from letterhead.experiment import Experiment, Head
 from letterhead.llamafactory import planned_steps, sft_plan, step_of
 
@@ -65,6 +67,23 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     if experiment.decoder.sft_options:
         found["sft-options"] = head(decoder, experiment.decoder.sft_options, shared, prompt)
     return found | {"compare": START_S, "report": 2 * START_S}
+
+
+def stage_bytes(experiment: Experiment, decoder: int, encoder: int, rows: int) -> dict[str, int]:
+    """Bytes on disk at the peak of each training.
+
+    Parameters
+    ----------
+    decoder, encoder : parameters of each
+    rows : that SFT learns from
+    """
+    peaks = {"sft": sft_disk(decoder, len(sft_plan(experiment, rows)[1])), "linear-head": head_disk(decoder)}
+    peaks["bert"] = head_disk(encoder)
+    if experiment.decoder.train_rows:
+        peaks["bert-all"] = peaks["bert"]
+    if experiment.decoder.sft_options:
+        peaks["sft-options"] = peaks["linear-head"]
+    return peaks
 
 
 def rate(experiment: Experiment, folder: Path) -> tuple[int, float]:

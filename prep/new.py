@@ -19,7 +19,7 @@ import charset_normalizer
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from letterhead.estimate import stage_seconds
+from letterhead.estimate import stage_bytes, stage_seconds
 from letterhead.experiment import LETTERS, Data, Head, load_experiment
 from letterhead.prompt import WORD, keep_words
 from letterhead.records import LetterheadError, atomic_open, read_json
@@ -176,9 +176,14 @@ def main(path: str, text: str = "", label: str = "") -> None:
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     experiment = load_experiment(name)
     data.main(experiment)
-    seconds = stage_seconds(experiment, read_json(experiment.data_folder / "data_card.json"))
-    if seconds:
-        print(f"make report EXP={name}: {minutes(sum(seconds.values()))} on this machine")
+    from letterhead.needs import parameter_count  # transformers: seconds, of which a refused file needs none
+
+    card = read_json(experiment.data_folder / "data_card.json")
+    takes = [minutes(sum(seconds.values()))] if (seconds := stage_seconds(experiment, card)) else []
+    decoder, encoder = (parameter_count(of.folder) for of in (experiment.decoder, experiment.encoder))
+    peaks = stage_bytes(experiment, decoder, encoder, card["sft"]["rows"])
+    takes.append(f"{sum(peaks.values()) / 1e9:.1f} GB of disk at the most")
+    print(f"make report EXP={name}: {', '.join(takes)} on this machine")
 
 
 def as_yaml(values: dict[str, Any], path: str) -> str:

@@ -294,17 +294,11 @@ def steps(plan: Plan) -> str:
 def disk(plan: Plan) -> str:
     """What the trainings that are still to be done take on disk at their peaks, against what is free."""
     from letterhead import needs
-    from letterhead.llamafactory import sft_plan
+    from letterhead.estimate import stage_bytes
 
     classes = len(plan.experiment.labels)
     decoder, encoder = needs.parameter_count(plan.folder("decoder")), needs.parameter_count(plan.folder("encoder"), classes)
-    saves = len(sft_plan(plan.experiment, plan.n.get("decoder", 100_000))[1])
-    peaks = {"sft": checkpoints.sft_disk(decoder, saves), "linear-head": checkpoints.head_disk(decoder)}
-    peaks["bert"] = checkpoints.head_disk(encoder)
-    if plan.experiment.decoder.train_rows:
-        peaks["bert-all"] = peaks["bert"]
-    if plan.experiment.decoder.sft_options:
-        peaks["sft-options"] = peaks["linear-head"]
+    peaks = stage_bytes(plan.experiment, decoder, encoder, plan.n.get("decoder", 100_000))
     needed = {}
     for stage, peak in peaks.items():  # what a finished or resumed training has written is there already
         folder = plan.experiment.run_folder / stage
