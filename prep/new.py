@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from letterhead.estimate import stage_bytes, stage_seconds
-from letterhead.experiment import LETTERS, Data, Head, load_experiment
+from letterhead.experiment import LETTERS, Data, Experiment, Head, load_experiment
 from letterhead.prompt import WORD, keep_words
 from letterhead.records import LetterheadError, atomic_open, read_json
 from letterhead.stage import minutes, telling
@@ -176,14 +176,19 @@ def main(path: str, text: str = "", label: str = "") -> None:
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     experiment = load_experiment(name)
     data.main(experiment)
+    print(f"make report EXP={name}: {foretell(experiment)} on this machine")
+
+
+def foretell(experiment: Experiment) -> str:
+    """How long the report of prepared data will take, where that is known, and how much disk."""
     from letterhead.needs import parameter_count  # transformers: seconds, of which a refused file needs none
 
     card = read_json(experiment.data_folder / "data_card.json")
-    takes = [minutes(sum(seconds.values()))] if (seconds := stage_seconds(experiment, card)) else []
+    seconds = stage_seconds(experiment, card)
     decoder, encoder = (parameter_count(of.folder) for of in (experiment.decoder, experiment.encoder))
     peaks = stage_bytes(experiment, decoder, encoder, card["sft"]["rows"])
-    takes.append(f"{sum(peaks.values()) / 1e9:.1f} GB of disk at the most")
-    print(f"make report EXP={name}: {', '.join(takes)} on this machine")
+    takes = [minutes(sum(seconds.values()))] if seconds else []
+    return ", ".join([*takes, f"{sum(peaks.values()) / 1e9:.1f} GB of disk at the most"])
 
 
 def as_yaml(values: dict[str, Any], path: str) -> str:

@@ -26,7 +26,7 @@ def place(workplace, fetched, monkeypatch):
 def written(place, monkeypatch):
     """Write an experiment for a source; its rows are not made."""
     monkeypatch.setattr(new.data, "main", lambda experiment: None)
-    monkeypatch.setattr(new, "stage_seconds", lambda *_: {})
+    monkeypatch.setattr(new, "foretell", lambda _: "a while")
 
     def write(source: str, **columns: str):
         new.main(source, **columns)
