@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from safetensors import SafetensorError
+from tqdm import tqdm
 
 from letterhead.devices import choose_devices
 from letterhead.experiment import Experiment, load_experiment
@@ -264,19 +264,26 @@ def telling() -> Iterator[None]:
     try:
         yield
     except LetterheadError as error:
-        sys.exit(f"error: {error}")
+        end(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run again to go on from here")
-    except (OSError, SafetensorError, RuntimeError) as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' errors are no OSErrors
+        end("interrupted; run again to go on from here")
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # those of safetensors and tokenizers are no OSErrors
         number = int(told[1]) if told else getattr(error, "errno", None)
         place = getattr(error, "filename", None)
         if number in NO_ROOM:
             why = f"{place or 'disk'}: {os.strerror(number)}; make room and run again, nothing is half-written"
-        elif "PytorchStreamWriter failed" in str(error):  # torch's is a RuntimeError
+        elif re.search("PytorchStreamWriter failed|unexpected pos", str(error)):  # torch's is a RuntimeError
             why = "disk: a checkpoint could not be written whole; make room and run again, it is not used"
         elif place and number in CLOSED:
             why = f"{place}: {os.strerror(number)}; mend that and run again"
         else:
             raise
-        sys.exit(f"error: {why}")
+        end(f"error: {why}")
+
+
+def end(said: str) -> NoReturn:
+    """End the process with a line of its own, below what progress bars have left on theirs."""
+    for bar in list(tqdm._instances):
+        bar.close()
+    sys.exit(said)
