@@ -185,7 +185,8 @@ def foretell(experiment: Experiment) -> str:
 
     card = read_json(experiment.data_folder / "data_card.json")
     seconds = stage_seconds(experiment, card)
-    decoder, encoder = (parameter_count(of.folder) for of in (experiment.decoder, experiment.encoder))
+    decoder = parameter_count(experiment.decoder.folder)
+    encoder = parameter_count(experiment.encoder.folder, len(experiment.labels))
     peaks = stage_bytes(experiment, decoder, encoder, card["sft"]["rows"])
     takes = [minutes(sum(seconds.values()))] if seconds else []
     return ", ".join([*takes, f"{sum(peaks.values()) / 1e9:.1f} GB of disk at the most"])

@@ -94,7 +94,7 @@ def test_training_rows_are_ranked_by_the_margin_of_the_right_option(make_experim
             begin = len(ids) - len(answer.ids) + answer.start
             end = len(ids) - len(answer.ids) + answer.stop + 1  # names are scored with the end of the turn
             given = torch.tensor([ids])
-            log = decoder(given).logits[0].log_softmax(-1)
+            log = decoder(given).logits[0].detach().log_softmax(-1)
             found.append(float(log[range(begin - 1, end - 1), given[0, begin:end]].mean()))
         own = found.pop(LABELS.index(row["label"]))
         assert ranked[row["id"]] == pytest.approx(own - max(found), abs=1e-3)
