@@ -2,8 +2,8 @@
 
     python -m serve.predict --experiment quick --in rows.csv --out labelled.csv --model best
 
-Rows go through in chunks of a fixed size; while the model is at one, the next is read and tokenised. A chunk that is done is
-in OUT.part, and OUT.part.json says how far that file holds; so a run that was killed goes on behind it and ends with the
+Rows go through in chunks of a fixed size; while a GPU is at one, the next is read and tokenised. A chunk that is done is in
+OUT.part, and OUT.part.json says how far that file holds; so a run that was killed goes on behind it and ends with the
 bytes it would have written undisturbed.
 """
 
@@ -82,7 +82,10 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             file.write(as_csv([columns]))
         rows = islice(table, progress["rows"], None)
         chunks = iter(lambda: list(islice(rows, CHUNK * workers.n)), [])
-        for chunk, probabilities in ahead(in_parts(workers), chunks, 2 if workers.n == 1 else 1):
+        classify = in_parts(workers)
+        # On a CPU tokenising would take from the model's cores, and torch is slower in any thread but the first.
+        overlap = workers.n == 1 and device_name() != "cpu"
+        for chunk, probabilities in ahead(classify, chunks) if overlap else (labelled(classify, of) for of in chunks):
             found, nothing = iter(probabilities), [""] * (1 + len(experiment.labels))
             lines = [[*fields, *(of_row(experiment, next(found)) if text else nothing)] for fields, text in chunk]
             progress["without"] += sum(not text for _, text in chunk)
@@ -126,23 +129,26 @@ def alone(target: Path) -> Iterator[None]:
             path.unlink()
 
 
-def ahead(classify: Classifier, chunks: Iterator[list], n: int) -> Iterator[tuple[list, np.ndarray]]:
-    """Each chunk of (fields, text) with the probabilities of the texts that it has, in order, n chunks at work at once. What
-    is before a chunk that can't be read still comes."""
+def labelled(classify: Classifier, chunk: list) -> tuple[list, np.ndarray]:
+    """A chunk of (fields, text), and the probabilities of the texts that it has."""
+    texts = [text for _, text in chunk if text]
+    return chunk, classify(texts) if texts else np.empty((0, 0))
+
+
+def ahead(classify: Classifier, chunks: Iterator[list]) -> Iterator[tuple[list, np.ndarray]]:
+    """Each chunk labelled, in order, two at work at once. What is before a chunk that can't be read still comes."""
     waiting, broken = deque(), None
-    with ThreadPoolExecutor(n) as pool:
+    with ThreadPoolExecutor(2) as pool:
         while True:
             try:
                 if chunk := next(chunks, None):
-                    texts = [text for _, text in chunk if text]
-                    waiting.append((chunk, pool.submit(classify, texts) if texts else None))
+                    waiting.append(pool.submit(labelled, classify, chunk))
             except LetterheadError as error:
                 chunk, broken = None, error
             if not waiting:
                 break
-            if not chunk or len(waiting) == n:
-                done, found = waiting.popleft()
-                yield done, found.result() if found else np.empty((0, 0))
+            if not chunk or len(waiting) == 2:
+                yield waiting.popleft().result()
     if broken:
         raise broken
 

@@ -57,8 +57,14 @@ def read(path: str) -> list[list[str]]:
         return list(csv.reader(file))
 
 
+@pytest.fixture(params=["cpu", "a GPU"])
+def device(request, monkeypatch):
+    """On a GPU, as predict believes, two chunks are at work at once."""
+    monkeypatch.setattr(predict, "device_name", lambda: request.param)
+
+
 @pytest.mark.parametrize("model", ["tfidf", "sft@0"])
-def test_predictions_keep_rows_order_and_columns(experiment, model, monkeypatch):
+def test_predictions_keep_rows_order_and_columns(experiment, device, model, monkeypatch):
     monkeypatch.setattr(predict, "CHUNK", 16)
     rows = [(f"{i}", text, 'x,"y"\nz') for i, (text, _) in enumerate(nasty_rows(50))]
     with open("in.csv", "w", encoding="utf-8", newline="") as file:
@@ -147,7 +153,7 @@ def test_two_predictions_into_one_file_do_not_mix(experiment):
     assert len(read("out.csv")) == 3 and not list(Path().glob(".o*.lock"))
 
 
-def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, monkeypatch, capsys):
+def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, device, monkeypatch, capsys):
     monkeypatch.setattr(predict, "CHUNK", 2)
     Path("in.csv").write_text("text\none\n\ntwo\nthree\n  \nfive\n\n")
     with pytest.raises(LetterheadError, match=r"in.csv, row 4 \(line 6\): the text is empty; fill it in.*bad_rows: drop"):
