@@ -37,7 +37,7 @@ THINKING = ("zero_shot_think", "sft_think", "grpo_think")
 # Stages of methods that another seed trains otherwise.
 RETRAINED = ("bert", "bert-all", "linear-head", "eval-ckpts", "sft-think", "sft-options")
 FEW_ROWS = 10  # a class with fewer test rows is named
-# A log loss above this share of guessing's, and a kappa below that, are those of a method that has hardly learnt.
+# A log loss within this ratio of guessing's, and a kappa below that, are those of a method that has hardly learnt.
 NEAR_GUESSING, LITTLE = 0.7, 0.5
 FEW_SHOWN = 5
 ROWS_THAT_DECIDE = {"rows_if_as_seen": "if the loss is as seen", "rows_if_equal": "if the two are equal"}
@@ -393,7 +393,7 @@ def words(decided: dict, chosen: dict[str, dict]) -> dict:
         f"{named(name)} has learnt little yet: its log loss is {told[0]:.2f}, and {told[1]:.2f} is that of guessing by the "
         "classes' shares. Train it for more steps, on more rows or at another rate before it counts against the method."
         for name, of in chosen.items()
-        if is_trained(of) and (told := hardly_learnt(of))
+        if is_trained(of) and of["step"] and (told := hardly_learnt(of))
     ]
     if decided["trainings"] == 1:
         sure.append(
@@ -425,7 +425,8 @@ def hardly_learnt(entry: dict) -> tuple[float, float] | None:
     kappa = (np.trace(confusion) / confusion.sum() - chance) / (1 - chance) if chance < 1 else 0.0
     guessing = float(-sum(share * np.log(share) for share in shares if share))
     loss = entry.get("log_loss")
-    return (loss, guessing) if loss is not None and loss > NEAR_GUESSING * guessing and kappa < LITTLE else None
+    near = loss is not None and NEAR_GUESSING * guessing < loss < guessing / NEAR_GUESSING  # above: sure, and wrong
+    return (loss, guessing) if near and kappa < LITTLE else None
 
 
 def priced(price: float, unit: str) -> str:
