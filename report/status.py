@@ -53,16 +53,19 @@ def main(experiment: Experiment) -> None:
     if not to_do:
         print(f"all done: {experiment.run_folder}/report/report.html")
         return
-    again = [
-        name
-        for training in experiment.trainings()[1:]
-        for name in seconds.keys() & AGAIN
-        if not (training.run_folder / name / "stage.json").is_file()
-    ]
+    again = [name for training in experiment.trainings()[1:] for name in to_do_again(training, states["data"], seconds)]
     left = sum(seconds.get(name, 0.0) for name in [*to_do, *again])
     seeds = f", further seeds among them ({', '.join(map(str, experiment.seeds[1:]))})" if again else ""
     how_long = f", {minutes(left)}{seeds}" if seconds else ""
     print(f"next: {to_do[0]}; make report EXP={experiment.name} makes what is missing{how_long}", flush=True)
+
+
+def to_do_again(training: Experiment, data: str, seconds: dict[str, float]) -> list[str]:
+    """What a further seed trains and scores anew and is not done."""
+    states = {"data": data}
+    for name in (of for of in MAKERS if of in seconds.keys() & AGAIN):
+        states[name] = state(training, name, states)
+    return [name for name, of in states.items() if of != "done" and name != "data"]
 
 
 def stages_of(experiment: Experiment) -> list[str]:

@@ -100,6 +100,13 @@ def test_further_seeds_are_in_the_estimate(experiment, capsys, monkeypatch):
     for seeds, message in (([], "about 4 minutes"), ([1, 2], "about 7 minutes, further seeds among them (2)")):
         status.main(experiment.model_copy(update={"seeds": seeds}))
         assert capsys.readouterr().out.rstrip().endswith(message)
+    seeded = experiment.model_copy(update={"seeds": [1, 2]})
+    Stage(seeded.trainings()[1], "bert", {"rows": "others"}).finish([])
+    status.main(seeded)  # made from other data
+    assert capsys.readouterr().out.rstrip().endswith("about 7 minutes, further seeds among them (2)")
+    monkeypatch.setattr(status, "ask", lambda *_: "done")
+    status.main(seeded)
+    assert capsys.readouterr().out.rstrip().endswith("about 6 minutes, further seeds among them (2)")
 
 
 def test_before_anything_is_made_all_is_not_made(make_experiment, capsys):
