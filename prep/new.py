@@ -68,7 +68,8 @@ HAN = re.compile(r"[\u3400-\u9fff]")
 CODE = re.compile(r"[-+]?[A-Za-z]?\d+(\.\d+)?")  # 1, -1, 2.0, C03: a number for a class, not its name
 IMBALANCED = 3
 SHOWN = 20
-# Optimizer steps at least: with fewer SmolLM2 had not learnt the demo's five classes, nor in a hundred fourteen others.
+# Optimizer steps at least (of the LLM while MOST_EPOCHS allow them): with fewer SmolLM2 had not learnt the demo's five
+# classes, nor in a hundred fourteen others.
 DECODER_STEPS, STEPS_A_CLASS, ENCODER_STEPS = 100, 20, 200
 HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
@@ -247,7 +248,7 @@ def choose_columns(
     for variable, of in (("TEXT", given), ("LABEL", [label] if label else [])):
         if missing := [name for name in of if name not in names]:
             raise LetterheadError(f"{variable}={','.join(of)}: {lacks(missing[0], names).rpartition('; set ')[0]}")
-    rows = [row.text for row in read_rows(every_column(path, encoding)) if not row.fault]
+    rows = [row.text for row in read_rows(every_column(path, encoding)) if row.text and not row.fault]
     if not rows:
         raise LetterheadError(f"{path}: has no rows below its header")
     columns = [Column(of) for of in names]

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +26,6 @@ from prep.fetch import fetch_package, load_hub_dataset
 SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val", "valid"), "test": ("test",)}
 # A field longer than csv's 128 KiB is legitimate; one of 16 MiB is a quote that was never closed.
 csv.field_size_limit(1 << 24)
-FIRST_ROWS = 100
 
 
 @dataclass
@@ -69,7 +67,8 @@ def _row(id: str, place: str, parts: Sequence[Any], label: Any, data: Data) -> R
 
 
 class AllColumns(Columns):
-    """Columns whose values are handed on side by side."""
+    """Columns whose values are handed on side by side, those of a CSV row with a wrong number of fields too; of a row of
+    separators alone, which stands for a blank line, there are none."""
 
     def join(self, parts: Sequence[Any]) -> list[Any]:
         return list(parts)
@@ -103,7 +102,7 @@ def open_source(data: Data, streaming: bool = False) -> Source:
 
 
 def column_names(source: str, encoding: list[str]) -> list[str]:
-    """The columns of a file on this disk (of JSON Lines the keys of the first rows); none for a folder.
+    """The columns of a file on this disk (of JSON Lines the keys of all rows); none for a folder.
 
     Raises
     ------
@@ -117,29 +116,27 @@ def column_names(source: str, encoding: list[str]) -> list[str]:
     with open(path, encoding=_encoding(path, encoding), newline="") as file:
         if path.suffix.lower() != ".jsonl":
             return _header(path, _csv_reader(path, file))
-        found: list[dict] = []
-        for line in islice((line for line in file if line.strip()), FIRST_ROWS):
+        found: dict[str, None] = {}
+        for line in file:
             with suppress(ValueError, RecursionError):
-                found += [row for row in [json.loads(line)] if isinstance(row, dict)]
+                found |= dict.fromkeys(row if isinstance(row := json.loads(line), dict) else ())
     if not found:
-        raise LetterheadError(f"{path}: none of the first rows is a JSON object; write one a line")
-    return list(dict.fromkeys(key for row in found for key in row))
+        raise LetterheadError(f"{path}: no line is a JSON object with keys; write one a line")
+    return list(found)
 
 
-def every_column(source: str, encoding: list[str]) -> Data:
+def every_column(source: str, encoding: list[str], skip_lines: int = 0) -> Data:
     """What reads a file on this disk whole: the text of a row is a list of all its values, in the order of its columns.
 
     Raises
     ------
-    LetterheadError : no such file, no columns, or two of one name
+    LetterheadError : no such file, or no columns
     """
     names = column_names(source, encoding)
     if not names:
         raise LetterheadError(f"{source}: has no columns; begin with a line that names them")
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise LetterheadError(f"{source}: {len(repeated)} columns are called {repeated[0]!r}; rename all but one")
     columns = AllColumns(text=names, label=names[0], empty_parts=True)
-    return Data(source=source, encoding=encoding, columns=columns, labels=["a", "b"])
+    return Data(source=source, encoding=encoding, skip_lines=skip_lines, columns=columns, labels=["a", "b"])
 
 
 def local_sha256(data: Data) -> dict[str, str]:
@@ -239,7 +236,9 @@ def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     with open(path, encoding=_encoding(path, data.encoding), newline="") as file:
         reader = _csv_reader(path, file)
         header = _header(path, reader)
-        *at_text, at_label = (_column(path, header, name) for name in (*data.columns.parts, data.columns.label))
+        every = isinstance(data.columns, AllColumns)
+        names = [] if every else [*data.columns.parts, data.columns.label]
+        at = [_column(path, header, name) for name in names]
         for _ in range(data.skip_lines):
             next(reader, None)
         number = 0
@@ -254,24 +253,29 @@ def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
                 ) from None
             if values is None:
                 return
-            # A blank line, also as spreadsheets write it, by separators alone; who reads all columns keeps those.
-            if not (values if isinstance(data.columns, AllColumns) else any(values)):
+            # A blank line, also as spreadsheets write it, by separators alone; who reads all columns keeps their places.
+            if not any(values) and not (every and values):
                 continue
             number += 1
             row = RawRow(f"{split}:{number}", f"{path}, row {number} (line {start})", None, None)
-            if len(values) != len(header):
+            if every:
+                row.text = values if any(values) else []
+            if any(values) and len(values) != len(header):
                 row.fault = (
                     f"{len(values)} fields, but the header has {len(header)}; "
                     "put quotes around a text that contains the separator"
                 )
-                yield row
-                continue
-            yield _row(row.id, row.place, [values[at] for at in at_text], values[at_label], data)
+            elif not every:
+                *parts, row.label = (values[i] for i in at)
+                row = _row(row.id, row.place, parts, row.label, data)
+            yield row
 
 
 def _column(place: Path | str, header: list[str], name: str) -> int:
     if name not in header:
         raise LetterheadError(f"{place}: {lacks(name, header)}")
+    if (n := header.count(name)) > 1:
+        raise LetterheadError(f"{place}: {n} columns are called {name!r}; rename all but one")
     return header.index(name)
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -161,21 +161,27 @@ def as_csv(lines: list[list[str]]) -> bytes:
 
 
 def read_table(path: Path, experiment: Experiment) -> tuple[list[str], Iterator[tuple[list[str], str]]]:
-    """The columns of a file, and each row's fields and text, as training reads it; the text is empty for a row without one,
-    where the experiment drops such rows.
+    """The columns of a file, and each row's fields and text, as training reads it; the text is empty for a row that training
+    leaves out: a blank one, and, where the experiment drops bad rows, one without a text or with a wrong number of fields.
 
     Raises
     ------
-    LetterheadError : no such file, or no column that the text needs; a row that cannot be read, or that has no text and may
-        not be dropped, names file and row
+    LetterheadError : no such file, or not one column that the text needs; a row that cannot be read, or that has no text and
+        may not be dropped, names file and row
     """
     if not path.is_file():
         raise LetterheadError(f"{path}: no such file; say IN=file.csv")
-    every = every_column(str(path), experiment.data.encoding)
+    data = experiment.data
+    skipped = data.skip_lines if path.suffix == Path(data.source.partition("#")[0]).suffix else 0
+    if skipped:
+        print(f"{path}: {skipped} lines below the header are left out, as in training (data.skip_lines)")
+    every = every_column(str(path), data.encoding, skipped)
     header = every.columns.parts
-    for column in experiment.data.columns.parts:
+    for column in data.columns.parts:
         if column not in header:
             raise LetterheadError(f"{path}: {lacks(column, header)}, or rename it")
+        if (n := header.count(column)) > 1:
+            raise LetterheadError(f"{path}: {n} columns are called {column!r}; rename all but one")
     return header, read_rows(open_source(every).splits["train"], experiment, header)
 
 
@@ -184,25 +190,26 @@ def read_rows(rows: Iterator[RawRow], experiment: Experiment, header: list[str])
     columns = experiment.data.columns
     at = [header.index(column) for column in columns.parts]
     for row in rows:
-        if row.fault:
-            raise LetterheadError(f"{row.place}: {row.fault}")
-        values = row.text
+        values, text = row.text or [], ""
         try:
-            row.text = columns.join([values[i] for i in at])
-            text = keep_words(checked_text(row), experiment.data.max_words).strip()
+            if row.fault:
+                raise ValueError(row.fault)
+            if values:
+                row.text = columns.join([values[i] for i in at])
+                text = keep_words(checked_text(row), experiment.data.max_words).strip()
         except (LetterheadError, ValueError) as error:
             if experiment.data.bad_rows == "stop":
                 told = error if isinstance(error, LetterheadError) else f"{row.place}: {error}"
                 raise LetterheadError(f"{told} (or leave its answer empty: data.bad_rows: drop)") from None
-            text = ""
-        yield [as_field(value) for value in values], text
+        yield [as_field(value) for value in islice(chain(values, repeat("")), len(header))], text
 
 
 def as_field(value: Any) -> str:
-    """A value as a field of a CSV file; what is neither text nor missing as JSON writes it."""
+    """A value as a field of a CSV file: what JSON knows as JSON writes it, a time or a decimal number as Python does."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    known = isinstance(value, bool | int | float | list | dict)
+    return json.dumps(value, ensure_ascii=False, default=str) if known else str(value)
 
 
 if __name__ == "__main__":

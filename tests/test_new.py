@@ -129,6 +129,14 @@ def test_labels_that_yaml_reads_otherwise_stay_what_they_are(written, labels):
     assert set(written("odd.csv").labels) == set(labels)
 
 
+def test_blank_lines_that_a_spreadsheet_left_and_columns_of_one_name_change_nothing(written):
+    rows = [(words(i, 8), "ab"[i % 2], "", "") for i in range(200)]
+    write_csv("clean.csv", rows, ["text", "kind", "", ""])
+    write_csv("blank.csv", [*rows, *[("",) * 4] * 5000], ["text", "kind", "", ""])
+    clean, blank = (written(f"{name}.csv").data for name in ("clean", "blank"))
+    assert clean.columns.label == "kind" and blank == clean.model_copy(update={"source": "blank.csv"})
+
+
 def test_what_would_tell_the_label_is_no_text_and_a_users_name_neither(written):
     kinds = ["cancel the order", "where is my parcel", "talk to a person"]
     rows = [(i % 3, kinds[i % 3], f"user number {i % 90}", f"{i} {words(i, 9)}") for i in range(300)]

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
+from decimal import Decimal
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -161,13 +163,22 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, de
     assert read_json("out.csv.part.json")["rows"] == 2 and not Path("out.csv").exists()
     dropping = experiment.model_copy(update={"data": experiment.data.model_copy(update={"bad_rows": "drop"})})
     predict.main(dropping, "in.csv", "dropped.csv", "tfidf")
-    Path("wide.csv").write_text("text,n\none,1\n,\n\ntwo,2\n")
-    predict.main(dropping, "wide.csv", "wide.out.csv", "tfidf")
-    assert [line[:2] for line in read("wide.out.csv")[1:]] == [["one", "1"], ["", ""], ["two", "2"]]
+    Path("wide.csv").write_text("text,n,n\none,1,x\n,,\n\ntwo,2,y\n")  # columns of one name, and blank lines
+    predict.main(experiment, "wide.csv", "wide.out.csv", "tfidf")
+    assert [line[:3] for line in read("wide.out.csv")[1:]] == [["one", "1", "x"], ["", "", ""], ["two", "2", "y"]]
+    Path("broken.csv").write_text("text,n\none,1\nmore,2,3\nless\n\nlast,4\n")
+    predict.main(dropping, "broken.csv", "broken.out.csv", "tfidf")
+    kept = [(line[:2], bool(line[2])) for line in read("broken.out.csv")[1:]]
+    assert kept == [(["one", "1"], True), (["more", "2"], False), (["less", ""], False), (["last", "4"], True)]
     header, *lines = read("dropped.csv")
     assert [line[0] for line in lines] == ["one", "two", "three", "  ", "five"]
     assert [bool(line[1]) for line in lines] == [True, True, True, False, True] and lines[3][1:] == [""] * (len(header) - 1)
-    assert "1 of them without a text and left empty" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.findall(r"(\w+\.\S*csv): .* (\d+) of them without a text and left empty", said) == [
+        ("dropped.csv", "1"),
+        ("wide.out.csv", "1"),
+        ("broken.out.csv", "2"),
+    ]
     Path("in.csv").write_text("title\none\n")
     with pytest.raises(LetterheadError, match="no column 'text'; it has title; set data.columns.text"):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
@@ -207,17 +218,36 @@ def test_every_kind_of_file_that_training_reads_is_labelled_alike(experiment):
         predict.main(experiment, f"in.{kind}", f"{kind}.csv", "tfidf")
         assert Path(f"{kind}.csv").read_bytes() == Path("csv.csv").read_bytes()
     assert read("csv.csv")[1][:3] == ["0", rows[0]["text"], "x"]
-    Path("in.jsonl").write_text('{"text": "a", "n": [1, "\\ud800"]}\n')
+    late = {"text": "b", "n": True, "late": 0.5}  # a key that only the last row has
+    Path("in.jsonl").write_text('{"text": "a", "n": [1, "\\ud800"]}\n' * 200 + json.dumps(late) + "\n")
     predict.main(experiment, "in.jsonl", "odd.csv", "tfidf")
-    assert read("odd.csv")[1][:2] == ["a", '[1, "?"]']
+    odd = read("odd.csv")
+    found = [odd[i][:3] for i in (0, 1, -1)]
+    assert found == [["text", "n", "late"], ["a", '[1, "?"]', ""], ["b", "true", "0.5"]]
+    moment = datetime(2026, 1, 2, 3, 4)
+    table = {"text": ["a"], "day": [moment.date()], "time": [moment], "price": [Decimal("1.50")]}
+    pyarrow.parquet.write_table(pyarrow.table(table), "typed.parquet")
+    predict.main(experiment, "typed.parquet", "typed.csv", "tfidf")
+    assert read("typed.csv")[1][:4] == ["a", "2026-01-02", "2026-01-02 03:04:00", "1.50"]
     for name, content, message in (
         ("in.txt", "text\na\n", "a .txt file; known: .csv"),
-        ("twice.csv", "text,n,n\na,1,2\n", "2 columns are called 'n'"),
+        ("twice.csv", "text,n,text\na,1,2\n", "2 columns are called 'text'; rename all but one"),
         ("none.csv", "", "no columns"),
     ):
         Path(name).write_text(content)
         with pytest.raises(LetterheadError, match=message):
             predict.main(experiment, name, "out.csv", "tfidf")
+
+
+def test_lines_that_training_skips_below_the_header_are_skipped_in_files_of_that_kind(experiment, capsys):
+    of_tab = experiment.data.model_copy(update={"skip_lines": 2, "source": "pypi:some==1/of.tab#sha256=0"})
+    experiment = experiment.model_copy(update={"data": of_tab})
+    lines = ["text\tn", "string\tdiscrete", "meta\tclass", "one\t1"]
+    Path("in.tab").write_text("".join(f"{line}\n" for line in lines))
+    Path("in.tsv").write_text("".join(f"{line}\n" for line in (lines[0], *lines[3:])))
+    for kind in ("tab", "tsv"):
+        assert [text for _, text in predict.read_table(Path(f"in.{kind}"), experiment)[1]] == ["one"]
+        assert ("in.tab: 2 lines below the header are left out" in capsys.readouterr().out) == (kind == "tab")
 
 
 def test_best_is_the_comparisons_choice(experiment):
