@@ -9,10 +9,12 @@ from letterhead.checkpoints import head_disk, sft_disk
 from letterhead.experiment import Experiment, Head
 from letterhead.llamafactory import planned_steps, sft_plan, step_of
 
-# Shares of the rate of bare matrix products, and seconds to start a stage; fitted to the stages of `make demo` on two
-# processors (AMD Zen 4 and Zen 5, two cores each).
-TRAINING, SCORING = 0.36, 0.60
+# Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a stage; fitted to stages
+# on two cores of an AMD EPYC each: bfloat16 on Zen 4 and Zen 5, float32, where products are slower and weigh more, on Zen 3.
+TRAINING = {"bfloat16": 0.36, "float32": 0.50}
+SCORING = {"bfloat16": 0.60, "float32": 0.70}
 START_S = 6.0
+SECONDS = 0.3  # to time products for
 ANSWER_TOKENS = 8  # a trained answer's, in round numbers
 
 
@@ -34,29 +36,28 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
         return {}
     decoder, encoder = (of.folder for of in (experiment.decoder, experiment.encoder))
     rates = {folder: rate(experiment, folder) for folder in (decoder, encoder)}
-    if not all(parameters for parameters, _ in rates.values()):
+    if not all(parameters for parameters, *_ in rates.values()):
         return {}
     rows, shared, lengths = card["rows"], card["sft"]["rows"], card["token_lengths"]
-    scored = rows["validation"] + rows["test"]
+    to_score = rows["validation"] + rows["test"]
     text, prompt = lengths["decoder"]["p50"], lengths["decoder"]["p50"] + lengths["prompt"]
 
     def head(folder: Path, head: Head, n: int, length: int) -> float:
-        head, (parameters, flops) = head.on(n), rates[folder]
+        head, (parameters, training, scoring) = head.on(n), rates[folder]
         _, evaluated = planned_steps(
             n, head.per_device_train_batch_size, head.gradient_accumulation_steps, head.num_train_epochs, head.eval_steps
         )
-        passed = head.num_train_epochs * n * 3 / TRAINING + len(evaluated) * scored / SCORING
-        return START_S + 2 * parameters * min(length, head.max_length) * passed / flops
+        passed = head.num_train_epochs * n * 3 / training + len(evaluated) * to_score / scoring
+        return START_S + 2 * parameters * min(length, head.max_length) * passed
 
-    parameters, flops = rates[decoder]
+    parameters, training, scoring = rates[decoder]
     steps, saves = sft_plan(experiment, shared)
     learnt = steps * math.prod(step_of(experiment.sft_arguments()))  # rows, as often as they are learnt from
-    a_row = 2 * parameters * prompt / flops
     thinking = min(experiment.eval.thinking.rows or rows["test"], rows["test"]) * experiment.eval.thinking.tokens
     found = {
-        "sft": 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / flops / TRAINING,
-        "eval-ckpts": START_S + a_row * scored * (len(saves) + experiment.eval.untrained) / SCORING,
-        "zero-shot": START_S + 2 * parameters * thinking / flops / SCORING,  # step 0 was scored with the checkpoints
+        "sft": 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training,
+        "eval-ckpts": START_S + 2 * parameters * prompt * to_score * (len(saves) + experiment.eval.untrained) / scoring,
+        "zero-shot": START_S + 2 * parameters * thinking / scoring,  # step 0 was scored with the checkpoints
         "tfidf": 2.0 + rows["train"] / 2000,
         "bert": head(encoder, experiment.encoder.head, shared, lengths["encoder"]["p50"]),
         "linear-head": head(decoder, experiment.decoder.head, shared, text),
@@ -86,12 +87,18 @@ def stage_bytes(experiment: Experiment, decoder: int, encoder: int, rows: int) -
     return peaks
 
 
-def rate(experiment: Experiment, folder: Path) -> tuple[int, float]:
-    """A model's multiply-adds a token, and the FLOP a second of this CPU on matrices of its shapes, in the stages' dtype."""
+def rate(experiment: Experiment, folder: Path) -> tuple[int, float, float]:
+    """A model's multiply-adds a token, and the FLOP a second that training and scoring reach on this CPU.
+
+    Products are timed anew, in the stages' dtype: what is kept may have been measured while the machine was busy.
+    """
     from letterhead import cpu
     from letterhead.precision import precision
 
     shapes = cpu.linear_shapes(folder)
-    rates = cpu.measured_rates(folder) if shapes else {"float32": 0.0}
-    flops = rates.get(precision(experiment.decoder.dtype, folder), rates["float32"])
-    return sum(i * o * n for (i, o), n in shapes.items()), flops * 1e9
+    if not shapes:
+        return 0, 0.0, 0.0
+    dtype, kept = precision(experiment.decoder.dtype, folder), cpu.measured_rates(folder)
+    dtype = dtype if dtype in kept else "float32"
+    flops = 1e9 * max(kept[dtype], cpu.matmul_rates(shapes, [dtype], SECONDS)[dtype])
+    return sum(i * o * n for (i, o), n in shapes.items()), flops * TRAINING[dtype], flops * SCORING[dtype]

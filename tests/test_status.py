@@ -77,13 +77,13 @@ def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(ex
 
 def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, monkeypatch):
     card = read_json("data/mine/data_card.json")
-    monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 4e11))
+    monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 4e11, 4e11))
     first = estimate.stage_seconds(experiment, card)
     assert set(first) == {"sft", "eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head", "compare", "report"}
     more = card | {"sft": {"rows": 10 * card["sft"]["rows"]}}
     trained = [of["sft"] - 2 * estimate.START_S for of in (first, estimate.stage_seconds(experiment, more))]
     assert trained[1] == pytest.approx(10 * trained[0], rel=0.05)
-    monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 2e11))
+    monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 2e11, 2e11))
     slower = estimate.stage_seconds(experiment, card)
     assert slower["linear-head"] - estimate.START_S == pytest.approx(2 * (first["linear-head"] - estimate.START_S))
 
