@@ -300,13 +300,13 @@ def as_table(points: list[dict]) -> str:
 
 def draw_picture(path: Path, caption: str, points: list[dict]) -> None:
     """Seconds and memory against n, both logarithmic."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for panel, (key, name) in zip(panels, POWERS.items(), strict=True):
         for of in dict.fromkeys(point["of"] for point in points):
             line = [(point["n"], point[key]) for point in points if point["of"] == of]
             panel.plot(*zip(*line, strict=True), marker="o", markersize=4, label=of)
         panel.set(xscale="log", yscale="log", xlabel="rows, results or options", ylabel=name)
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     save(figure, path, caption)
 
 
