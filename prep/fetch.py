@@ -88,9 +88,12 @@ def _extract(archive: Path, path: str, target: Path) -> bool:
             if ".." in relative.parts:
                 raise LetterheadError(f"{archive}: refuses to unpack {name}: it points outside")
             file = target / relative if relative.parts else target
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with read(member) as source, open(file, "wb") as copy:
-                shutil.copyfileobj(source, copy)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with read(member) as source, open(file, "wb") as copy:
+                    shutil.copyfileobj(source, copy)
+            except (FileExistsError, NotADirectoryError, IsADirectoryError):
+                raise LetterheadError(f"{archive}: {name} is in it as a file and as a folder; fetch another") from None
     return bool(inside)
 
 
