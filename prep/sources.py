@@ -238,7 +238,7 @@ def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
         header = _header(path, reader)
         every = isinstance(data.columns, AllColumns)
         names = [] if every else [*data.columns.parts, data.columns.label]
-        at = [_column(path, header, name) for name in names]
+        at = [column_at(path, header, name) for name in names]
         for _ in range(data.skip_lines):
             next(reader, None)
         number = 0
@@ -271,7 +271,13 @@ def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
             yield row
 
 
-def _column(place: Path | str, header: list[str], name: str) -> int:
+def column_at(place: Path | str, header: list[str], name: str) -> int:
+    """The place of a column in a header.
+
+    Raises
+    ------
+    LetterheadError : no column, or more than one, has that name
+    """
     if name not in header:
         raise LetterheadError(f"{place}: {lacks(name, header)}")
     if (n := header.count(name)) > 1:
@@ -322,7 +328,7 @@ def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     file = _parquet(path)
     names = [*data.columns.parts, data.columns.label]
     for name in names:
-        _column(path, file.schema_arrow.names, name)
+        column_at(path, file.schema_arrow.names, name)
     batches, number = file.iter_batches(batch_size=1024, columns=names), 0
     while True:
         with _told_of_parquet(path):
@@ -337,7 +343,7 @@ def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
 def _read_hub(rows: Any, split: str, data: Data) -> Iterator[RawRow]:
     names = [*data.columns.parts, data.columns.label]
     for name in names:
-        _column(f"{data.source} {split}", rows.column_names, name)
+        column_at(f"{data.source} {split}", rows.column_names, name)
     rows, number = rows.select_columns(names), 0
     for batch in rows.iter(batch_size=1024):
         for *parts, label in zip(*(batch[name] for name in names), strict=True):

@@ -34,7 +34,7 @@ from letterhead.prompt import keep_words
 from letterhead.records import LetterheadError, device_name, exclusive, read_json, sha256_file, sha256_json, write_json
 from letterhead.stage import OFFLINE, run, stage_outputs
 from prep.fetch import CACHE, fetch_model
-from prep.sources import RawRow, checked_text, every_column, lacks, open_source
+from prep.sources import RawRow, checked_text, column_at, every_column, open_source
 
 CHUNK = 1024
 DIGITS = 6
@@ -177,18 +177,13 @@ def read_table(path: Path, experiment: Experiment) -> tuple[list[str], Iterator[
         print(f"{path}: {skipped} lines below the header are left out, as in training (data.skip_lines)")
     every = every_column(str(path), data.encoding, skipped)
     header = every.columns.parts
-    for column in data.columns.parts:
-        if column not in header:
-            raise LetterheadError(f"{path}: {lacks(column, header)}, or rename it")
-        if (n := header.count(column)) > 1:
-            raise LetterheadError(f"{path}: {n} columns are called {column!r}; rename all but one")
-    return header, read_rows(open_source(every).splits["train"], experiment, header)
+    at = [column_at(path, header, name) for name in data.columns.parts]
+    return header, read_rows(open_source(every).splits["train"], experiment, at, len(header))
 
 
-def read_rows(rows: Iterator[RawRow], experiment: Experiment, header: list[str]) -> Iterator[tuple[list[str], str]]:
-    """Each row's fields and its text (see `read_table`)."""
+def read_rows(rows: Iterator[RawRow], experiment: Experiment, at: list[int], width: int) -> Iterator[tuple[list[str], str]]:
+    """Each row's fields, so many as `width`, and its text (see `read_table`), whose parts stand at `at`."""
     columns = experiment.data.columns
-    at = [header.index(column) for column in columns.parts]
     for row in rows:
         values, text = row.text or [], ""
         try:
@@ -201,7 +196,7 @@ def read_rows(rows: Iterator[RawRow], experiment: Experiment, header: list[str])
             if experiment.data.bad_rows == "stop":
                 told = error if isinstance(error, LetterheadError) else f"{row.place}: {error}"
                 raise LetterheadError(f"{told} (or leave its answer empty: data.bad_rows: drop)") from None
-        yield [as_field(value) for value in islice(chain(values, repeat("")), len(header))], text
+        yield [as_field(value) for value in islice(chain(values, repeat("")), width)], text
 
 
 def as_field(value: Any) -> str:

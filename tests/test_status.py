@@ -88,6 +88,16 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
     assert slower["linear-head"] - estimate.START_S == pytest.approx(2 * (first["linear-head"] - estimate.START_S))
 
 
+@pytest.mark.parametrize(("kept", "timed"), [(10.0, 150.0), (150.0, 10.0)])
+def test_a_rate_that_was_kept_from_a_busy_moment_does_not_stay(experiment, monkeypatch, kept, timed):
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr("letterhead.precision.precision", lambda *_, of=dtype: of)
+        monkeypatch.setattr("letterhead.cpu.measured_rates", lambda _, of=dtype: {"float32": 1.0, of: kept})
+        monkeypatch.setattr("letterhead.cpu.matmul_rates", lambda *_, of=dtype: {of: timed})
+        _, training, scoring = estimate.rate(experiment, experiment.encoder.folder)
+        assert (training, scoring) == (150e9 * estimate.TRAINING[dtype], 150e9 * estimate.SCORING[dtype])
+
+
 def test_other_settings_are_said_to_replace_what_is_there(experiment, capsys):
     (experiment.results_folder).mkdir(exist_ok=True)
     capsys.readouterr()
