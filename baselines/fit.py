@@ -59,7 +59,7 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     else:
         heads.require_length(source, head.max_length, key)
         encoder = TextEncoder(heads.load_tokenizer(source), head.max_length)
-        model = heads.load_head(resume or source, experiment.labels)
+        model = heads.load_head(resume or source, experiment.labels, new_head=not resume)
     tokenizer = heads.load_tokenizer(source)
     sets = {
         name: heads.encoded(of, results.class_numbers(experiment, of), encoder, f"encoding {name}")

@@ -8,16 +8,15 @@ behind it. data/EXPERIMENT/distilled.jsonl holds the right ones in LLaMA-Factory
 
 import asyncio
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from letterhead import results
+from letterhead.answers import READING, named_option
 from letterhead.experiment import Experiment
-from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import PromptEncoder, load_prompt_encoder, options_named
+from letterhead.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_json, whole_lines, write_jsonl
 from letterhead.stage import Stage, run, stage_outputs
 from letterhead.teacher import Reply, Teacher
@@ -47,6 +46,7 @@ def main(experiment: Experiment) -> None:
         "cutoff_len": experiment.sft_arguments()["cutoff_len"],
         "labels": experiment.labels,
         "how": HOW,
+        "reading": READING,
         "seed": experiment.seed,
     }
     stage = Stage(experiment, "distill", inputs)
@@ -54,7 +54,7 @@ def main(experiment: Experiment) -> None:
         encoder = load_prompt_encoder(experiment, thinking=True)
         rows = draw(experiment)
         # More rows, or more tries, go on behind those that were paid for.
-        said = {key: value for key, value in inputs.items() if key not in ("rows", "cutoff_len")}
+        said = {key: value for key, value in inputs.items() if key not in ("rows", "cutoff_len", "reading")}
         said["settings"] = settings.model_dump(exclude=LIMITS | {"rows", "tries"})
         kept = stage.folder / f"tries-{sha256_json(said)[:16]}.jsonl"
         tries = asyncio.run(teach(experiment, encoder, rows, kept))
@@ -140,19 +140,10 @@ def thought_of(encoder: PromptEncoder, row: dict, tries: dict[int, Reply]) -> st
     """The thought of the first try that came to its end, thought, and named the row's label; empty where none did."""
     for _, reply in sorted(tries.items()):
         thought, answer = reply.parts()
-        if reply.ended and thought and chosen(encoder, answer) == encoder.labels.index(row["label"]):
+        option = named_option(answer, encoder.options, encoder.labels)
+        if reply.ended and thought and option == encoder.labels.index(row["label"]):
             return thought
     return ""
-
-
-def chosen(encoder: PromptEncoder, answer: str) -> int:
-    """The one option that an answer names, by its letter, its label or both; NO_ANSWER where it names several, or none."""
-    alone = re.match(r"\W*([A-Za-z])(?=[\W_]*$|[.):,])", answer)
-    said = [options_named(answer, encoder.labels)]
-    if alone or not said[0]:
-        said.append(options_named(alone[1] if alone else answer, encoder.options))
-    named = {option for of in said for option in of}
-    return named.pop() if len(named) == 1 else NO_ANSWER
 
 
 def alpaca(encoder: PromptEncoder, row: dict, thought: str) -> dict:

@@ -6,6 +6,7 @@ python -m eval.grpo --experiment quick
 import os
 
 from letterhead import checkpoints, results
+from letterhead.answers import READING
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.processes import Workers
@@ -20,7 +21,13 @@ def main(experiment: Experiment) -> None:
 
     made = stage_outputs(experiment, "grpo") | stage_outputs(experiment, "data")
     thinking = experiment.eval.thinking.model_dump(exclude={"batch"})
-    inputs = {"made": made, "thinking": thinking, "sampling": SAMPLING, **scoring_inputs(experiment, made)}
+    inputs = {
+        "made": made,
+        "thinking": thinking,
+        "sampling": SAMPLING,
+        "reading": READING,
+        **scoring_inputs(experiment, made),
+    }
     stage = Stage(experiment, "eval-grpo", inputs)
     folder = checkpoints.whole_checkpoints(experiment.run_folder / "grpo" / "checkpoints")[-1]
     step = checkpoints.step_of(folder)

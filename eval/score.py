@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,8 @@ from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.metrics import FIGURES
 from letterhead.processes import Workers
-from letterhead.prompt import PromptEncoder, load_prompt_encoder, prompt_inputs
-from letterhead.records import LetterheadError, sha256_file, sha256_json
+from letterhead.prompt import PromptEncoder, load_scoring_encoder, prompt_inputs
+from letterhead.records import sha256_file, sha256_json
 from letterhead.scoring import load_decoder, score_in_parts
 
 # split → its rows, and their prompts as token ids
@@ -39,28 +38,9 @@ def scoring_inputs(experiment: Experiment, made: dict[str, str]) -> dict:
     }
 
 
-def draw_examples(experiment: Experiment) -> list[tuple[str, str]]:
-    """`eval.examples` training rows as text and label, by seed; of each label as many as of any other, or one more, the
-    labels of every turn in an order of its own.
-
-    Raises
-    ------
-    LetterheadError : there are fewer training rows
-    """
-    rows = results.read_rows(experiment, "decoder_train") if experiment.eval.examples else []
-    if len(rows) < experiment.eval.examples:
-        raise LetterheadError(f"eval.examples asks for {experiment.eval.examples} rows, but train holds {len(rows)}")
-    rng = np.random.default_rng(experiment.seed)
-    shuffled = [rows[i] for i in rng.permutation(len(rows))]
-    by_label = [[row for row in shuffled if row["label"] == label] for label in experiment.labels]
-    dealt = [turn[k] for turn in zip_longest(*by_label) for k in rng.permutation(len(turn)) if turn[k]]
-    return [(row["text"], row["label"]) for row in dealt[: experiment.eval.examples]]
-
-
 def split_prompts(experiment: Experiment) -> tuple[PromptEncoder, Prompts]:
     """The prompt's encoder, and a function that gives a split's rows and prompts, encoded once."""
-    rotate = experiment.eval.option_order == "rotated"
-    encoder = load_prompt_encoder(experiment, rotate=rotate, examples=draw_examples(experiment))
+    encoder = load_scoring_encoder(experiment)
 
     @cache
     def prompts(split: str) -> tuple[list[dict], list[list[int]]]:
@@ -123,5 +103,13 @@ def score_model(
                 **workers.map(checkpoints.model_facts, [()])[0],
                 model=str(folder),
                 inputs_sha256=inputs,
+                **cuts(experiment, encoder, rows),
             )
     return scored
+
+
+def cuts(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]) -> dict[str, int]:
+    """With examples, how many of these and of the rows' texts are cut so that the prompt fits `cutoff_len`."""
+    if not experiment.eval.examples:
+        return {}
+    return {"examples_cut": encoder.examples_cut, "texts_cut": sum(encoder.is_cut(row["text"]) for row in rows)}

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from letterhead import results
+from letterhead.answers import READING
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.processes import Workers
@@ -28,6 +29,7 @@ def main(experiment: Experiment) -> None:
         "no_think": no_think["inputs_sha256"],
         "thinking": experiment.eval.thinking.model_dump(exclude={"batch"}),
         "sampling": SAMPLING,
+        "reading": READING,
         "seed": experiment.seed,
     }
     stage = Stage(experiment, "sft-think", inputs)

@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from letterhead import results, service
+from letterhead.answers import read_answer
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.precision import precision
 from letterhead.processes import Workers
-from letterhead.prompt import PromptEncoder, load_prompt_encoder, read_answer
+from letterhead.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.records import whole_lines
 from letterhead.stage import Stage
 
@@ -48,7 +49,7 @@ def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage
         drawn = np.random.default_rng([experiment.data.seed, 2]).choice(len(rows), settings.rows, replace=False)
         rows = [rows[i] for i in sorted(drawn)]
     answers = generate(experiment, workers, encoder, rows, stage, Path(no_think["model"]))
-    read = [read_answer(answer["text"], answer["ended"], encoder.options) for answer in answers]
+    read = [read_answer(answer["text"], answer["ended"], encoder.options, encoder.labels) for answer in answers]
     truth = results.class_numbers(experiment, rows)
     seconds, tokens = sum(a["seconds"] for a in answers), sum(a["tokens"] for a in answers)
     same = {row["id"] for row in rows}

@@ -8,6 +8,7 @@ import os
 import numpy as np
 
 from letterhead import checkpoints, results
+from letterhead.answers import READING
 from letterhead.devices import process_count
 from letterhead.experiment import Experiment
 from letterhead.processes import Workers
@@ -28,6 +29,7 @@ def main(experiment: Experiment) -> None:
         "rows": [made[str(experiment.data_folder / f"{split}.jsonl")] for split in results.SPLITS],
         "thinking": experiment.eval.thinking.model_dump(exclude={"batch"}),
         "sampling": SAMPLING,
+        "reading": READING,
         "content_free": CONTENT_FREE,
         "seed": experiment.seed,
         **scoring_inputs(experiment, made),

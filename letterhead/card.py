@@ -12,7 +12,7 @@ from letterhead.records import LetterheadError, atomic_open, escape_markdown, re
 EXPERIMENT = "experiment.yaml"
 
 
-def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call: str) -> Path:
+def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call: str, pipeline_tag: str | None) -> Path:
     """Write README.md beside an exported model, and the experiment that made it.
 
     Parameters
@@ -20,6 +20,7 @@ def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call
     name : the method and its step
     asked : what the model is to be given, in Markdown
     call : lines of Python that call it
+    pipeline_tag : the task by which hubs offer it, None where none fits
 
     Raises
     ------
@@ -36,7 +37,7 @@ def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call
         license=section.license or "other",
         base_model=source.removeprefix("hf:") if source.startswith("hf:") else None,
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=pipeline_tag,
         metrics=["f1", "accuracy"],
         tags=["letterhead"],
         model_name=folder.name,

@@ -1,7 +1,7 @@
 """Checkpoints that the Trainer wrote: which are whole, which can be resumed from, what may be deleted.
 
 The Trainer resumes from the highest-numbered folder, whole or not. It writes trainer_state.json last, so a checkpoint
-is whole when that file parses and every safetensors file is as long as its own header says.
+is whole when that file parses, every safetensors file is as long as its own header says, and its weights are numbers.
 """
 
 import json
@@ -54,6 +54,27 @@ def require_model(folder: Path) -> None:
             raise LetterheadError(f"{file}: cut off: {reason}; delete the folder and make it again")
 
 
+def holds_a_head(folder: Path) -> bool:
+    """Whether a model's folder holds a classifier's head, by the architecture that its config names."""
+    architectures = (read_json(folder / "config.json") or {}).get("architectures") or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
+def require_language_model(folder: Path) -> None:
+    """Make sure that a decoder's folder holds a language model: a classifier lacks the projection to the vocabulary, and
+    would be given a random one without a word.
+
+    Raises
+    ------
+    LetterheadError : it holds a classifier
+    """
+    if holds_a_head(folder):
+        raise LetterheadError(
+            f"{folder}: a classifier, not a language model, so it cannot answer with an option; name the model that it was "
+            "made from (decoder.model)"
+        )
+
+
 def model_identity(folder: Path) -> dict:
     """What tells one model from another: the source it was fetched from and its weights, else the hashes of its files."""
     files = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json", ".txt", ".model"))
@@ -95,7 +116,7 @@ def step_of(folder: Path) -> int:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Whether a checkpoint was written to its end, by a training that had not diverged."""
     state = read_json(folder / "trainer_state.json")
     index = read_json(folder / "model.safetensors.index.json")
     weights = sorted(folder.glob("*.safetensors"))
@@ -107,8 +128,23 @@ def is_whole(folder: Path) -> bool:
         and bool(weights)
         and shards <= {file.name for file in weights}
         and not any(safetensors_error(file) for file in weights)
+        and all(map(has_finite_vectors, weights))
         and all(map(zipfile.is_zipfile, states))
     )
+
+
+def has_finite_vectors(path: Path) -> bool:
+    """Whether the vectors of a safetensors file (norms and biases: kilobytes) are numbers. A gradient that is none spreads
+    to all weights by the clipping of its norm, so these tell of the matrices, too."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            vectors = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == 1]  # noqa: SIM118
+            return all(bool(torch.isfinite(file.get_tensor(name).float()).all()) for name in vectors)
+    except (SafetensorError, OSError):
+        return False
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

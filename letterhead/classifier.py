@@ -92,8 +92,20 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
 
     Raises
     ------
-    LetterheadError : no such method or checkpoint, or one that gives no probabilities
+    LetterheadError : no such method or checkpoint, or one that gives no probabilities; the classifier raises it where a
+        probability is not a number
     """
+    classify = _load(experiment, name)
+
+    def checked(texts: Sequence[str]) -> np.ndarray:
+        probabilities = classify(texts)
+        results.require_finite(probabilities, "predicting", name)
+        return probabilities
+
+    return checked
+
+
+def _load(experiment: Experiment, name: str) -> Classifier:
     if is_source(name):
         return _exported(experiment, model_folder(experiment, name))
     method = name.partition("@")[0]

@@ -103,10 +103,15 @@ class Rows(Section):
 class Data(Section):
     """Where the rows come from and what is done to them; see prep/sources.py for the forms of `source`.
 
+    A list of `labels` holds the names as they stand in the source, or names for its numbers, which count from 0 or from 1;
+    which, is decided by all rows, and where neither fits them all, nothing is read.
+
     `duplicates`, `shared` and `near_duplicates` say whether train loses a text that stands in it twice, that stands in test
-    or validation too, or that nearly does; `bad_rows` whether a row without a text, with an unknown label or with a wrong
-    number of fields ends the run or is left out and counted. `seed` draws the splits and subsets: another training seed
-    changes no rows.
+    or validation too, or that nearly does. `conflicts` says what becomes of a text that stands in train with different
+    labels: all its rows go (drop), one stays with the label that most of them have (majority; a tie goes), all stay, as
+    published (keep), or the run ends (stop). `bad_rows` says whether a row without a text, with an unknown label or with a
+    wrong number of fields ends the run or is left out and counted. `seed` draws the splits and subsets: another training
+    seed changes no rows.
     `license` is said in the data card, here and of the models.
     """
 
@@ -120,6 +125,7 @@ class Data(Section):
     duplicates: Literal["drop", "keep"] = "drop"
     shared: Literal["drop", "keep"] = "keep"
     near_duplicates: Literal["drop", "keep"] = "keep"
+    conflicts: Literal["stop", "drop", "majority", "keep"] = "drop"
     bad_rows: Literal["stop", "drop"] = "stop"
     seed: int = 42
     license: str | None = None
@@ -144,6 +150,14 @@ class Data(Section):
             raise ValueError("labels: a name stands twice; to merge classes write a map (source value: name)")
         if len(self.label_names) < 2:
             raise ValueError("labels: name at least two classes")
+        spellings: dict[str, str] = {}
+        for name in self.label_names:
+            other = spellings.setdefault(" ".join(name.casefold().split()), name)
+            if other != name:
+                raise ValueError(
+                    f"labels: {other!r} and {name!r} differ in capitals or spaces alone; if they are one class, write a map "
+                    f"with one name for both ({other}: {other}, {name}: {other}), else rename one"
+                )
         return self
 
     @property
@@ -327,14 +341,16 @@ class Thinking(Section):
 
 
 class Eval(Section):
-    """How checkpoints are scored: `mean` is perplexity, `sum` the log-likelihood of the whole option; with `untrained` the
-    decoder before training, step 0, too.
+    """How checkpoints are scored: `sum` is the log-likelihood of the whole option, `mean` that of a token (perplexity).
+
+    For letters of one token each the two are equal. For names the mean favours long ones, whose later tokens follow from
+    the first. With `untrained` the decoder before training is scored, too, as step 0.
 
     `option_order: rotated` lists the options from the second on, the first last, so that each letter stands for another
     label than in training; `examples` training rows are asked and answered before each question (few-shot).
     """
 
-    score: Literal["mean", "sum"] = "mean"
+    score: Literal["mean", "sum"] = "sum"
     batch_tokens: Count = 2048
     untrained: bool = True
     option_order: Literal["listed", "rotated"] = "listed"

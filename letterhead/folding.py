@@ -4,11 +4,14 @@ The score rows are the vocabulary projection's rows of the option letters, so th
 think block (PromptEncoder.encode_before_option), the logits are the letters' scores.
 """
 
+import json
+import re
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from letterhead import results
 from letterhead.checkpoints import model_identity
@@ -22,6 +25,7 @@ from letterhead.scoring import load_decoder
 
 TOLERANCE = 1e-4
 CHECKED_ROWS = 512
+FORM = 2  # counted up when what is written beside the weights changes
 
 
 def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
@@ -40,7 +44,7 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
     encoder = load_prompt_encoder(experiment)
     made_from = {"model": model_identity(source), "prompt": experiment.prompt.model_dump(), "labels": experiment.labels}
-    made_from |= {"answers": [answer.ids for answer in encoder.answers]}
+    made_from |= {"answers": [answer.ids for answer in encoder.answers], "form": FORM}
     facts = read_json(target / ON_PROMPT)
     if facts and facts["made_from"] == made_from:
         return target, facts
@@ -49,24 +53,74 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     folded = fold(decoder, encoder, experiment.labels)
     with atomic_folder(target) as folder:
         folded.save_pretrained(folder)
-        encoder.tokenizer.save_pretrained(folder)
+        as_written = write_tokenizer(experiment, folder)
         off, same = compare(pack(decoder), pack(folded.to(decoder.device)), encoder, prompts)
         if off > TOLERANCE:
             raise LetterheadError(
                 f"{source}: the folded logits differ by {off:.2g} from the decoder's; this model can't be folded"
             )
         facts = {"made_from": made_from, "largest_difference": off, "same_predictions": same}
-        facts |= {"architecture": type(folded).__name__, **prompts_as_text(experiment)}
+        facts |= {"architecture": type(folded).__name__, **as_written}
         write_json(folder / ON_PROMPT, facts)
     return target, facts
 
 
-def prompts_as_text(experiment: Experiment) -> dict[str, int]:
-    """On how many of up to 512 test rows the prompt, sent as text, gives the ids of training."""
+def write_tokenizer(experiment: Experiment, folder: Path) -> dict[str, int]:
+    """Write the tokenizer of a model that reads the prompt to its folder, with the chat template of training.
+
+    `apply_chat_template` with `enable_thinking=False` then gives the prompt through its think block (a model's own template
+    may add a system prompt), and the block is encoded as in training, where the option follows it. (By itself SmolLM2's
+    vocabulary would make one token of a closing blank line that training sees as two.)
+
+    Returns
+    -------
+    dict : on how many of up to 512 test rows the chat template, and the prompt sent as text, give the ids of training
+    """
     encoder = load_prompt_encoder(experiment)
-    prompts = _prompts(experiment, encoder)
-    works = sum(text_gives_ids(encoder, ids) for ids in prompts)
-    return {"rows_checked": len(prompts), "rows_whose_prompt_works_as_text": works}
+    tokenizer, rows = encoder.tokenizer, results.read_rows(experiment, "test")[:CHECKED_ROWS]
+    trained = [encoder.encode_before_option(row["text"]) for row in rows]
+    asked = [[{"role": "user", "content": encoder.instruction(row["text"])}] for row in rows]
+    tokenizer.chat_template = None
+    encoder.template.fix_jinja_template(tokenizer)
+    block = ""
+    if tokenizer.chat_template:
+        question = tokenizer.apply_chat_template(asked[0], tokenize=False)
+        whole = tokenizer.decode(trained[0], clean_up_tokenization_spaces=False)
+        block = whole.removeprefix(question) if whole.startswith(question) else ""
+    if block:
+        unthinking = "messages[-1]['role'] == 'user' and enable_thinking is defined and not enable_thinking"
+        tokenizer.chat_template += f"{{% if {unthinking} %}}{{{{ {json.dumps(block)} }}}}{{% endif %}}"
+        keep_last_tokens_apart(tokenizer, block, trained[0])
+    tokenizer.save_pretrained(folder)
+    written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    by_chat = written.chat_template and [
+        written.apply_chat_template(messages, enable_thinking=False, return_dict=False) for messages in asked
+    ]
+    return {
+        "rows_checked": len(rows),
+        "rows_whose_chat_template_gives_the_ids": sum(map(list.__eq__, by_chat or [], trained)),
+        "rows_whose_prompt_works_as_text": sum(written(tokenizer.decode(ids))["input_ids"] == ids for ids in trained),
+    }
+
+
+def keep_last_tokens_apart(tokenizer, text: str, ids: list[int]) -> None:
+    """Have a tokenizer encode `text`, where it ends a string, to the last of `ids`, by a split before its own pre-tokenizer;
+    one that does so by itself, or can't be made to, is left as it is."""
+    backend, own = tokenizer.backend_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer
+    patterns, rest = [], ""
+    for token in reversed(ids):
+        encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if encoded == ids[-len(encoded) :]:
+            return
+        piece = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        before = text.removesuffix(piece + rest)
+        if not piece or before in ("", text):
+            break
+        patterns.append(f"(?<={re.escape(before)}){re.escape(piece)}(?={re.escape(rest)}\\z)")
+        rest = piece + rest
+        split = pre_tokenizers.Split(Regex("|".join(patterns)), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, own] if own else [split])
+    backend.pre_tokenizer = own
 
 
 def _prompts(experiment: Experiment, encoder: PromptEncoder) -> list[list[int]]:

@@ -9,10 +9,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from letterhead.answers import read_answer
 from letterhead.cpu import attention, use_onednn
+from letterhead.divergence import StopAtDivergence
 from letterhead.experiment import Grpo
 from letterhead.folding import text_gives_ids
-from letterhead.prompt import PromptEncoder, read_answer
+from letterhead.prompt import PromptEncoder
 
 
 def trl():
@@ -36,13 +38,14 @@ class Rewards:
     """
 
     def __init__(self, encoder: PromptEncoder, think: bool):
-        self._options, self._think = encoder.options, think
+        self._options, self._labels, self._think = encoder.options, encoder.labels, think
         self._stop = set(encoder.template.get_stop_token_ids(encoder.tokenizer))
 
     def right_option(self, completions: Sequence[str], completion_ids: Sequence[list[int]], option: Sequence[str], **_):
         """1 where the answer names the option, shape (answers,)."""
         read = [
-            read_answer(text, self._ended(ids), self._options)[0] for text, ids in self._both(completions, completion_ids)
+            read_answer(text, self._ended(ids), self._options, self._labels)[0]
+            for text, ids in self._both(completions, completion_ids)
         ]
         return [float(of >= 0 and self._options[of] == right) for of, right in zip(read, option, strict=True)]
 
@@ -121,6 +124,7 @@ def trainer(model: Path, encoder: PromptEncoder, asked: Dataset, settings: Grpo,
         args=given,
         train_dataset=asked,
         processing_class=encoder.tokenizer,
+        callbacks=[StopAtDivergence()],
     )
 
 

@@ -31,8 +31,9 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from letterhead.checkpoints import prune_optimizer_states, require_model
+from letterhead.checkpoints import holds_a_head, prune_optimizer_states, require_model
 from letterhead.cpu import attention, pack, quicken_dropout, use_onednn
+from letterhead.divergence import StopAtDivergence, diverged
 from letterhead.experiment import Head
 from letterhead.precision import cast, project_in_float32
 from letterhead.prompt import TextEncoder
@@ -42,8 +43,12 @@ from letterhead.records import LetterheadError
 RESUMABLE_EVERY = 4
 
 
-def load_head(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
+def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> PreTrainedModel:
     """Load a model with a linear head, in float32; a folder without a head gets a new one, random by torch's seed.
+
+    Parameters
+    ----------
+    new_head : begin with a new head also where the folder holds one, whose classes are others, or in another order
 
     Raises
     ------
@@ -58,7 +63,13 @@ def load_head(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
+        ignore_mismatched_sizes=new_head,
     )
+    if new_head and holds_a_head(folder):
+        print(f"{folder}: holds a classifier's head; it is left out, and a new one for {', '.join(labels)} is trained")
+        for name, module in model.named_children():
+            if name != model.base_model_prefix:
+                module.apply(model._init_weights)
     # A decoder's head reads the last token that is not a padding, so it must know the padding.
     model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     return ready(model)
@@ -73,10 +84,28 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a model; one without a padding token pads with the end-of-text token."""
+    """The tokenizer of a model; one without a padding token pads with the end-of-text token.
+
+    A decoder's head reads the last token that is not a padding. Where the tokenizer ends each text with the padding token,
+    that would be the one before, and a service, which reads the last token, would answer otherwise; so another token pads.
+
+    Raises
+    ------
+    LetterheadError : it ends each text with its padding, and has no other token to pad with
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    framing = set(tokenizer("a")["input_ids"]) - set(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if tokenizer.pad_token_id in framing:
+        others = [token for token in (tokenizer.unk_token, *tokenizer.all_special_tokens) if token]
+        free = [token for token in others if tokenizer.convert_tokens_to_ids(token) not in framing]
+        if not free:
+            raise LetterheadError(
+                f"{folder}: its tokenizer ends each text with {tokenizer.pad_token!r}, which is its padding, too; "
+                "give it another pad_token in tokenizer_config.json"
+            )
+        tokenizer.pad_token = free[0]
     return tokenizer
 
 
@@ -221,7 +250,7 @@ class HeadTrainer(Trainer):
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=train,
             eval_dataset=by_length or None,
-            callbacks=[_LogWhatIsEvaluated],
+            callbacks=[_LogWhatIsEvaluated, StopAtDivergence()],
             compute_loss_func=mean_over_rows,
         )
 
@@ -257,6 +286,7 @@ class HeadTrainer(Trainer):
         else:
             kwargs["prediction_loss_only"] = False  # which the Trainer takes for granted without compute_metrics
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            self._require_finite(output.predictions)
         seconds = time.perf_counter() - start
         logits = np.empty_like(output.predictions)
         logits[self._order[split]] = output.predictions
@@ -266,6 +296,10 @@ class HeadTrainer(Trainer):
         (metrics,) = broadcast_object_list(metrics)  # from the first process to all
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def _require_finite(self, logits: np.ndarray) -> None:
+        if not np.isfinite(logits).all():
+            raise diverged(self.state.global_step, "its logits are not finite", self._get_learning_rate())
 
     def _evaluate_packed(self, split: str, prefix: str) -> EvalLoopOutput:
         """What the Trainer's loop gives, by a copy of the model that is made for inference."""
@@ -278,6 +312,7 @@ class HeadTrainer(Trainer):
         logits = class_logits(model, self.processing_class, rows["input_ids"], self.args.eval_batch_size, f"scoring {split}")
         del model
         gc.collect()  # modules are cycles, and the next evaluation must not find this copy still there
+        self._require_finite(logits)
         labels = np.array(rows["labels"])
         loss = log_loss(labels, softmax(logits.astype(np.float64), axis=-1), labels=range(logits.shape[1]))
         return EvalLoopOutput(logits, labels, {f"{prefix}_loss": loss}, len(labels))

@@ -11,14 +11,19 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from letterhead import results
 from letterhead.experiment import LETTERS, Experiment, Prompt
-from letterhead.metrics import NO_ANSWER
 from letterhead.records import LetterheadError
 
 THINK = ("<think>", "</think>")
+SEAM = 8
+FEWEST_TOKENS = 8  # of a text beside examples
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,43 @@ class PromptEncoder:
         lines = lettered if prompt.options == "letters" else shown
         parts = prompt.template.split("{text}")  # before the labels are in it, which may hold {text}
         self._before, self._after = (part.replace("{options}", "\n".join(lines)) for part in parts)
-        self._turns = []
-        for text, label in examples:
-            asked, answer = self.fill(self.neutralise(text)), self.answer_text(self.options[labels.index(label)])
-            self._turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        self._turns: list[dict[str, str]] = []
+        self.examples_cut = 0
+        if examples:
+            self._turns = self._ask_examples(examples)
+
+    def _ask_examples(self, examples: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+        """The turns of the examples. Each text has at most its share of the room that `cutoff_len` leaves; how many were cut
+        for that is counted in `examples_cut`.
+
+        Raises
+        ------
+        LetterheadError : that room is too small for so many examples
+        """
+
+        def turns(texts: Sequence[str]) -> list[dict[str, str]]:
+            options = [self.options[self.labels.index(label)] for _, label in examples]
+            return [
+                turn
+                for text, option in zip(texts, options, strict=True)
+                for turn in (
+                    {"role": "user", "content": self.fill(text)},
+                    {"role": "assistant", "content": self.answer_text(option)},
+                )
+            ]
+
+        self._turns = turns([""] * len(examples))
+        share = self._room() // (len(examples) + 1)
+        if share < FEWEST_TOKENS:
+            raise LetterheadError(
+                f"eval.examples: {len(examples)} examples leave {max(share, 0)} tokens for each text within cutoff_len "
+                f"{self.cutoff_len}, and {FEWEST_TOKENS} are the fewest; ask for fewer examples, or raise cutoff_len "
+                "(decoder.sft.overrides.cutoff_len)"
+            )
+        whole = [self.neutralise(text) for text, _ in examples]
+        fitted = [self._cut(text, share) for text in whole]
+        self.examples_cut = sum(len(cut) < len(text) for cut, text in zip(fitted, whole, strict=True))
+        return turns(fitted)
 
     def answer_text(self, option: str) -> str:
         """The answer that is trained for an option: the prefix and the option."""
@@ -140,12 +178,19 @@ class PromptEncoder:
 
     def fit(self, text: str) -> str:
         """The text as it stands in the prompt: neutralised, and shortened so that prompt and answer fit `cutoff_len`."""
-        text = self.neutralise(text)
+        return self._cut(self.neutralise(text), self._text_budget)
+
+    def is_cut(self, text: str) -> bool:
+        """Whether `fit` shortens a text."""
+        return len(self.fit(text)) < len(self.neutralise(text))
+
+    def _cut(self, text: str, tokens: int) -> str:
+        """A text's first `tokens` tokens."""
         # A byte-level tokenizer never makes more tokens than bytes, so a short ASCII text need not be counted.
-        if text.isascii() and len(text) <= self._text_budget:
+        if text.isascii() and len(text) <= tokens:
             return text
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return text if len(offsets) <= self._text_budget else text[: offsets[self._text_budget][0]].rstrip()
+        return text if len(offsets) <= tokens else text[: offsets[tokens][0]].rstrip()
 
     def instruction(self, text: str) -> str:
         """The question about a text."""
@@ -201,15 +246,21 @@ class PromptEncoder:
 
     @cached_property
     def _text_budget(self) -> int:
-        """How many tokens a text may have, so that every option's answer still fits; 8 in reserve for seams."""
-        fixed = len(self.encode_turn(self._before + self._after, self.answer_text(self.options[0]))[0])
-        budget = self.cutoff_len - fixed - max(len(answer.ids) for answer in self.answers) - 8
+        """How many tokens a text may have, so that every option's answer still fits."""
+        budget = self._room()
         if budget < 1:
             raise LetterheadError(
-                f"cutoff_len {self.cutoff_len} leaves no room for a text: the prompt without it has {fixed} tokens; "
-                "raise cutoff_len in the LLaMA-Factory YAML, or shorten prompt.template"
+                f"cutoff_len {self.cutoff_len} leaves no room for a text: the prompt without it has "
+                f"{self.cutoff_len - budget} tokens; raise cutoff_len in the LLaMA-Factory YAML, or shorten prompt.template"
             )
         return budget
+
+    def _room(self) -> int:
+        """How many tokens of `cutoff_len` are left behind the prompt without a text and the longest answer; some in reserve
+        for the seams between a text and what stands around it."""
+        fixed = len(self.encode_turn(self._before + self._after, self.answer_text(self.options[0]))[0])
+        seams = SEAM * (len(self._turns) // 2 + 1)
+        return self.cutoff_len - fixed - max(len(answer.ids) for answer in self.answers) - seams
 
 
 class OptionEncoder:
@@ -235,6 +286,30 @@ def prompt_inputs(experiment: Experiment) -> dict:
     }
 
 
+def draw_examples(experiment: Experiment) -> list[tuple[str, str]]:
+    """`eval.examples` training rows as text and label, by seed; of each label as many as of any other, or one more, the
+    labels of every turn in an order of its own.
+
+    Raises
+    ------
+    LetterheadError : there are fewer training rows
+    """
+    rows = results.read_rows(experiment, "decoder_train") if experiment.eval.examples else []
+    if len(rows) < experiment.eval.examples:
+        raise LetterheadError(f"eval.examples asks for {experiment.eval.examples} rows, but train holds {len(rows)}")
+    rng = np.random.default_rng(experiment.seed)
+    shuffled = [rows[i] for i in rng.permutation(len(rows))]
+    by_label = [[row for row in shuffled if row["label"] == label] for label in experiment.labels]
+    dealt = [turn[k] for turn in zip_longest(*by_label) for k in rng.permutation(len(turn)) if turn[k]]
+    return [(row["text"], row["label"]) for row in dealt[: experiment.eval.examples]]
+
+
+def load_scoring_encoder(experiment: Experiment) -> PromptEncoder:
+    """The encoder of the prompts that are scored: options in the order of `eval.option_order`, behind `eval.examples`."""
+    rotate = experiment.eval.option_order == "rotated"
+    return load_prompt_encoder(experiment, rotate=rotate, examples=draw_examples(experiment))
+
+
 def load_prompt_encoder(
     experiment: Experiment, thinking: bool = False, folder: Path | None = None, **more: Any
 ) -> PromptEncoder:
@@ -252,30 +327,3 @@ def load_prompt_encoder(
         prompt = prompt.model_copy(update={"template": prompt.template.removesuffix("/no_think")})
     tokenizer = AutoTokenizer.from_pretrained(folder or experiment.decoder.folder, trust_remote_code=False)
     return PromptEncoder(tokenizer, DataArguments(**known), prompt, experiment.labels, **more)
-
-
-def read_answer(text: str, ended: bool, options: list[str]) -> tuple[int, str]:
-    """The option that an answer names: the first one after </think>, or, of a model that did not think, the first at all.
-
-    Returns
-    -------
-    tuple : the option's number or NO_ANSWER; `answered`, `unfinished` (the budget, or the answer, ended before the thought
-        did) or `unparsed` (no option named)
-    """
-    _, thought, rest = text.partition("</think>")
-    if not thought:
-        if not ended or "<think>" in text:
-            return NO_ANSWER, "unfinished"
-        rest = text
-    named = options_named(rest, options)
-    return (named[0], "answered") if named else (NO_ANSWER, "unparsed")
-
-
-def options_named(text: str, options: list[str]) -> list[int]:
-    """The numbers of the options that a text names, in its order; letters as they are written, names in any case."""
-    letters = all(len(option) == 1 for option in options)
-    longest = sorted(range(len(options)), key=lambda i: -len(options[i]))
-    names = "|".join(f"({re.escape(options[i])})" for i in longest)
-    # Edges of ASCII words only: other scripts write no spaces.
-    found = re.finditer(rf"(?<![A-Za-z0-9_])(?:{names})(?![A-Za-z0-9_])", text, 0 if letters else re.IGNORECASE)
-    return [longest[match.lastindex - 1] for match in found]

@@ -119,7 +119,13 @@ def write_result(
     probabilities, perplexity : shape (rows, classes)
     predicted : class numbers or NO_ANSWER, shape (rows,); without them the most probable class
     measured : seconds, tokens, parameters, dtype, model, inputs_sha256 and what else the caller knows
+
+    Raises
+    ------
+    LetterheadError : a probability is not a number
     """
+    if probabilities is not None:
+        require_finite(probabilities, f"{name}, {split} rows", measured.get("model"))
     labels, (result_file, predictions_file) = experiment.labels, result_files(experiment, name, split)
     method, _, step = name.partition("@")
     figures = classification_figures(class_numbers(experiment, rows), labels, experiment.seed, probabilities, predicted)
@@ -151,6 +157,21 @@ def write_result(
     result["predictions_sha256"] = sha256_file(predictions_file)
     write_json(result_file, result)
     return result
+
+
+def require_finite(probabilities: np.ndarray, what: str, model: Any) -> None:
+    """Make sure that a model's probabilities, shape (rows, classes), are numbers.
+
+    Raises
+    ------
+    LetterheadError : those of some rows are not; names the model
+    """
+    wrong = int((~np.isfinite(probabilities)).any(axis=-1).sum())
+    if wrong:
+        raise LetterheadError(
+            f"{what}: the probabilities of {wrong} of {len(probabilities)} rows are not numbers; the model has diverged "
+            f"or is damaged ({model}); train it anew with a lower learning rate"
+        )
 
 
 def checkpoint_table(experiment: Experiment, title: str, results: dict[tuple[int, str], dict], expected: list[int]) -> str:

@@ -122,6 +122,7 @@ class VllmServer:
     port : None for a free one
     dtype : float32 where answers must equal HF's; vLLM's own `auto` casts float32 weights down
     gpu_memory : the share of a GPU's memory that it may take
+    tokenizer : folder of another tokenizer than the model's own
     processes : on so many GPUs the model is served side by side (data parallelism); one address answers for all
 
     Raises
@@ -140,6 +141,7 @@ class VllmServer:
         dtype: str = "float32",
         gpu_memory: float = 0.8,
         processes: int = 1,
+        tokenizer: Path | None = None,
     ):
         self.model, self.log, self.port = model, log, port or free_port()
         python, gpu = ENVIRONMENT / "bin" / "python", torch.cuda.is_available()
@@ -155,6 +157,7 @@ class VllmServer:
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME]
         options += ["--runner", runner, "--max-model-len", str(max_model_len), "--no-enable-prefix-caching"]
         options += ["--generation-config", "vllm"]  # the checkpoint's own may hold a penalty that the evaluation has not
+        options += ["--tokenizer", str(tokenizer)] if tokenizer else []
         options += device_options(gpu, dtype, gpu_memory, processes)
         if runner == "generate" and not gpu:
             # A prompt cut in two ends vLLM 0.32 on a CPU if its request has a seed: "CPU Generator does not use offset"

@@ -14,6 +14,7 @@ import random
 from array import array
 from collections import Counter
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import jsonlines
@@ -22,18 +23,18 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer
 from tqdm import tqdm
 
-from letterhead.checkpoints import model_identity
+from letterhead.checkpoints import model_identity, require_language_model
 from letterhead.experiment import Data, Experiment, Rows
-from letterhead.prompt import WORD, PromptEncoder, keep_words, load_prompt_encoder
+from letterhead.prompt import WORD, PromptEncoder, keep_words, load_prompt_encoder, load_scoring_encoder
 from letterhead.records import LetterheadError, atomic_open, exclusive, read_jsonl, sha256_file, write_json
 from letterhead.stage import OFFLINE, Stage, run
 from letterhead.tfidf import TOKEN
 from prep.fetch import CACHE, fetch_model
-from prep.sources import RawRow, checked_text, local_sha256, open_source
+from prep.sources import RawRow, Source, checked_text, local_sha256, open_source
 
 SPLITS = ("train", "validation", "test")
 FILES = (*(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")), "dataset_info.json", "data_card.json")
-CARD = 2  # counted up when the data card gets another key
+CARD = 3  # counted up when the data card gets another key
 UNUSED = -1
 # What LLaMA-Factory's YAML decides about the rows.
 SFT_KEYS = ("template", "cutoff_len", "enable_thinking", "dataset")
@@ -42,6 +43,7 @@ LENGTH_SAMPLE = 5000
 # Texts are near-duplicates if they share so much of their runs of three words.
 ALIKE = 0.75
 CHUNK = 500
+CONFLICTS_TOLD, CONFLICTS_LISTED = 3, 100
 
 
 def main(experiment: Experiment) -> None:
@@ -50,6 +52,7 @@ def main(experiment: Experiment) -> None:
     with exclusive(CACHE / ".lock"):
         fetch_model(experiment.decoder.model, experiment.decoder.folder)
         fetch_model(encoder_model, experiment.encoder.folder)
+    require_language_model(experiment.decoder.folder)
     if not data.source.startswith("hf:"):
         os.environ.update(OFFLINE)
     inputs = {
@@ -74,13 +77,16 @@ def main(experiment: Experiment) -> None:
         )
     if stage.is_current():
         print(f"data is up to date: {folder}")
-        return
+        return check_examples(experiment)
     with exclusive(CACHE / ".lock"):
         source = open_source(data)
+        first_number = first_label_number(open_source(data), data)
+    if first_number is not None:
+        print(f"labels: numbers from {first_number}: {numbered_names(data.labels, first_number)}")
     pool_path = folder / ".pool.jsonl"
     with ExitStack() as stack:
         stack.callback(pool_path.unlink, missing_ok=True)
-        pool, card = read_pool(source.splits, experiment, pool_path)
+        pool, card = read_pool(source.splits, experiment, pool_path, first_number)
         chosen = draw_splits(pool, experiment, card, pool_path)
         decoder_rows = draw_decoder_rows(pool, chosen, experiment)
         encoder = load_prompt_encoder(experiment)
@@ -93,6 +99,25 @@ def main(experiment: Experiment) -> None:
     write_json(folder / "dataset_info.json", dataset_info(experiment))
     record = stage.finish([folder / name for name in FILES], rows=card["rows"]["read"], device="cpu")
     print(f"{summary(card)}\n{folder}: {', '.join(FILES)} ({record['seconds']} s)")
+    check_examples(experiment)
+
+
+def check_examples(experiment: Experiment) -> None:
+    """Say, before anything is trained, whether the examples of `eval.examples` fit into a prompt, and what is cut.
+
+    Raises
+    ------
+    LetterheadError : they do not fit
+    """
+    if not experiment.eval.examples:
+        return
+    encoder = load_scoring_encoder(experiment)
+    texts = [row["text"] for row in read_jsonl(experiment.data_folder / "test.jsonl")]
+    cut = sum(map(encoder.is_cut, texts))
+    print(
+        f"eval.examples: {encoder.examples_cut} of {experiment.eval.examples} examples and {cut} of {len(texts)} test texts "
+        f"are cut so that a prompt has at most {encoder.cutoff_len} tokens (cutoff_len)"
+    )
 
 
 class Pool:
@@ -106,8 +131,9 @@ class Pool:
         return np.frombuffer(self.label, "h"), np.frombuffer(self.source_split, "b"), np.frombuffer(self.text_hash, "Q")
 
 
-def read_pool(splits, experiment: Experiment, path: Path) -> tuple[Pool, dict]:
-    """Read every row of the source, checked, to a file of lines as they will stand in the splits.
+def read_pool(splits, experiment: Experiment, path: Path, first_number: int | None) -> tuple[Pool, dict]:
+    """Read every row of the source, checked, to a file of lines as they will stand in the splits; `first_number` is
+    `first_label_number`'s.
 
     Raises
     ------
@@ -120,7 +146,7 @@ def read_pool(splits, experiment: Experiment, path: Path) -> tuple[Pool, dict]:
         for split, rows in splits.items():
             for row in tqdm(rows, desc=f"reading {split}", unit=" rows"):
                 read[split] += 1
-                if (found := label_and_text(row, data, dropped)) is None:
+                if (found := label_and_text(row, data, dropped, first_number)) is None:
                     continue
                 label, text = found
                 shortened += len(text) < len(row.text.strip())
@@ -129,10 +155,11 @@ def read_pool(splits, experiment: Experiment, path: Path) -> tuple[Pool, dict]:
                 pool.text_hash.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()))
                 file.write(json.dumps({"id": row.id, "label": label, "text": text}, ensure_ascii=False) + "\n")
     rows = {"read": sum(read.values()), "read_by_split": dict(read)}
-    return pool, {"rows": rows, "dropped": dropped, "cut_to_max_words": shortened}
+    numbering = {"labels_numbered_from": first_number}
+    return pool, {"rows": rows, "dropped": dropped, "cut_to_max_words": shortened, **numbering}
 
 
-def label_and_text(row: RawRow, data: Data, dropped: Counter) -> tuple[str, str] | None:
+def label_and_text(row: RawRow, data: Data, dropped: Counter, first_number: int | None = None) -> tuple[str, str] | None:
     """A row's class and its text as the experiment cuts it; None for a row that is dropped, counted in `dropped`.
 
     Raises
@@ -140,7 +167,7 @@ def label_and_text(row: RawRow, data: Data, dropped: Counter) -> tuple[str, str]
     LetterheadError : what is wrong with the row, unless data.bad_rows drops it
     """
     try:
-        label = label_name(row, data.labels)
+        label = label_name(row, data.labels, first_number)
         if label is not None:
             return label, keep_words(checked_text(row), data.max_words).strip()
         dropped["label mapped to null"] += 1
@@ -153,8 +180,12 @@ def label_and_text(row: RawRow, data: Data, dropped: Counter) -> tuple[str, str]
     return None
 
 
-def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | None:
+def label_name(row: RawRow, labels: list[str] | dict[str, str | None], first_number: int | None = None) -> str | None:
     """The class of a row: through the map, by name, or by its number in the list; None drops the row.
+
+    Parameters
+    ----------
+    first_number : the number of the list's first name, by `first_label_number`; None where the file writes none
 
     Raises
     ------
@@ -162,14 +193,73 @@ def label_name(row: RawRow, labels: list[str] | dict[str, str | None]) -> str | 
     """
     if row.fault:
         raise LetterheadError(f"{row.place}: {row.fault}")
-    value = str(row.label).strip() if row.label is not None else ""
+    if isinstance(row.label, list | tuple | dict | set):
+        raise LetterheadError(
+            f"{row.place}: the label is a {type(row.label).__name__} ({row.label!r}), as of data with several labels a row; "
+            "Letterhead's classes exclude each other: keep one label a row"
+        )
+    value = label_value(row)
     if value in labels:
         return labels[value] if isinstance(labels, dict) else value
-    numbered = isinstance(labels, list) and not any(label.isdecimal() for label in labels)
-    if numbered and value.isdecimal() and len(value) < 6 and int(value) < len(labels):
-        return labels[int(value)]
-    known = ", ".join(labels if isinstance(labels, dict) else (f"{i} or {name}" for i, name in enumerate(labels)))
+    number = label_number(value, labels)
+    if None not in (number, first_number) and 0 <= number - first_number < len(labels):
+        return labels[number - first_number]
+    known = ", ".join(labels)
     raise LetterheadError(f"{row.place}: label {value!r} is not in data.labels ({known}); add it, or map it to null")
+
+
+def label_value(row: RawRow) -> str:
+    """A row's label as the source writes it, without the blanks around it."""
+    return str(row.label).strip() if row.label is not None else ""
+
+
+def label_number(value: str, labels: list[str] | dict[str, str | None]) -> int | None:
+    """The number that a label is written as, where it may stand for a name of a list; else None."""
+    may_be_numbered = isinstance(labels, list) and not any(label.isdecimal() for label in labels)
+    return int(value) if may_be_numbered and value.isdecimal() and len(value) < 6 else None
+
+
+def first_label_number(source: Source, data: Data) -> int | None:
+    """The number that a source gives to the first name of `data.labels`: 0 or 1, by all its rows; None where it writes no
+    numbers, or the experiment maps them.
+
+    Raises
+    ------
+    LetterheadError : neither fits all numbers, or both do
+    """
+    if isinstance(data.labels, dict) or any(label.isdecimal() for label in data.labels):
+        return None
+    places: dict[int, str] = {}
+    for row in chain.from_iterable(source.splits.values()):
+        number = None if row.fault else label_number(label_value(row), data.labels)
+        if number is not None:
+            places.setdefault(number, row.place)
+    if not places:
+        return None
+    count, highest = len(data.labels), max(places)
+    fits = [first for first in (0, 1) if first <= min(places) and highest < first + count]
+    if source.numbers_from_zero and 0 in fits:
+        return 0
+    if len(fits) == 1:
+        return fits[0]
+    mend = (
+        f"write a map: labels: {{{', '.join(f'{i}: {name}' for i, name in enumerate(data.labels))}}}, "
+        "with the numbers as the source means them (number: null leaves its rows out)"
+    )
+    if fits:
+        numbers = ", ".join(map(str, sorted(places)))
+        raise LetterheadError(
+            f"data.labels: {count} names, and the source writes {numbers}, which may count from 0 or from 1; {mend}"
+        )
+    raise LetterheadError(
+        f"{places[highest]}: label {highest}, and labels from {min(places)} to {highest} number the {count} names of "
+        f"data.labels neither from 0 nor from 1; {mend}"
+    )
+
+
+def numbered_names(labels: list[str], first: int) -> str:
+    """Which number stands for which name."""
+    return ", ".join(f"{number} is {name}" for number, name in enumerate(labels, first))
 
 
 def stratified(
@@ -226,7 +316,7 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
     label, source, _ = pool.arrays()
     if not (source == 0).any():
         raise LetterheadError(f"{experiment.data.source}: holds no rows to train on")
-    chosen = drop_repeated(pool, experiment, card)
+    chosen = drop_repeated(pool, experiment, card, pool_path)
     for number, wanted in ((2, rows.test), (1, rows.validation)):
         split, own = SPLITS[number], bool((source == number).any())
         if own and (wanted is None or isinstance(wanted, float)):
@@ -268,23 +358,27 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
     return chosen
 
 
-def drop_repeated(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
+def drop_repeated(pool: Pool, experiment: Experiment, card: dict, pool_path: Path) -> np.ndarray:
     """Count texts that stand twice in a split or in two splits, and take out of train those that are to go.
 
     A published test or validation split stays as published: only train, from which others are drawn, is thinned.
+
+    Raises
+    ------
+    LetterheadError : a text stands in train with different labels, and data.conflicts says stop
     """
     data = experiment.data
     _, source, text_hash = pool.arrays()
     chosen = source.copy()
+    settle_conflicts(pool, experiment, card, pool_path, chosen)
     present = [number for number in range(len(SPLITS)) if (source == number).any()]
     card["duplicates"], card["shared_with_train"] = {}, {}
     for number in present:
-        mine = np.flatnonzero(source == number)
-        again = np.setdiff1d(mine, mine[np.unique(text_hash[mine], return_index=True)[1]], assume_unique=True)
-        card["duplicates"][SPLITS[number]] = len(again)
-        if number == 0 and data.duplicates == "drop":
-            chosen[again] = UNUSED
-            card["dropped"]["duplicate text"] = len(again)
+        card["duplicates"][SPLITS[number]] = len(repeated(np.flatnonzero(source == number), text_hash))
+    if data.duplicates == "drop":
+        again = repeated(np.flatnonzero(chosen == 0), text_hash)
+        chosen[again] = UNUSED
+        card["dropped"]["duplicate text"] = len(again)
     train = np.flatnonzero(chosen == 0)
     for number in present[1:]:
         mine = text_hash[source == number]
@@ -294,6 +388,75 @@ def drop_repeated(pool: Pool, experiment: Experiment, card: dict) -> np.ndarray:
     if data.shared == "drop":
         card["dropped"]["text shared with test or validation"] = len(train) - int((chosen == 0).sum())
     return chosen
+
+
+def repeated(rows: np.ndarray, text_hash: np.ndarray) -> np.ndarray:
+    """Of these row numbers those whose text stands among them before."""
+    first = rows[np.unique(text_hash[rows], return_index=True)[1]]
+    return np.setdiff1d(rows, first, assume_unique=True)
+
+
+def settle_conflicts(pool: Pool, experiment: Experiment, card: dict, pool_path: Path, chosen: np.ndarray) -> None:
+    """Count and list texts that stand with different labels, and take out of train, in `chosen`, what `data.conflicts` says.
+
+    Raises
+    ------
+    LetterheadError : there are some in train, and it says stop
+    """
+    label, source, text_hash = pool.arrays()
+    texts, text_of_row = np.unique(text_hash, return_inverse=True)
+    lowest, highest = np.full(len(texts), len(experiment.labels)), np.full(len(texts), -1)
+    np.minimum.at(lowest, text_of_row, label)
+    np.maximum.at(highest, text_of_row, label)
+    rows = np.flatnonzero((lowest < highest)[text_of_row])
+    listed = list_conflicts(rows, text_of_row, pool_path)
+    card["conflicts"] = {"texts": int((lowest < highest).sum()), "rows": len(rows), "listed": listed}
+    if not len(rows):
+        return
+    examples = "; ".join(
+        f"“{conflict['text']}” is {' and '.join(f'{name} ({ids[0]})' for name, ids in conflict['labels'].items())}"
+        for conflict in listed[:CONFLICTS_TOLD]
+    )
+    found = f"{card['conflicts']['texts']} texts stand with different labels, for example {examples}"
+    leaving = conflicts_to_leave(rows[source[rows] == 0], label, text_of_row, experiment.data.conflicts)
+    if experiment.data.conflicts == "stop" and len(leaving):
+        raise LetterheadError(
+            f"{experiment.data.source}: {found}; mend the labels, or say data.conflicts: drop (all such rows leave train), "
+            "majority (the label that most of them have) or keep"
+        )
+    chosen[leaving] = UNUSED
+    card["dropped"]["text with different labels"] = len(leaving)
+    print(f"{found}; {len(leaving)} such rows leave train (data.conflicts: {experiment.data.conflicts})", flush=True)
+
+
+def conflicts_to_leave(rows: np.ndarray, label: np.ndarray, text_of_row: np.ndarray, policy: str) -> np.ndarray:
+    """Of the train rows whose text stands with different labels those that leave train under a policy of `data.conflicts`
+    (see `Data`); one whose text has a single label in train stays."""
+    leaving = []
+    by_text = rows[np.argsort(text_of_row[rows], kind="stable")]
+    for same_text in np.split(by_text, np.flatnonzero(np.diff(text_of_row[by_text])) + 1):
+        counts = np.bincount(label[same_text])
+        if policy == "keep" or (counts > 0).sum() < 2:
+            continue
+        winners = np.flatnonzero(counts == counts.max())
+        stays = winners[0] if policy == "majority" and len(winners) == 1 else None
+        leaving.extend(row for row in same_text if label[row] != stays)
+    return np.array(leaving, dtype=np.int64)
+
+
+def list_conflicts(rows: np.ndarray, text_of_row: np.ndarray, pool_path: Path) -> list[dict]:
+    """The first texts that stand with different labels: the text's beginning, and label → ids of the rows that have it."""
+    wanted, found = set(rows.tolist()), {}
+    with open(pool_path, encoding="utf-8", newline="\n") as pool:
+        for number, line in enumerate(pool if wanted else ()):
+            if number not in wanted:
+                continue
+            row, text = json.loads(line), text_of_row[number]
+            if text not in found and len(found) == CONFLICTS_LISTED:
+                continue
+            conflict = found.setdefault(text, {"text": " ".join(row["text"].split())[:60], "labels": {}})
+            conflict["labels"].setdefault(row["label"], []).append(row["id"])
+    return list(found.values())
 
 
 def near_duplicates(pool_path: Path, chosen: np.ndarray) -> list[tuple[int, tuple[str, str], np.ndarray]]:
@@ -423,6 +586,7 @@ def summary(card: dict) -> str:
     ]
     lines += [f"dropped: {n} ({reason})" for reason, n in card["dropped"].items() if n]
     lines += [f"duplicates in {split}: {n}" for split, n in card["duplicates"].items() if n]
+    lines += [f"texts that stand with different labels: {card['conflicts']['texts']}"] if card["conflicts"]["texts"] else []
     lines += [f"{split} texts that stand in train too: {n}" for split, n in card["shared_with_train"].items() if n]
     lines += [f"{split} texts nearly in train: {len(pairs)}" for split, pairs in card["near_duplicates"].items() if pairs]
     lines += [f"license of {name}: {said}" for name, said in card["licenses"].items() if said]

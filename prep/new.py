@@ -395,7 +395,6 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
             **models["encoder"],
             "head": encoder_head,
         },
-        "eval": {"score": "mean" if letters else "sum"},
     }
 
 

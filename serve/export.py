@@ -10,23 +10,50 @@ letterhead_export.json in it says how the fold was checked.
 import os
 import shutil
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 from letterhead.card import write_card
 from letterhead.classifier import ON_PROMPT, model_folder, named_method
 from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError, atomic_folder, exclusive, write_json
+from letterhead.prompt import THINK, WORD, load_prompt_encoder
+from letterhead.records import LetterheadError, atomic_folder, exclusive, read_json, write_json
 from letterhead.stage import OFFLINE, run
 
 # What a checkpoint holds for a training that goes on, and nobody who uses it needs
 TRAINING_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
 HEADS = ("bert", "bert_all", "linear_head")
 
-CALL_TEXT = """
-from transformers import pipeline
+READ_TEXT = """
+import re
+{imports}
 
-classify = pipeline("text-classification", model="{folder}")  # or its id, once it is on a hub
-print(classify("{text}", truncation=True, max_length={length}, top_k=None))
+WORD = re.compile({word!r})
+
+
+def as_trained(text):
+    \"\"\"The text as training cut it{cut_words}, strings that are control tokens broken up.\"\"\"
+    words = [word.end() for word in WORD.finditer(text)]
+    text = text[: words[{words} - 1]] if {words} and len(words) > {words} else text
+    names = {{token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1}}
+    control = "|".join(sorted(map(re.escape, names{more_names}), key=len, reverse=True))
+    return re.sub(control, lambda found: found[0][0] + " " + found[0][1:], text.strip()) if control else text.strip()
+
+"""
+CALL_TEXT = """
+folder = {folder!r}  # or its id, once it is on a hub
+classify = pipeline("text-classification", model=folder)
+tokenizer = classify.tokenizer
+print(classify(as_trained({text!r}), truncation=True, max_length={length}, top_k=None))
+"""
+CALL_PROMPT = """
+folder = {folder!r}  # or its id, once it is on a hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+question = {question!r}.replace("{{text}}", as_trained({text!r}))
+messages = [{{"role": "user", "content": question}}]
+inputs = tokenizer.apply_chat_template(messages, enable_thinking=False, return_tensors="pt", return_dict=True)
+print(model.config.id2label, model(**inputs).logits.softmax(-1))
 """
 CALL_IDS = """
 import torch
@@ -35,11 +62,12 @@ from transformers import AutoModelForSequenceClassification
 from letterhead.experiment import load_experiment  # run in Letterhead's folder, with its environment
 from letterhead.prompt import load_prompt_encoder
 
-encoder = load_prompt_encoder(load_experiment("{folder}/experiment.yaml"), folder="{folder}")
+encoder = load_prompt_encoder(load_experiment("{folder}/experiment.yaml"))
 model = AutoModelForSequenceClassification.from_pretrained("{folder}")
-ids = torch.tensor([encoder.encode_before_option("{text}")])
+ids = torch.tensor([encoder.encode_before_option({text!r})])
 print(model.config.id2label, model(ids).logits.softmax(-1))
 """
+EXAMPLE = "The text that is to be labelled."
 
 
 def main(experiment: Experiment, model: str) -> None:
@@ -67,38 +95,80 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
     method = name.partition("@")[0]
     if method in HEADS:
         folder = export_head(experiment, name)
-        section = experiment.encoder if name.startswith("bert") else experiment.decoder
-        words = "words of it (a Chinese or Japanese character counts as one)"
-        cut = f"the first {experiment.data.max_words} {words}" if experiment.data.max_words else "all of it"
-        asked = f"It reads the raw text, as in training {cut}, at most {section.head.max_length} tokens."
-        call = CALL_TEXT.format(folder=folder, length=section.head.max_length, text="A text")
-        said = "the checkpoint without its trainer's files"
+        how = "the checkpoint without its trainer's files"
+        write_card(experiment, name, folder, *head_call(experiment, name, folder), "text-classification")
+        return folder, how
+    from letterhead.folding import export_folded, write_tokenizer
+
+    if method == "sft_options":
+        folder = export_head(experiment, name, write_tokenizer)
+        facts, how = read_json(folder / ON_PROMPT), "the checkpoint without its trainer's files"
     else:
-        from letterhead.folding import export_folded, prompts_as_text
-
-        if method == "sft_options":
-            facts = prompts_as_text(experiment)
-            folder, said = export_head(experiment, name, facts), "the checkpoint without its trainer's files"
-        else:
-            folder, facts = export_folded(experiment, name)
-            said = f"{facts['architecture']}, logits within {facts['largest_difference']:.2g} of the decoder's, the same "
-            said += f"answer on {facts['same_predictions']} of {facts['rows_checked']} rows"
-        checked, as_text = facts["rows_checked"], facts["rows_whose_prompt_works_as_text"]
-        told = "the prompt works as text too" if as_text == checked else "send token ids, not text"
-        told += f": the tokenizer gives the ids of training on {as_text} of {checked} prompts"
-        said += f"; {told}"
-        asked = (
-            "It reads the token ids of this prompt through its think block; its classes are the option letters of the "
-            f"decoder that it was made from ({told}).\n\n{textwrap.indent(experiment.prompt.template, '    ')}"
+        folder, facts = export_folded(experiment, name)
+        how = (
+            f"{facts['architecture']}, logits within {facts['largest_difference']:.2g} of the decoder's, the same "
+            f"answer on {facts['same_predictions']} of {facts['rows_checked']} rows"
         )
-        call = CALL_IDS.format(folder=folder, text="A text")
-    write_card(experiment, name, folder, asked, call)
-    return folder, said
+    checked = facts["rows_checked"]
+    by_chat, by_text = facts["rows_whose_chat_template_gives_the_ids"], facts["rows_whose_prompt_works_as_text"]
+    ways = (
+        f"the chat template gives the ids of training on {by_chat} of {checked} rows, the prompt sent as text on {by_text}"
+    )
+    # A raw text is no prompt, which the tag text-classification would promise.
+    write_card(experiment, name, folder, *prompt_call(experiment, folder, ways, 2 * by_chat > checked), None)
+    return folder, f"{how}; {ways}"
 
 
-def export_head(experiment: Experiment, name: str, facts: dict | None = None) -> Path:
-    """Copy a sequence classifier's checkpoint without what only a training needs; returns the folder. With `facts` it is one
-    that reads the prompt, and they say whether as text, too.
+def head_call(experiment: Experiment, name: str, folder: Path) -> tuple[str, str]:
+    """What an exported head reads, in Markdown, and lines of Python that call it."""
+    section = experiment.encoder if name.startswith("bert") else experiment.decoder
+    length, max_words = section.head.max_length, experiment.data.max_words
+    asked = f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} tokens."
+    call = read_text("from transformers import pipeline", max_words, "")
+    return asked, call + CALL_TEXT.format(folder=str(folder), length=length, text=EXAMPLE)
+
+
+def prompt_call(experiment: Experiment, folder: Path, ways: str, chat_gives_ids: bool) -> tuple[str, str]:
+    """What an exported model reads that was trained on the prompt, in Markdown with one prompt filled in, and lines of
+    Python that call it.
+
+    Parameters
+    ----------
+    ways : on how many rows which way of asking gives the ids of training, in words
+    chat_gives_ids : whether the chat template does (texts that hold placeholders of LLaMA-Factory's, such as {{idx}}, apart)
+    """
+    encoder = load_prompt_encoder(experiment)
+    prompt = encoder.tokenizer.decode(encoder.encode_before_option(EXAMPLE), clean_up_tokenization_spaces=False)
+    asked = (
+        "It reads a prompt through its think block, not a raw text, and its classes are the options of that prompt. As in "
+        f"training the text is {cut_in_words(experiment.data.max_words)}, and so long that the prompt has at most "
+        f"{encoder.cutoff_len} tokens. On test rows {ways}. A whole prompt:\n\n{textwrap.indent(prompt, '    ')}"
+    )
+    if not chat_gives_ids:
+        return asked, CALL_IDS.format(folder=folder, text=EXAMPLE)
+    imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
+    call = read_text(imports, experiment.data.max_words, f" | {set(THINK)!r}")
+    return asked, call + CALL_PROMPT.format(folder=str(folder), question=encoder.fill("{text}"), text=EXAMPLE)
+
+
+def cut_in_words(max_words: int | None) -> str:
+    """How much of a text is read."""
+    if max_words is None:
+        return "read whole"
+    return f"cut behind its first {max_words} words (a Chinese or Japanese character counts as one)"
+
+
+def read_text(imports: str, max_words: int | None, more_names: str) -> str:
+    """Lines of Python that do to a text what training did."""
+    cut_words = f" (its first {max_words} words)" if max_words else ""
+    return READ_TEXT.format(
+        imports=imports, word=WORD.pattern, words=max_words or 0, cut_words=cut_words, more_names=more_names
+    )
+
+
+def export_head(experiment: Experiment, name: str, write_tokenizer: Callable[..., dict] | None = None) -> Path:
+    """Copy a sequence classifier's checkpoint without what only a training needs; returns the folder. One that reads the
+    prompt gets its tokenizer by `write_tokenizer`, whose facts are written beside it.
 
     Raises
     ------
@@ -109,8 +179,8 @@ def export_head(experiment: Experiment, name: str, facts: dict | None = None) ->
         raise LetterheadError(f"{name}: is the untrained model; choose a step that was trained")
     with atomic_folder(target) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_FILES))
-        if facts:
-            write_json(folder / ON_PROMPT, facts)
+        if write_tokenizer:
+            write_json(folder / ON_PROMPT, write_tokenizer(experiment, folder))
     return target
 
 

@@ -28,7 +28,13 @@ def main(experiment: Experiment, model: str, port: str) -> None:
     log = experiment.run_folder / "serve" / f"{name}.log"
     print(f"loading {folder}; vLLM's log is {log}", flush=True)
     dtype, memory = precision(experiment.decoder.dtype, folder), experiment.serve.gpu_memory_utilization
-    with VllmServer(folder, runner, length, log, int(port), dtype, memory, process_count()) as server:
+    tokenizer = None
+    if runner == "generate":  # chats get the prompt of training, where the model's own template may add a system prompt
+        from letterhead.folding import write_tokenizer
+
+        tokenizer = experiment.run_folder / "serve" / "tokenizer"
+        write_tokenizer(experiment, tokenizer)
+    with VllmServer(folder, runner, length, log, int(port), dtype, memory, process_count(), tokenizer) as server:
         route = "/v1/completions" if runner == "generate" else "/classify"
         print(f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} s); Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):

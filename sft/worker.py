@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
 from letterhead.cpu import attention, use_onednn
+from letterhead.divergence import StopAtDivergence
 from letterhead.records import read_json, write_json
 from letterhead.stage import telling
 
@@ -95,4 +96,4 @@ if __name__ == "__main__":
 
     use_onednn()
     with telling():
-        run_exp(callbacks=[Clock(Path(sys.argv.pop(1))), LessWork()])
+        run_exp(callbacks=[Clock(Path(sys.argv.pop(1))), LessWork(), StopAtDivergence()])

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from eval import rank, zero_shot
-from eval.score import draw_examples, split_prompts
+from eval.score import split_prompts
 from letterhead import results
+from letterhead.answers import read_answer
 from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import load_prompt_encoder, read_answer
+from letterhead.prompt import draw_examples, load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, read_jsonl
 from letterhead.scoring import load_decoder
 from prep import data
