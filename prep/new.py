@@ -68,6 +68,8 @@ HAN = re.compile(r"[\u3400-\u9fff]")
 CODE = re.compile(r"[-+]?[A-Za-z]?\d+(\.\d+)?")  # 1, -1, 2.0, C03: a number for a class, not its name
 IMBALANCED = 3
 SHOWN = 20
+NAME_IN_WORDS = 8  # nobody calls a column so
+SEVERAL = re.compile(r"[|;,]\s*")
 # Optimizer steps at least (of the LLM while MOST_EPOCHS allow them): with fewer SmolLM2 had not learnt the demo's five
 # classes, nor in a hundred fourteen others.
 DECODER_STEPS, STEPS_A_CLASS, ENCODER_STEPS = 100, 20, 200
@@ -75,6 +77,7 @@ HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
 FEW_ROWS, BATCH = 400, 4  # for the LLM
 UTF_8, GUESSED_BYTES = ["utf-8"], 1 << 18
+WINDOWS_SIGNS = (0x80, 0x85, *range(0x91, 0x98), 0x99)  # Windows-1252: €, …, quotes, bullet, dashes, ™
 ENGLISH = {
     "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name larger ones",
     "rate": 2e-4,
@@ -163,7 +166,10 @@ def main(path: str, text: str = "", label: str = "") -> None:
     said: list[str] = []
     encoding = guess_encoding(path)
     if encoding != UTF_8:
-        said.append(f"encoding: not UTF-8; {encoding[1]}, by charset-normalizer's guess")
+        said.append(
+            f"encoding: not UTF-8 but {encoding[1]}, as it seems, by which it says {strange_part(path, encoding[1])!r}; "
+            "where that is wrong, name another in data.encoding"
+        )
     names = column_names(path, encoding)
     if not names and (text or label):
         raise LetterheadError(f"{path}: a folder has no columns; leave TEXT and LABEL out")
@@ -227,12 +233,34 @@ def guess_encoding(path: str) -> list[str]:
         try:
             codecs.getincrementaldecoder("utf-8")().decode(head)  # which forgives a character that is cut at the end
         except UnicodeDecodeError:
+            if is_windows_1252(head):
+                return [*UTF_8, "cp1252"]
             found = charset_normalizer.from_bytes(head).best()
             if found is None:
                 raise LetterheadError(f"{file}: its encoding can't be guessed; save it as UTF-8") from None
             chinese = found.encoding in ("gb2312", "gbk", "hz", "cp936")
             return [*UTF_8, "gb18030" if chinese else found.encoding]
     return UTF_8
+
+
+def is_windows_1252(head: bytes) -> bool:
+    """Whether what is not ASCII is what Windows writes in the west: curly quotes and dashes beside ASCII, and single letters
+    with accents. (A few such bytes are too little for a guess by frequency, which takes them for a code page of DOS.)"""
+    strange = [match.start() for match in re.finditer(rb"[\x80-\xff]", head)]
+    beside_ascii = [at for at in strange if head[at - 1 : at] < b"\x80" and head[at + 1 : at + 2] < b"\x80"]
+    signs = [at for at in strange if head[at] in WINDOWS_SIGNS]
+    letters = [at for at in strange if head[at] >= 0xC0]
+    known = len(signs) + len(letters) + sum(head[at] in (0xA0, 0xA3, 0xA7, 0xA9, 0xAE, 0xB0) for at in strange)
+    return bool(signs) and known == len(strange) and len(beside_ascii) >= 0.8 * len(strange)
+
+
+def strange_part(path: str, encoding: str) -> str:
+    """Some characters around the first one of a source that is not ASCII."""
+    for file in local_files(path):
+        text = file.read_bytes()[:GUESSED_BYTES].decode(encoding, errors="replace")
+        if found := re.search(r"[^\n]{0,12}[^\x00-\x7f][^\n]{0,12}", text):
+            return found[0].strip()
+    return ""
 
 
 def choose_columns(
@@ -255,6 +283,7 @@ def choose_columns(
     for row in rows:
         for column, value in zip(columns, row, strict=True):
             column.add(value)
+    require_names(path, columns)
     known = ", ".join(f"{of.name} ({len(of.values)} distinct, {of.mean_length:.0f} characters)" for of in columns)
     labels = [of for of in columns if of.could_be_label and of.name not in given]
     labels.sort(key=lambda of: (rank(of.name, LABEL_NAMES), len(of.values)))
@@ -290,6 +319,27 @@ def choose_columns(
     return body.name, chosen.name
 
 
+def require_names(path: str, columns: list[Column]) -> None:
+    """Make sure that a file begins with the names of its columns.
+
+    Raises
+    ------
+    LetterheadError : its first line looks like a row: a value that stands in many rows, or a text
+    """
+    for column in columns:
+        rows = column.values[column.name.strip()]
+        if column.could_be_label and rows >= RARE:
+            why = f"{column.name!r} stands in {rows:,} rows, too"
+        elif len(column.name.split()) >= NAME_IN_WORDS:
+            why = f"“{column.name[:60]}” is a text"
+        else:
+            continue
+        raise LetterheadError(
+            f"{path}: its first line looks like a row, not like the names of columns ({why}), and would be lost; put a line "
+            "with names before it, such as text,label"
+        )
+
+
 def others(columns: list[Column], variable: str) -> str:
     """What else could have been chosen, in words."""
     return f" (it could be {', '.join(repr(of.name) for of in columns)}, too: {variable}=…)" if columns else ""
@@ -319,26 +369,60 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
     words = sorted(len(WORD.findall(row.text)) for row in whole) or [0]
     chinese = sum(bool(HAN.search(row.text)) for row in whole) > len(whole) / 2
     cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS else None
-    distinct = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}.values()
-    labels = Counter(str(row.label).strip() for row in distinct)
+    several = next((row for row in whole if isinstance(row.label, list | tuple | dict | set) or in_brackets(row)), None)
+    if several:
+        raise LetterheadError(
+            f"{several.place}: the label {several.label!r} holds several (multi-label), which Letterhead does not do; keep "
+            "one label a row, or name another column: LABEL=column"
+        )
+    merged = one_spelling(Counter(str(row.label).strip() for row in whole))
+    conflicts = conflicting(whole, cut, merged)
+    # Of each text the first row, but for texts of which no label is known
+    first_rows = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}
+    distinct = [row for text, row in first_rows.items() if text not in conflicts]
+    labels = Counter(merged[str(row.label).strip()] for row in distinct)
     listed = ", ".join(f"{of} {n:,}" for of, n in labels.most_common(SHOWN)) + (" …" if len(labels) > SHOWN else "")
     kept = sorted(of for of, n in labels.items() if n >= RARE)
     if len(kept) < 2:
         raise LetterheadError(f"{path}: fewer than two labels have {RARE} rows or more ({listed or 'no row is whole'})")
     said.append(f"labels: {len(labels)}, with different texts: {listed}")
+    joined = [label for label in labels if len(parts := SEVERAL.split(label)) > 1 and set(parts) & set(labels)]
+    if joined:
+        said.append(
+            f"labels such as {joined[0]!r} look like several at once (multi-label), which Letterhead does not do: each is a "
+            "class of its own here; keep one label a row if they are not"
+        )
+    if all(CODE.fullmatch(label) for label in kept):
+        said.append(
+            "the labels are numbers: names would tell the LLM what they mean; write them in data.labels as a map: labels: "
+            f"{{{kept[0]!r}: its name, {kept[1]!r}: its name …}}"
+        )
     values: dict[str, Any] = {"source": path, "columns": columns, "labels": kept}
     if encoding != UTF_8:
         values["encoding"] = encoding
-    if rare := sorted({str(row.label).strip() for row in whole} - set(kept)):
-        values["labels"] = {of: of for of in kept} | dict.fromkeys(rare)
+    other_spellings = {one: name for one, name in sorted(merged.items()) if name in kept and name != one}
+    rare = sorted(one for one, name in merged.items() if name not in kept)
+    if rare or other_spellings:
+        values["labels"] = {label: label for label in kept} | other_spellings | dict.fromkeys(rare)
+    if other_spellings:
+        pairs = ", ".join(f"{one!r} as {name!r}" for one, name in other_spellings.items())
+        said.append(f"labels that differ in capitals or spaces alone are one class: {pairs}")
+    if rare:
         said.append(f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}")
     if missing := len(rows) - len(whole):
         values["bad_rows"] = "drop"
         said.append(f"{missing:,} of {len(rows):,} rows lack a text or a label or are broken: left out (bad_rows: drop)")
+    if conflicts:
+        values["conflicts"] = "drop"
+        text, two = next(iter(conflicts.items()))
+        said.append(
+            f"{len(conflicts):,} texts stand with different labels, for example “{text[:40]}” as "
+            f"{' and '.join(sorted(two))}: none of their rows is trained on (conflicts: drop)"
+        )
     counts = [labels[of] for of in kept]
     if max(counts) > IMBALANCED * min(counts):
         said.append("the labels are imbalanced: macro F1 counts every class alike, accuracy does not")
-    in_split = Counter(row.id.partition(":")[0] for row in distinct if str(row.label).strip() in kept)
+    in_split = Counter(row.id.partition(":")[0] for row in distinct if merged[str(row.label).strip()] in kept)
     n, own = in_split["train"], set(in_split) - {"train"}
     drawn = {"validation": min(300, n // 8), "test": min(1000, n // 5)}
     values["rows"] = {
@@ -396,6 +480,27 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
             "head": encoder_head,
         },
     }
+
+
+def in_brackets(row: RawRow) -> bool:
+    """Whether a label is written as a list with several parts, as Python or JSON writes one."""
+    return bool(re.fullmatch(r"\[\s*(['\"]).*\1\s*,.*\]", str(row.label).strip(), re.DOTALL))
+
+
+def one_spelling(spellings: Counter) -> dict[str, str]:
+    """Each label → the commonest of those that differ from it in capitals or spaces alone."""
+    by_name: dict[str, str] = {}
+    for label, _ in spellings.most_common():
+        by_name.setdefault(" ".join(label.casefold().split()), label)
+    return {label: by_name[" ".join(label.casefold().split())] for label in spellings}
+
+
+def conflicting(rows: list[RawRow], cut: int | None, merged: dict[str, str]) -> dict[str, set[str]]:
+    """Texts that stand with different labels, each with these."""
+    labels_of: dict[str, set[str]] = {}
+    for row in rows:
+        labels_of.setdefault(keep_words(row.text, cut).strip(), set()).add(merged[str(row.label).strip()])
+    return {text: labels for text, labels in labels_of.items() if len(labels) > 1}
 
 
 if __name__ == "__main__":

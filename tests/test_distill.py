@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +21,6 @@ from eval import sft_think
 from eval.score import score_model, split_prompts
 from letterhead import results, teacher
 from letterhead.experiment import Distill
-from letterhead.metrics import NO_ANSWER
 from letterhead.prompt import load_prompt_encoder
 from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_file
 from letterhead.stage import Stage, stage_outputs
@@ -271,30 +269,6 @@ def test_the_thought_is_found_where_endpoints_put_it(reply, thought, answer):
     read = read_reply(reply)
     assert (*read.parts(), read.ended) == (thought, answer, True)
     assert not read_reply(completion("hm", finish="length")).ended
-
-
-@pytest.mark.parametrize(
-    ("answer", "option"),
-    [
-        ("B", 1),
-        ("** B. Sports", 1),
-        ("A good fit is sports.", 1),
-        ("(A)", 0),
-        ("I say A", 0),
-        ("B (Sports). I hope so!", 1),
-        ("Neither", NO_ANSWER),
-        ("B, not World", NO_ANSWER),
-        ("World or Sports", NO_ANSWER),
-        ("A. Sports", NO_ANSWER),
-    ],
-)
-def test_an_answer_names_one_option_by_its_letter_its_label_or_both(answer, option):
-    assert teach.chosen(SimpleNamespace(labels=["World", "Sports"], options=["A", "B"]), answer) == option
-
-
-def test_labels_that_are_others_letters_are_no_answer():
-    assert teach.chosen(SimpleNamespace(labels=["B", "A"], options=["A", "B"]), "A") == NO_ANSWER
-    assert teach.chosen(SimpleNamespace(labels=["1", "2"], options=["1", "2"]), "2") == 1
 
 
 def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch):

@@ -13,7 +13,7 @@ from letterhead import results
 from letterhead.answers import read_answer
 from letterhead.experiment import load_experiment
 from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import draw_examples, load_prompt_encoder
+from letterhead.prompt import draw_examples, load_prompt_encoder, load_scoring_encoder
 from letterhead.records import LetterheadError, read_json, read_jsonl
 from letterhead.scoring import load_decoder
 from prep import data
@@ -44,7 +44,7 @@ NAMES = ["World", "Sports", "Science/Technology", "World Business"]
         ("<think></think>这是体育新闻", True, ["科技", "体育"], (1, "answered")),
     ],
 )
-def test_the_option_is_the_first_after_the_thought(text, ended, options, expected):
+def test_the_option_is_read_behind_the_thought(text, ended, options, expected):
     assert read_answer(text, ended, options) == expected
 
 
@@ -56,6 +56,20 @@ def test_the_thinking_prompt_is_the_prompt_without_no_think_and_without_a_think_
     plain = load_prompt_encoder(experiment).instruction("Shares fell.")
     assert plain.endswith("/no_think")  # as Qwen3's chat template writes a turn:
     assert text == f"<|im_start|>user\n{plain.removesuffix('/no_think')}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_examples_that_do_not_fit_are_cut_and_counted_before_anything_is_trained(make_experiment, capsys):
+    write_csv("rows.csv", [(f"{i} " + f"word{i} " * 200, LABELS[i % 4]) for i in range(60)])
+    experiment = make_experiment("rows.csv", LABELS, **{"eval": {"examples": 3}})
+    data.main(experiment)
+    said = capsys.readouterr().out
+    assert "eval.examples: 3 of 3 examples and 4 of 4 test texts are cut so that a prompt has at most 512 tokens" in said
+    encoder = load_scoring_encoder(experiment)
+    for text in ("short", "long " * 4000):
+        assert len(encoder.encode(text)) + max(len(answer.ids) for answer in encoder.answers) <= 512
+    assert len(encoder.encode("long " * 4000)) > 460
+    with pytest.raises(LetterheadError, match="eval.examples: 40 examples leave . tokens for each text .*ask for fewer"):
+        data.main(load_experiment("mine", "eval.examples=40"))
 
 
 def test_examples_are_dealt_from_the_training_rows(make_experiment):
@@ -96,7 +110,7 @@ def test_training_rows_are_ranked_by_the_margin_of_the_right_option(make_experim
             end = len(ids) - len(answer.ids) + answer.stop + 1  # names are scored with the end of the turn
             given = torch.tensor([ids])
             log = decoder(given).logits[0].detach().log_softmax(-1)
-            found.append(float(log[range(begin - 1, end - 1), given[0, begin:end]].mean()))
+            found.append(float(log[range(begin - 1, end - 1), given[0, begin:end]].sum()))
         own = found.pop(LABELS.index(row["label"]))
         assert ranked[row["id"]] == pytest.approx(own - max(found), abs=1e-3)
 
