@@ -69,6 +69,8 @@ def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> Pr
         print(f"{folder}: holds a classifier's head; it is left out, and a new one for {', '.join(labels)} is trained")
         for name, module in model.named_children():
             if name != model.base_model_prefix:
+                for parameter in module.parameters():
+                    parameter._is_hf_initialized = False  # else transformers leaves what it has loaded
                 module.apply(model._init_weights)
     # A decoder's head reads the last token that is not a padding, so it must know the padding.
     model.config.pad_token_id = load_tokenizer(folder).pad_token_id
