@@ -7,14 +7,15 @@ The rows are measured by bench/rows.py; here they are chosen, compared and writt
 
 import os
 
-from bench.rows import Row, measure_rows
-from letterhead.classifier import named_method
-from letterhead.experiment import Experiment
-from letterhead.precision import precision
-from letterhead.records import atomic_open, device_name, machine, read_json, write_json
-from letterhead.results import bench_made_from
-from letterhead.service import vllm_version
-from letterhead.stage import OFFLINE, Stage, run
+from bench.contenders import Row, measure_rows
+from letterhead.config.experiment import Experiment
+from letterhead.files import atomic_open, read_json, write_json
+from letterhead.models.classifier import named_method
+from letterhead.models.precision import precision
+from letterhead.runs.devices import device_name, machine
+from letterhead.runs.results import bench_made_from
+from letterhead.runs.stage import OFFLINE, Stage, run
+from letterhead.serving.vllm import vllm_version
 
 ROWS = (
     Row("tfidf", "sklearn", "head"),

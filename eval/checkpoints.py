@@ -6,10 +6,11 @@ python -m eval.checkpoints --experiment quick
 import os
 from pathlib import Path
 
-from letterhead import checkpoints, results
-from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError, atomic_open, read_json
-from letterhead.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, atomic_open, read_json
+from letterhead.models import checkpoints
+from letterhead.runs import results
+from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
 
 
 def main(experiment: Experiment) -> None:
@@ -75,7 +76,7 @@ def expected_steps(folder: Path) -> list[int]:
 
 def draw(experiment: Experiment, scored: dict, log: list[dict]) -> list[Path]:
     """Pictures of macro F1 and of the losses against step; returns their paths."""
-    from letterhead.figures import plot_against_step
+    from letterhead.stats.figures import plot_against_step
 
     f1, loss = experiment.results_folder / "sft_f1.png", experiment.results_folder / "sft_loss.png"
     lines = {}

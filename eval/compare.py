@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from letterhead import decision, metrics, results
-from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError, read_json, sha256_file, write_json
-from letterhead.stage import Stage, run, stage_outputs
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, read_json, sha256_file, write_json
+from letterhead.runs import results
+from letterhead.runs.stage import Stage, run, stage_outputs
+from letterhead.stats import decision, metrics
 
 # method → the stage that leaves its results, the stage that trains it, and what a reader calls it
 METHODS = {

@@ -10,13 +10,14 @@ import os
 
 import numpy as np
 
-from letterhead import checkpoints, results
-from letterhead.devices import process_count
-from letterhead.experiment import Experiment
-from letterhead.processes import Workers
-from letterhead.records import write_jsonl
-from letterhead.scoring import load_decoder, score_in_parts
-from letterhead.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.config.experiment import Experiment
+from letterhead.files import write_jsonl
+from letterhead.models import checkpoints
+from letterhead.models.scoring import load_decoder, score_in_parts
+from letterhead.runs import results
+from letterhead.runs.devices import process_count
+from letterhead.runs.processes import Workers
+from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
 
 
 def main(experiment: Experiment) -> None:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from letterhead import checkpoints, results
-from letterhead.devices import process_count
-from letterhead.experiment import Experiment
-from letterhead.metrics import FIGURES
-from letterhead.processes import Workers
-from letterhead.prompt import PromptEncoder, load_scoring_encoder, prompt_inputs
-from letterhead.records import sha256_file, sha256_json
-from letterhead.scoring import load_decoder, score_in_parts
+from letterhead.config.experiment import Experiment
+from letterhead.files import sha256_file, sha256_json
+from letterhead.models import checkpoints
+from letterhead.models.prompt import PromptEncoder, load_scoring_encoder, prompt_inputs
+from letterhead.models.scoring import load_decoder, score_in_parts
+from letterhead.runs import results
+from letterhead.runs.devices import process_count
+from letterhead.runs.processes import Workers
+from letterhead.stats.metrics import FIGURES
 
 # split → its rows, and their prompts as token ids
 Prompts = Callable[[str], tuple[list[dict], list[list[int]]]]

@@ -6,12 +6,12 @@ python -m eval.sft_think --experiment quick
 import os
 from pathlib import Path
 
-from letterhead import results
-from letterhead.answers import READING
-from letterhead.devices import process_count
-from letterhead.experiment import Experiment
-from letterhead.processes import Workers
-from letterhead.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.config.experiment import Experiment
+from letterhead.models.answers import READING
+from letterhead.runs import results
+from letterhead.runs.devices import process_count
+from letterhead.runs.processes import Workers
+from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
 
 
 def main(experiment: Experiment) -> None:
@@ -21,7 +21,7 @@ def main(experiment: Experiment) -> None:
         return
     from eval.compare import choose
     from eval.thinking import SAMPLING, think
-    from letterhead.scoring import load_decoder
+    from letterhead.models.scoring import load_decoder
 
     name, chosen = choose(experiment, "sft", stage_outputs(experiment, "eval-ckpts"))
     no_think = results.read_result(experiment, name, "test")

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from letterhead import results, service
-from letterhead.answers import read_answer
-from letterhead.devices import process_count
-from letterhead.experiment import Experiment
-from letterhead.precision import precision
-from letterhead.processes import Workers
-from letterhead.prompt import PromptEncoder, load_prompt_encoder
-from letterhead.records import whole_lines
-from letterhead.stage import Stage
+from letterhead.config.experiment import Experiment
+from letterhead.files import whole_lines
+from letterhead.models.answers import read_answer
+from letterhead.models.precision import precision
+from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
+from letterhead.runs import results
+from letterhead.runs.devices import process_count
+from letterhead.runs.processes import Workers
+from letterhead.runs.stage import Stage
+from letterhead.serving import vllm as service
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # Qwen3's model card, thinking mode
 IN_FLIGHT = 256

@@ -7,13 +7,14 @@ import os
 
 import numpy as np
 
-from letterhead import checkpoints, results
-from letterhead.answers import READING
-from letterhead.devices import process_count
-from letterhead.experiment import Experiment
-from letterhead.processes import Workers
-from letterhead.scoring import load_decoder, score_in_parts, softmax
-from letterhead.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.config.experiment import Experiment
+from letterhead.models import checkpoints
+from letterhead.models.answers import READING
+from letterhead.models.scoring import load_decoder, score_in_parts, softmax
+from letterhead.runs import results
+from letterhead.runs.devices import process_count
+from letterhead.runs.processes import Workers
+from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
 
 CONTENT_FREE = "N/A"  # Zhao et al. 2021, "Calibrate before use"
 

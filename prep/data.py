@@ -23,14 +23,15 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer
 from tqdm import tqdm
 
-from letterhead.checkpoints import model_identity, require_language_model
-from letterhead.experiment import Data, Experiment, Rows
-from letterhead.prompt import WORD, PromptEncoder, keep_words, load_prompt_encoder, load_scoring_encoder
-from letterhead.records import LetterheadError, atomic_open, exclusive, read_jsonl, sha256_file, write_json
-from letterhead.stage import OFFLINE, Stage, run
-from letterhead.tfidf import TOKEN
-from prep.fetch import CACHE, fetch_model
-from prep.sources import RawRow, Source, checked_text, local_sha256, open_source
+from letterhead.config.data import Data, Rows
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, atomic_open, exclusive, read_jsonl, sha256_file, write_json
+from letterhead.models.checkpoints import model_identity, require_language_model
+from letterhead.models.prompt import WORD, PromptEncoder, keep_words, load_prompt_encoder, load_scoring_encoder
+from letterhead.models.tfidf import TOKEN
+from letterhead.rows.fetch import CACHE, fetch_model
+from letterhead.rows.sources import RawRow, Source, checked_text, local_sha256, open_source
+from letterhead.runs.stage import OFFLINE, Stage, run
 
 SPLITS = ("train", "validation", "test")
 FILES = (*(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")), "dataset_info.json", "data_card.json")

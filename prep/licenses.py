@@ -15,9 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from letterhead.experiment import Model, Parts, is_fetched, load_experiment
-from letterhead.records import LetterheadError, atomic_open, write_json
-from letterhead.stage import telling
+from letterhead.config.experiment import load_experiment
+from letterhead.config.models import Model, Parts, is_fetched
+from letterhead.files import LetterheadError, atomic_open, write_json
+from letterhead.runs.stage import telling
 from prep.shape import QWEN_VOCABULARY
 
 FOLDER = Path("sbom")

@@ -19,13 +19,16 @@ import charset_normalizer
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from letterhead.estimate import stage_bytes, stage_seconds
-from letterhead.experiment import LETTERS, Data, Experiment, Head, load_experiment
-from letterhead.prompt import WORD, keep_words
-from letterhead.records import LetterheadError, atomic_open, read_json
-from letterhead.stage import minutes, telling
+from letterhead.config.data import Data
+from letterhead.config.evaluation import LETTERS
+from letterhead.config.experiment import Experiment, load_experiment
+from letterhead.config.models import Head
+from letterhead.files import LetterheadError, atomic_open, read_json
+from letterhead.models.prompt import WORD, keep_words
+from letterhead.plan.time import stage_bytes, stage_seconds
+from letterhead.rows.sources import RawRow, column_names, every_column, lacks, local_files, open_source
+from letterhead.runs.stage import minutes, telling
 from prep import data
-from prep.sources import RawRow, column_names, every_column, lacks, local_files, open_source
 
 LABEL_NAMES = (
     *(
@@ -188,7 +191,7 @@ def main(path: str, text: str = "", label: str = "") -> None:
 
 def foretell(experiment: Experiment) -> str:
     """How long the report of prepared data will take, where that is known, and how much disk."""
-    from letterhead.needs import parameter_count  # transformers: seconds, of which a refused file needs none
+    from letterhead.plan.memory import parameter_count
 
     card = read_json(experiment.data_folder / "data_card.json")
     seconds = stage_seconds(experiment, card)

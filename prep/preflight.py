@@ -18,11 +18,13 @@ from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
-from letterhead import checkpoints, devices
-from letterhead.experiment import Experiment, Head, in_packages, is_fetched
-from letterhead.records import LetterheadError, read_json, read_jsonl
-from letterhead.stage import run
-from prep.fetch import is_there
+from letterhead.config.experiment import Experiment
+from letterhead.config.models import Head, in_packages, is_fetched
+from letterhead.files import LetterheadError, read_json, read_jsonl
+from letterhead.models import checkpoints
+from letterhead.rows.fetch import is_there
+from letterhead.runs import devices
+from letterhead.runs.stage import run
 
 LOCK = Path("requirements/train.txt")
 TRIAL_STEPS, TRIAL_PATIENCE_S = 20, 600
@@ -70,8 +72,8 @@ class Plan:
 
     def longest(self, name: str) -> tuple[int, str]:
         """Tokens of the longest input, and how that is known."""
-        from letterhead import heads
-        from letterhead.prompt import TextEncoder, load_prompt_encoder
+        from letterhead.models import heads
+        from letterhead.models.prompt import TextEncoder, load_prompt_encoder
 
         settings = self.experiment
         limit = settings.sft_arguments()["cutoff_len"] if name == "sft" else self.sections[name].head.max_length
@@ -121,7 +123,7 @@ def device(plan: Plan) -> str:
     """The GPU, its driver and torch's CUDA; or that the experiment needs none."""
     import torch
 
-    from letterhead.precision import gpu_has_bfloat16
+    from letterhead.models.precision import gpu_has_bfloat16
 
     if refused := devices.unusable_gpu():
         raise No(refused)
@@ -155,7 +157,7 @@ def versions(plan: Plan) -> str:
 
 def serving(plan: Plan) -> str:
     """On a GPU: vLLM's environment, for thinking and the bench, and what Triton compiles with."""
-    from letterhead import service
+    from letterhead.serving import vllm as service
 
     python = service.ENVIRONMENT / "bin" / "python"
     if not _gpu():
@@ -194,7 +196,7 @@ def models(plan: Plan) -> str:
 
 def _on_hub(identifier: str, plan: Plan, name: str) -> int:
     """Bytes of a model's weights at the hub; its small files are fetched."""
-    from prep.fetch import hub_identifier
+    from letterhead.rows.fetch import hub_identifier
 
     repository, revision = hub_identifier(identifier)
     import huggingface_hub
@@ -233,8 +235,8 @@ def labels(plan: Plan) -> str:
         if empty := [name for name in names if not counts.get(name)]:
             raise No(f"no training row of {', '.join(empty)}; see {plan.experiment.data_folder}/data_card.json")
         return f"all {len(names)} have training rows ({min(counts.values()):,} to {max(counts.values()):,})"
+    from letterhead.rows.sources import Source, open_source
     from prep.data import first_label_number, label_and_text
-    from prep.sources import Source, open_source
 
     source = open_source(data, streaming=True)
     first_rows = list(islice(source.splits["train"], LOOKED_AT))
@@ -256,7 +258,7 @@ def labels(plan: Plan) -> str:
 
 def prompts(plan: Plan) -> str:
     """Two rows as the decoder sees them, with the ids that carry loss."""
-    from letterhead.prompt import load_prompt_encoder
+    from letterhead.models.prompt import load_prompt_encoder
 
     if not plan.rows:
         raise No("no rows to show; mend `labels` first")
@@ -273,7 +275,7 @@ def prompts(plan: Plan) -> str:
 
 def steps(plan: Plan) -> str:
     """How many optimizer steps each training takes, and where it saves or is evaluated."""
-    from letterhead.llamafactory import planned_steps, sft_plan
+    from letterhead.models.llamafactory import planned_steps, sft_plan
 
     if not plan.n:
         return f"not known before the rows are made; run: make data EXP={plan.experiment.name}"
@@ -287,7 +289,7 @@ def steps(plan: Plan) -> str:
     n = devices.process_count()
     if n > 1:
         arguments = plan.experiment.sft_arguments()
-        from letterhead.llamafactory import step_of
+        from letterhead.models.llamafactory import step_of
 
         devices.share_batch(*step_of(arguments), n, "decoder.sft")
         said.append(f"each step's rows shared by {n} processes")
@@ -296,8 +298,8 @@ def steps(plan: Plan) -> str:
 
 def disk(plan: Plan) -> str:
     """What the trainings that are still to be done take on disk at their peaks, against what is free."""
-    from letterhead import needs
-    from letterhead.estimate import stage_bytes
+    from letterhead.plan import memory as needs
+    from letterhead.plan.time import stage_bytes
 
     classes = len(plan.experiment.labels)
     decoder, encoder = needs.parameter_count(plan.folder("decoder")), needs.parameter_count(plan.folder("encoder"), classes)
@@ -322,8 +324,8 @@ def memory(plan: Plan) -> str:
     """What each training takes on the GPU at its peak, against what the GPU has."""
     import torch
 
-    from letterhead import needs
-    from letterhead.llamafactory import STEP, step_of
+    from letterhead.models.llamafactory import STEP, step_of
+    from letterhead.plan import memory as needs
 
     arguments, classes = plan.experiment.sft_arguments(), len(plan.experiment.labels)
     checkpointing, n = not arguments.get("disable_gradient_checkpointing"), devices.process_count()
@@ -365,7 +367,7 @@ def hours(plan: Plan) -> str:
         return f"not measured: needs rows and weights; run: make data EXP={plan.experiment.name}, and this again"
     with tempfile.TemporaryDirectory(dir=plan.experiment.run_folder) as folder:  # beside what training will write
         per_step = trial(plan.experiment, Path(folder))
-    from letterhead.llamafactory import sft_plan
+    from letterhead.models.llamafactory import sft_plan
 
     made, _ = sft_plan(plan.experiment, plan.n["decoder"])
     return f"SFT {per_step:.2f} s a step: {made * per_step / 3600:.2f} h for {made:,} steps (saving and scoring come on top)"
@@ -378,8 +380,8 @@ def trial(experiment: Experiment, folder: Path) -> float:
     ------
     LetterheadError : LLaMA-Factory ended with an error; quotes its last line
     """
-    from letterhead.llamafactory import command, environment
-    from letterhead.processes import guarded
+    from letterhead.models.llamafactory import command, environment
+    from letterhead.runs.processes import guarded
 
     clock, more = folder / "clock.json", {"max_steps": TRIAL_STEPS, "save_strategy": "no", "report_to": "none"}
     asked = command(experiment, clock, output_dir=str(folder / "trial"), plot_loss=False, **more)

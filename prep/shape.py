@@ -18,11 +18,12 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from letterhead.checkpoints import SOURCE
-from letterhead.experiment import MINILM, Experiment
-from letterhead.records import atomic_folder, sha256_json, write_json
-from letterhead.stage import OFFLINE, run
-from prep.fetch import fetch_model, fetch_package
+from letterhead.config.experiment import Experiment
+from letterhead.config.models import MINILM
+from letterhead.files import atomic_folder, sha256_json, write_json
+from letterhead.models.checkpoints import SOURCE
+from letterhead.rows.fetch import fetch_model, fetch_package
+from letterhead.runs.stage import OFFLINE, run
 
 QWEN_VOCABULARY = (
     "pypi:dashscope==2.0.2/dashscope/resources/qwen.tiktoken"

@@ -3,7 +3,8 @@
 Qwen3-0.6B against BERT on AG News, 2025-05-22, one RTX 3090 (24 GB); F1 is the best of its checkpoints on the test set.
 """
 
-from letterhead.experiment import Experiment, source_name
+from letterhead.config.experiment import Experiment
+from letterhead.config.models import source_name
 
 # method → accuracy, macro F1, hours to train and score
 FIGURES = {

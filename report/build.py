@@ -12,11 +12,14 @@ import numpy as np
 import yaml
 
 from eval import compare
-from letterhead import checkpoints, metrics, results, tfidf
-from letterhead.experiment import Experiment, source_name
-from letterhead.figures import caption_of
-from letterhead.records import atomic_open, escape_markdown, read_json, read_jsonl, sha256_file
-from letterhead.stage import Stage, run, stage_outputs
+from letterhead.config.experiment import Experiment
+from letterhead.config.models import source_name
+from letterhead.files import atomic_open, escape_markdown, read_json, read_jsonl, sha256_file
+from letterhead.models import checkpoints, tfidf
+from letterhead.runs import results
+from letterhead.runs.stage import Stage, run, stage_outputs
+from letterhead.stats import metrics
+from letterhead.stats.figures import caption_of
 from report import article, pictures
 from report.status import stages_of
 

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib import font_manager
 from sklearn.calibration import calibration_curve
 
-from letterhead.figures import plt, save
-from letterhead.metrics import ECE_BINS
+from letterhead.stats.figures import plt, save
+from letterhead.stats.metrics import ECE_BINS
 
 # Labels may be Chinese; of these the ones that the machine has stand behind matplotlib's own font.
 HAN_FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei", "PingFang SC"}

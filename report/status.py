@@ -6,25 +6,25 @@ python -m report.status --experiment quick
 from importlib import import_module
 
 from eval import compare
-from letterhead.estimate import stage_seconds
-from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError, exclusive, read_json, write_json
-from letterhead.stage import ESTIMATE, ask, is_running, minutes, run
-from prep.fetch import is_there
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, exclusive, read_json, write_json
+from letterhead.plan.time import stage_seconds
+from letterhead.rows.fetch import is_there
+from letterhead.runs.stage import ESTIMATE, ask, is_running, minutes, run
 
 # stage → the module that makes it, and what the module is told
 MAKERS = {
     "data": ("prep.data", []),
-    "sft": ("sft.train", []),
+    "sft": ("train.sft", []),
     "eval-ckpts": ("eval.checkpoints", []),
     "zero-shot": ("eval.zero_shot", []),
-    "tfidf": ("baselines.tfidf", ["tfidf"]),
-    "tfidf-all": ("baselines.tfidf", ["tfidf_all"]),
-    "bert": ("baselines.train", ["bert"]),
-    "bert-all": ("baselines.train", ["bert_all"]),
-    "linear-head": ("baselines.train", ["linear_head"]),
+    "tfidf": ("train.tfidf", ["tfidf"]),
+    "tfidf-all": ("train.tfidf", ["tfidf_all"]),
+    "bert": ("train.heads", ["bert"]),
+    "bert-all": ("train.heads", ["bert_all"]),
+    "linear-head": ("train.heads", ["linear_head"]),
     "sft-think": ("eval.sft_think", []),
-    "sft-options": ("baselines.train", ["sft_options"]),
+    "sft-options": ("train.heads", ["sft_options"]),
     "compare": ("eval.compare", []),
     "report": ("report.build", []),
 }

@@ -13,12 +13,12 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from letterhead.card import write_card
-from letterhead.classifier import ON_PROMPT, model_folder, named_method
-from letterhead.experiment import Experiment
-from letterhead.prompt import THINK, WORD, load_prompt_encoder
-from letterhead.records import LetterheadError, atomic_folder, exclusive, read_json, write_json
-from letterhead.stage import OFFLINE, run
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, atomic_folder, exclusive, read_json, write_json
+from letterhead.models.classifier import ON_PROMPT, model_folder, named_method
+from letterhead.models.prompt import THINK, WORD, load_prompt_encoder
+from letterhead.runs.stage import OFFLINE, run
+from letterhead.serving.model_card import write_card
 
 # What a checkpoint holds for a training that goes on, and nobody who uses it needs
 TRAINING_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
@@ -60,7 +60,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from letterhead.experiment import load_experiment  # run in Letterhead's folder, with its environment
-from letterhead.prompt import load_prompt_encoder
+from letterhead.models.prompt import load_prompt_encoder
 
 encoder = load_prompt_encoder(load_experiment("{folder}/experiment.yaml"))
 model = AutoModelForSequenceClassification.from_pretrained("{folder}")
@@ -98,7 +98,7 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
         how = "the checkpoint without its trainer's files"
         write_card(experiment, name, folder, *head_call(experiment, name, folder), "text-classification")
         return folder, how
-    from letterhead.folding import export_folded, write_tokenizer
+    from letterhead.models.folding import export_folded, write_tokenizer
 
     if method == "sft_options":
         folder = export_head(experiment, name, write_tokenizer)

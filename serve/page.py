@@ -13,13 +13,13 @@ import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from letterhead import tfidf
-from letterhead.classifier import Classifier, load_classifier, model_folder
-from letterhead.experiment import Experiment
-from letterhead.prompt import keep_words, load_prompt_encoder
-from letterhead.records import LetterheadError, read_json
-from letterhead.stage import OFFLINE, run
-from prep.sources import READERS
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, read_json
+from letterhead.models import tfidf
+from letterhead.models.classifier import Classifier, load_classifier, model_folder
+from letterhead.models.prompt import keep_words, load_prompt_encoder
+from letterhead.rows.sources import READERS
+from letterhead.runs.stage import OFFLINE, run
 from serve import predict
 
 HOST = "127.0.0.1"
@@ -196,7 +196,7 @@ def build(experiment: Experiment, files: Path):
 
 
 def _examples(experiment: Experiment) -> list[dict]:
-    from letterhead import results
+    from letterhead.runs import results
 
     return results.read_rows(experiment, "test")[:EXAMPLES]
 

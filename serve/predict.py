@@ -23,18 +23,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from letterhead import tfidf
-from letterhead.checkpoints import model_identity, require_model
-from letterhead.classifier import Classifier, in_parts, load_classifier, model_folder, named_method
-from letterhead.devices import process_count
-from letterhead.experiment import Experiment
-from letterhead.precision import precision
-from letterhead.processes import Workers
-from letterhead.prompt import keep_words
-from letterhead.records import LetterheadError, device_name, exclusive, read_json, sha256_file, sha256_json, write_json
-from letterhead.stage import OFFLINE, run, stage_outputs
-from prep.fetch import CACHE, fetch_model
-from prep.sources import RawRow, checked_text, column_at, every_column, open_source
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, exclusive, read_json, sha256_file, sha256_json, write_json
+from letterhead.models import tfidf
+from letterhead.models.checkpoints import model_identity, require_model
+from letterhead.models.classifier import Classifier, in_parts, load_classifier, model_folder, named_method
+from letterhead.models.precision import precision
+from letterhead.models.prompt import keep_words
+from letterhead.rows.fetch import CACHE, fetch_model
+from letterhead.rows.sources import RawRow, checked_text, column_at, every_column, open_source
+from letterhead.runs.devices import device_name, process_count
+from letterhead.runs.processes import Workers
+from letterhead.runs.stage import OFFLINE, run, stage_outputs
 
 CHUNK = 1024
 DIGITS = 6

@@ -10,13 +10,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from letterhead.classifier import model_folder, named_method
-from letterhead.devices import process_count
-from letterhead.experiment import Experiment
-from letterhead.precision import precision
-from letterhead.records import LetterheadError
-from letterhead.service import VllmServer
-from letterhead.stage import OFFLINE, run
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError
+from letterhead.models.classifier import model_folder, named_method
+from letterhead.models.precision import precision
+from letterhead.runs.devices import process_count
+from letterhead.runs.stage import OFFLINE, run
+from letterhead.serving.vllm import VllmServer
 from serve.export import export
 
 
@@ -30,7 +30,7 @@ def main(experiment: Experiment, model: str, port: str) -> None:
     dtype, memory = precision(experiment.decoder.dtype, folder), experiment.serve.gpu_memory_utilization
     tokenizer = None
     if runner == "generate":  # chats get the prompt of training, where the model's own template may add a system prompt
-        from letterhead.folding import write_tokenizer
+        from letterhead.models.folding import write_tokenizer
 
         tokenizer = experiment.run_folder / "serve" / "tokenizer"
         write_tokenizer(experiment, tokenizer)

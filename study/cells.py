@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from letterhead.devices import process_count
-from letterhead.experiment import Experiment
-from letterhead.records import LetterheadError
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError
+from letterhead.runs.devices import process_count
 
 
 def settings(overrides: str, keys: dict[str, Any], under: dict[str, Any] | None = None) -> str:

@@ -20,14 +20,16 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from eval import compare
-from letterhead import decision, metrics, results
-from letterhead.experiment import Count, Experiment, Section, explain, load_experiment
-from letterhead.figures import caption_of, plt, save
-from letterhead.records import LetterheadError, atomic_open, read_json, sha256_file, write_json
-from letterhead.stage import Stage, run, stage_outputs
-from prep.sources import local_sha256
-from sft.train import PLACES
+from letterhead.config.experiment import Experiment, explain, load_experiment
+from letterhead.config.section import Count, Section
+from letterhead.files import LetterheadError, atomic_open, read_json, sha256_file, write_json
+from letterhead.rows.sources import local_sha256
+from letterhead.runs import results
+from letterhead.runs.stage import Stage, run, stage_outputs
+from letterhead.stats import decision, metrics
+from letterhead.stats.figures import caption_of, plt, save
 from study.cells import make, seed_keys, settings
+from train.sft import PLACES
 
 FOLDER = Path("experiments/studies")
 # method → the target that trains and scores it

@@ -3,8 +3,8 @@
 python -m study.seeds --experiment quick
 """
 
-from letterhead.experiment import Experiment
-from letterhead.stage import run
+from letterhead.config.experiment import Experiment
+from letterhead.runs.stage import run
 from study.cells import make, seed_keys, settings
 
 TARGETS = ("eval-ckpts", "sft-think", "bert", "bert-all", "linear-head", "sft-options")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from letterhead.stage import OFFLINE
+from letterhead.runs.stage import OFFLINE
 
 os.environ.update(OFFLINE)
 
@@ -25,9 +25,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from letterhead.experiment import MINILM, SMOLLM2, Experiment, load_experiment
-from letterhead.records import exclusive
-from prep.fetch import CACHE, fetch_model
+from letterhead.config.experiment import Experiment, load_experiment
+from letterhead.config.models import MINILM, SMOLLM2
+from letterhead.files import exclusive
+from letterhead.rows.fetch import CACHE, fetch_model
 from prep.shape import qwen3_tokenizer as qwen3_tokenizer_of_vocabulary
 
 ROOT = Path(__file__).parent.parent

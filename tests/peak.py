@@ -44,8 +44,8 @@ def sft(given: dict) -> None:
 
 def head(given: dict) -> None:
     """Two optimizer steps of two batches each of a head, on rows of one length."""
-    from letterhead import heads
-    from letterhead.experiment import Head
+    from letterhead.config.models import Head
+    from letterhead.models import heads
 
     n = 4 * given["batch"]
     ids = np.random.default_rng(0).integers(1000, 3000, size=(n, given["length"])).tolist()

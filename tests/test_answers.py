@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from letterhead.answers import named_option, read_answer
-from letterhead.metrics import NO_ANSWER
+from letterhead.models.answers import named_option, read_answer
+from letterhead.stats.metrics import NO_ANSWER
 
 # Each line of the table: which options, the one that is named ("-": none), the reply.
 TABLE = [json.loads(line) for line in Path(__file__).with_name("written_replies.jsonl").read_text("utf-8").splitlines()]

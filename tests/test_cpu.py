@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from letterhead import cpu, llamafactory
-from letterhead.cpu import (
+from letterhead.files import read_json
+from letterhead.models import cpu, llamafactory
+from letterhead.models.cpu import (
     PackedLinear,
     linear_shapes,
     matmul_rates,
@@ -19,11 +20,10 @@ from letterhead.cpu import (
     quicken_dropout,
     use_onednn,
 )
-from letterhead.precision import precision
-from letterhead.records import read_json
-from letterhead.scoring import load_decoder, score_options
-from sft.worker import LessWork
+from letterhead.models.precision import precision
+from letterhead.models.scoring import load_decoder, score_options
 from tests.test_scoring import NAMES, TEXTS, encoder_of
+from train.sft_worker import LessWork
 
 needs_bfloat16 = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
 

@@ -17,10 +17,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from letterhead.experiment import Data
-from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_file, write_jsonl
-from prep import data, fetch
-from prep.sources import open_source
+from letterhead.config.data import Data
+from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file, write_jsonl
+from letterhead.rows import fetch
+from letterhead.rows.sources import open_source
+from prep import data
 
 LABELS = ["World", "Sports"]
 ROOT = Path(__file__).parent.parent

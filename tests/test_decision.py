@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from letterhead.decision import ALPHA, COSTS_MORE, FITS, UNDECIDED, decide, rows_that_decide
-from letterhead.metrics import NO_ANSWER, f1_loss
+from letterhead.stats.decision import ALPHA, COSTS_MORE, FITS, UNDECIDED, decide, rows_that_decide
+from letterhead.stats.metrics import NO_ANSWER, f1_loss
 
 MARGIN = 0.01
 RIGHT, APART = 0.95, 0.04  # accuracy of the better method, and the share of rows that only one of the two gets right

@@ -13,9 +13,11 @@ from llamafactory.hparams import get_ray_args, get_train_args
 from packaging.requirements import Requirement
 
 from eval import thinking
-from letterhead import checkpoints, devices, llamafactory, precision, scoring, service, stage
-from letterhead.experiment import load_experiment
-from letterhead.records import LetterheadError
+from letterhead.config.experiment import load_experiment
+from letterhead.files import LetterheadError
+from letterhead.models import checkpoints, llamafactory, precision, scoring
+from letterhead.runs import devices, stage
+from letterhead.serving import vllm as service
 from tests.conftest import ROOT
 
 

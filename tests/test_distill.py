@@ -16,18 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from distill import teach
 from eval import sft_think
 from eval.score import score_model, split_prompts
-from letterhead import results, teacher
-from letterhead.experiment import Distill
-from letterhead.prompt import load_prompt_encoder
-from letterhead.records import LetterheadError, read_json, read_jsonl, sha256_file
-from letterhead.stage import Stage, stage_outputs
-from letterhead.teacher import Teacher, read_reply
+from letterhead.config.models import Distill
+from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file
+from letterhead.models.prompt import load_prompt_encoder
+from letterhead.runs import results
+from letterhead.runs.stage import Stage, stage_outputs
+from letterhead.serving import endpoint as teacher
+from letterhead.serving.endpoint import Teacher, read_reply
 from prep import data
-from sft.train import sft_rows
 from tests.test_data import write_csv
+from train import distill as teach
+from train.sft import sft_rows
 
 LABELS = ["a", "b", "c"]
 THOUGHT = "It says so <|im_end|> plainly."

@@ -12,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from baselines import train as train_head
-from letterhead import checkpoints, results
-from letterhead.classifier import load_classifier
-from letterhead.divergence import StopAtDivergence
-from letterhead.records import LetterheadError, read_json, write_json
+from letterhead.files import LetterheadError, read_json, write_json
+from letterhead.models import checkpoints
+from letterhead.models.classifier import load_classifier
+from letterhead.models.divergence import StopAtDivergence
+from letterhead.runs import results
 from prep import data
 from serve import predict
 from tests.conftest import ROOT
 from tests.test_data import write_csv
+from train import heads as train_head
 
 LABELS = ["World", "Sports", "Business"]
 HUGE = 1e30
@@ -46,7 +47,7 @@ def test_sft_that_diverges_fails_and_is_never_called_whole_or_up_to_date(make):
     rate = {"learning_rate": HUGE, "lr_scheduler_type": "constant", "warmup_ratio": 0, "save_steps": 1}
     experiment = make(sft=rate | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 4})
     for _ in range(2):  # the second run is not "up to date", and resumes from nothing that has diverged
-        ended = run("sft.train")
+        ended = run("train.sft")
         assert ended.returncode != 0
         [told] = re.findall(r"^error: the training diverged.*", ended.stderr, re.MULTILINE)
         assert re.search(r"diverged at step \d: .*\(learning rate there 1e\+30\); lower the learning rate", told)
@@ -130,13 +131,13 @@ def test_the_callback_names_the_first_step_and_the_rate(wrong):
 
 
 def test_grpo_stops_too():
-    from letterhead import grpo
+    from letterhead.models import grpo
 
     assert "StopAtDivergence()" in Path(grpo.__file__).read_text()
 
 
 def test_a_head_that_is_there_is_left_out_and_a_decoder_without_a_vocabulary_refused(make, tiny_models, capsys):
-    from letterhead import heads
+    from letterhead.models import heads
 
     for size in (2, 3):  # of another number of classes, and of as many
         torch.manual_seed(size)
@@ -163,7 +164,7 @@ def test_a_tokenizer_that_ends_texts_with_its_padding_pads_with_another_token(ti
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    from letterhead import heads
+    from letterhead.models import heads
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["smollm2"])
     tokenizer.pad_token = tokenizer.eos_token

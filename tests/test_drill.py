@@ -28,11 +28,12 @@ import pytest
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from letterhead.checkpoints import step_of
-from letterhead.experiment import load_experiment
-from letterhead.records import device_name, machine, read_json, read_jsonl, sha256_file, write_json
-from letterhead.results import best_step, read_result
-from letterhead.stage import telling
+from letterhead.config.experiment import load_experiment
+from letterhead.files import read_json, read_jsonl, sha256_file, write_json
+from letterhead.models.checkpoints import step_of
+from letterhead.runs.devices import device_name, machine
+from letterhead.runs.results import best_step, read_result
+from letterhead.runs.stage import telling
 from report.status import MAKERS, UNUSUAL
 from tests.conftest import ROOT, experiment_maker
 from tests.test_data import write_csv
@@ -59,7 +60,15 @@ NOT_LOOKED_AT = (
     "all_results.json",
     "train_results.json",
 )
-PRELOADED = ["torch", "transformers", "datasets", "llamafactory.data", "letterhead.scoring", "letterhead.heads", "sklearn"]
+PRELOADED = [
+    "torch",
+    "transformers",
+    "datasets",
+    "llamafactory.data",
+    "letterhead.models.scoring",
+    "letterhead.models.heads",
+    "sklearn",
+]
 
 
 def begin(place: str, output, told: list[str], limit: int | None, ignored: tuple[int, ...]) -> None:

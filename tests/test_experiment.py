@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from letterhead.experiment import load_experiment
-from letterhead.records import LetterheadError
+from letterhead.config.experiment import load_experiment
+from letterhead.files import LetterheadError
 
 ROOT = Path(__file__).parent.parent
 

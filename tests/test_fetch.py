@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from letterhead.experiment import Encoder, Parts
-from letterhead.records import LetterheadError, sha256_file
-from prep.fetch import fetch_model, fetch_package, scratch, tie
+from letterhead.config.models import Encoder, Parts
+from letterhead.files import LetterheadError, sha256_file
+from letterhead.rows.fetch import fetch_model, fetch_package, scratch, tie
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench import growth
+from bench.peers import growth
 from eval import compare
-from letterhead.experiment import load_experiment
-from letterhead.records import LetterheadError, read_json
+from letterhead.config.experiment import load_experiment
+from letterhead.files import LetterheadError, read_json
 from prep import data
 
 

@@ -10,14 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from eval import grpo as eval_grpo
 from eval.score import score_model, split_prompts
-from grpo import train
-from letterhead import checkpoints, grpo, results
-from letterhead.experiment import Grpo
-from letterhead.prompt import load_prompt_encoder
-from letterhead.records import read_json, write_json
-from letterhead.stage import Stage, stage_outputs
+from letterhead.config.models import Grpo
+from letterhead.files import read_json, write_json
+from letterhead.models import checkpoints, grpo
+from letterhead.models.prompt import load_prompt_encoder
+from letterhead.runs import results
+from letterhead.runs.stage import Stage, stage_outputs
 from prep import data
 from tests.test_data import write_csv
+from train import grpo as train
 
 LABELS = ["a", "b", "c"]
 RIGHT, WHOLE = (1.0, 1.0), (0.0, 1.0)

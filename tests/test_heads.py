@@ -9,18 +9,20 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 
-from baselines import train
-from letterhead import heads, results
-from letterhead.classifier import load_classifier
-from letterhead.experiment import Head, load_experiment
-from letterhead.folding import load_folded
-from letterhead.llamafactory import planned_steps
-from letterhead.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
-from letterhead.records import LetterheadError, read_json
-from letterhead.scoring import load_decoder, score_options
+from letterhead.config.experiment import load_experiment
+from letterhead.config.models import Head
+from letterhead.files import LetterheadError, read_json
+from letterhead.models import heads
+from letterhead.models.classifier import load_classifier
+from letterhead.models.folding import load_folded
+from letterhead.models.llamafactory import planned_steps
+from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
+from letterhead.models.scoring import load_decoder, score_options
+from letterhead.runs import results
 from prep import data
 from tests.test_data import write_csv
 from tests.test_training import steps_of
+from train import heads as train
 
 LABELS = ["a", "b", "c"]
 

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baselines import tfidf
-from letterhead import results
-from letterhead.classifier import load_classifier
-from letterhead.experiment import Data
-from letterhead.records import LetterheadError, read_json
+from letterhead.config.data import Data
+from letterhead.files import LetterheadError, read_json
+from letterhead.models.classifier import load_classifier
+from letterhead.rows.sources import Source, open_source
+from letterhead.runs import results
 from prep import data
-from prep.sources import Source, open_source
 from serve import page, predict
 from tests.test_data import write_csv
 from tests.test_new import place, words, written  # noqa: F401
+from train import tfidf
 
 NAMES = ["World", "Sports", "Business", "Sci/Tech"]
 

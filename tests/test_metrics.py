@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score,
 from statsmodels.stats.proportion import proportion_confint
 from torchmetrics.classification import MulticlassCalibrationError
 
-from letterhead.metrics import (
+from letterhead.stats.metrics import (
     NO_ANSWER,
     calibration_error,
     calibration_floor,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from letterhead.experiment import load_experiment
-from letterhead.records import LetterheadError, read_json
+from letterhead.config.experiment import load_experiment
+from letterhead.files import LetterheadError, read_json
 from prep import new
 from tests.conftest import ROOT
 from tests.test_data import write_csv

@@ -16,15 +16,15 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from baselines import tfidf
-from letterhead import heads
-from letterhead.prompt import load_prompt_encoder
-from letterhead.records import LetterheadError, write_json
+from letterhead.files import LetterheadError, write_json
+from letterhead.models import heads
+from letterhead.models.prompt import load_prompt_encoder
 from prep import data
 from serve import page
 from tests.browser import Browser, needs_browser
 from tests.conftest import ROOT
 from tests.test_data import write_csv
+from train import tfidf
 
 LABELS = ["<b>World</b>", "Sports"]
 TITLES = {"tfidf": "TF-IDF + logistic regression", "bert@9": "BERT", "sft@0": "LLM, SFT"}

@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from letterhead.records import read_json, read_jsonl, write_json
+from letterhead.files import read_json, read_jsonl, write_json
 from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
 
 ROOT = Path(__file__).parent.parent
 STAGES = {
     "data": ["prep.data"],
-    "sft": ["sft.train"],
-    "bert": ["baselines.train", "bert"],
-    "linear-head": ["baselines.train", "linear_head"],
+    "sft": ["train.sft"],
+    "bert": ["train.heads", "bert"],
+    "linear-head": ["train.heads", "linear_head"],
 }
 # What says that a training is in the midst of its work
 MIDST = {"sft": "runs/mine/sft/checkpoints/checkpoint-*/trainer_state.json", "bert": "runs/mine/results/bert@*.json"}
@@ -126,7 +126,12 @@ def test_two_processes_train_as_one_does_and_die_with_their_parent(make_experime
         while process.poll() is None and not list(Path().glob(pattern)):
             time.sleep(0.01)
         started = psutil.Process(process.pid).children(recursive=True)
-        assert sum("sft.worker" in " ".join(p.cmdline()) or "baselines.fit" in " ".join(p.cmdline()) for p in started) >= 3
+        assert (
+            sum(
+                "train.sft_worker" in " ".join(p.cmdline()) or "train.heads_worker" in " ".join(p.cmdline()) for p in started
+            )
+            >= 3
+        )
         process.kill()
         process.wait()
         assert not psutil.wait_procs(started, timeout=20)[1]

@@ -24,10 +24,11 @@ from transformers import (
 )
 
 import prep.preflight
-from letterhead import checkpoints, needs
-from letterhead.experiment import load_experiment
+from letterhead.config.experiment import load_experiment
+from letterhead.models import checkpoints
+from letterhead.plan import memory as needs
+from letterhead.rows.fetch import is_there
 from prep import data
-from prep.fetch import is_there
 from tests.conftest import ROOT
 from tests.test_data import Hub, write_csv
 from tests.test_prompt import LABELS, nasty_rows
@@ -214,7 +215,7 @@ def test_a_model_whose_download_breaks_off_is_fetched_again(tiny_models, workpla
     server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
-    code = "from pathlib import Path; from letterhead.stage import telling; from prep.fetch import fetch_model\n"
+    code = "from pathlib import Path; from letterhead.runs.stage import telling; from letterhead.rows.fetch import fetch_model\n"
     code += f"with telling(): fetch_model('hf:me/bert', Path({str(folder)!r}))"
 
     def fetched() -> subprocess.CompletedProcess:

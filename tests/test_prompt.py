@@ -9,8 +9,8 @@ from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.hparams import get_train_args
 from transformers import AutoTokenizer
 
-from letterhead.prompt import keep_words, load_prompt_encoder
-from letterhead.records import LetterheadError, read_json, read_jsonl
+from letterhead.files import LetterheadError, read_json, read_jsonl
+from letterhead.models.prompt import keep_words, load_prompt_encoder
 from prep import data
 from tests.test_data import write_csv
 

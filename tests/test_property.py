@@ -19,16 +19,18 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from letterhead import service
-from letterhead.checkpoints import is_whole, safetensors_error
-from letterhead.experiment import Data, Prompt, load_experiment
-from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import Answer, PromptEncoder, read_answer
-from letterhead.records import LetterheadError, escape_markdown, read_json
-from letterhead.teacher import Reply, read_reply
-from prep import fetch
+from letterhead.config.data import Data
+from letterhead.config.evaluation import Prompt
+from letterhead.config.experiment import load_experiment
+from letterhead.files import LetterheadError, escape_markdown, read_json
+from letterhead.models.checkpoints import is_whole, safetensors_error
+from letterhead.models.prompt import Answer, PromptEncoder, read_answer
+from letterhead.rows import fetch
+from letterhead.rows.sources import RawRow, column_names, open_source
+from letterhead.serving import vllm as service
+from letterhead.serving.endpoint import Reply, read_reply
+from letterhead.stats.metrics import NO_ANSWER
 from prep.data import label_name
-from prep.sources import RawRow, column_names, open_source
 from serve import predict
 
 ODD = st.sampled_from(

@@ -11,11 +11,13 @@ import pytest
 from sklearn import metrics
 
 from eval import compare
-from letterhead import results, tfidf
-from letterhead.experiment import Parts, load_experiment
-from letterhead.metrics import NO_ANSWER
-from letterhead.records import LetterheadError, read_json, write_json, write_jsonl
-from letterhead.stage import Stage
+from letterhead.config.experiment import load_experiment
+from letterhead.config.models import Parts
+from letterhead.files import LetterheadError, read_json, write_json, write_jsonl
+from letterhead.models import tfidf
+from letterhead.runs import results
+from letterhead.runs.stage import Stage
+from letterhead.stats.metrics import NO_ANSWER
 from prep import data
 from report import article, build
 from tests.browser import Browser, needs_browser

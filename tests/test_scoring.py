@@ -7,14 +7,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import shape
-from bench.scoring import peer_ids_are_trained, peer_pair
-from letterhead.checkpoints import model_facts, require_model
-from letterhead.experiment import Prompt
-from letterhead.processes import Workers
-from letterhead.prompt import PromptEncoder
-from letterhead.records import LetterheadError
-from letterhead.scoring import OptionTree, load_decoder, score_in_parts, score_options
+from bench.peers import shape
+from bench.peers.scoring import peer_ids_are_trained, peer_pair
+from letterhead.config.evaluation import Prompt
+from letterhead.files import LetterheadError
+from letterhead.models.checkpoints import model_facts, require_model
+from letterhead.models.prompt import PromptEncoder
+from letterhead.models.scoring import OptionTree, load_decoder, score_in_parts, score_options
+from letterhead.runs.processes import Workers
 from prep import data
 from tests.test_data import write_csv
 

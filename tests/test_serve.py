@@ -30,14 +30,16 @@ from transformers import (
     pipeline,
 )
 
-from letterhead import classifier, folding, heads, tfidf
-from letterhead.checkpoints import require_model
-from letterhead.experiment import Columns, Head, load_experiment
-from letterhead.folding import load_folded
-from letterhead.prompt import load_prompt_encoder
-from letterhead.records import LetterheadError, read_json, write_json
-from letterhead.scoring import load_decoder, score_options
-from letterhead.stage import Stage
+from letterhead.config.data import Columns
+from letterhead.config.experiment import load_experiment
+from letterhead.config.models import Head
+from letterhead.files import LetterheadError, read_json, write_json
+from letterhead.models import classifier, folding, heads, tfidf
+from letterhead.models.checkpoints import require_model
+from letterhead.models.folding import load_folded
+from letterhead.models.prompt import load_prompt_encoder
+from letterhead.models.scoring import load_decoder, score_options
+from letterhead.runs.stage import Stage
 from prep import data
 from serve import export, predict
 from serve.start import served

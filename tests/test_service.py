@@ -18,15 +18,18 @@ import psutil
 import pytest
 import torch
 
-from bench import rows
-from bench import soak as bench_soak
+from bench import contenders as rows
+from bench.peers import soak as bench_soak
 from eval import thinking, zero_shot
-from letterhead import folding, load, processes, results, service
-from letterhead.experiment import load_experiment
-from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import Answer, load_prompt_encoder
-from letterhead.records import LetterheadError, write_json
-from letterhead.scoring import load_decoder, score_options
+from letterhead.config.experiment import load_experiment
+from letterhead.files import LetterheadError, write_json
+from letterhead.models import folding
+from letterhead.models.prompt import Answer, load_prompt_encoder
+from letterhead.models.scoring import load_decoder, score_options
+from letterhead.runs import processes, results
+from letterhead.serving import load
+from letterhead.serving import vllm as service
+from letterhead.stats.metrics import NO_ANSWER
 from prep import data
 from tests.conftest import ROOT
 from tests.test_data import write_csv
@@ -176,7 +179,7 @@ def test_a_guarded_command_dies_with_its_parent_and_with_its_guard(tmp_path, how
     if whom == "guard" and how == signal.SIGKILL:  # nobody is left to kill the group: the command must look after its own
         command = f"open({str(tmp_path / 'up')!r}, 'w'); input()"
     parent = (
-        "import subprocess, sys; from letterhead.processes import guarded; "
+        "import subprocess, sys; from letterhead.runs.processes import guarded; "
         f"subprocess.Popen(guarded([sys.executable, '-c', {command!r}]), stdin=subprocess.PIPE).wait()"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -198,7 +201,7 @@ def listen_to_signals() -> None:
 
 
 def test_a_guard_whose_parent_is_gone_already_starts_nothing_that_stays():
-    command = [sys.executable, "-m", "letterhead.processes", "1", "sleep", "600"]  # as if an ancestor had taken it in
+    command = [sys.executable, "-m", "letterhead.runs.processes", "1", "sleep", "600"]  # as if an ancestor had taken it in
     assert subprocess.run(command, cwd=ROOT, timeout=20).returncode != 0
 
 

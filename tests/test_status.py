@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from baselines import tfidf
-from letterhead import estimate
-from letterhead.records import read_json, write_json
-from letterhead.stage import ESTIMATE, Stage, ask, minutes
+from letterhead.files import read_json, write_json
+from letterhead.plan import time as estimate
+from letterhead.runs.stage import ESTIMATE, Stage, ask, minutes
 from prep import data
 from report import status
 from tests.conftest import ROOT
 from tests.test_data import write_csv
+from train import tfidf
 
 LABELS = ["World", "Sports"]
 

@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from eval.compare import METHODS
-from letterhead import results
-from letterhead.experiment import Encoder, load_experiment
-from letterhead.figures import caption_of
-from letterhead.records import LetterheadError, read_json, read_jsonl, write_jsonl
-from letterhead.stage import Stage
+from letterhead.config.experiment import load_experiment
+from letterhead.config.models import Encoder
+from letterhead.files import LetterheadError, read_json, read_jsonl, write_jsonl
+from letterhead.runs import results
+from letterhead.runs.stage import Stage
+from letterhead.stats.figures import caption_of
 from prep import data
 from study import run
 from study.cells import make, seed_keys, settings

@@ -13,10 +13,11 @@ from torch.utils.data import TensorDataset
 from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
-from letterhead import checkpoints, stage
-from letterhead.records import LetterheadError
-from letterhead.stage import Stage
-from sft import worker
+from letterhead.files import LetterheadError
+from letterhead.models import checkpoints
+from letterhead.runs import stage
+from letterhead.runs.stage import Stage
+from train import sft_worker as worker
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,13 +9,13 @@ import torch
 
 from eval import rank, zero_shot
 from eval.score import split_prompts
-from letterhead import results
-from letterhead.answers import read_answer
-from letterhead.experiment import load_experiment
-from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import draw_examples, load_prompt_encoder, load_scoring_encoder
-from letterhead.records import LetterheadError, read_json, read_jsonl
-from letterhead.scoring import load_decoder
+from letterhead.config.experiment import load_experiment
+from letterhead.files import LetterheadError, read_json, read_jsonl
+from letterhead.models.answers import read_answer
+from letterhead.models.prompt import draw_examples, load_prompt_encoder, load_scoring_encoder
+from letterhead.models.scoring import load_decoder
+from letterhead.runs import results
+from letterhead.stats.metrics import NO_ANSWER
 from prep import data
 from tests.conftest import ROOT
 from tests.test_data import write_csv
@@ -142,7 +142,7 @@ def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment, monkeypatch
         row["id"] for row in test
     ]
     # Calibrated: each option's score minus its score after a text without content.
-    from letterhead.scoring import load_decoder, score_options
+    from letterhead.models.scoring import load_decoder, score_options
 
     encoder = load_prompt_encoder(experiment)
     empty = score_options(

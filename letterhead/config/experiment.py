@@ -1,0 +1,182 @@
+"""An experiment: one YAML file, read with OmegaConf, checked with pydantic before any stage begins."""
+
+import difflib
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from letterhead.config.data import Data
+from letterhead.config.evaluation import LETTERS, Compare, Eval, Prompt
+from letterhead.config.models import Decoder, Distill, Encoder, Grpo, Parts
+from letterhead.config.section import Section
+from letterhead.config.service import Bench, Serve
+from letterhead.files import LetterheadError
+
+
+class Experiment(Section):
+    """A validated experiment. `name` is its file's name; all that it makes lies under data/NAME and runs/NAME.
+
+    `seeds`, if there are any, are those of as many trainings of every method, the first of which stands for all where one
+    model is served, and takes the place of `seed`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    title: str
+    seed: int = 42
+    seeds: list[int] = []
+    data: Data
+    prompt: Prompt = Field(default_factory=Prompt)
+    decoder: Decoder = Field(default_factory=Decoder)
+    encoder: Encoder = Field(default_factory=Encoder)
+    eval: Eval = Field(default_factory=Eval)
+    distill: Distill | None = None
+    grpo: Grpo = Field(default_factory=Grpo)
+    bench: Bench = Field(default_factory=Bench)
+    serve: Serve = Field(default_factory=Serve)
+    compare: Compare = Field(default_factory=Compare)
+
+    @model_validator(mode="after")
+    def _the_first_of_seeds(self) -> "Experiment":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one stands twice, and would be counted twice")
+        if self.seeds:
+            self.seed = self.seeds[0]
+        return self
+
+    def trainings(self) -> list["Experiment"]:
+        """This experiment, and for each further seed one that differs in its seed and its name alone."""
+        further = [{"name": f"{self.name}.seed{seed}", "seed": seed, "seeds": []} for seed in self.seeds[1:]]
+        return [self, *(self.model_copy(update=keys) for keys in further)]
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> "Experiment":
+        if (seed := self.decoder.sft.arguments().get("seed", self.seed)) != self.seed:
+            raise ValueError(f"seed is {self.seed}, but {self.decoder.sft.config} or its overrides say {seed}; name one")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_letters(self) -> "Experiment":
+        labels = self.data.label_names
+        if self.prompt.options == "letters" and len(labels) > len(LETTERS):
+            raise ValueError(
+                f"prompt.options: {len(labels)} labels, but letters go to {len(LETTERS)}; set prompt.options: names"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _thoughts_are_learnt(self) -> "Experiment":
+        arguments = self.decoder.sft.arguments()
+        if "distilled" in arguments["dataset"].split(",") and self.distill is None:
+            raise ValueError(
+                "decoder.sft: its dataset is a teacher's, `distilled`; add a section distill, or name sft_train"
+            )
+        if self.distill and arguments.get("enable_thinking") is False:
+            raise ValueError(
+                "distill: enable_thinking is false, and LLaMA-Factory would take the thoughts out; set it to true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_letters(self) -> "Experiment":
+        if self.decoder.sft_options and self.prompt.options != "letters":
+            raise ValueError("decoder.sft_options: only single letters have a score each; set prompt.options: letters")
+        return self
+
+    @property
+    def labels(self) -> list[str]:
+        return self.data.label_names
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What decides how a trained model reads a row, and what its classes are called."""
+        of_rows = {
+            "data.labels": self.labels,
+            "data.columns.text": self.data.columns.text,
+            "data.max_words": self.data.max_words,
+        }
+        return of_rows | {"prompt": self.prompt.model_dump(mode="json")}
+
+    @property
+    def data_folder(self) -> Path:
+        return Path("data") / self.name
+
+    @property
+    def run_folder(self) -> Path:
+        return Path("runs") / self.name
+
+    @property
+    def results_folder(self) -> Path:
+        return self.run_folder / "results"
+
+    @property
+    def sft_folder(self) -> Path:
+        """Where LLaMA-Factory writes the checkpoints."""
+        return self.run_folder / "sft"
+
+    def sft_arguments(self) -> dict[str, Any]:
+        """All of LLaMA-Factory's arguments: its YAML, the overrides, and what the experiment decides."""
+        return self.decoder.sft.arguments() | self.sft_decided()
+
+    def sft_decided(self) -> dict[str, Any]:
+        """LLaMA-Factory's arguments that the experiment decides: where its files lie, and the seed."""
+        folders = {"dataset_dir": str(self.data_folder), "output_dir": str(self.sft_folder / "checkpoints")}
+        return folders | {"seed": self.seed}
+
+
+def load_experiment(name: str, overrides: str = "") -> Experiment:
+    """Read and check an experiment.
+
+    Parameters
+    ----------
+    name : a name in experiments/, or the path of a YAML file
+    overrides : `key=value` pairs in OmegaConf's dotted form, separated by spaces
+
+    Raises
+    ------
+    LetterheadError : no such file, not YAML, an unknown key, a value that does not fit; names file, key and mend
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path("experiments").glob("*.yaml")))
+        raise LetterheadError(f"{path}: no such experiment; choose one of {known}, or write that file")
+    try:
+        pairs = shlex.split(overrides)
+        if wrong := [pair for pair in pairs if "=" not in pair]:
+            raise LetterheadError(f"SET: {wrong[0]!r} is not key=value; write for example SET='data.rows.test=100'")
+        values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(pairs)))
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
+        raise LetterheadError(f"{path}: cannot be read as YAML with SET={overrides!r}: {error}") from None
+    if not isinstance(values, dict):
+        raise LetterheadError(f"{path}: not a mapping of keys; begin with title: and data:")
+    try:
+        return Experiment.model_validate({"name": path.stem} | values)
+    except ValidationError as error:
+        raise LetterheadError(f"{path}{' with SET' if overrides else ''}: " + explain(error, Experiment)) from None
+
+
+def explain(error: ValidationError, of: type[Section]) -> str:
+    """What does not fit, key by key, with the mend, in place of pydantic's own words."""
+    lines = []
+    for problem in error.errors():
+        if problem["loc"][-2:] == ("model", "str"):
+            continue  # a model may be text or parts, and these are parts
+        key = ".".join(str(part) for part in problem["loc"] if part != Parts.__name__)
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            section = of
+            for part in problem["loc"][:-1]:
+                if field := section.model_fields.get(part):
+                    kinds = [field.annotation, *get_args(field.annotation)]
+                    section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
+            near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]}?" if near else "known: " + ", ".join(section.model_fields)
+            message = f"unknown key; {mend}"
+        elif problem["type"] == "missing":
+            message = "missing; add it"
+        lines.append(f"{key}: {message}" if key else message)
+    return "\n  ".join(dict.fromkeys(lines))

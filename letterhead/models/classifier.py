@@ -1,0 +1,200 @@
+"""A trained method as a function from texts to probabilities: what `predict` runs and what the bench measures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from letterhead.config.experiment import Experiment
+from letterhead.config.models import Head
+from letterhead.files import LetterheadError, read_json
+from letterhead.models import checkpoints, tfidf
+from letterhead.runs import results
+from letterhead.runs.processes import Workers
+
+# Beside an exported model that reads the prompt, not the text alone: how it was checked
+ON_PROMPT = "letterhead_export.json"
+# An encoder knows some 512 positions, a decoder thousands.
+MANY_POSITIONS = 1024
+# The methods that may be named without a step
+NAMED = (*tfidf.ROWS, "bert", "bert_all", "linear_head", "sft", "sft_options", "zero_shot_no_think")
+# Texts → probabilities, shape (rows, classes)
+Classifier = Callable[[Sequence[str]], np.ndarray]
+
+
+def named_method(experiment: Experiment, name: str) -> str:
+    """The method (and step) that a name stands for: `best`, or a method without a step, is the comparison's choice.
+
+    Raises
+    ------
+    LetterheadError : nothing was compared yet, or no such method
+    """
+    if "@" in name or name in tfidf.ROWS or is_source(name):
+        return name
+    if name != "best" and name not in NAMED:
+        raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(NAMED)}")
+    comparison = read_json(experiment.results_folder / "comparison.json")
+    if comparison is None:
+        raise LetterheadError(f"{name}: which step that is, the comparison says; run: make compare EXP={experiment.name}")
+    if name == "best":
+        return comparison["best"]
+    for full in comparison["methods"]:
+        if full.partition("@")[0] == name:
+            return full
+    raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(comparison['methods'])}")
+
+
+def is_source(name: str) -> bool:
+    """Whether a name stands for a model of its own, hf:OWNER/ID[@REVISION] or a path, such as `make export` writes."""
+    return "/" in name
+
+
+def model_folder(experiment: Experiment, name: str) -> Path:
+    """The folder of a method's model.
+
+    Raises
+    ------
+    LetterheadError : no such method, its checkpoint is not there (of the heads the best and the last are kept), or it learnt
+        other labels, texts or prompts than the experiment has
+    """
+    if is_source(name):
+        return Path("model/hub") / name.removeprefix("hf:").replace("/", "--") if name.startswith("hf:") else Path(name)
+    method, _, step = name.partition("@")
+    if method.startswith("zero_shot") or name in ("sft@0", "linear_head@0"):
+        return experiment.decoder.folder
+    if name in ("bert@0", "bert_all@0"):
+        return experiment.encoder.folder
+    stages = {name: name.replace("_", "-") for name in ("sft", "bert", "bert_all", "linear_head", "sft_options")}
+    if method not in stages:
+        raise LetterheadError(f"{name}: no such method; choose best, tfidf, {', '.join(f'{m}@STEP' for m in stages)}")
+    folder = experiment.run_folder / stages[method] / "checkpoints"
+    kept = [str(checkpoints.step_of(path)) for path in checkpoints.whole_checkpoints(folder)]
+    if step not in kept:
+        raise LetterheadError(f"{name}: no whole checkpoint; {folder} holds steps {', '.join(kept) or 'none'}")
+    _require_same_reading(experiment, name, stages[method])
+    return folder / f"checkpoint-{step}"
+
+
+def _require_same_reading(experiment: Experiment, name: str, stage: str) -> None:
+    """A model that learnt other labels or other texts would answer all the same."""
+    then = (read_json(experiment.run_folder / stage / "stage.json") or {}).get("reading", {})
+    now = experiment.reading
+    if name.partition("@")[0] not in ("sft", "sft_options"):
+        del now["prompt"]  # which the heads do not read
+    if changed := [key for key, value in now.items() if then.get(key, value) != value]:
+        raise LetterheadError(
+            f"{name}: was trained with another {' and '.join(changed)} than the experiment has now; give the value of then, "
+            f"or train anew: make report EXP={experiment.name}"
+        )
+
+
+def load_classifier(experiment: Experiment, name: str) -> Classifier:
+    """Load a method by its full name (see `named_method`).
+
+    Raises
+    ------
+    LetterheadError : no such method or checkpoint, or one that gives no probabilities; the classifier raises it where a
+        probability is not a number
+    """
+    classify = _load(experiment, name)
+
+    def checked(texts: Sequence[str]) -> np.ndarray:
+        probabilities = classify(texts)
+        results.require_finite(probabilities, "predicting", name)
+        return probabilities
+
+    return checked
+
+
+def _load(experiment: Experiment, name: str) -> Classifier:
+    if is_source(name):
+        return _exported(experiment, model_folder(experiment, name))
+    method = name.partition("@")[0]
+    if method in tfidf.ROWS:
+        model = tfidf.fit(
+            results.read_rows(experiment, tfidf.ROWS[method]), results.read_rows(experiment, "validation"), experiment.seed
+        )
+        return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
+    if method in ("bert", "bert_all", "linear_head", "sft_options"):
+        decoder = experiment.decoder
+        heads = {"linear_head": decoder.head, "sft_options": decoder.sft_options}
+        head = heads.get(method, experiment.encoder.head)
+        return _head(experiment, model_folder(experiment, name), experiment.labels, head, method == "sft_options")
+    if method in ("sft", "zero_shot_no_think"):
+        return _options(experiment, model_folder(experiment, name))
+    raise LetterheadError(f"{name}: can't be used to predict; choose one that gives probabilities, like bert or sft")
+
+
+def in_parts(workers: Workers) -> Classifier:
+    """A classifier whose rows are spread over workers that have loaded one each."""
+
+    def classify(texts: Sequence[str]) -> np.ndarray:
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        parts = [part for rank in range(workers.n) if len(part := order[rank :: workers.n])]
+        found = workers.map(_classify, [([texts[row] for row in part],) for part in parts])
+        probabilities = np.empty((len(texts), found[0].shape[1]))
+        for part, of_part in zip(parts, found, strict=True):
+            probabilities[part] = of_part
+        return probabilities
+
+    return classify
+
+
+def _classify(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
+    return classifier(texts)
+
+
+def _head(experiment: Experiment, folder: Path, labels: Sequence[str], head: Head, on_prompt: bool) -> Classifier:
+    import torch
+
+    from letterhead.models import heads
+    from letterhead.models.cpu import pack
+    from letterhead.models.precision import cast, precision
+    from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
+
+    model, tokenizer = heads.load_head(folder, labels), heads.load_tokenizer(folder)
+    model = cast(model, precision(experiment.decoder.dtype, folder)).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = pack(model.eval())
+    encoder = TextEncoder(tokenizer, head.max_length)
+    if on_prompt:
+        encoder = OptionEncoder(load_prompt_encoder(experiment, folder=folder))
+    turn = Lock()
+
+    def classify(texts: Sequence[str]) -> np.ndarray:
+        ids = encoder.encode(texts)  # while another thread's texts are in the model
+        with turn:
+            return heads.classify(model, tokenizer, ids, head.per_device_eval_batch_size)
+
+    return classify
+
+
+def _exported(experiment: Experiment, folder: Path) -> Classifier:
+    config = read_json(folder / "config.json") or {}
+    labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda pair: int(pair[0]))]
+    if sorted(labels) != sorted(experiment.labels):
+        raise LetterheadError(
+            f"{folder}: its classes are {', '.join(labels) or 'not named'}, and the experiment's "
+            f"{', '.join(experiment.labels)}; choose a model of these labels, or name them so in its config.json (id2label)"
+        )
+    on_prompt = (folder / ON_PROMPT).is_file()
+    section = experiment.encoder if config.get("max_position_embeddings", 0) < MANY_POSITIONS else experiment.decoder
+    classify = _head(experiment, folder, labels, section.head, on_prompt)
+    columns = [labels.index(label) for label in experiment.labels]
+    return lambda texts: classify(texts)[:, columns]
+
+
+def _options(experiment: Experiment, folder: Path) -> Classifier:
+    from letterhead.models.prompt import load_prompt_encoder
+    from letterhead.models.scoring import load_decoder, score_options
+
+    encoder, model = load_prompt_encoder(experiment), load_decoder(folder, experiment.decoder.dtype)
+    with_end, budget, how = experiment.prompt.options == "names", experiment.eval.batch_tokens, experiment.eval.score
+    turn = Lock()
+
+    def classify(texts: Sequence[str]) -> np.ndarray:
+        prompts = [encoder.encode(text) for text in texts]
+        with turn:
+            return score_options(model, prompts, encoder.answers, with_end, budget).probabilities(how)
+
+    return classify

@@ -1,0 +1,60 @@
+"""A training that diverges stops at the first loss, gradient or weight that is not finite, and leaves no such checkpoint.
+
+Left to itself the Trainer goes on: it logs the mean of earlier losses in place of one that is not a number, and saves
+weights that are none, with which every row gets the first class.
+"""
+
+import math
+
+import torch
+from transformers import TrainerCallback
+
+from letterhead.files import LetterheadError
+
+
+class StopAtDivergence(TrainerCallback):
+    """Ends any training of HF's Trainer with a message when it diverges."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        args.logging_nan_inf_filter = False  # so that what is logged is what was computed
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        # With float16 an overflow now and then is expected: the step is left out and the loss scaled down.
+        if args.fp16 or not gradients:
+            return
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+        if not math.isfinite(norm):
+            self._stop(state.global_step + 1, f"the gradient's norm is {norm}", kwargs)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save or control.should_evaluate:
+            self._require_finite_weights(state.global_step, model, kwargs)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._require_finite_weights(state.global_step, model, kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(float(value)) and not args.fp16:
+                self._stop(state.global_step, f"{name} is {float(value)}", kwargs)
+
+    def _require_finite_weights(self, step: int, model, kwargs: dict) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.numel() and not all(math.isfinite(bound) for bound in parameter.detach().aminmax()):
+                self._stop(step, f"the weights {name} are not finite", kwargs)
+
+    @staticmethod
+    def _stop(step: int, what: str, kwargs: dict) -> None:
+        rates = kwargs["lr_scheduler"].get_last_lr() if kwargs.get("lr_scheduler") else []
+        raise diverged(step, what, rates[0] if rates else None)
+
+
+def diverged(step: int, what: str, rate: float | None = None) -> LetterheadError:
+    """The error that ends a training which diverged."""
+    at_rate = "" if rate is None else f" (learning rate there {rate:.3g})"
+    return LetterheadError(
+        f"the training diverged at step {step}: {what}{at_rate}; lower the learning rate, or warm up longer. What was saved "
+        "before is kept, nothing of this step is"
+    )

@@ -1,0 +1,334 @@
+"""A linear head on an encoder or a decoder, trained with HF's Trainer on the raw text.
+
+Weights are float32; bfloat16 is used by autocast only (a head on bfloat16 weights would not move at a learning rate of
+1e-5).
+"""
+
+import copy
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from scipy.special import softmax
+from sklearn.metrics import log_loss
+from torch.utils.data import SequentialSampler
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
+
+from letterhead.config.models import Head
+from letterhead.files import LetterheadError
+from letterhead.models.checkpoints import holds_a_head, prune_optimizer_states, require_model
+from letterhead.models.cpu import attention, pack, quicken_dropout, use_onednn
+from letterhead.models.divergence import StopAtDivergence, diverged
+from letterhead.models.precision import cast, project_in_float32
+from letterhead.models.prompt import TextEncoder
+
+# Every so many evaluations a checkpoint is saved to resume from, even if it is not the best.
+RESUMABLE_EVERY = 4
+
+
+def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> PreTrainedModel:
+    """Load a model with a linear head, in float32; a folder without a head gets a new one, random by torch's seed.
+
+    Parameters
+    ----------
+    new_head : begin with a new head also where the folder holds one, whose classes are others, or in another order
+
+    Raises
+    ------
+    LetterheadError : no model there, or one that is cut off
+    """
+    require_model(folder)
+    names = dict(enumerate(labels))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=new_head,
+    )
+    if new_head and holds_a_head(folder):
+        print(f"{folder}: holds a classifier's head; it is left out, and a new one for {', '.join(labels)} is trained")
+        for name, module in model.named_children():
+            if name != model.base_model_prefix:
+                for parameter in module.parameters():
+                    parameter._is_hf_initialized = False  # else transformers leaves what it has loaded
+                module.apply(model._init_weights)
+    # A decoder's head reads the last token that is not a padding, so it must know the padding.
+    model.config.pad_token_id = load_tokenizer(folder).pad_token_id
+    return ready(model)
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """A float32 model with a head as the trainer wants it: attention that suits the device, the head's products in float32
+    under autocast, and dropout from few random bits."""
+    use_onednn()
+    model.set_attn_implementation(attention())
+    return quicken_dropout(project_in_float32(model))
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a model; one without a padding token pads with the end-of-text token.
+
+    A decoder's head reads the last token that is not a padding. Where the tokenizer ends each text with the padding token,
+    that would be the one before, and a service, which reads the last token, would answer otherwise; so another token pads.
+
+    Raises
+    ------
+    LetterheadError : it ends each text with its padding, and has no other token to pad with
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    framing = set(tokenizer("a")["input_ids"]) - set(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if tokenizer.pad_token_id in framing:
+        others = [token for token in (tokenizer.unk_token, *tokenizer.all_special_tokens) if token]
+        free = [token for token in others if tokenizer.convert_tokens_to_ids(token) not in framing]
+        if not free:
+            raise LetterheadError(
+                f"{folder}: its tokenizer ends each text with {tokenizer.pad_token!r}, which is its padding, too; "
+                "give it another pad_token in tokenizer_config.json"
+            )
+        tokenizer.pad_token = free[0]
+    return tokenizer
+
+
+def encoded(rows: Sequence[dict], classes: np.ndarray, encoder: TextEncoder, title: str) -> Dataset:
+    """Rows as a data set of input_ids, labels and length, in the order of `rows`."""
+    raw = Dataset.from_dict({"text": [row["text"] for row in rows], "labels": classes})
+
+    def encode(batch: dict) -> dict:
+        ids = encoder.encode(batch["text"])
+        return {"input_ids": ids, "length": [len(one) for one in ids]}
+
+    return raw.map(encode, batched=True, remove_columns=["text"], desc=title)
+
+
+def training_arguments(
+    head: Head, folder: Path | str, seed: int, best: str | None, dtype: str = "float32"
+) -> TrainingArguments:
+    """HF's arguments for a head: evaluated every `eval_steps`; of what is saved the last is kept, and the best.
+
+    Parameters
+    ----------
+    best : the loss that decides which is best, or None where no split may decide it
+    dtype : float32, or bfloat16 by autocast
+    """
+    gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        learning_rate=head.learning_rate,
+        lr_scheduler_type=head.lr_scheduler_type,
+        warmup_steps=head.warmup_ratio,  # below 1: a share
+        weight_decay=head.weight_decay,
+        adam_beta2=head.adam_beta2,
+        num_train_epochs=head.num_train_epochs,
+        per_device_train_batch_size=head.per_device_train_batch_size,
+        gradient_accumulation_steps=head.gradient_accumulation_steps,
+        per_device_eval_batch_size=head.per_device_eval_batch_size,
+        train_sampling_strategy="group_by_length" if head.group_by_length else "random",
+        eval_strategy="steps",
+        eval_steps=head.eval_steps,
+        save_strategy="steps",
+        save_steps=head.eval_steps,
+        save_total_limit=2,  # with 1 the Trainer ends by deleting the last one for the best
+        metric_for_best_model=best,
+        greater_is_better=False if best else None,
+        logging_steps=head.eval_steps / 5,
+        report_to="tensorboard",
+        bf16=dtype == "bfloat16",
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+    )
+
+
+@torch.inference_mode()
+def class_logits(
+    model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int, progress: str | None = None
+) -> np.ndarray:
+    """Logits of the classes, float32 of shape (rows, classes), in the order of `ids`; like lengths share a batch."""
+    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    logits = np.zeros((len(ids), model.config.num_labels), np.float32)
+    with tqdm(total=len(ids), desc=progress, unit=" rows", disable=progress is None, mininterval=0.5) as bar:
+        for begin in range(0, len(order), batch):
+            rows = order[begin : begin + batch]
+            inputs = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
+            logits[rows] = model(**inputs).logits.float().cpu().numpy()
+            bar.update(len(rows))
+    return logits
+
+
+def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int) -> np.ndarray:
+    """Probabilities of the classes, shape (rows, classes), in the order of `ids`."""
+    return softmax(class_logits(model, tokenizer, ids, batch).astype(np.float64), axis=-1)
+
+
+def mean_over_rows(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy summed over a batch's rows, divided by the rows of the whole optimizer step, so that loss and gradients
+    do not depend on how the step is cut into batches and processes; without `num_items_in_batch` by the batch's own.
+
+    (Left to itself the Trainer would not divide by the accumulation: it takes a `forward` with **kwargs for one that does,
+    and sequence classifiers do not.)
+    """
+    total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """HF's sampler, drawn from seed and epoch, so that a resumed training sees the rows in the order it would have."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
+
+
+class _LogWhatIsEvaluated(TrainerCallback):
+    """Log the loss at each evaluation: a checkpoint then holds all losses so far, and none is lost to a resume."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_evaluate
+
+
+class HeadTrainer(Trainer):
+    """HF's Trainer for a head, evaluated on several splits (at the last step too); hands out what it evaluated.
+
+    Parameters
+    ----------
+    model, arguments, tokenizer : as for Trainer
+    train : from `encoded`
+    evaluated : split → data set from `encoded`
+    on_evaluated : called, in the first process, with split, logits (rows, classes) in the rows' order, seconds, and how many
+        tokens went through the model, padding included; returns the metrics of that split
+
+    Attributes
+    ----------
+    saving_seconds : spent on writing checkpoints so far
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        tokenizer,
+        train: Dataset,
+        evaluated: dict[str, Dataset] | None = None,
+        on_evaluated: Callable[[str, np.ndarray, float, int], dict[str, float]] | None = None,
+    ):
+        # The Trainer drops the column `length` before its samplers see the rows.
+        self._lengths = {"train": np.array(train["length"])}
+        self.saving_seconds = 0.0
+        self._order, self._on_evaluated, by_length = {}, on_evaluated, {}
+        for split, rows in (evaluated or {}).items():  # longest first: what does not fit in memory fails at once
+            self._lengths[split] = -np.sort(-np.array(rows["length"]))
+            self._order[split] = np.argsort(-np.array(rows["length"]), kind="stable")
+            by_length[split] = rows.select(self._order[split])
+        super().__init__(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=train,
+            eval_dataset=by_length or None,
+            callbacks=[_LogWhatIsEvaluated, StopAtDivergence()],
+            compute_loss_func=mean_over_rows,
+        )
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochLengthGroupedSampler(batch, self._lengths["train"].tolist(), self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset)  # they are sorted already
+
+    def _determine_best_metric(self, metrics, trial):
+        """Says, too, whether this evaluation is saved: a checkpoint is three times the model's size, the optimizer's state
+        included, so one that is not the best is saved only now and then, to resume from, and at the end."""
+        best, state = super()._determine_best_metric(metrics, trial), self.state
+        now_and_then = state.global_step // state.eval_steps % RESUMABLE_EVERY == 0
+        self.control.should_save &= best or now_and_then or state.global_step == state.max_steps
+        return best
+
+    def _save_checkpoint(self, model, trial):
+        start = time.perf_counter()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            prune_optimizer_states(Path(self.args.output_dir))
+        self.saving_seconds += time.perf_counter() - start
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        start = time.perf_counter()
+        split = metric_key_prefix.removeprefix("eval_")
+        if self.args.device.type == "cpu" and self.args.world_size == 1:
+            output = self._evaluate_packed(split, metric_key_prefix)
+        else:
+            kwargs["prediction_loss_only"] = False  # which the Trainer takes for granted without compute_metrics
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            self._require_finite(output.predictions)
+        seconds = time.perf_counter() - start
+        logits = np.empty_like(output.predictions)
+        logits[self._order[split]] = output.predictions
+        lengths, batch = self._lengths[split], self.args.eval_batch_size
+        tokens = sum(int(lengths[i]) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
+        metrics = [self._on_evaluated(split, logits, seconds, tokens) if self.is_world_process_zero() else None]
+        (metrics,) = broadcast_object_list(metrics)  # from the first process to all
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def _require_finite(self, logits: np.ndarray) -> None:
+        if not np.isfinite(logits).all():
+            raise diverged(self.state.global_step, "its logits are not finite", self._get_learning_rate())
+
+    def _evaluate_packed(self, split: str, prefix: str) -> EvalLoopOutput:
+        """What the Trainer's loop gives, by a copy of the model that is made for inference."""
+        # A copy whose parameters are views, so that only what is cast or packed takes memory.
+        views = {id(parameter): torch.nn.Parameter(parameter.detach(), False) for parameter in self.model.parameters()}
+        model, rows = copy.deepcopy(self.model, views), self.eval_dataset[split]
+        for wrapped in ("forward", "_original_forward"):  # accelerate's, which computes in autocast
+            vars(model).pop(wrapped, None)
+        model = pack(cast(model, "bfloat16" if self.args.bf16 else "float32").eval())
+        logits = class_logits(model, self.processing_class, rows["input_ids"], self.args.eval_batch_size, f"scoring {split}")
+        del model
+        gc.collect()  # modules are cycles, and the next evaluation must not find this copy still there
+        self._require_finite(logits)
+        labels = np.array(rows["labels"])
+        loss = log_loss(labels, softmax(logits.astype(np.float64), axis=-1), labels=range(logits.shape[1]))
+        return EvalLoopOutput(logits, labels, {f"{prefix}_loss": loss}, len(labels))
+
+
+def require_length(folder: Path, max_length: int, key: str) -> None:
+    """Make sure that a model has positions for `max_length` tokens.
+
+    Raises
+    ------
+    LetterheadError : it has fewer; names the key to lower
+    """
+    from transformers import AutoConfig
+
+    positions = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", math.inf)
+    if max_length > positions:
+        raise LetterheadError(f"{key}.max_length is {max_length}, but {folder} has {positions} positions; lower it")

@@ -1,0 +1,105 @@
+"""How long each stage will take on this machine's CPU (its multiply-adds over a measured rate of matrix products), and what
+it takes on disk."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from letterhead.config.experiment import Experiment
+from letterhead.config.models import Head
+from letterhead.models.checkpoints import head_disk, sft_disk
+from letterhead.models.llamafactory import planned_steps, sft_plan, step_of
+
+# Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a stage; fitted to stages
+# on two cores of an AMD EPYC each: bfloat16 on Zen 4 and Zen 5, float32, where products are slower and weigh more, on Zen 3.
+TRAINING = {"bfloat16": 0.36, "float32": 0.50}
+SCORING = {"bfloat16": 0.60, "float32": 0.70}
+START_S = 6.0
+SECONDS = 0.3  # to time products for
+ANSWER_TOKENS = 8  # a trained answer's, in round numbers
+
+
+def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, float]:
+    """Seconds that each stage of `make report` is expected to take.
+
+    Parameters
+    ----------
+    card : the data card; it tells rows and lengths of texts
+
+    Returns
+    -------
+    dict : stage → seconds; empty where nothing is known: on a GPU, whose rate is not measured, or of models whose layers are
+        not torch's linear ones
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    decoder, encoder = (of.folder for of in (experiment.decoder, experiment.encoder))
+    rates = {folder: rate(experiment, folder) for folder in (decoder, encoder)}
+    if not all(parameters for parameters, *_ in rates.values()):
+        return {}
+    rows, shared, lengths = card["rows"], card["sft"]["rows"], card["token_lengths"]
+    to_score = rows["validation"] + rows["test"]
+    text, prompt = lengths["decoder"]["p50"], lengths["decoder"]["p50"] + lengths["prompt"]
+
+    def head(folder: Path, head: Head, n: int, length: int) -> float:
+        head, (parameters, training, scoring) = head.on(n), rates[folder]
+        _, evaluated = planned_steps(
+            n, head.per_device_train_batch_size, head.gradient_accumulation_steps, head.num_train_epochs, head.eval_steps
+        )
+        passed = head.num_train_epochs * n * 3 / training + len(evaluated) * to_score / scoring
+        return START_S + 2 * parameters * min(length, head.max_length) * passed
+
+    parameters, training, scoring = rates[decoder]
+    steps, saves = sft_plan(experiment, shared)
+    learnt = steps * math.prod(step_of(experiment.sft_arguments()))  # rows, as often as they are learnt from
+    thinking = min(experiment.eval.thinking.rows or rows["test"], rows["test"]) * experiment.eval.thinking.tokens
+    found = {
+        "sft": 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training,
+        "eval-ckpts": START_S + 2 * parameters * prompt * to_score * (len(saves) + experiment.eval.untrained) / scoring,
+        "zero-shot": START_S + 2 * parameters * thinking / scoring,  # step 0 was scored with the checkpoints
+        "tfidf": 2.0 + rows["train"] / 2000,
+        "bert": head(encoder, experiment.encoder.head, shared, lengths["encoder"]["p50"]),
+        "linear-head": head(decoder, experiment.decoder.head, shared, text),
+    }
+    if rows["train"] > shared:
+        found["tfidf-all"] = found["tfidf"]
+        found["bert-all"] = head(encoder, experiment.encoder.head, rows["train"], lengths["encoder"]["p50"])
+    if experiment.decoder.sft_options:
+        found["sft-options"] = head(decoder, experiment.decoder.sft_options, shared, prompt)
+    return found | {"compare": START_S, "report": 2 * START_S}
+
+
+def stage_bytes(experiment: Experiment, decoder: int, encoder: int, rows: int) -> dict[str, int]:
+    """Bytes on disk at the peak of each training.
+
+    Parameters
+    ----------
+    decoder, encoder : parameters of each
+    rows : that SFT learns from
+    """
+    peaks = {"sft": sft_disk(decoder, len(sft_plan(experiment, rows)[1])), "linear-head": head_disk(decoder)}
+    peaks["bert"] = head_disk(encoder)
+    if experiment.decoder.train_rows:
+        peaks["bert-all"] = peaks["bert"]
+    if experiment.decoder.sft_options:
+        peaks["sft-options"] = peaks["linear-head"]
+    return peaks
+
+
+def rate(experiment: Experiment, folder: Path) -> tuple[int, float, float]:
+    """A model's multiply-adds a token, and the FLOP a second that training and scoring reach on this CPU.
+
+    Products are timed anew, in the stages' dtype: what is kept may have been measured while the machine was busy.
+    """
+    from letterhead.models import cpu
+    from letterhead.models.precision import precision
+
+    shapes = cpu.linear_shapes(folder)
+    if not shapes:
+        return 0, 0.0, 0.0
+    dtype, kept = precision(experiment.decoder.dtype, folder), cpu.measured_rates(folder)
+    dtype = dtype if dtype in kept else "float32"
+    flops = 1e9 * max(kept[dtype], cpu.matmul_rates(shapes, [dtype], SECONDS)[dtype])
+    return sum(i * o * n for (i, o), n in shapes.items()), flops * TRAINING[dtype], flops * SCORING[dtype]

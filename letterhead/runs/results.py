@@ -1,0 +1,248 @@
+"""Result files: what a method (at a step) reached on a split, and its prediction for every row.
+
+`runs/<experiment>/results/NAME.json` (test) and `NAME.validation.json`, `NAME.predictions.jsonl` beside them; NAME is a
+method, or method@step.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from letterhead.runs.devices import device_name, versions
+from letterhead.stats.metrics import NO_ANSWER, classification_figures
+
+SPLITS = ("test", "validation")
+BENCHED = ("data", "sft", "bert", "linear-head", "tfidf")
+
+
+def result_files(experiment: Experiment, name: str, split: str) -> tuple[Path, Path]:
+    """The files of a result and of its predictions."""
+    stem = name + ("" if split == "test" else f".{split}")
+    return experiment.results_folder / f"{stem}.json", experiment.results_folder / f"{stem}.predictions.jsonl"
+
+
+def read_rows(experiment: Experiment, name: str) -> list[dict]:
+    """The rows of a split (or of decoder_train): dictionaries with id, text and label."""
+    return list(read_jsonl(experiment.data_folder / f"{name}.jsonl"))
+
+
+def has_more_rows(experiment: Experiment) -> bool:
+    """Whether train has more rows than the methods are compared on (decoder.train_rows).
+
+    Raises
+    ------
+    LetterheadError : no rows were made yet
+    """
+    path = experiment.data_folder / "data_card.json"
+    if (card := read_json(path)) is None:
+        raise LetterheadError(f"{path}: not made yet; run: make data EXP={experiment.name}")
+    return card["sft"]["rows"] < card["rows"]["train"]
+
+
+def class_numbers(experiment: Experiment, rows: Sequence[dict]) -> np.ndarray:
+    """The number of each row's label, shape (rows,)."""
+    number = {name: i for i, name in enumerate(experiment.labels)}
+    return np.array([number[row["label"]] for row in rows])
+
+
+def read_result(experiment: Experiment, name: str, split: str) -> dict:
+    """A result, as its stage left it.
+
+    Raises
+    ------
+    LetterheadError : it is missing, or does not parse
+    """
+    path = result_files(experiment, name, split)[0]
+    if (result := read_json(path)) is None:
+        raise LetterheadError(f"{path}: missing; run: make compare EXP={experiment.name}")
+    return result
+
+
+def read_predictions(experiment: Experiment, name: str, split: str) -> list[dict]:
+    """A result's predictions, in the rows' order."""
+    return list(read_jsonl(result_files(experiment, name, split)[1]))
+
+
+def bench_made_from(experiment: Experiment) -> dict[str, str]:
+    """What the service figures hang on: the hash of each stage's inputs that trained something, or made the rows."""
+    records = {name: read_json(experiment.run_folder / name / "stage.json") for name in BENCHED}
+    return {name: record and record["inputs_sha256"] for name, record in records.items()}
+
+
+def read_bench(experiment: Experiment) -> dict | None:
+    """The service figures, if they are there and those of the models that are there now."""
+    bench = read_json(experiment.results_folder / "bench_rps.json")
+    if not bench or bench["made_from"] != bench_made_from(experiment):
+        return None
+    for row in bench["rows"]:  # JSON keeps the numbers of clients as text, sorted as such
+        row["closed"] = dict(sorted(row["closed"].items(), key=lambda loop: int(loop[0])))
+    return bench
+
+
+def kept_result(experiment: Experiment, name: str, split: str, inputs_sha256: str) -> dict | None:
+    """The result on disk if it was made from the same inputs and its predictions are whole, else None."""
+    result_file, predictions_file = result_files(experiment, name, split)
+    kept = read_json(result_file)
+    if not kept or kept["inputs_sha256"] != inputs_sha256 or not predictions_file.exists():
+        return None
+    return kept if kept.get("predictions_sha256") == sha256_file(predictions_file) else None
+
+
+def write_result(
+    experiment: Experiment,
+    name: str,
+    split: str,
+    rows: Sequence[dict],
+    probabilities: np.ndarray | None = None,
+    predicted: np.ndarray | None = None,
+    perplexity: np.ndarray | None = None,
+    **measured: Any,
+) -> dict:
+    """Compute a result's figures; write its predictions, then, saying that they are whole, the result.
+
+    Parameters
+    ----------
+    name : a method, or method@step
+    rows : the split's rows, in the order of the arrays
+    probabilities, perplexity : shape (rows, classes)
+    predicted : class numbers or NO_ANSWER, shape (rows,); without them the most probable class
+    measured : seconds, tokens, parameters, dtype, model, inputs_sha256 and what else the caller knows
+
+    Raises
+    ------
+    LetterheadError : a probability is not a number
+    """
+    if probabilities is not None:
+        require_finite(probabilities, f"{name}, {split} rows", measured.get("model"))
+    labels, (result_file, predictions_file) = experiment.labels, result_files(experiment, name, split)
+    method, _, step = name.partition("@")
+    figures = classification_figures(class_numbers(experiment, rows), labels, experiment.seed, probabilities, predicted)
+    result = {
+        "experiment": experiment.name,
+        "method": method,
+        "step": int(step) if step else None,
+        "seed": experiment.seed,
+        "split": split,
+        "train_loss": None,
+        "eval_loss": figures["log_loss"],
+        "device": device_name(),
+        "versions": versions(),
+        "rows_per_second": round(len(rows) / measured["seconds"], 3),
+        **figures,
+        **measured,
+    }
+    columns = {"probabilities": probabilities, "perplexity": perplexity}
+    if predicted is None:
+        predicted = probabilities.argmax(axis=1)
+
+    def line(i: int) -> dict:
+        named = {key: dict(zip(labels, of[i].tolist(), strict=True)) for key, of in columns.items() if of is not None}
+        prediction = None if predicted[i] == NO_ANSWER else labels[predicted[i]]
+        return {"id": rows[i]["id"], "label": rows[i]["label"], "prediction": prediction, "probabilities": None} | named
+
+    result_file.unlink(missing_ok=True)  # of other inputs: its figures are not those of these predictions
+    write_jsonl(predictions_file, map(line, range(len(rows))))
+    result["predictions_sha256"] = sha256_file(predictions_file)
+    write_json(result_file, result)
+    return result
+
+
+def require_finite(probabilities: np.ndarray, what: str, model: Any) -> None:
+    """Make sure that a model's probabilities, shape (rows, classes), are numbers.
+
+    Raises
+    ------
+    LetterheadError : those of some rows are not; names the model
+    """
+    wrong = int((~np.isfinite(probabilities)).any(axis=-1).sum())
+    if wrong:
+        raise LetterheadError(
+            f"{what}: the probabilities of {wrong} of {len(probabilities)} rows are not numbers; the model has diverged "
+            f"or is damaged ({model}); train it anew with a lower learning rate"
+        )
+
+
+def checkpoint_table(experiment: Experiment, title: str, results: dict[tuple[int, str], dict], expected: list[int]) -> str:
+    """The article's table in Markdown: one line a checkpoint, figures on test rows, validation F1 beside them.
+
+    Parameters
+    ----------
+    results : (step, split) → result
+    expected : steps that ought to be there; one without a result is named
+    """
+    test = {step: result for (step, split), result in results.items() if split == "test"}
+    validation = {step: result for (step, split), result in results.items() if split == "validation"}
+    if not test:
+        raise LetterheadError(f"{experiment.data_folder / 'test.jsonl'}: no test rows; set data.rows.test")
+    own = "Option's own loss" if title.startswith("SFT") else "Test loss"
+    lines = [
+        f"# {experiment.name}: {title}, {next(iter(test.values()))['n']} test rows\n",
+        f"| Step | Training loss | {own} | Accuracy | Precision | Recall | F1 | 95 % interval | F1 validation |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | :---: | ---: |",
+    ]
+    for step in sorted({*expected} | set(test)):
+        if step not in test:
+            lines.append(f"| {step} | not scored: no whole checkpoint | | | | | | | |")
+            continue
+        result = test[step]
+        trained = "not trained" if step == 0 else "" if result["train_loss"] is None else f"{result['train_loss']:.4f}"
+        low, high = result["f1_macro_ci95"]
+        chosen = f"{validation[step]['f1_macro']:.4f}" if step in validation else "no rows"
+        figures = [result[key] for key in ("eval_loss", "accuracy", "precision_macro", "recall_macro", "f1_macro")]
+        numbers = " | ".join(f"{value:.4f}" for value in figures)
+        lines.append(f"| {step} | {trained} | {numbers} | {low:.3f} to {high:.3f} | {chosen} |")
+    best = highest_f1(test)
+    lines.append(f"\nBest on test (the article's choice): step {best}, F1 {test[best]['f1_macro']:.4f}.")
+    if validation:
+        step = chosen_step(experiment, validation)
+        lines.append(
+            f"Chosen on validation, by log loss: step {step}, F1 {test[step]['f1_macro']:.4f} on test (the honest figure)."
+        )
+    else:
+        lines.append("No validation rows (data.rows.validation is 0): no checkpoint can be chosen without looking at test.")
+    return "\n".join(lines) + "\n"
+
+
+def best_step(results: dict[int, dict]) -> int:
+    """The step with the lowest log loss over the options, which has less noise than F1; of equals the earliest."""
+    return min(results, key=lambda step: (results[step]["log_loss"], step))
+
+
+def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
+    """The step to take of a method's training: the last, where the learning rate has come down, unless another has a lower
+    log loss on validation rows by more than a standard error of the difference on the same rows; then that one.
+
+    (By the lowest loss alone a tie of 150 rows, 0.271 against 0.272, once chose a step that lost 0.05 of F1 on test.)
+
+    Parameters
+    ----------
+    validation : step → result on validation rows
+    """
+    lowest, last = best_step(validation), max(validation)
+
+    def losses(step: int) -> np.ndarray:
+        lines = read_predictions(experiment, f"{validation[step]['method']}@{step}", "validation")
+        return -np.log(np.clip([line["probabilities"][line["label"]] for line in lines], 1e-12, None))
+
+    if lowest == last:
+        return last
+    apart = losses(last) - losses(lowest)
+    return last if apart.mean() <= apart.std() / len(apart) ** 0.5 else lowest
+
+
+def highest_f1(results: dict[int, dict]) -> int:
+    """The step with the highest macro F1; of equals the one with the lowest log loss."""
+    return max(results, key=lambda step: (results[step]["f1_macro"], -(results[step]["log_loss"] or 0), -step))
+
+
+def human(number: float) -> str:
+    """A large number in words, two digits: 210, 5,500, 550 million."""
+    for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.1f}{word}" if scaled < 10 else f"{scaled:,.0f}{word}"
+    return f"{number:,.0f}"

@@ -1,0 +1,279 @@
+"""One stage of the pipeline: is it up to date, is it running elsewhere, and what is written of it.
+
+A stage hashes the configuration keys that it reads and the hashes of its inputs. The record that it leaves,
+`runs/<experiment>/<stage>/stage.json`, holds that hash and the sizes of the files it made; while both still hold, the
+stage has nothing to do.
+"""
+
+import argparse
+import errno
+import fcntl
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from letterhead.config.experiment import Experiment, load_experiment
+from letterhead.files import LetterheadError, read_json, sha256_file, sha256_json, write_json
+from letterhead.runs.devices import choose_devices, device_name, machine, peak_memory, versions
+
+# The transformers libraries ask the hub about a model even where its folder lies on disk. Only `make data` fetches.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# Stages that a target of another name makes
+TARGETS = {"tfidf-all": "tfidf", "eval-grpo": "grpo"}
+# A killed training needs some seconds to give its memory, and the lock, back.
+LOCK_PATIENCE_S = 20
+BAR = 20
+# A full disk, a quota, and a limit on the size of files
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
+ESTIMATE = "estimate.json"  # under runs/NAME: the seconds of each stage, and those to do; `make status` leaves it
+
+
+class Asked(Exception):
+    """What `make status` is told in place of work: `done` or `stale`."""
+
+
+_only_asked = False
+
+
+def ask(main: Callable[..., None], *given: Any) -> str:
+    """Whether a stage's main would find it up to date; nothing is done and nothing written.
+
+    Raises
+    ------
+    LetterheadError : what it needs is not made yet
+    """
+    global _only_asked
+    _only_asked = True
+    try:
+        main(*given)
+    except Asked as told:
+        return str(told)
+    finally:
+        _only_asked = False
+    return "done"  # there is nothing to do, whatever the inputs
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as an estimate in words."""
+    if seconds < 90:
+        return "less than a minute" if seconds < 45 else "about a minute"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+
+
+class Stage:
+    """A stage's record and its lock.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    name : the stage's folder under `runs/<experiment>/`
+    inputs : whatever decides the result; anything JSON can hold
+    """
+
+    def __init__(self, experiment: Experiment, name: str, inputs: Any):
+        self.name = name
+        self.folder = experiment.run_folder / name
+        self.inputs_sha256 = sha256_json(inputs)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "w")  # held until the stage is finished, or this process ends
+        if not _only_asked:
+            self._take_lock()
+        self._start = time.time()
+
+    def _take_lock(self) -> None:
+        patience = time.time() + LOCK_PATIENCE_S
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.time() > patience:
+                    raise LetterheadError(
+                        f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
+                    ) from None
+                time.sleep(0.2)
+
+    @property
+    def lock_descriptor(self) -> int:
+        """The lock's descriptor, for a child's `pass_fds`: a training that outlives its parent still holds the lock."""
+        return self._lock.fileno()
+
+    @property
+    def record(self) -> dict:
+        """What the last finished run wrote, or an empty dictionary."""
+        return read_json(self.folder / "stage.json") or {}
+
+    def has_other_inputs(self) -> bool:
+        """Whether the last finished run was from other inputs."""
+        return self.record.get("inputs_sha256", self.inputs_sha256) != self.inputs_sha256
+
+    def is_current(self) -> bool:
+        """Whether the last finished run had the same inputs and its files are still there, at their sizes.
+
+        Where it is not so, the old record goes before its files are touched.
+        """
+        record = self.record
+        current = record.get("inputs_sha256") == self.inputs_sha256 and all(
+            Path(path).is_file() and Path(path).stat().st_size == output["bytes"]
+            for path, output in record["outputs"].items()
+        )
+        if _only_asked:
+            raise Asked("done" if current else "stale")
+        if not current:
+            (self.folder / "stage.json").unlink(missing_ok=True)
+            self._announce()
+        return current
+
+    def _announce(self) -> None:
+        """Say how long this stage will take, and how far `make report` is, where `make status` has estimated it."""
+        path = self.folder.parent / ESTIMATE
+        plan = read_json(path) or {"seconds": {}}
+        if self.name not in plan["seconds"]:
+            return
+        asked, records = path.stat().st_mtime, {name: self.folder.parent / name / "stage.json" for name in plan["to_do"]}
+        to_do = [name for name, of in records.items() if not of.is_file() or of.stat().st_mtime < asked]
+        left, total = (sum(plan["seconds"].get(name, 0.0) for name in of) for of in (to_do, plan["to_do"]))
+        share = 1 - left / total if total else 0.0
+        bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
+        takes = minutes(plan["seconds"][self.name])
+        print(f"{self.name}: {takes}; report {bar} {share:.0%}, {minutes(left)} to go", flush=True)
+
+    def begin(self, folder: Path) -> None:
+        """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as FOLDER.old."""
+        marker = self.folder / "inputs.json"
+        if folder.exists() and read_json(marker) != self.inputs_sha256:
+            old = folder.with_name(folder.name + ".old")
+            print(f"{folder}: made from other data or settings; kept as {old}, this stage begins anew")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        write_json(marker, self.inputs_sha256)
+
+    def finish(self, outputs: list[Path], **figures: Any) -> dict:
+        """Write the stage's record: the files it made with sizes and hashes, the time it took, and `figures`."""
+        record = {
+            "start": datetime.fromtimestamp(self._start, UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self._start, 1),
+            "inputs_sha256": self.inputs_sha256,
+            "outputs": {str(p): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in outputs},
+            "device": device_name(),
+            "machine": machine(),
+            "versions": versions(),
+            **peak_memory(),
+        } | figures
+        write_json(self.folder / "stage.json", record)
+        self._lock.close()
+        return record
+
+
+def is_running(experiment: Experiment, name: str) -> bool:
+    """Whether another process is at work on a stage."""
+    path = experiment.run_folder / name / ".lock"
+    if not path.exists():
+        return False
+    with open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
+    """The sha256 of each file that a finished stage made, by path.
+
+    Raises
+    ------
+    LetterheadError : the stage has not been run
+    """
+    record = read_json(experiment.run_folder / name / "stage.json")
+    if record is None:
+        raise LetterheadError(
+            f"{experiment.run_folder / name}: not made yet; run: make {TARGETS.get(name, name)} EXP={experiment.name}"
+        )
+    return {path: output["sha256"] for path, output in record["outputs"].items()}
+
+
+def run(
+    main: Callable[..., None],
+    description: str,
+    choices: Sequence[str] = (),
+    options: dict[str, str] | None = None,
+    devices: Callable[[], None] = choose_devices,
+    with_arguments: bool = False,
+) -> None:
+    """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend into one message.
+
+    With `choices` the first argument is one of them, and `main` gets it after the experiment; then it gets the values of
+    `options` (name → what it is), each of which must be given. `devices` chooses the devices before anything starts them.
+    `with_arguments` hands on what --experiment and --set said, to who starts other stages.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    if choices:
+        parser.add_argument("choice", choices=choices)
+    parser.add_argument("--experiment", default="quick", help="a name in experiments/, or the path of a YAML file")
+    parser.add_argument("--set", default="", help='keys to override: "data.rows.test=100 seed=1"')
+    for name, meaning in (options or {}).items():
+        parser.add_argument(f"--{name}", required=True, help=meaning)
+    arguments = parser.parse_args()
+    given = [getattr(arguments, name) for name in options or ()]
+    asked = zip((options or {}).items(), given, strict=True)
+    if missing := [f"{name.upper()}=… ({meaning})" for (name, meaning), value in asked if not value]:
+        sys.exit(f"error: say {'; '.join(missing)}")
+    if os.environ.get("HF_ENDPOINT"):  # a mirror, and few mirrors speak hf-xet's protocol
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    with telling():
+        devices()
+        experiment = load_experiment(arguments.experiment, arguments.set)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+            print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
+        said = [arguments.experiment, arguments.set] if with_arguments else []
+        main(experiment, *([arguments.choice] if choices else []), *said, *given)
+
+
+def told_of_thread(ended: threading.ExceptHookArgs) -> None:
+    """A thread's error as Python prints it, but for a full disk's: TensorBoard's writer hands that on to the block."""
+    if getattr(ended.exc_value, "errno", None) not in NO_ROOM:
+        threading.__excepthook__(ended)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """End the process with one message where the block fails for a reason that the user can mend."""
+    threading.excepthook = told_of_thread
+    try:
+        yield
+    except LetterheadError as error:
+        end(f"error: {error}")
+    except KeyboardInterrupt:
+        end("interrupted; run again to go on from here")
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # those of safetensors and tokenizers are no OSErrors
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        place = getattr(error, "filename", None)
+        if number in NO_ROOM:
+            why = f"{place or 'disk'}: {os.strerror(number)}; make room and run again, nothing is half-written"
+        elif re.search("PytorchStreamWriter failed|unexpected pos", str(error)):  # torch's is a RuntimeError
+            why = "disk: a checkpoint could not be written whole; make room and run again, it is not used"
+        elif place and number in CLOSED:
+            why = f"{place}: {os.strerror(number)}; mend that and run again"
+        else:
+            raise
+        end(f"error: {why}")
+
+
+def end(said: str) -> NoReturn:
+    """End the process with a line of its own, below what progress bars have left on theirs."""
+    for bar in list(tqdm._instances):
+        bar.close()
+    sys.exit(said)

@@ -1,0 +1,99 @@
+"""The README.md of an exported model, as model hubs read it: data, prompt, figures with intervals, how to call it."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+from omegaconf import OmegaConf
+
+from letterhead.config.experiment import Experiment
+from letterhead.config.models import source_name
+from letterhead.files import LetterheadError, atomic_open, escape_markdown, read_json
+from letterhead.runs import results
+
+EXPERIMENT = "experiment.yaml"
+
+
+def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call: str, pipeline_tag: str | None) -> Path:
+    """Write README.md beside an exported model, and the experiment that made it.
+
+    Parameters
+    ----------
+    name : the method and its step
+    asked : what the model is to be given, in Markdown
+    call : lines of Python that call it
+    pipeline_tag : the task by which hubs offer it, None where none fits
+
+    Raises
+    ------
+    LetterheadError : the data card is gone
+    """
+    path = experiment.data_folder / "data_card.json"
+    if (card := read_json(path)) is None:
+        raise LetterheadError(f"{path}: gone; run: make data EXP={experiment.name}")
+    method, _, step = name.partition("@")
+    section = experiment.encoder if method.startswith("bert") else experiment.decoder
+    of_training = read_json(results.result_files(experiment, name, "test")[0])
+    source = source_name(section.model)
+    data = ModelCardData(
+        license=section.license or "other",
+        base_model=source.removeprefix("hf:") if source.startswith("hf:") else None,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        metrics=["f1", "accuracy"],
+        tags=["letterhead"],
+        model_name=folder.name,
+        eval_results=_for_hubs(experiment, of_training) if of_training else None,
+    )
+    counts, shared = card["rows"], max(card["shared_with_train"].get("test", 0), len(card["near_duplicates"]["test"]))
+    twice = f" {shared} of the test rows stand in train too, or nearly." if shared else ""
+    paragraphs = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {escape_markdown(experiment.name)}, {name}",
+        f"{escape_markdown(experiment.title)}. Classes: {', '.join(map(escape_markdown, experiment.labels))}.",
+        "## Figures",
+        _table(of_training) if of_training else "Not measured.",
+        "## Data",
+        f"{escape_markdown(shown_source(experiment))} "
+        f"({escape_markdown(experiment.data.license or 'its license is not said')}): {counts['train']:,} rows to train on, "
+        f"{counts['validation']:,} to choose a step by, {counts['test']:,} to measure on.{twice}",
+        "## Model",
+        f"{escape_markdown(source)}, trained to step {step}, seed {experiment.seed}. The experiment is in {EXPERIMENT}.",
+        "## How to call it",
+        asked,
+        f"```python\n{call.strip()}\n```",
+    ]
+    values = experiment.model_dump(mode="json")
+    values["data"]["source"] = shown_source(experiment)
+    with atomic_open(folder / EXPERIMENT) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(values)))
+    with atomic_open(folder / "README.md") as file:
+        file.write("\n\n".join(paragraphs) + "\n")
+    return folder / "README.md"
+
+
+def shown_source(experiment: Experiment) -> str:
+    """Where the data come from; of a path on somebody's disk, which is nobody's business, the last part alone."""
+    source = experiment.data.source
+    return source if source.startswith(("hf:", "pypi:")) else Path(source.replace("/{split}", "")).name
+
+
+def _for_hubs(experiment: Experiment, result: dict) -> list[EvalResult]:
+    of = {
+        "task_type": "text-classification",
+        "dataset_type": "custom",
+        "dataset_name": experiment.name,
+        "dataset_split": "test",
+    }
+    values = {"f1": ("macro F1", result["f1_macro"]), "accuracy": ("accuracy", result["accuracy"])}
+    return [
+        EvalResult(metric_type=kind, metric_name=title, metric_value=round(value, 4), **of)
+        for kind, (title, value) in values.items()
+    ]
+
+
+def _table(result: dict) -> str:
+    low, high = result["f1_macro_ci95"]
+    return (
+        "| macro F1 | 95 % interval | accuracy | test rows |\n| ---: | :---: | ---: | ---: |\n"
+        f"| {result['f1_macro']:.3f} | {low:.3f} to {high:.3f} | {result['accuracy']:.3f} | {result['n']} |"
+    )

@@ -1,0 +1,101 @@
+"""Which method to ship: the cheapest that is shown to lose less macro F1 than a margin, on the same test rows.
+
+A method *fits* if the loss is below the margin against every other at once: an intersection-union test (Berger 1982), which
+needs no correction for their number, nor for having picked the best by looking. It is corrected (Bonferroni) for how many
+methods might falsely be said to fit: all in contention but the best, cheap or dear, since which are no dearer than the one
+on top is itself seen on the test rows. A method that is far behind is none of them. To *cost more* than the margin against
+some other is corrected for the number of others in contention. So hopeless methods change nothing. A test of non-inferiority
+with a margin set beforehand is the one of clinical trials (Piaggio et al. 2012).
+"""
+
+import math
+
+import numpy as np
+from scipy.stats import norm, t
+
+from letterhead.stats.metrics import Estimate, f1_loss, plain_f1
+
+ALPHA = 0.05
+POWER = 0.80
+HOPELESS = 0.001  # how seldom a method within the margin may be taken for one that is far behind
+FITS, COSTS_MORE, UNDECIDED = "fits", "costs more", "undecided"
+
+
+def decide(
+    truth: np.ndarray, predicted: dict[str, np.ndarray], prices: dict[str, float], classes: int, margin: float
+) -> dict:
+    """Which method to ship, and what is known of each that is no dearer than the best.
+
+    Parameters
+    ----------
+    truth : class numbers, shape (rows,)
+    predicted : method → class numbers or NO_ANSWER, shape (trainings, rows)
+    prices : method → what a row costs in service, in any unit
+    classes : how many there are
+    margin : the loss of macro F1 that a lower price is worth; set before a test row is looked at
+
+    Returns
+    -------
+    dict : `top`, the highest macro F1 (of equals the cheapest); `ship`; `established`, whether what is shipped is shown to
+        fit; `alpha` of each bound after correction; `candidates`, cheapest first: method → verdict, the loss against the
+        method that is nearest to refuting it, its bounds, and the rows that would decide
+    """
+    f1 = {name: plain_f1(truth, of, classes) for name, of in predicted.items()}
+    top = max(f1, key=lambda name: (round(f1[name], 12), -prices[name]))
+    losses = {
+        name: {other: f1_loss(truth, predicted[name], predicted[other], classes) for other in predicted if other != name}
+        for name in predicted
+    }
+    contend = [
+        name for name, of in losses.items() if not any(one.interval(HOPELESS)[0] > margin for one in of.values())
+    ] or [top]
+    no_dearer = [name for name in predicted if prices[name] <= prices[top]]
+    candidates = sorted(no_dearer, key=lambda name: (prices[name], -f1[name]))
+    alpha = ALPHA / max(1, len(contend) - 1)
+    found = {}
+    for name in candidates:
+        others = sum(other in contend for other in losses[name])
+        found[name] = _verdict(losses[name], margin, alpha, ALPHA / max(1, others))
+    fitting = [name for name in candidates if found[name]["verdict"] == FITS]
+    return {
+        "margin": margin,
+        "alpha": alpha,
+        "top": top,
+        "ship": fitting[0] if fitting else top,
+        "established": bool(fitting),
+        "candidates": found,
+    }
+
+
+def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_more: float) -> dict:
+    """A candidate's verdict from its losses against all others; told are those against the one nearest to refuting it."""
+    low = {other: of.interval(alpha_more)[0] for other, of in losses.items()}
+    high = {other: of.interval(alpha)[1] for other, of in losses.items()}
+    worst = max(low, key=low.get)
+    verdict = COSTS_MORE
+    if low[worst] <= margin:
+        worst = max(high, key=high.get)
+        verdict = FITS if high[worst] < margin else UNDECIDED
+    of = losses[worst]
+    return {
+        "verdict": verdict,
+        "against": worst,
+        "loss": of.value,
+        "se": of.se,
+        "low": low[worst],
+        "high": high[worst],
+        "rows_if_as_seen": rows_that_decide(of, abs(margin - of.value), alpha if of.value < margin else alpha_more),
+        "rows_if_equal": rows_that_decide(of, margin, alpha),
+    }
+
+
+def rows_that_decide(of: Estimate, distance: float, alpha: float) -> int | None:
+    """How many rows tell a loss from a margin that lies `distance` away, with power `POWER`; None if no number does, since
+    the trainings, taken to be as many as there are, differ too much.
+
+    The usual n = ((t_alpha + z_power) sigma / distance)², the trainings' variance taken off.
+    """
+    if not distance:
+        return None
+    left = (distance / (t.ppf(1 - alpha, of.df) + norm.ppf(POWER))) ** 2 - of.training_variance
+    return math.ceil(of.sigma**2 / left) if left > 0 else None

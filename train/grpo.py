@@ -1,0 +1,83 @@
+"""GRPO by TRL from the chosen SFT checkpoint on, rewarded for the right option and a finished answer; resumable.
+
+python -m train.grpo --experiment quick
+"""
+
+import os
+
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, read_json
+from letterhead.models import checkpoints
+from letterhead.models.precision import precision
+from letterhead.models.prompt import load_prompt_encoder
+from letterhead.runs import results
+from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
+from train.sft import CLOCK
+from train.sft_worker import Clock
+
+REWARDS = ("right_option", "finished")
+
+
+def main(experiment: Experiment) -> None:
+    os.environ.update(OFFLINE)
+    from eval.compare import choose
+
+    settings = experiment.grpo
+    name, _ = choose(experiment, "sft", stage_outputs(experiment, "eval-ckpts"))
+    start = results.read_result(experiment, name, "test")
+    data = stage_outputs(experiment, "data")
+    inputs = {
+        "grpo": settings.model_dump(),
+        "start": start["inputs_sha256"],
+        "rows": data[str(experiment.data_folder / "decoder_train.jsonl")],
+        "seed": experiment.seed,
+    }
+    stage = Stage(experiment, "grpo", inputs)
+    folder, pictures = stage.folder / "checkpoints", [stage.folder / "reward.png"]
+    if not stage.is_current():
+        from letterhead.models import grpo
+        from letterhead.stats.figures import plot_against_step
+
+        stage.begin(folder)
+        checkpoints.set_aside_broken(folder)
+        resume = checkpoints.resumable(folder)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "tensorboard")
+        encoder = load_prompt_encoder(experiment, thinking=settings.think)
+        rows = results.read_rows(experiment, "decoder_train")
+        asked = grpo.questions(encoder, rows)
+        if not len(asked):
+            raise LetterheadError("no prompt works as text, and TRL takes text alone; take another template")
+        dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
+        given = grpo.arguments(settings, folder, experiment.seed, dtype)
+        trainer = grpo.trainer(start["model"], encoder, asked, settings, given)
+        trainer.add_callback(Clock(stage.folder / CLOCK))
+        state = read_json(resume / "trainer_state.json") if resume else {"global_step": 0}
+        if state["global_step"] < settings.steps:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        log = checkpoints.log_history(folder)
+        lines = {
+            reward: [list(of) for of in zip(*((one["step"], one[key]) for one in log if key in one), strict=True)]
+            for reward in REWARDS
+            if (key := f"rewards/{reward}/mean")
+        }
+        plot_against_step(pictures[0], f"{experiment.name}: GRPO", "mean reward of a step's answers", lines)
+        made = checkpoints.whole_checkpoints(folder)[-1]
+        stage.finish(
+            [*sorted(made.glob("*.safetensors")), made / "trainer_state.json", *pictures],
+            rows=len(asked),
+            left_out=len(rows) - len(asked),
+            start=name,
+            steps=checkpoints.step_of(made),
+            training_seconds=read_json(stage.folder / CLOCK)["training_seconds"][str(checkpoints.step_of(made))],
+            moved={reward: grpo.moved(log, reward) for reward in REWARDS},
+            resumed_from=checkpoints.step_of(resume) if resume else 0,
+        )
+    for reward, by in stage.record["moved"].items():
+        print(
+            f"{reward}: {by['first']:.3f} over the first quarter of the steps, {by['last']:.3f} over the last "
+            f"(standard error of the difference {by['standard_error']:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0])

@@ -1,0 +1,124 @@
+"""Teach the decoder to answer with an option: LLaMA-Factory's `train` on the experiment's YAML, resumable.
+
+python -m train.sft --experiment quick
+"""
+
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError, read_json
+from letterhead.models import checkpoints
+from letterhead.models.llamafactory import command, environment, for_device, sft_plan
+from letterhead.runs.processes import guarded
+from letterhead.runs.stage import Stage, run, stage_outputs
+
+POLL_S = 2
+# Where files lie decides nothing about what is learnt.
+PLACES = ("dataset_dir", "output_dir")
+CLOCK = "clock.json"
+
+
+def main(experiment: Experiment) -> None:
+    arguments = experiment.sft_arguments()
+    data = stage_outputs(experiment, "data")
+    model = experiment.decoder.folder
+    inputs = {
+        "arguments": {key: value for key, value in arguments.items() if key not in PLACES},
+        "rows": data[str(experiment.data_folder / "sft_train.jsonl")],
+        "model": checkpoints.model_identity(model),
+    }
+    if "distilled" in dataset_names(experiment):
+        inputs["distilled"] = stage_outputs(experiment, "distill")
+    stage = Stage(experiment, "sft", inputs)
+    if stage.is_current():
+        print(f"sft is up to date: {experiment.sft_folder}")
+        return
+    checkpoints.require_model(model)
+    folder = Path(arguments["output_dir"])
+    stage.begin(folder)
+    for path in checkpoints.set_aside_broken(folder):
+        print(f"{path}: was cut off while it was written; set aside, not used")
+    resume = checkpoints.resumable(folder)
+    if not finished(folder):
+        train(experiment, arguments, resume, stage.lock_descriptor)
+    made = checkpoints.whole_checkpoints(folder)
+    if not made:
+        raise LetterheadError(f"{folder}: LLaMA-Factory left no whole checkpoint; set save_strategy and save_steps")
+    checkpoints.prune_optimizer_states(folder)
+    state = read_json(made[-1] / "trainer_state.json")
+    clock = read_json(experiment.sft_folder / CLOCK)
+    stage.finish(
+        [file for path in made for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
+        rows=sft_rows(experiment),
+        tokens=state.get("num_input_tokens_seen"),
+        steps=state["global_step"],
+        training_seconds=clock["training_seconds"][str(state["global_step"])],
+        dtype="bfloat16 by autocast" if (for_device(experiment) | arguments).get("bf16") else "float32",
+        peak_gpu_memory_mb=clock["peak_gpu_memory_mb"],
+        reading=experiment.reading,
+        resumed_from=checkpoints.step_of(resume) if resume else 0,
+    )
+    print(f"{folder}: checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}")
+
+
+def sft_rows(experiment: Experiment) -> int:
+    """How many rows SFT learns from: the decoder's training rows, a teacher's, or both, as `dataset` says."""
+    own = read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
+    of_teacher = read_json(experiment.run_folder / "distill" / "stage.json") or {}
+    return sum(of_teacher["rows"] if name == "distilled" else own for name in dataset_names(experiment))
+
+
+def dataset_names(experiment: Experiment) -> list[str]:
+    """What LLaMA-Factory trains on: names in data/EXPERIMENT/dataset_info.json."""
+    return experiment.sft_arguments()["dataset"].split(",")
+
+
+def finished(folder: Path) -> bool:
+    """Whether LLaMA-Factory trained to the last step and wrote its closing files."""
+    made = checkpoints.whole_checkpoints(folder)
+    state = read_json(made[-1] / "trainer_state.json") if made else {}
+    closed = [folder / "all_results.json", folder.with_name(CLOCK)]
+    return bool(made) and state["global_step"] >= state["max_steps"] and None not in map(read_json, closed)
+
+
+def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: int) -> None:
+    """Run LLaMA-Factory to its end, deleting optimizer states that a newer checkpoint makes useless.
+
+    Raises
+    ------
+    LetterheadError : it ended with an error (its own message is on the terminal)
+    """
+    import torch
+
+    if arguments.get("bf16") and not arguments.get("use_cpu") and not torch.cuda.is_available():
+        raise LetterheadError(
+            f"{experiment.decoder.sft.config}: bf16 needs a GPU, and none is here; run it on one, or (slow) add "
+            'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
+        )
+    saves = len(sft_plan(experiment, sft_rows(experiment))[1])
+    needed = checkpoints.sft_disk(checkpoints.stored_parameters(experiment.decoder.folder), saves)
+    checkpoints.require_disk(Path(arguments["output_dir"]), needed, "SFT")
+    more = {}
+    if resume:
+        print(f"resuming from {resume}")
+        more["resume_from_checkpoint"] = str(resume)
+    asked = command(experiment, experiment.sft_folder / CLOCK, **more)
+    print(shlex.join(asked), flush=True)
+    child = subprocess.Popen(guarded(asked), env=environment(), pass_fds=[lock])
+    try:
+        while child.poll() is None:
+            time.sleep(POLL_S)
+            checkpoints.prune_optimizer_states(Path(arguments["output_dir"]))
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    if child.returncode:
+        raise LetterheadError(f"LLaMA-Factory ended with exit code {child.returncode}; its message is above")
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0])

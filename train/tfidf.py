@@ -1,0 +1,71 @@
+"""The floor: TF-IDF with logistic regression; seconds on a CPU.
+
+`tfidf_all` is fitted on all of train, where the methods share fewer rows.
+
+python -m train.tfidf tfidf --experiment quick
+"""
+
+import time
+
+from sklearn.pipeline import Pipeline
+
+from letterhead.config.experiment import Experiment
+from letterhead.models import tfidf
+from letterhead.runs import results
+from letterhead.runs.stage import Stage, run, stage_outputs
+from letterhead.stats.metrics import FIGURES
+
+
+def main(experiment: Experiment, method: str) -> None:
+    data = stage_outputs(experiment, "data")
+    if method == "tfidf_all" and not results.has_more_rows(experiment):
+        print("every method is trained on all of train already")
+        return
+    rows_name = tfidf.ROWS[method]
+    rows_of = {name: data[str(experiment.data_folder / f"{name}.jsonl")] for name in (rows_name, *results.SPLITS)}
+    inputs = {
+        "rows": rows_of,
+        "model": tfidf.MODEL,
+        "labels": experiment.labels,
+        "seed": experiment.seed,
+        "figures": FIGURES,
+    }
+    stage = Stage(experiment, method.replace("_", "-"), inputs)
+    if not stage.is_current():
+        start = time.perf_counter()
+        train = results.read_rows(experiment, rows_name)
+        model = tfidf.fit(train, results.read_rows(experiment, "validation"), experiment.seed)
+        seconds, files, scored = time.perf_counter() - start, [], 0.0
+        for split in results.SPLITS:
+            if rows := results.read_rows(experiment, split):
+                scored += evaluate(experiment, method, model, split, rows, stage.inputs_sha256)["seconds"]
+                files += results.result_files(experiment, method, split)
+        stage.finish(
+            files, rows=len(train), tokens=None, training_seconds=round(seconds, 2), scoring_seconds=round(scored, 2)
+        )
+    result = results.read_result(experiment, method, "test")
+    print(f"{method}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f} on {result['n']} test rows")
+
+
+def evaluate(experiment: Experiment, method: str, model: Pipeline, split: str, rows: list[dict], inputs_sha256: str) -> dict:
+    """Write the result of one split."""
+    start = time.perf_counter()
+    probabilities, terms = tfidf.classify(model, [row["text"] for row in rows], experiment.labels)
+    return results.write_result(
+        experiment,
+        method,
+        split,
+        rows,
+        probabilities=probabilities,
+        seconds=round(time.perf_counter() - start, 4),
+        tokens=terms,
+        parameters=len(experiment.labels),
+        device="cpu",
+        dtype="float64",
+        model=f"TF-IDF of words and word pairs, logistic regression (C = {model[1].C})",
+        inputs_sha256=inputs_sha256,
+    )
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0], choices=list(tfidf.ROWS))
