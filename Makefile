@@ -31,7 +31,10 @@ READY_SERVE := $(call stamp,.venv-serve,$(LOCKS_SERVE))
 # What is freed stays with the process, in huge pages: page faults cost a training on a CPU a third of its time. (glibc's own
 # variable; elsewhere nobody reads it.)
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
-RUN := .venv/bin/python -m
+# Only what fetches is online: libraries ask the hub about a model even where its folder lies on disk, and read these variables
+# when they are imported.
+ONLINE := .venv/bin/python -m
+RUN := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
 STAGE = --experiment "$$EXP" --set "$$SET"
 export EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC
 
@@ -62,9 +65,9 @@ help: ## print this list
 demo: report ## BBC News end to end, everything but the bench
 
 new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv (TEXT=title,body LABEL=stars where its guess is wrong)
-	@$(RUN) prep.new --data "$$DATA" --text "$$TEXT" --label "$$LABEL"
+	@$(ONLINE) prep.new --data "$$DATA" --text "$$TEXT" --label "$$LABEL"
 
-report: preflight-on-gpu data status compare ## report.html (opens from disk) and REPORT.md, with pictures
+report: preflight-on-gpu data status decide ## report.html (opens from disk) and REPORT.md, with pictures
 	@$(RUN) report.build $(STAGE)
 
 status: $(READY) ## which stages are done or stale, how long each took, what runs next and for how long
@@ -74,15 +77,15 @@ try: $(READY) ## a page on 127.0.0.1 where all trained methods answer side by si
 	@$(RUN) serve.page $(STAGE) --port "$$PORT"
 
 predict: $(READY) ## label a file of texts: make predict IN=rows.csv OUT=labelled.csv MODEL=best
-	@$(RUN) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
+	@$(ONLINE) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
 
 #: stages, in order
 
 data: $(READY) ## fetch models and data, make rows, Alpaca JSON and the data card
-	@$(RUN) prep.data $(STAGE)
+	@$(ONLINE) prep.data $(STAGE)
 
 sft: data distill ## teach the decoder to answer with a letter (LLaMA-Factory), resuming what was cut off
-	@$(RUN) sft.train $(STAGE)
+	@$(RUN) train.sft $(STAGE)
 
 eval-ckpts: sft ## score step 0 and every SFT checkpoint on test and validation rows
 	@$(RUN) eval.checkpoints $(STAGE)
@@ -91,26 +94,29 @@ zero-shot: data ## the decoder untrained: option perplexity, calibrated, and wit
 	@$(RUN) eval.zero_shot $(STAGE)
 
 tfidf: data ## the floor: TF-IDF with logistic regression, on the rows that the methods share and on all
-	@$(RUN) baselines.tfidf tfidf $(STAGE)
-	@$(RUN) baselines.tfidf tfidf_all $(STAGE)
+	@$(RUN) train.tfidf tfidf $(STAGE)
+	@$(RUN) train.tfidf tfidf_all $(STAGE)
 
 bert: data ## fine-tune BERT with a linear head (HF Trainer), on the rows that the methods share
-	@$(RUN) baselines.train bert $(STAGE)
+	@$(RUN) train.heads bert $(STAGE)
 
 bert-all: data ## the same on all of train, where the methods share fewer rows
-	@$(RUN) baselines.train bert_all $(STAGE)
+	@$(RUN) train.heads bert_all $(STAGE)
 
 linear-head: data ## put a linear head on the decoder and fine-tune it (HF Trainer)
-	@$(RUN) baselines.train linear_head $(STAGE)
+	@$(RUN) train.heads linear_head $(STAGE)
 
 sft-options: data ## train the decoder as SFT does, with the loss over the option letters alone (decoder.sft_options)
-	@$(RUN) baselines.train sft_options $(STAGE)
+	@$(RUN) train.heads sft_options $(STAGE)
 
 seeds: data ## train every method once more for each further seed that the experiment names
 	@$(RUN) study.seeds $(STAGE)
 
-compare: eval-ckpts sft-think zero-shot tfidf bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested, which to ship
+compare: eval-ckpts sft-think zero-shot tfidf bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested
 	@$(RUN) eval.compare $(STAGE)
+
+decide: compare ## which method to ship, and why
+	@$(RUN) eval.decide $(STAGE)
 
 #: serve and measure
 
@@ -122,32 +128,32 @@ serve: $(READY) $(READY_SERVE) ## serve a checkpoint with vLLM on 127.0.0.1: mak
 
 bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF and vLLM; then the choice and the report anew
 	@$(RUN) bench.rps $(STAGE)
-	@$(RUN) eval.compare $(STAGE)
+	@$(RUN) eval.decide $(STAGE)
 	@$(RUN) report.build $(STAGE)
 
 soak: $(READY_SERVE) ## 20 minutes of load and bad clients on a service: make soak MODEL=bert (after make report)
-	@$(RUN) bench.soak $(STAGE) --model "$$MODEL"
+	@$(RUN) bench.peers.soak $(STAGE) --model "$$MODEL"
 
 growth: data ## time and memory against rows, options and results, up to a million rows: make growth ROWS=1000000
-	@$(RUN) bench.growth $(STAGE) --rows "$$ROWS"
+	@$(RUN) bench.peers.growth $(STAGE) --rows "$$ROWS"
 
 bench-shape: $(READY) $(READY_SERVE) ## time and memory of the article's models (random weights) on this machine
 	@$(RUN) prep.shape --experiment shape
-	@[ "$$($(RUN) letterhead.devices)" = gpu ] || SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false $$SET"; \
-	$(MAKE) sft EXP=shape SET="$$SET" && $(RUN) bench.shape --experiment shape --set "$$SET"
+	@[ "$$($(ONLINE) letterhead.runs.devices)" = gpu ] || SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false $$SET"; \
+	$(MAKE) sft EXP=shape SET="$$SET" && $(RUN) bench.peers.shape --experiment shape --set "$$SET"
 
 bench-scoring: sft ## scoring speed and agreement against lm-evaluation-harness
 	@$(MAKE) data EXP=r52 SET=
-	@$(RUN) bench.scoring $(STAGE)
+	@$(RUN) bench.peers.scoring $(STAGE)
 
 bench-training: data ## training throughput of BERT and the linear head: rows grouped by length against plain
-	@$(RUN) bench.training $(STAGE)
+	@$(RUN) bench.peers.training $(STAGE)
 
 bench-sft: data ## training throughput of SFT: against LLaMA-Factory as it comes, and a plain torch loop
-	@$(RUN) bench.sft $(STAGE)
+	@$(RUN) bench.peers.sft $(STAGE)
 
 bench-precision: sft ## which predictions bfloat16 changes, with its last projection in bfloat16 and in float32
-	@$(RUN) bench.precision $(STAGE)
+	@$(RUN) bench.peers.precision $(STAGE)
 
 #: studies
 
@@ -161,23 +167,23 @@ rank: data ## the training rows by how far the untrained decoder prefers the rig
 	@$(RUN) eval.rank $(STAGE)
 
 distill: data ## have a teacher write its thinking for training rows, right answers kept (section distill; resumable)
-	@$(RUN) distill.teach $(STAGE)
+	@$(RUN) train.distill $(STAGE)
 
 sft-think: eval-ckpts ## the chosen SFT checkpoint with thinking, where a teacher's thoughts were learnt (section distill)
 	@$(RUN) eval.sft_think $(STAGE)
 
 grpo: sft-think ## GRPO by TRL from the chosen SFT checkpoint on, then scored in both modes (section grpo)
-	@$(RUN) grpo.train $(STAGE)
+	@$(RUN) train.grpo $(STAGE)
 	@$(RUN) eval.grpo $(STAGE)
 
 #: set-up, checks, and the rest
 
 preflight: $(READY) ## before a rented GPU costs money: device, disk, memory, hub, labels, prompts; go or no-go
-	@$(RUN) prep.preflight $(STAGE) --when always
+	@$(ONLINE) prep.preflight $(STAGE) --when always
 
 # On a GPU the same, by itself, before what takes hours.
 preflight-on-gpu: $(READY)
-	@[ "$(PREFLIGHT)" = no ] || $(RUN) prep.preflight $(STAGE) --when gpu
+	@[ "$(PREFLIGHT)" = no ] || $(ONLINE) prep.preflight $(STAGE) --when gpu
 
 setup: $(READY) ## build .venv from the lock (every target that needs it does this by itself)
 
@@ -185,12 +191,12 @@ $(READY): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK) .venv $@
 
 setup-serve: $(READY_SERVE) ## build .venv-serve (vLLM: for the GPU if there is one, else for the CPU)
 
-# What torch sees decides between the locks: `letterhead.devices` prints gpu or cpu.
+# What torch sees decides between the locks: `letterhead.runs.devices` prints gpu or cpu.
 $(READY_SERVE): | $(READY)
-	@device=$$($(RUN) letterhead.devices) && PYTHON="$(PYTHON)" requirements/install.sh requirements/serve-$$device.txt .venv-serve $@
+	@device=$$($(ONLINE) letterhead.runs.devices) && PYTHON="$(PYTHON)" requirements/install.sh requirements/serve-$$device.txt .venv-serve $@
 
 licenses: $(READY) $(READY_SBOM) ## licenses of packages, models and data, and an SBOM (CycloneDX): sbom/
-	@$(RUN) prep.licenses
+	@$(ONLINE) prep.licenses
 
 $(READY_SBOM): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_SBOM) .venv-sbom $@
 
@@ -218,4 +224,4 @@ tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint clean
+.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint clean

@@ -5,7 +5,6 @@ one measurement. A row that is done is kept, so what was cut off goes on behind 
 """
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import read_json, write_json
-from letterhead.models.checkpoints import model_identity
+from letterhead.files import model_identity, read_json, write_json
 from letterhead.models.classifier import load_classifier, model_folder
 from letterhead.models.precision import precision
+from letterhead.pipeline import DATA, FOLDED, HEAD_ON_PROMPT, METHODS, method_of, outputs
 from letterhead.runs import results
 from letterhead.runs.devices import device_name, machine, peak_memory
 from letterhead.runs.processes import call_in_a_process
-from letterhead.runs.stage import OFFLINE, stage_outputs
 from letterhead.serving.load import Measured, closed_loop, closed_loop_of_batches, open_loop
 from letterhead.serving.vllm import vllm_version
 from letterhead.stats.metrics import NO_ANSWER
@@ -30,7 +28,7 @@ WARM_UP = 8
 THOUGHT_TOKENS, THOUGHTS = 16, 200
 # The open loops begin near what a closed loop reached, and go up or down by so much to the highest rate that holds.
 FIRST_RATE, STEP, LOWEST_RATE, MOST_RATES = 0.9, 1.2, 0.2, 20
-FOLDED_READS = ("linear_head_on_prompt", "sft_folded")
+FOLDED_READS = (HEAD_ON_PROMPT, FOLDED)
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ def measure_rows(experiment: Experiment, rows: Sequence[Row], names: dict[str, s
     -------
     tuple : the rows measured; those that can't be measured here, each with `why`
     """
-    folders = {method: model_folder(experiment, name) for method, name in names.items() if method != "tfidf"}
+    folders = {method: model_folder(experiment, name) for method, name in names.items() if is_on_disk(name)}
     measured = experiment.bench.model_dump(include={"open_requests", "objective_ms"})
     measured["load"] = list(experiment.bench.load(gpu=device_name() != "cpu"))
     dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
-    settings = {"bench": measured, "data": stage_outputs(experiment, "data"), "dtype": dtype}
+    settings = {"bench": measured, "data": outputs(DATA, experiment), "dtype": dtype}
     settings |= {"prompt": experiment.prompt.model_dump(), "cutoff_len": experiment.sft_arguments()["cutoff_len"]}
     settings |= {"eval": experiment.eval.model_dump(include={"batch_tokens", "score"}), "seed": experiment.seed}
     for section in (experiment.encoder, experiment.decoder):
@@ -129,7 +127,7 @@ def figures(experiment: Experiment, row: Row, name: str, closed: dict[int, tuple
     answered right, and how many as in the evaluation."""
     number = {label: i for i, label in enumerate(experiment.labels)}
     evaluated = {}
-    if results.result_files(experiment, name, "test")[1].exists() and row.method != "linear_head_on_prompt":
+    if results.result_files(experiment, name, "test")[1].exists() and row.method != HEAD_ON_PROMPT:
         evaluated = {line["id"]: number[line["prediction"]] for line in results.read_predictions(experiment, name, "test")}
     right, same, unread, asked = 0, 0, 0, 0
     for measured, rows in closed.values():
@@ -158,7 +156,6 @@ def figures(experiment: Experiment, row: Row, name: str, closed: dict[int, tuple
 
 def measure_here(experiment: Experiment, row: Row, name: str) -> dict:
     """A row of HF's (or scikit-learn's) in this process: one worker that answers all that wait at once."""
-    os.environ.update(OFFLINE)
     start = time.perf_counter()
     phases = {"prefill": [], "decode": []}
     if row.decode == "generate":
@@ -307,7 +304,7 @@ def asked_of_vllm(experiment: Experiment, row: Row, name: str) -> tuple:
         return folder, service.generate_route(encoder.answers), encoder.encode
     if row.decode == "one_token":
         return folder, service.one_token_route(encoder.answers), encoder.encode_before_option
-    if row.method == "sft_folded":
+    if row.method == FOLDED:
         # In a process of its own, which gives the GPU's memory back before vLLM asks for it.
         folder, _ = call_in_a_process(export_folded, experiment, name)
     return folder, service.classify_route(), encoder.encode_before_option
@@ -315,6 +312,12 @@ def asked_of_vllm(experiment: Experiment, row: Row, name: str) -> tuple:
 
 def model_length(experiment: Experiment, row: Row) -> int:
     """The longest request in tokens."""
-    if row.method == "bert":
-        return experiment.encoder.head.max_length
-    return experiment.decoder.head.max_length if row.method == "linear_head" else experiment.sft_arguments()["cutoff_len"]
+    method = METHODS.get(row.method)
+    if method is None or method.reads_prompt:
+        return experiment.sft_arguments()["cutoff_len"]
+    return method.head(experiment).max_length
+
+
+def is_on_disk(name: str) -> bool:
+    """Whether a method, by its full name, has a model on disk."""
+    return method_of(name).model is not None

@@ -5,31 +5,26 @@
 The rows are measured by bench/rows.py; here they are chosen, compared and written down.
 """
 
-import os
-
 from bench.contenders import Row, measure_rows
 from letterhead.config.experiment import Experiment
 from letterhead.files import atomic_open, read_json, write_json
 from letterhead.models.classifier import named_method
 from letterhead.models.precision import precision
+from letterhead.pipeline import METHODS
 from letterhead.runs.devices import device_name, machine
 from letterhead.runs.results import bench_made_from
-from letterhead.runs.stage import OFFLINE, Stage, run
+from letterhead.runs.stage import StageRun, run
 from letterhead.serving.vllm import vllm_version
 
-ROWS = (
-    Row("tfidf", "sklearn", "head"),
-    Row("bert", "hf", "head"),
-    Row("linear_head", "hf", "head"),
-    Row("sft", "hf", "generate"),
-    Row("sft", "hf", "forward"),
-    Row("bert", "vllm", "head"),
-    Row("linear_head", "vllm", "head"),
-    Row("linear_head_on_prompt", "vllm", "head"),
-    Row("sft_folded", "vllm", "head"),
-    Row("sft", "vllm", "one_token"),
-    Row("sft", "vllm", "generate"),
-)
+ENGINES = ("sklearn", "hf", "vllm")
+
+
+def rows_of_methods() -> list[Row]:
+    """What is measured of all methods, engine by engine."""
+    rows = [Row(*row) for method in METHODS.values() for row in method.bench]
+    return sorted(rows, key=lambda row: ENGINES.index(row.engine))
+
+
 # ratio → the row, and the row that it is compared with: requests per second of a single stream
 RATIOS = {
     "letters in one forward / generate (HF)": ("sft-hf-forward", "sft-hf-generate"),
@@ -39,11 +34,10 @@ RATIOS = {
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
-    names = {method: named_method(experiment, method) for method in ("tfidf", "bert", "linear_head", "sft")}
-    names |= {"linear_head_on_prompt": names["linear_head"], "sft_folded": names["sft"]}
-    stage = Stage(experiment, "bench", None)
-    rows, skipped = measure_rows(experiment, ROWS, names, stage.folder)
+    # Each row is of the checkpoint that stands for its method.
+    names = {row: named_method(experiment, method.name) for method in METHODS.values() for row, *_ in method.bench}
+    stage = StageRun(experiment, "bench")
+    rows, skipped = measure_rows(experiment, rows_of_methods(), names, stage.folder)
     price = experiment.bench.price_per_hour
     for row in rows:
         row["cost_per_million"] = cost_per_million(row, price)

@@ -3,25 +3,22 @@
 python -m eval.checkpoints --experiment quick
 """
 
-import os
 from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import checkpoints
+from letterhead.pipeline import DATA, EVAL_CKPTS, SFT, SFT_TRAINING, outputs
 from letterhead.runs import results
-from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.runs.stage import StageRun, run
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
-    from eval.score import scoring_inputs
-
-    made = stage_outputs(experiment, "sft") | stage_outputs(experiment, "data")
-    inputs = {"made": made, "untrained": experiment.eval.untrained, **scoring_inputs(experiment, made)}
-    stage = Stage(experiment, "eval-ckpts", inputs)
+    made = outputs(SFT_TRAINING, experiment) | outputs(DATA, experiment)
+    stage = StageRun(experiment, EVAL_CKPTS)
     table = experiment.results_folder / "sft_checkpoints.md"
     if not stage.is_current():
+        stage.start()
         folder = Path(experiment.sft_arguments()["output_dir"])
         trained = {checkpoints.step_of(path): path for path in checkpoints.whole_checkpoints(folder)}
         if not trained:
@@ -61,8 +58,8 @@ def score_all(experiment: Experiment, models: dict[int, Path], made: dict[str, s
         last = losses[-1] if losses else None
         for split, result in score_model(experiment, step, folder, made, encoder, prompts, last).items():
             scored[step, split] = result
-            files += results.result_files(experiment, f"sft@{step}", split)
-    for path in experiment.results_folder.glob("sft@*"):
+            files += results.result_files(experiment, f"{SFT.name}@{step}", split)
+    for path in experiment.results_folder.glob(f"{SFT.name}@*"):
         if path not in files:  # of an earlier training, which had other steps
             path.unlink()
     return scored, files
@@ -84,7 +81,7 @@ def draw(experiment: Experiment, scored: dict, log: list[dict]) -> list[Path]:
         steps, values = lines.setdefault(split, ([], []))
         steps.append(step)
         values.append(result["f1_macro"])
-    plot_against_step(f1, f"{experiment.name}: SFT, option with the lowest perplexity", "macro F1", lines)
+    plot_against_step(f1, f"{experiment.name}: SFT, the likeliest option", "macro F1", lines)
     trained = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     own = [(step, result["eval_loss"]) for (step, split), result in scored.items() if split == "test"]
     lines = {

@@ -6,33 +6,26 @@ runs/EXPERIMENT/rank/margins.jsonl holds a row's id and its margin: the right op
 best other option's.
 """
 
-import os
-
 import numpy as np
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import write_jsonl
-from letterhead.models import checkpoints
 from letterhead.models.scoring import load_decoder, score_in_parts
+from letterhead.pipeline import RANK
 from letterhead.runs import results
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import Workers
-from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.runs.stage import StageRun, run
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
-    from eval.score import scoring_inputs, split_prompts
+    from eval.score import split_prompts
 
-    made, folder = stage_outputs(experiment, "data"), experiment.decoder.folder
-    inputs = {
-        "model": checkpoints.model_identity(folder),
-        "rows": made[str(experiment.data_folder / "train.jsonl")],
-        **scoring_inputs(experiment, made),
-    }
-    stage = Stage(experiment, "rank", inputs)
+    folder = experiment.decoder.folder
+    stage = StageRun(experiment, RANK)
     path = stage.folder / "margins.jsonl"
     if not stage.is_current():
+        stage.start()
         encoder, prompts = split_prompts(experiment)
         rows, ids = prompts("train")
         with_end = experiment.prompt.options == "names"

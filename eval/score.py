@@ -11,10 +11,10 @@ from letterhead.files import sha256_file, sha256_json
 from letterhead.models import checkpoints
 from letterhead.models.prompt import PromptEncoder, load_scoring_encoder, prompt_inputs
 from letterhead.models.scoring import load_decoder, score_in_parts
+from letterhead.pipeline import FIGURES, SFT
 from letterhead.runs import results
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import Workers
-from letterhead.stats.metrics import FIGURES
 
 # split → its rows, and their prompts as token ids
 Prompts = Callable[[str], tuple[list[dict], list[list[int]]]]
@@ -59,7 +59,7 @@ def score_model(
     encoder: PromptEncoder,
     prompts: Prompts,
     train_loss: float | None = None,
-    method: str = "sft",
+    method: str = SFT.name,
 ) -> dict[str, dict]:
     """Score a model on each split that has rows, unless that was done from the same inputs; writes METHOD@STEP.
 

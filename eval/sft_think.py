@@ -3,38 +3,30 @@
 python -m eval.sft_think --experiment quick
 """
 
-import os
 from pathlib import Path
 
 from letterhead.config.experiment import Experiment
-from letterhead.models.answers import READING
+from letterhead.pipeline import SFT, SFT_THINK, SFT_THINKING
 from letterhead.runs import results
+from letterhead.runs.contenders import choose
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import Workers
-from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.runs.stage import StageRun, run
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
-    if experiment.distill is None:
+    if not SFT_THINK.when(experiment):
         print("no section distill: no thoughts were learnt")
         return
-    from eval.compare import choose
-    from eval.thinking import SAMPLING, think
+    from eval.thinking import think
     from letterhead.models.scoring import load_decoder
 
-    name, chosen = choose(experiment, "sft", stage_outputs(experiment, "eval-ckpts"))
-    no_think = results.read_result(experiment, name, "test")
-    inputs = {
-        "no_think": no_think["inputs_sha256"],
-        "thinking": experiment.eval.thinking.model_dump(exclude={"batch"}),
-        "sampling": SAMPLING,
-        "reading": READING,
-        "seed": experiment.seed,
-    }
-    stage = Stage(experiment, "sft-think", inputs)
-    made = f"sft_think@{chosen['step']}"
+    chosen = choose(experiment, SFT)
+    no_think = results.read_result(experiment, chosen.name, "test")
+    stage = StageRun(experiment, SFT_THINKING)
+    made = f"{SFT_THINK.name}@{chosen.result['step']}"
     if not stage.is_current():
+        stage.start()
         with Workers(process_count(), load_decoder, Path(no_think["model"]), experiment.decoder.dtype) as workers:
             think(experiment, workers, no_think, stage, made)
         result = results.read_result(experiment, made, "test")

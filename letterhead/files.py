@@ -4,7 +4,6 @@ A file is written beside its place, flushed to the disk, then renamed, so that a
 finds the old file or the new one and never half of one.
 """
 
-import fcntl
 import hashlib
 import html
 import json
@@ -17,6 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import jsonlines
+from filelock import lock_descriptor
+
+# Where a fetched model's folder says what it is; its key for the hashes of the files beside the weights.
+SOURCE, BESIDE = "letterhead_source.json", "beside"
 
 
 class LetterheadError(Exception):
@@ -60,7 +63,7 @@ def exclusive(path: Path | str) -> Iterator[None]:
     """Wait until no other process is inside the block for the same lock file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_descriptor(lock.fileno())
         yield
 
 
@@ -115,3 +118,11 @@ def sha256_file(path: Path | str) -> str:
 def sha256_json(value: Any) -> str:
     """SHA-256 of a value's canonical JSON, in hex: equal values, equal hashes."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def model_identity(folder: Path) -> dict:
+    """What tells one model from another: the source it was fetched from and its weights, else the hashes of its files."""
+    files = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json", ".txt", ".model"))
+    if record := read_json(folder / SOURCE):
+        return {key: value for key, value in record.items() if key != BESIDE}
+    return {path.name: sha256_file(path) for path in files}

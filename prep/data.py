@@ -25,20 +25,18 @@ from tqdm import tqdm
 
 from letterhead.config.data import Data, Rows
 from letterhead.config.experiment import Experiment
-from letterhead.files import LetterheadError, atomic_open, exclusive, read_jsonl, sha256_file, write_json
-from letterhead.models.checkpoints import model_identity, require_language_model
-from letterhead.models.prompt import WORD, PromptEncoder, keep_words, load_prompt_encoder, load_scoring_encoder
+from letterhead.files import LetterheadError, atomic_open, exclusive, read_jsonl, write_json
+from letterhead.models.checkpoints import require_language_model
+from letterhead.models.prompt import PromptEncoder, keep_words, load_prompt_encoder, load_scoring_encoder
 from letterhead.models.tfidf import TOKEN
+from letterhead.pipeline import DATA
 from letterhead.rows.fetch import CACHE, fetch_model
-from letterhead.rows.sources import RawRow, Source, checked_text, local_sha256, open_source
-from letterhead.runs.stage import OFFLINE, Stage, run
+from letterhead.rows.sources import RawRow, Source, checked_text, open_source
+from letterhead.runs.stage import OFFLINE, StageRun, run
 
 SPLITS = ("train", "validation", "test")
 FILES = (*(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")), "dataset_info.json", "data_card.json")
-CARD = 3  # counted up when the data card gets another key
 UNUSED = -1
-# What LLaMA-Factory's YAML decides about the rows.
-SFT_KEYS = ("template", "cutoff_len", "enable_thinking", "dataset")
 # Enough rows for percentiles of the token lengths; tokenising a million would take longer than all the rest.
 LENGTH_SAMPLE = 5000
 # Texts are near-duplicates if they share so much of their runs of three words.
@@ -56,21 +54,7 @@ def main(experiment: Experiment) -> None:
     require_language_model(experiment.decoder.folder)
     if not data.source.startswith("hf:"):
         os.environ.update(OFFLINE)
-    inputs = {
-        "data": data.model_dump(mode="json"),
-        "prompt": experiment.prompt.model_dump(),
-        "train_rows": experiment.decoder.train_rows,
-        "sft": {key: experiment.sft_arguments().get(key) for key in SFT_KEYS},
-        "models": [model_identity(experiment.decoder.folder), model_identity(experiment.encoder.folder)],
-        "local_files": local_sha256(data),
-        "ranking": data.rows.ranking and data.rows.ranking.is_file() and sha256_file(data.rows.ranking),
-        "distill": experiment.distill is not None,
-        "licenses": [experiment.decoder.license, experiment.encoder.license],
-        "files": FILES,
-        "card": CARD,
-        "words": data.max_words and WORD.pattern,
-    }
-    stage = Stage(experiment, "data", inputs)
+    stage = StageRun(experiment, DATA)
     if stage.has_other_inputs() and experiment.results_folder.exists():
         print(
             f"{folder}: other settings or data than before, so what {experiment.run_folder} holds will be made anew; "
@@ -79,6 +63,7 @@ def main(experiment: Experiment) -> None:
     if stage.is_current():
         print(f"data is up to date: {folder}")
         return check_examples(experiment)
+    stage.start()
     with exclusive(CACHE / ".lock"):
         source = open_source(data)
         first_number = first_label_number(open_source(data), data)
@@ -546,7 +531,11 @@ def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder:
                 neutralised += clean != row["text"]
                 shortened += len(fitted) < len(clean)
                 alpaca.write({"instruction": encoder.fill(fitted), "input": "", "output": answers[row["label"]]})
-    card["sft"] = {"rows": int(decoder_rows.sum()), "cut_to_cutoff_len": shortened, "control_strings_broken_up": neutralised}
+    card["shared"] = {
+        "rows": int(decoder_rows.sum()),
+        "cut_to_cutoff_len": shortened,
+        "control_strings_broken_up": neutralised,
+    }
 
 
 def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
@@ -580,10 +569,10 @@ def dataset_info(experiment: Experiment) -> dict:
 
 def summary(card: dict) -> str:
     """The data card in a few lines for the terminal."""
-    rows, sft = card["rows"], card["sft"]
+    rows, shared = card["rows"], card["shared"]
     lines = [
         f"rows: {rows['read']} read; {rows['train']} train, {rows['validation']} validation, {rows['test']} test;"
-        f" {sft['rows']} of train for the decoder"
+        f" {shared['rows']} of train for the decoder"
     ]
     lines += [f"dropped: {n} ({reason})" for reason, n in card["dropped"].items() if n]
     lines += [f"duplicates in {split}: {n}" for split, n in card["duplicates"].items() if n]
@@ -591,7 +580,7 @@ def summary(card: dict) -> str:
     lines += [f"{split} texts that stand in train too: {n}" for split, n in card["shared_with_train"].items() if n]
     lines += [f"{split} texts nearly in train: {len(pairs)}" for split, pairs in card["near_duplicates"].items() if pairs]
     lines += [f"license of {name}: {said}" for name, said in card["licenses"].items() if said]
-    lines += [f"texts cut to fit cutoff_len: {sft['cut_to_cutoff_len']}"] if sft["cut_to_cutoff_len"] else []
+    lines += [f"texts cut to fit cutoff_len: {shared['cut_to_cutoff_len']}"] if shared["cut_to_cutoff_len"] else []
     return "\n".join(lines)
 
 

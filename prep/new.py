@@ -85,7 +85,7 @@ ENGLISH = {
     "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name larger ones",
     "rate": 2e-4,
     "encoder_rate": 2e-4,
-    "sft": "llamafactory_configs/smollm2_135m_full_sft.yaml",
+    "config": "llamafactory_configs/smollm2_135m_full_sft.yaml",
     "decoder": {"license": "apache-2.0"},
     "encoder": {"license": "apache-2.0"},
     "prompt": {},
@@ -94,7 +94,7 @@ CHINESE = {
     "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which knows few characters of it (TF-IDF is fairer)",
     "rate": 2e-5,
     "encoder_rate": 5e-5,
-    "sft": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
+    "config": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
     "decoder": {"model": "experiments/models/qwen2.5_coder_0.5b.yaml", "license": "apache-2.0"},
     "encoder": {"model": "experiments/models/mpnet_base.yaml", "license": "apache-2.0"},
     "prompt": {
@@ -197,7 +197,7 @@ def foretell(experiment: Experiment) -> str:
     seconds = stage_seconds(experiment, card)
     decoder = parameter_count(experiment.decoder.folder)
     encoder = parameter_count(experiment.encoder.folder, len(experiment.labels))
-    peaks = stage_bytes(experiment, decoder, encoder, card["sft"]["rows"])
+    peaks = stage_bytes(experiment, decoder, encoder, card["shared"]["rows"])
     takes = [minutes(sum(seconds.values()))] if seconds else []
     return ", ".join([*takes, f"{sum(peaks.values()) / 1e9:.1f} GB of disk at the most"])
 
@@ -473,7 +473,7 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
             **models["decoder"],
             "train_rows": shared,
             "sft": {
-                "config": models["sft"],
+                "config": models["config"],
                 "overrides": {"num_train_epochs": epochs, "per_device_train_batch_size": BATCH},
             },
             "head": {"learning_rate": models["rate"], "num_train_epochs": epochs} | head,

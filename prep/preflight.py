@@ -51,7 +51,7 @@ class Plan:
         self.temporary, self.rows, self.n = temporary, [], {}
         if self.card:
             self.rows = list(read_jsonl(experiment.data_folder / "train.jsonl"))
-            self.n = {"decoder": self.card["sft"]["rows"], "encoder": self.card["rows"]["train"]}
+            self.n = {"decoder": self.card["shared"]["rows"], "encoder": self.card["rows"]["train"]}
 
     def folder(self, name: str) -> Path:
         """The folder with a model's configuration and tokenizer."""

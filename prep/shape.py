@@ -20,8 +20,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import MINILM
-from letterhead.files import atomic_folder, sha256_json, write_json
-from letterhead.models.checkpoints import SOURCE
+from letterhead.files import SOURCE, atomic_folder, sha256_json, write_json
 from letterhead.rows.fetch import fetch_model, fetch_package
 from letterhead.runs.stage import OFFLINE, run
 

@@ -5,21 +5,22 @@ Qwen3-0.6B against BERT on AG News, 2025-05-22, one RTX 3090 (24 GB); F1 is the 
 
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import source_name
+from letterhead.pipeline import BERT, LINEAR_HEAD, SFT, ZERO_SHOT_LETTERS, ZERO_SHOT_THINKING
 
 # method → accuracy, macro F1, hours to train and score
 FIGURES = {
-    "zero_shot_no_think": {"accuracy": 0.7898},
-    "zero_shot_think": {"accuracy": 0.7997},
-    "bert": {"accuracy": 0.946184, "f1_macro": 0.946159, "hours": 0.58},
-    "linear_head": {"accuracy": 0.949079, "f1_macro": 0.949029, "hours": 0.86},
-    "sft": {"accuracy": 0.941, "f1_macro": 0.941, "hours": 1.5},
+    ZERO_SHOT_LETTERS.name: {"accuracy": 0.7898},
+    ZERO_SHOT_THINKING.name: {"accuracy": 0.7997},
+    BERT.name: {"accuracy": 0.946184, "f1_macro": 0.946159, "hours": 0.58},
+    LINEAR_HEAD.name: {"accuracy": 0.949079, "f1_macro": 0.949029, "hours": 0.86},
+    SFT.name: {"accuracy": 0.941, "f1_macro": 0.941, "hours": 1.5},
 }
 # method, engine, decode → requests per second of a single stream, one RTX 3090
 RPS = {
-    ("bert", "hf", "head"): 60.3,
-    ("sft", "hf", "generate"): 13.2,
-    ("sft", "vllm", "generate"): 27.1,
-    ("linear_head", "hf", "head"): 38.1,
+    (BERT.name, "hf", "head"): 60.3,
+    (SFT.name, "hf", "generate"): 13.2,
+    (SFT.name, "vllm", "generate"): 27.1,
+    (LINEAR_HEAD.name, "hf", "head"): 38.1,
 }
 SLIPS = (
     "BERT's best F1 is 0.946 in its table (step 3,948) and 0.945 in its text and conclusion.",

@@ -6,25 +6,24 @@ python -m report.build --experiment quick
 import base64
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 import yaml
 
-from eval import compare
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import source_name
 from letterhead.files import atomic_open, escape_markdown, read_json, read_jsonl, sha256_file
 from letterhead.models import checkpoints, tfidf
+from letterhead.pipeline import BERT, METHODS, REPORT, SFT, SHORT_TITLES, Stage, record_of, stages_of
 from letterhead.runs import results
-from letterhead.runs.stage import Stage, run, stage_outputs
-from letterhead.stats import metrics
+from letterhead.runs.stage import StageRun, run
+from letterhead.stats import metrics, verdict
 from letterhead.stats.figures import caption_of
 from report import article, pictures
-from report.status import stages_of
 
 HERE = Path(__file__).parent
-TRAINED = ("sft", "bert", "bert_all", "linear_head", "sft_options")
 SHOWN_ROWS = 15
 SHOWN_CHARACTERS = 400
 WHAT_A_PICTURE_SHOWS = {
@@ -42,31 +41,37 @@ DECODES = {
     "forward": "letters in one forward",
     "head": "classifier",
 }
-SERVED = {
-    "tfidf": "TF-IDF",
-    "bert": "BERT",
-    "linear_head": "linear head",
-    "linear_head_on_prompt": "linear head on the prompt",
-    "sft": "SFT",
-    "sft_folded": "SFT folded into a head",
-}
 ENGINES = {"sklearn": "scikit-learn", "hf": "HF", "vllm": "vLLM"}
 
 
+def shown(experiment: Experiment) -> dict[str, Any]:
+    """What the report shows besides the decision, and what it is made with."""
+    return {
+        "records": {stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)},
+        "sources": {path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()},
+        "config": experiment.model_dump(mode="json"),
+        "bench": results.read_bench(experiment),
+    }
+
+
+def shown_stages(experiment: Experiment) -> list[Stage]:
+    """The stages that the report is of."""
+    return [stage for stage in stages_of(experiment) if stage is not REPORT]
+
+
 def main(experiment: Experiment) -> None:
-    made = {name: stage_outputs(experiment, name) for name in stages_of(experiment)}
-    sources = {path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()}
-    config = experiment.model_dump(mode="json")
+    stage = StageRun(experiment, REPORT)
     bench = results.read_bench(experiment)
-    stage = Stage(experiment, "report", {"made": made, "sources": sources, "config": config, "bench": bench})
     paths = {name: stage.folder / f"{name}.png" for name in WHAT_A_PICTURE_SHOWS if bench or name != "service"}
     page, text = stage.folder / "report.html", stage.folder / "REPORT.md"
     if not stage.is_current():
-        comparison = read_json(experiment.results_folder / "comparison.json")
+        stage.start()
+        decided = read_json(experiment.results_folder / "decision.json")
+        comparison = read_json(experiment.results_folder / "comparison.json") | decided | {"best": decided["ship"]}
         draw(experiment, comparison, paths)
         if bench:
-            shown = {served(row): row for row in bench["rows"]}
-            pictures.draw_service(paths["service"], caption_of(experiment), shown, bench["objective_ms"])
+            in_service = {served(row): row for row in bench["rows"]}
+            pictures.draw_service(paths["service"], caption_of(experiment), in_service, bench["objective_ms"])
         context = gather(experiment, comparison) | {"bench": bench, "served": served, "article_rps": article.RPS}
         images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
         for path, template, more in ((page, "report.html.jinja", {"images": images}), (text, "report.md.jinja", {})):
@@ -78,7 +83,8 @@ def main(experiment: Experiment) -> None:
 
 def served(row: dict) -> str:
     """What a reader calls a row of the bench."""
-    return f"{SERVED[row['method']]}, {ENGINES[row['engine']]}, {DECODES[row['decode']]}"
+    titles = SHORT_TITLES | {name: method.short for name, method in METHODS.items()}
+    return f"{titles[row['method']]}, {ENGINES[row['engine']]}, {DECODES[row['decode']]}"
 
 
 def environment() -> jinja2.Environment:
@@ -93,9 +99,9 @@ def environment() -> jinja2.Environment:
     )
     made.filters |= {
         "figure": figure,
-        "signed": compare.signed,
+        "signed": verdict.signed,
         "duration": duration,
-        "human": results.human,
+        "human": verdict.human,
         "short": short,
         "md": escape_markdown,
     }
@@ -125,7 +131,10 @@ def short(text: str) -> str:
 def gather(experiment: Experiment, comparison: dict) -> dict:
     """All that the templates show."""
     ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
-    by_name, trained = dict(ranked), [name for name, entry in ranked if entry["method"] in (*TRAINED, *tfidf.ROWS)]
+    by_name, trained = (
+        dict(ranked),
+        [name for name, entry in ranked if METHODS[entry["method"]].is_trained and METHODS[entry["method"]].loader],
+    )
     return {
         "experiment": experiment,
         "model_source": source_name(experiment.decoder.model),
@@ -141,7 +150,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "shown": SHOWN_ROWS,
         "card": read_json(experiment.data_folder / "data_card.json"),
         "config": yaml.safe_dump(experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
-        "stages": {name: read_json(experiment.run_folder / name / "stage.json") for name in stages_of(experiment)},
+        "stages": {stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)},
         "pictures": WHAT_A_PICTURE_SHOWS,
         "tfidf_settings": len(tfidf.MODEL["C"]),
     }
@@ -155,8 +164,8 @@ def history(experiment: Experiment, method: str, split: str) -> dict[int, dict]:
 
 def overfitting(experiment: Experiment) -> str:
     """Whether BERT overfits after two epochs, as the article says it does: test loss, and a paired test of F1, in words."""
-    rows = read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
-    test, epochs = history(experiment, "bert", "test"), experiment.encoder.head.on(rows).num_train_epochs
+    rows = read_json(experiment.data_folder / "data_card.json")["shared"]["rows"]
+    test, epochs = history(experiment, BERT.name, "test"), experiment.encoder.head.on(rows).num_train_epochs
     lowest, last = min(test, key=lambda step: test[step]["eval_loss"]), max(test)
     per_epoch = last / epochs
     after = min(test, key=lambda step: abs(step - 2 * per_epoch))
@@ -168,14 +177,14 @@ def overfitting(experiment: Experiment) -> str:
         return words + " It was not evaluated past two epochs, so the article's claim is not put to the test."
     truth, predicted = results.class_numbers(experiment, results.read_rows(experiment, "test")), []
     for step in (last, after):
-        lines = results.read_predictions(experiment, f"bert@{step}", "test")
+        lines = results.read_predictions(experiment, f"{BERT.name}@{step}", "test")
         predicted.append(np.array([experiment.labels.index(line["prediction"]) for line in lines]))
     change = metrics.f1_loss(truth, *(of[None] for of in reversed(predicted)), len(experiment.labels))
     low, high = change.interval(0.025)
     loss = test[last]["eval_loss"] - test[after]["eval_loss"]
     words += (
         f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss changes by {loss:+.3f} and macro F1 "
-        f"by {compare.signed(change.value, 4)} (95 % interval {compare.signed(low, 4)} to {compare.signed(high, 4)}): "
+        f"by {verdict.signed(change.value, 4)} (95 % interval {verdict.signed(low, 4)} to {verdict.signed(high, 4)}): "
     )
     if high < 0:
         return words + "it overfits after two epochs, as the article says."
@@ -219,10 +228,10 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
     methods = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     entries = [entry for _, entry in methods]
     by_rows = sorted(entries, key=lambda entry: -entry["n"])  # a sample of the test rows does not lead
-    groups = [[entry for entry in by_rows if compare.is_trained(entry) == trained] for trained in (True, False)]
+    groups = [[entry for entry in by_rows if verdict.is_trained(entry) == trained] for trained in (True, False)]
     pictures.draw_ranking(paths["ranking"], caption, groups)
     f1, losses = {}, {}
-    for entry in (entry for entry in entries if entry["method"] in TRAINED):
+    for entry in (entry for entry in entries if METHODS[entry["method"]].has_steps):
         method, title = entry["method"], entry["title"]
         by_split = {split: history(experiment, method, split) for split in results.SPLITS}
         f1[title] = {
@@ -231,11 +240,11 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
             if steps
         }
         test = {step: result for step, result in by_split["test"].items() if step}
-        folder = experiment.sft_folder if method == "sft" else experiment.run_folder / method.replace("_", "-")
-        log = [line for line in checkpoints.log_history(folder / "checkpoints") if "loss" in line]
-        own = "the option's own (test)" if method == "sft" else "test"
+        log = [line for line in checkpoints.log_history(METHODS[method].checkpoints(experiment)) if "loss" in line]
+        is_answer = METHODS[method] is SFT
+        own = "the option's own (test)" if is_answer else "test"
         losses[title] = {
-            "training" + (" (all answer tokens)" if method == "sft" else ""): (
+            "training" + (" (all answer tokens)" if is_answer else ""): (
                 [line["step"] for line in log],
                 [line["loss"] for line in log],
             ),

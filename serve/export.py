@@ -7,7 +7,6 @@ Anything that takes a sequence classifier serves what is written to runs/EXPERIM
 letterhead_export.json in it says how the fold was checked.
 """
 
-import os
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_folder, exclusive, read_json, write_json
 from letterhead.models.classifier import ON_PROMPT, model_folder, named_method
 from letterhead.models.prompt import THINK, WORD, load_prompt_encoder
-from letterhead.runs.stage import OFFLINE, run
+from letterhead.pipeline import METHODS, method_of
+from letterhead.runs.stage import run
 from letterhead.serving.model_card import write_card
 
 # What a checkpoint holds for a training that goes on, and nobody who uses it needs
 TRAINING_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
-HEADS = ("bert", "bert_all", "linear_head")
 
 READ_TEXT = """
 import re
@@ -71,7 +70,6 @@ EXAMPLE = "The text that is to be labelled."
 
 
 def main(experiment: Experiment, model: str) -> None:
-    os.environ.update(OFFLINE)
     folder, said = export(experiment, named_method(experiment, model))
     print(f"{folder}: {said}; README.md in it is its model card")
 
@@ -92,15 +90,18 @@ def export(experiment: Experiment, name: str) -> tuple[Path, str]:
 
 
 def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
-    method = name.partition("@")[0]
-    if method in HEADS:
+    method = METHODS.get(name.partition("@")[0])
+    if method is None or not method.has_steps or not method.loader:
+        known = ", ".join(one.name for one in METHODS.values() if one.has_steps and one.loader)
+        raise LetterheadError(f"{name}: can't be exported; choose {known}")
+    if not method.reads_prompt:
         folder = export_head(experiment, name)
         how = "the checkpoint without its trainer's files"
         write_card(experiment, name, folder, *head_call(experiment, name, folder), "text-classification")
         return folder, how
     from letterhead.models.folding import export_folded, write_tokenizer
 
-    if method == "sft_options":
+    if method.settings:
         folder = export_head(experiment, name, write_tokenizer)
         facts, how = read_json(folder / ON_PROMPT), "the checkpoint without its trainer's files"
     else:
@@ -121,8 +122,7 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
 
 def head_call(experiment: Experiment, name: str, folder: Path) -> tuple[str, str]:
     """What an exported head reads, in Markdown, and lines of Python that call it."""
-    section = experiment.encoder if name.startswith("bert") else experiment.decoder
-    length, max_words = section.head.max_length, experiment.data.max_words
+    length, max_words = method_of(name).head(experiment).max_length, experiment.data.max_words
     asked = f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} tokens."
     call = read_text("from transformers import pipeline", max_words, "")
     return asked, call + CALL_TEXT.format(folder=str(folder), length=length, text=EXAMPLE)

@@ -15,15 +15,14 @@ from tempfile import TemporaryDirectory
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json
-from letterhead.models import tfidf
 from letterhead.models.classifier import Classifier, load_classifier, model_folder
 from letterhead.models.prompt import keep_words, load_prompt_encoder
+from letterhead.pipeline import METHODS
 from letterhead.rows.sources import READERS
 from letterhead.runs.stage import OFFLINE, run
 from serve import predict
 
 HOST = "127.0.0.1"
-TRIED = (*tfidf.ROWS, "bert", "bert_all", "linear_head", "sft", "sft_options")
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"
@@ -61,11 +60,13 @@ def trained_methods(experiment: Experiment) -> dict[str, str]:
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None:
         raise LetterheadError(f"{experiment.results_folder}: nothing is trained yet; run: make report EXP={experiment.name}")
+    decided = read_json(experiment.results_folder / "decision.json") or {}
     ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     found = {}
     for name, entry in ranked:
-        if entry["method"] in TRIED and (entry["method"] in tfidf.ROWS or _has_model(experiment, name)):
-            best = ", to be shipped" if name == comparison["best"] else ""
+        method = METHODS[entry["method"]]
+        if method.is_trained and method.loader and (not method.model or _has_model(experiment, name)):
+            best = ", to be shipped" if name == decided.get("ship") else ""
             found[name] = f"{entry['title']} (macro F1 {entry['f1_macro']:.3f}{best})"
     if not found:
         raise LetterheadError(f"{experiment.run_folder}: no model is there; run: make report EXP={experiment.name}")

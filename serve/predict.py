@@ -8,7 +8,6 @@ bytes it would have written undisturbed.
 """
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -21,22 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import lock_descriptor
 from tqdm import tqdm
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import LetterheadError, exclusive, read_json, sha256_file, sha256_json, write_json
-from letterhead.models import tfidf
-from letterhead.models.checkpoints import model_identity, require_model
-from letterhead.models.classifier import Classifier, in_parts, load_classifier, model_folder, named_method
+from letterhead.files import LetterheadError, exclusive, model_identity, read_json, sha256_file, sha256_json, write_json
+from letterhead.models.checkpoints import require_model
+from letterhead.models.classifier import CHUNK, Classifier, in_parts, load_classifier, model_folder, named_method
 from letterhead.models.precision import precision
 from letterhead.models.prompt import keep_words
+from letterhead.pipeline import DATA, METHODS, outputs
 from letterhead.rows.fetch import CACHE, fetch_model
 from letterhead.rows.sources import RawRow, checked_text, column_at, every_column, open_source
 from letterhead.runs.devices import device_name, process_count
 from letterhead.runs.processes import Workers
-from letterhead.runs.stage import OFFLINE, run, stage_outputs
+from letterhead.runs.stage import OFFLINE, run
 
-CHUNK = 1024
 DIGITS = 6
 
 
@@ -50,7 +49,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         raise LetterheadError(f"{target}: OUT is IN; name another file")
     header, table = read_table(source, experiment)
     name = named_method(experiment, model)
-    folder = None if name in tfidf.ROWS else model_folder(experiment, name)
+    folder = None if is_fitted(name) else model_folder(experiment, name)
     if folder:
         require_model(folder)
     if target.is_dir():
@@ -60,7 +59,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         {
             "source": sha256_file(source),
             "method": name,
-            "model": model_identity(folder) if folder else stage_outputs(experiment, "data"),
+            "model": model_identity(folder) if folder else outputs(DATA, experiment),
             "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
             "device": [device_name(), precision(experiment.decoder.dtype, folder) if folder else None, process_count()],
         }
@@ -101,6 +100,12 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     print(f"{target}: {progress['rows']:,} rows labelled by {name}{left}")
 
 
+def is_fitted(name: str) -> bool:
+    """Whether a method has no model on disk, and is fitted where it is used."""
+    method = METHODS.get(name)
+    return method is not None and not method.model
+
+
 def of_row(experiment: Experiment, probabilities: np.ndarray) -> list[str]:
     """The label, and each label's probability."""
     return [experiment.labels[int(probabilities.argmax())], *(f"{value:.{DIGITS}f}" for value in probabilities)]
@@ -117,12 +122,10 @@ def alone(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.lock")
     with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
-                raise BlockingIOError  # its holder has just ended and removed it
-        except BlockingIOError:
-            raise LetterheadError(f"{target}: another process is writing it; wait for it, or name another OUT") from None
+        is_mine = lock_descriptor(lock.fileno(), blocking=False)
+        # Its holder may have just ended and removed it.
+        if not is_mine or not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            raise LetterheadError(f"{target}: another process is writing it; wait for it, or name another OUT")
         try:
             yield
         finally:

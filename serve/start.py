@@ -5,7 +5,6 @@
 sft generates; bert, linear_head, sft_options and folded (which `make export` makes too) classify; each may name its @STEP.
 """
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +13,16 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError
 from letterhead.models.classifier import model_folder, named_method
 from letterhead.models.precision import precision
+from letterhead.pipeline import METHODS, SFT
 from letterhead.runs.devices import process_count
-from letterhead.runs.stage import OFFLINE, run
+from letterhead.runs.stage import run
 from letterhead.serving.vllm import VllmServer
 from serve.export import export
 
+FOLDED_MODEL = "folded"
+
 
 def main(experiment: Experiment, model: str, port: str) -> None:
-    os.environ.update(OFFLINE)
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise LetterheadError(f"PORT={port}: not a port; write a number up to 65535")
     name, folder, runner, length = served(experiment, model)
@@ -52,18 +53,17 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
     LetterheadError : no such model, or one that vLLM can't serve
     """
     cutoff = experiment.sft_arguments()["cutoff_len"]
-    if model.partition("@")[0] == "folded":
-        source = named_method(experiment, "sft" + model.removeprefix("folded"))
+    if model.partition("@")[0] == FOLDED_MODEL:
+        source = named_method(experiment, SFT.name + model.removeprefix(FOLDED_MODEL))
         folder, _ = export(experiment, source)
-        return source.replace("sft", "folded"), folder, "pooling", cutoff
+        return source.replace(SFT.name, FOLDED_MODEL), folder, "pooling", cutoff
     name = named_method(experiment, model)
-    method = name.partition("@")[0]
-    if method not in ("sft", "bert", "bert_all", "linear_head", "sft_options"):
-        raise LetterheadError(f"{name}: vLLM serves sft, bert, linear_head, sft_options and folded; choose one with MODEL=")
-    if method in ("sft", "sft_options"):
-        return name, model_folder(experiment, name), "generate" if method == "sft" else "pooling", cutoff
-    head = (experiment.encoder if method.startswith("bert") else experiment.decoder).head
-    return name, model_folder(experiment, name), "pooling", head.max_length
+    method = METHODS.get(name.partition("@")[0])
+    if method is None or not method.runner:
+        known = ", ".join(one.name for one in METHODS.values() if one.runner)
+        raise LetterheadError(f"{name}: vLLM serves {known} and {FOLDED_MODEL}; choose one with MODEL=")
+    length = cutoff if method.reads_prompt else method.head(experiment).max_length
+    return name, model_folder(experiment, name), method.runner, length
 
 
 if __name__ == "__main__":

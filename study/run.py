@@ -19,39 +19,38 @@ from pydantic import Field, ValidationError, model_validator
 from tqdm import tqdm
 from yaml import YAMLError
 
-from eval import compare
 from letterhead.config.experiment import Experiment, explain, load_experiment
 from letterhead.config.section import Count, Section
 from letterhead.files import LetterheadError, atomic_open, read_json, sha256_file, write_json
+from letterhead.pipeline import (
+    BERT,
+    COMPARE,
+    LINEAR_HEAD,
+    METHODS,
+    PLACES,
+    SFT,
+    STAGES,
+    TFIDF,
+    ZERO_SHOT,
+    ZERO_SHOT_CALIBRATED,
+    ZERO_SHOT_LETTERS,
+    outputs,
+)
 from letterhead.rows.sources import local_sha256
-from letterhead.runs import results
-from letterhead.runs.stage import Stage, run, stage_outputs
-from letterhead.stats import decision, metrics
+from letterhead.runs import contenders, results
+from letterhead.runs.stage import StageRun, run
+from letterhead.stats import decision, metrics, verdict
 from letterhead.stats.figures import caption_of, plt, save
 from study.cells import make, seed_keys, settings
-from train.sft import PLACES
 
 FOLDER = Path("experiments/studies")
-# method → the target that trains and scores it
-TARGETS = {
-    "tfidf": "tfidf",
-    "bert": "bert",
-    "linear_head": "linear-head",
-    "sft": "eval-ckpts",
-    "sft_think": "sft-think",
-    "grpo": "grpo",
-    "grpo_think": "grpo",
-    "sft_options": "sft-options",
-    "zero_shot_no_think": "zero-shot",
-    "zero_shot_calibrated": "zero-shot",
-}
-TRAINED = ["tfidf", "bert", "linear_head", "sft"]
+TRAINED = [method.name for method in (TFIDF, BERT, LINEAR_HEAD, SFT)]
 # Sections and keys that decide nothing of a cell's results
 NO_MATTER = {
-    **{"bench": True, "serve": True, "compare": True, "title": True, "distill": True},
+    **dict.fromkeys(("bench", "serve", "title", "distill", COMPARE.name), True),
     **{section: {"license"} for section in ("data", "decoder", "encoder")},
 }
-UNTRAINED = ("zero_shot_no_think", "zero_shot_calibrated")
+UNTRAINED = (ZERO_SHOT_LETTERS, ZERO_SHOT_CALIBRATED)
 
 
 class Study(Section):
@@ -76,8 +75,8 @@ class Study(Section):
     def _known(self) -> "Study":
         if not self.rows and not self.cells:
             raise ValueError("name rows, or cells, or both")
-        if unknown := {method for cell in self.all_cells for method in self.methods_of(cell)} - set(TARGETS):
-            raise ValueError(f"methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(TARGETS)}")
+        if unknown := {method for cell in self.all_cells for method in self.methods_of(cell)} - set(METHODS):
+            raise ValueError(f"methods: {', '.join(sorted(unknown))} unknown; choose of {', '.join(METHODS)}")
         return self
 
     @property
@@ -95,7 +94,7 @@ class Study(Section):
 
     def arm(self, cell: str, method: str) -> str:
         """What a reader calls a method in a cell."""
-        title = compare.METHODS[method][2]
+        title = METHODS[method].title
         if not cell:
             return title
         return cell if all(len(self.methods_of(of)) == 1 for of in self.cells) else f"{cell}: {title}"
@@ -188,7 +187,7 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
     few = next(filter(None, study.rows), None)
     for cell in study.all_cells:  # a key that is wrong in the last of them is told before the first is made
         load_experiment(name, said_of(study, study_name, experiment, name, overrides, (few, cell, study.seeds[0]), 1))
-    make(name, overrides, ["zero-shot", *study.first])
+    make(name, overrides, [ZERO_SHOT.make_target, *study.first])
     there = read_json(experiment.data_folder / "data_card.json")
     all_rows = there["rows"]["train"]
     sizes = sorted({min(rows or all_rows, all_rows) for rows in study.rows}) or [None]
@@ -197,7 +196,7 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
         for seed in study.seeds:
             any_made = False
             for (rows, cell), of in done.items():
-                said = said_of(study, study_name, experiment, name, overrides, (rows, cell, seed), there["sft"]["rows"])
+                said = said_of(study, study_name, experiment, name, overrides, (rows, cell, seed), there["shared"]["rows"])
                 made, to_do = run_cell(name, said, study.methods_of(cell))
                 of.append(made)
                 any_made |= to_do
@@ -210,11 +209,12 @@ def publish(experiment: Experiment, name: str, study: Study, done: Done) -> None
     """Write table, picture and figures of the seeds that are done, unless they are there, and print the table."""
     records = [[read_json(cell.run_folder / "cell" / "stage.json") for cell in of] for of in done.values()]
     inputs = {"cells": records, "margin": experiment.compare.margin, "study": study.model_dump()}
-    stage = Stage(experiment, f"study-{name}", inputs)
+    stage = StageRun(experiment, f"study-{name}", inputs)
     table, picture, figures = (stage.folder / file for file in ("STUDY.md", "study.png", "study.json"))
     if not stage.is_current():
+        stage.start()
         found = [gather(experiment, study, rows, done) for rows in dict.fromkeys(rows for rows, _ in done)]
-        untrained = {method: results.read_result(experiment, method, "test")["f1_macro"] for method in UNTRAINED}
+        untrained = {method.name: results.read_result(experiment, method.name, "test")["f1_macro"] for method in UNTRAINED}
         said = sentences(study, found, experiment.compare.margin)
         write_json(figures, {"title": study.title, "found": found, "untrained": untrained, "sentences": said})
         draw_picture = draw_against_rows if study.rows else draw_arms
@@ -236,7 +236,7 @@ def run_cell(name: str, overrides: str, methods: list[str]) -> tuple[Experiment,
     cell = load_experiment(name, overrides)
     inputs = {
         "config": cell.model_dump(mode="json", exclude_unset=True, exclude=NO_MATTER),
-        "sft": {key: value for key, value in cell.sft_arguments().items() if key not in PLACES},
+        "arguments": {key: value for key, value in cell.sft_arguments().items() if key not in PLACES},
         "source": local_sha256(cell.data),
         "methods": methods,
     }
@@ -244,10 +244,11 @@ def run_cell(name: str, overrides: str, methods: list[str]) -> tuple[Experiment,
     made = [cell.data.rows.ranking, cell.distill and cell.distill.of and Path("data") / cell.distill.of / "distilled.jsonl"]
     if learnt := [sha256_file(path) for path in made if path and path.is_file()]:
         inputs["learnt"] = learnt
-    stage = Stage(cell, "cell", inputs)
+    stage = StageRun(cell, "cell", inputs)
     if to_do := not stage.is_current():
-        make(name, overrides, list(dict.fromkeys(TARGETS[method] for method in methods)))
-        results_made = {path for method in methods for path in stage_outputs(cell, compare.METHODS[method][0])}
+        stage.start()
+        make(name, overrides, list(dict.fromkeys(METHODS[method].target for method in methods)))
+        results_made = {path for method in methods for path in outputs(STAGES[METHODS[method].stage], cell)}
         stage.finish([path for path in map(Path, sorted(results_made)) if path.parent == cell.results_folder])
     for weights in cell.run_folder.glob("*/checkpoints"):
         shutil.rmtree(weights)
@@ -269,13 +270,13 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
         for method in study.methods_of(cell):
             arm = study.arm(cell, method)
             for of in done[rows, cell]:
-                chosen, entry = compare.choose(of, method, stage_outputs(of, compare.METHODS[method][0]))
-                answers.setdefault(arm, []).append(compare.read_answers(of, chosen, entry["n"]))
-                entries.setdefault(arm, []).append(entry)
+                chosen = contenders.choose(of, METHODS[method])
+                answers.setdefault(arm, []).append(contenders.read_answers(of, chosen.name, chosen.result["n"]))
+                entries.setdefault(arm, []).append(chosen.entry(of))
     numbers = {arm: of[0]["n"] for arm, of in entries.items()}
     if len(set(numbers.values())) > 1:
         raise LetterheadError(f"arms with unequal test rows ({numbers}) can't be compared; set eval.thinking.rows=null")
-    truth, predicted = compare.aligned(experiment, answers)
+    truth, predicted = contenders.aligned(experiment, answers)
     classes, verdicts = len(experiment.labels), {}
     if len(predicted) > 1:
         prices = dict.fromkeys(predicted, 1.0)  # as if all cost the same, so that each is judged
@@ -380,7 +381,7 @@ def told_of_cells(study: Study, found: list[dict]) -> list[str]:
             differences = []
             for point in found:
                 by, apart = lead_of(point, study.arm(cell, method), study.arm(reference, method))
-                differences.append(f"{compare.signed(by)} at {point['rows']}{' (told apart)' if apart else ''}")
+                differences.append(f"{verdict.signed(by)} at {point['rows']}{' (told apart)' if apart else ''}")
             said.append(f"{study.arm(cell, method)} against {reference}: {', '.join(differences)} rows.")
     return said
 
@@ -400,7 +401,7 @@ def draw_against_rows(path: Path, caption: str, study: Study, found: list[dict],
             if len(values) > 1:
                 axes.plot([shifted] * len(values), values, ".", markersize=4, color=line.get_color(), alpha=0.7)
     for method, style in zip(UNTRAINED, ("--", ":"), strict=True):
-        axes.axhline(untrained[method], linestyle=style, color="grey", linewidth=1, label=compare.METHODS[method][2])
+        axes.axhline(untrained[method.name], linestyle=style, color="grey", linewidth=1, label=method.title)
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks(at, map(str, at))
@@ -423,8 +424,8 @@ def draw_arms(path: Path, caption: str, study: Study, found: list[dict], untrain
     low, high = axes.get_xlim()
     label = "macro F1 on test rows, 95 % interval; each training a dot"
     for method, style in zip(UNTRAINED, ("--", ":"), strict=True):
-        title, value = compare.METHODS[method][2], untrained[method]
-        if any(method in study.methods_of(cell) for cell in study.all_cells):
+        title, value = method.title, untrained[method.name]
+        if any(method.name in study.methods_of(cell) for cell in study.all_cells):
             continue  # an arm of its own
         if 2 * low - high < value < 2 * high - low:
             axes.axvline(value, linestyle=style, color="grey", linewidth=1, label=title)
@@ -461,7 +462,7 @@ def markdown(study: Study, found: list[dict], untrained: dict[str, float], said:
         averaged = f"Mean over seeds (95 % interval of test rows and trainings; each training{drawn})"
     if seeds < len(study.seeds):
         averaged = f"**So far {seeds} of {len(study.seeds)} seeds.** {averaged}"
-    zero = "; ".join(f"{compare.METHODS[method][2]} {value:.3f}" for method, value in untrained.items())
+    zero = "; ".join(f"{METHODS[method].title} {value:.3f}" for method, value in untrained.items())
     lines += [
         "",
         f"{averaged}. Told apart: the difference's interval, corrected for the number of pairs, leaves out 0. Validation "

@@ -27,7 +27,7 @@ def test_written_replies_are_read_as_a_person_reads_them(kind):
     letters, labels = OPTIONS[kind]
     options = list(letters or labels)
     replies = [(reply, expected) for of, expected, reply in TABLE if of == kind]
-    found = {reply: named_option(reply, options, labels) for reply, _ in replies}
+    found = {reply: read_answer(reply, True, options, labels)[0] for reply, _ in replies}
     named = {reply: "-" if option == NO_ANSWER else options[option] for reply, option in found.items()}
     assert named == dict(replies) and len(replies) > 20
 

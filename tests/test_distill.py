@@ -21,8 +21,9 @@ from eval.score import score_model, split_prompts
 from letterhead.config.models import Distill
 from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file
 from letterhead.models.prompt import load_prompt_encoder
+from letterhead.pipeline import DATA, outputs
 from letterhead.runs import results
-from letterhead.runs.stage import Stage, stage_outputs
+from letterhead.runs.stage import StageRun
 from letterhead.serving import endpoint as teacher
 from letterhead.serving.endpoint import Teacher, read_reply
 from prep import data
@@ -214,11 +215,11 @@ def test_what_is_learnt_is_the_thinking_prompt_and_the_thought(taught):
 
 
 def test_what_was_learnt_is_measured_with_thinking(taught):
-    data_made = stage_outputs(taught, "data")
+    data_made = outputs(DATA, taught)
     score_model(taught, 7, taught.decoder.folder, data_made, *split_prompts(taught))
-    Stage(taught, "sft", 0).finish([], rows=34, training_seconds=1.0)
+    StageRun(taught, "sft", 0).finish([], rows=34, training_seconds=1.0)
     files = [file for split in results.SPLITS for file in results.result_files(taught, "sft@7", split)]
-    Stage(taught, "eval-ckpts", 0).finish(files, rows=8, scoring_seconds=1.0)
+    StageRun(taught, "eval-ckpts", 0).finish(files, rows=8, scoring_seconds=1.0)
     sft_think.main(taught)
     found = results.read_result(taught, "sft_think@7", "test")
     assert (found["n"], found["thinking"]["budget_tokens"]) == (3, 5)

@@ -14,8 +14,9 @@ from letterhead.config.models import Grpo
 from letterhead.files import read_json, write_json
 from letterhead.models import checkpoints, grpo
 from letterhead.models.prompt import load_prompt_encoder
+from letterhead.pipeline import DATA, outputs
 from letterhead.runs import results
-from letterhead.runs.stage import Stage, stage_outputs
+from letterhead.runs.stage import StageRun
 from prep import data
 from tests.test_data import write_csv
 from train import grpo as train
@@ -85,10 +86,10 @@ def test_a_short_run_goes_from_the_sft_checkpoint_to_both_modes_scores(make_expe
     data.main(experiment)
     folder = experiment.decoder.folder
     encoder, prompts = split_prompts(experiment)
-    score_model(experiment, 7, folder, stage_outputs(experiment, "data"), encoder, prompts)
-    Stage(experiment, "sft", 0).finish([], rows=34, training_seconds=1.0)
+    score_model(experiment, 7, folder, outputs(DATA, experiment), encoder, prompts)
+    StageRun(experiment, "sft", 0).finish([], rows=34, training_seconds=1.0)
     files = [file for split in results.SPLITS for file in results.result_files(experiment, "sft@7", split)]
-    Stage(experiment, "eval-ckpts", 0).finish(files, rows=8, scoring_seconds=1.0)
+    StageRun(experiment, "eval-ckpts", 0).finish(files, rows=8, scoring_seconds=1.0)
 
     asked = grpo.questions(encoder, results.read_rows(experiment, "decoder_train"))
     rows = results.read_rows(experiment, "decoder_train")

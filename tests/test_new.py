@@ -52,7 +52,7 @@ def test_two_texts_an_id_a_numbered_label_and_its_names(place, capsys):
     assert (
         card["rows"]["test"] == 60
         and card["dropped"]["bad row"] == 1
-        and card["sft"]["rows"] == experiment.decoder.train_rows
+        and card["shared"]["rows"] == experiment.decoder.train_rows
     )
     said = capsys.readouterr().out
     assert "GB of disk at the most on this machine" in said

@@ -215,7 +215,8 @@ def test_a_model_whose_download_breaks_off_is_fetched_again(tiny_models, workpla
     server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
-    code = "from pathlib import Path; from letterhead.runs.stage import telling; from letterhead.rows.fetch import fetch_model\n"
+    code = "from pathlib import Path\nfrom letterhead.runs.stage import telling\n"
+    code += "from letterhead.rows.fetch import fetch_model\n"
     code += f"with telling(): fetch_model('hf:me/bert', Path({str(folder)!r}))"
 
     def fetched() -> subprocess.CompletedProcess:

@@ -152,7 +152,7 @@ def test_long_texts_are_cut_and_counted_and_the_question_stays(make_experiment):
     experiment = make_experiment("rows.csv", LABELS)
     data.main(experiment)
     card = read_json(experiment.data_folder / "data_card.json")
-    assert card["sft"]["cut_to_cutoff_len"] > 0 and card["sft"]["control_strings_broken_up"] > 0
+    assert card["shared"]["cut_to_cutoff_len"] > 0 and card["shared"]["control_strings_broken_up"] > 0
     encoder = load_prompt_encoder(experiment)
     text = "word " * 5000
     cut = encoder.fit(text)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from eval import compare
+from eval import compare, decide
 from letterhead.config.experiment import load_experiment
 from letterhead.config.models import Parts
 from letterhead.files import LetterheadError, read_json, write_json, write_jsonl
-from letterhead.models import tfidf
+from letterhead.pipeline import STAGES, Method, compared_methods
 from letterhead.runs import results
-from letterhead.runs.stage import Stage
+from letterhead.runs.stage import StageRun
+from letterhead.stats import verdict
 from letterhead.stats.metrics import NO_ANSWER
 from prep import data
 from report import article, build
@@ -44,6 +45,11 @@ SKILL = {
 }
 
 
+def compared_and_decided() -> dict:
+    """The comparison with the decision."""
+    return read_json("runs/mine/results/comparison.json") | read_json("runs/mine/results/decision.json")
+
+
 def drawn(make_experiment, validation: int, train_rows: int | None = 100, options: dict | None = None, **sections):
     """An experiment whose data are real and full of markup, and whose predictions are drawn; compared and reported."""
     write_csv("rows.csv", [(f"It's {i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3]) for i in range(400)])
@@ -53,8 +59,8 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
     data.main(experiment)
     rng = np.random.default_rng(0)
     made = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
-    methods = {name: compare.METHODS[name] for name in compare.compared(experiment)}
-    files = {stage: [] for stage, _, _ in methods.values()}
+    methods = compared_methods(experiment)
+    files = {method.stage: [] for method in methods}
 
     def write(stage: str, name: str, split: str, skill: float, **more) -> None:
         rows = results.read_rows(experiment, split)[: more.pop("n", None)]
@@ -69,17 +75,17 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
         results.write_result(experiment, name, split, rows, probabilities=probabilities, train_loss=0.5, **made | more)
         files[stage] += results.result_files(experiment, name, split)
 
-    def train(method: str, stage: str, steps: tuple) -> None:
-        for step in steps:
+    def train(method: Method) -> None:
+        for step in (10, 20, 30) if method.has_steps else (None,):
             for split in results.SPLITS:
                 # Validation likes step 20 best, test likes step 30.
-                skill = SKILL[method] - (0 if step in (None, 20) else 2 if split == "validation" else -2 * (step == 30))
-                cost = {"parameters": 2 if method in tfidf.ROWS else 1000}
-                write(stage, f"{method}@{step}" if step else method, split, skill, **cost)
+                skill = SKILL[method.name] - (0 if step in (None, 20) else 2 if split == "validation" else -2 * (step == 30))
+                cost = {"parameters": 1000 if method.model or not method.is_trained else 2}
+                write(method.stage, f"{method.name}@{step}" if step else method.name, split, skill, **cost)
 
-    for method, (stage, trained, _) in methods.items():
-        if method not in compare.THINKING:
-            train(method, stage, (10, 20, 30) if trained and method not in tfidf.ROWS else (None,))
+    for method in methods:
+        if not method.thinks:
+            train(method)
     thinking = {
         "no_think_accuracy_same_rows": 0.4,
         "times_one_forward": 20.0,
@@ -95,15 +101,16 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
     first = experiment
     for experiment in first.trainings():
         if experiment is not first:
-            files = {stage: [] for stage in compare.RETRAINED}
+            again = [method for method in methods if STAGES[method.stage].retrained]
+            files = {method.stage: [] for method in again}
             shutil.copytree(first.data_folder, experiment.data_folder)
-            for method, (stage, _, _) in methods.items():
-                if stage in files:
-                    train(method, stage, (10, 20, 30))
+            for method in again:
+                train(method)
         for stage, paths in files.items():
-            Stage(experiment, stage, 0).finish(paths, rows=190, scoring_seconds=2.0)
-        Stage(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
+            StageRun(experiment, stage, 0).finish(paths, rows=190, scoring_seconds=2.0)
+        StageRun(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
     compare.main(first)
+    decide.main(first)
     build.main(first)
     return first
 
@@ -124,7 +131,7 @@ def compared(compared_once, workplace):
 
 
 def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_described(compared):
-    comparison = read_json("runs/mine/results/comparison.json")
+    comparison = compared_and_decided()
     assert len(comparison["methods"]) == 9 and len(comparison["pairs"]) == 15
     for name in ("bert@20", "linear_head@20", "sft@20"):
         entry = comparison["methods"][name]
@@ -156,7 +163,7 @@ def test_figures_without_near_duplicates_stand_beside_the_others(compared):
 def test_a_model_in_parts_is_named_and_thinking_on_fewer_rows_decides_nothing(make_experiment):
     teacher = {"endpoint": "http://127.0.0.1:1/v1", "model": "big"}
     experiment = drawn(make_experiment, validation=60, distill=teacher)
-    comparison = read_json("runs/mine/results/comparison.json")
+    comparison = compared_and_decided()
     assert not any("thinking" in line for line in comparison["how_sure"])  # neither judged nor called too dear
     assert comparison["methods"]["sft_think@20"]["n"] == 40 and "sft_think@20" not in comparison["candidates"]
     assert not any("sft_think@20" in (pair["a"], pair["b"]) for pair in comparison["pairs"])
@@ -198,19 +205,19 @@ def test_a_method_that_has_hardly_learnt_is_told(skill, share, told):
     predicted = np.where(chance.random(400) < skill, truth, chance.integers(4, size=400))
     guessing = metrics.log_loss(truth, np.tile(np.bincount(truth) / 400, (400, 1)))
     entry = {"confusion": metrics.confusion_matrix(truth, predicted).tolist(), "log_loss": share * guessing}
-    found = compare.hardly_learnt(entry)
-    assert bool(found) == told == (metrics.cohen_kappa_score(truth, predicted) < compare.LITTLE and 0.7 < share < 1.4)
+    found = verdict.hardly_learnt(entry)
+    assert bool(found) == told == (metrics.cohen_kappa_score(truth, predicted) < verdict.LITTLE and 0.7 < share < 1.4)
     assert not found or found == pytest.approx((share * guessing, guessing))
     silent = entry | {"confusion": [[*row, 9] for row in entry["confusion"]]}  # rows without an answer
-    assert bool(compare.hardly_learnt(silent)) == told
+    assert bool(verdict.hardly_learnt(silent)) == told
 
 
 def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(make_experiment):
     """150 rows can't show a loss below 0.002, and the cheapest is not shipped for want of evidence against it."""
     drawn(make_experiment, validation=60, compare={"margin": 0.002})
-    comparison = read_json("runs/mine/results/comparison.json")
+    comparison = compared_and_decided()
     top = max(comparison["methods"], key=lambda name: comparison["methods"][name]["f1_macro"])
-    assert not comparison["established"] and comparison["best"] == comparison["top"] == top
+    assert not comparison["established"] and comparison["ship"] == comparison["top"] == top
     undecided = [of for of in comparison["candidates"].values() if of["verdict"] == "undecided"]
     assert undecided and all(of["low"] < 0.002 < of["high"] and of["rows_if_equal"] > 150 for of in undecided)
     page, text = (Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md"))
@@ -222,10 +229,10 @@ def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(make_expe
 
 def test_what_is_nearly_as_good_and_cheap_is_shipped_and_the_price_of_an_error_that_would_change_it_is_told(make_experiment):
     drawn(make_experiment, validation=60, compare={"margin": 0.3})
-    comparison = read_json("runs/mine/results/comparison.json")
-    shipped = comparison["candidates"][comparison["best"]]
+    comparison = compared_and_decided()
+    shipped = comparison["candidates"][comparison["ship"]]
     assert comparison["established"] and shipped["verdict"] == "fits" and shipped["high"] < 0.3
-    cheaper = [n for n, price in comparison["prices"].items() if price < comparison["prices"][comparison["best"]]]
+    cheaper = [n for n, price in comparison["prices"].items() if price < comparison["prices"][comparison["ship"]]]
     assert all(comparison["candidates"][name]["verdict"] != "fits" for name in cheaper)
     hopeless = comparison["candidates"].get("zero_shot_no_think")
 
@@ -252,7 +259,7 @@ def test_seeds_are_averaged_and_their_spread_is_shown(make_experiment, monkeypat
     """The same test rows for all; an interval of rows and trainings; the report shows each."""
     experiment = drawn(make_experiment, validation=60, seeds=[7, 8, 9])
     assert (experiment.seed, experiment.data.seed) == (7, 42)
-    comparison = read_json("runs/mine/results/comparison.json")
+    comparison = compared_and_decided()
     entry = comparison["methods"]["bert@20"]
     assert [training["seed"] for training in entry["trainings"]] == [7, 8, 9] and comparison["trainings"] == 3
     values = [training["f1_macro"] for training in entry["trainings"]]
@@ -387,13 +394,13 @@ def test_the_bench_prices_the_choice_and_stands_in_the_report(make_experiment):
     write_json("runs/mine/results/bench_rps.json", bench | {"made_from": {}})  # of other models: not used
     assert results.read_bench(compared) is None
     write_json("runs/mine/results/bench_rps.json", bench)
-    compare.main(compared)
+    decide.main(compared)
     build.main(compared)
-    comparison = read_json("runs/mine/results/comparison.json")
-    prices = {name: entry["cost"]["per_million_rows"] for name, entry in comparison["methods"].items()}
+    comparison = compared_and_decided()
+    prices = comparison["per_million_rows"]
     assert prices["sft@20"] == prices["sft_options@20"] == 8.5 and prices["linear_head@20"] == 7.0
     assert prices["zero_shot_no_think"] == 8.5 and prices["zero_shot_think"] is None  # served as the same model after SFT is
-    assert comparison["best"] == "linear_head@20"  # of those within 0.5 the cheapest in service
+    assert comparison["ship"] == "linear_head@20"  # of those within 0.5 the cheapest in service
     assert any("7 for a million rows in service" in line for line in comparison["how_dear"])
     page, text = (Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md"))
     for shown in (page, html.unescape(text)):

@@ -39,7 +39,7 @@ from letterhead.models.checkpoints import require_model
 from letterhead.models.folding import load_folded
 from letterhead.models.prompt import load_prompt_encoder
 from letterhead.models.scoring import load_decoder, score_options
-from letterhead.runs.stage import Stage
+from letterhead.runs.stage import StageRun
 from prep import data
 from serve import export, predict
 from serve.start import served
@@ -346,7 +346,7 @@ def test_weights_that_learnt_other_labels_texts_or_prompts_are_refused(experimen
         checkpoint = Path(f"runs/mine/{stage}/checkpoints/checkpoint-30")
         heads.load_head(experiment.encoder.folder, LABELS).save_pretrained(checkpoint)
         write_json(checkpoint / "trainer_state.json", {"global_step": 30})
-        Stage(experiment, stage, 0).finish([], reading=experiment.reading)
+        StageRun(experiment, stage, 0).finish([], reading=experiment.reading)
     changes = {
         "data.labels": {"data": experiment.data.model_copy(update={"labels": LABELS[::-1]})},
         "data.max_words": {"data": experiment.data.model_copy(update={"max_words": 3})},

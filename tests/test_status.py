@@ -10,7 +10,7 @@ import pytest
 
 from letterhead.files import read_json, write_json
 from letterhead.plan import time as estimate
-from letterhead.runs.stage import ESTIMATE, Stage, ask, minutes
+from letterhead.runs.stage import ESTIMATE, StageRun, minutes
 from prep import data
 from report import status
 from tests.conftest import ROOT
@@ -40,18 +40,17 @@ def states(experiment, capsys) -> dict[str, str]:
 def test_each_stage_is_told_as_it_is_and_nothing_is_changed_by_asking(experiment, capsys):
     before = {path: path.read_bytes() for path in Path("runs").rglob("stage.json")}
     assert states(experiment, capsys) == dict.fromkeys(
-        ("sft", "eval-ckpts", "zero-shot", "bert", "linear-head", "compare", "report"), "not made"
+        ("sft", "eval-ckpts", "zero-shot", "bert", "linear-head", "compare", "decide", "report"), "not made"
     ) | {"data": "done", "tfidf": "done"}
     other = experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_words": 2})})
     found = states(other, capsys)
     assert found["data"] == "stale" and found["tfidf"] == "stale, since data is stale" and found["sft"] == "not made"
-    at_work = Stage(experiment, "bert", 0)
+    at_work = StageRun(experiment, "bert", 0)
     assert not at_work.is_current() and states(experiment, capsys)["bert"] == "running"
     at_work._lock.close()
     Path("runs/mine/sft/checkpoints/checkpoint-3").mkdir(parents=True)
     assert states(experiment, capsys)["sft"] == "begun, goes on"
     assert {path: path.read_bytes() for path in Path("runs").rglob("stage.json")} == before
-    assert ask(data.main, experiment) == "done"
 
 
 def test_a_model_that_is_gone_makes_the_data_stale_and_is_not_fetched_by_asking(experiment, capsys, monkeypatch):
@@ -64,11 +63,11 @@ def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(ex
     plan = {"seconds": {"data": 10.0, "tfidf": 20.0, "sft": 180.0}, "to_do": ["tfidf", "sft"]}
     write_json(Path("runs/mine", ESTIMATE), plan)
     os.utime(Path("runs/mine", ESTIMATE), (1, 1))  # TF-IDF was made since
-    assert not Stage(experiment, "sft", 0).is_current()
+    assert not StageRun(experiment, "sft", 0).is_current()
     said = capsys.readouterr().out
     assert "sft: about 3 minutes" in said and "10%, about 3 minutes to go" in said
     os.utime("runs/mine/tfidf/stage.json", (0, 0))  # it is one of before, and stale
-    assert not Stage(experiment, "sft", 0).is_current()
+    assert not StageRun(experiment, "sft", 0).is_current()
     assert " 0%, about 3 minutes to go" in capsys.readouterr().out
     assert [minutes(of) for of in (3, 60, 600, 7200)] == [
         "less than a minute", "about a minute", "about 10 minutes", "about 2.0 hours"
@@ -79,8 +78,8 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
     card = read_json("data/mine/data_card.json")
     monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 4e11, 4e11))
     first = estimate.stage_seconds(experiment, card)
-    assert set(first) == {"sft", "eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head", "compare", "report"}
-    more = card | {"sft": {"rows": 10 * card["sft"]["rows"]}}
+    assert set(first) == {"sft", "eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head", "compare", "decide", "report"}
+    more = card | {"shared": {"rows": 10 * card["shared"]["rows"]}}
     trained = [of["sft"] - 2 * estimate.START_S for of in (first, estimate.stage_seconds(experiment, more))]
     assert trained[1] == pytest.approx(10 * trained[0], rel=0.05)
     monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 2e11, 2e11))
@@ -91,9 +90,9 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
 @pytest.mark.parametrize(("kept", "timed"), [(10.0, 150.0), (150.0, 10.0)])
 def test_a_rate_that_was_kept_from_a_busy_moment_does_not_stay(experiment, monkeypatch, kept, timed):
     for dtype in ("float32", "bfloat16"):
-        monkeypatch.setattr("letterhead.precision.precision", lambda *_, of=dtype: of)
-        monkeypatch.setattr("letterhead.cpu.measured_rates", lambda _, of=dtype: {"float32": 1.0, of: kept})
-        monkeypatch.setattr("letterhead.cpu.matmul_rates", lambda *_, of=dtype: {of: timed})
+        monkeypatch.setattr("letterhead.models.precision.precision", lambda *_, of=dtype: of)
+        monkeypatch.setattr("letterhead.models.cpu.measured_rates", lambda _, of=dtype: {"float32": 1.0, of: kept})
+        monkeypatch.setattr("letterhead.models.cpu.matmul_rates", lambda *_, of=dtype: {of: timed})
         _, training, scoring = estimate.rate(experiment, experiment.encoder.folder)
         assert (training, scoring) == (150e9 * estimate.TRAINING[dtype], 150e9 * estimate.SCORING[dtype])
 
@@ -111,10 +110,10 @@ def test_further_seeds_are_in_the_estimate(experiment, capsys, monkeypatch):
         status.main(experiment.model_copy(update={"seeds": seeds}))
         assert capsys.readouterr().out.rstrip().endswith(message)
     seeded = experiment.model_copy(update={"seeds": [1, 2]})
-    Stage(seeded.trainings()[1], "bert", {"rows": "others"}).finish([])
+    StageRun(seeded.trainings()[1], "bert", {"rows": "others"}).finish([])
     status.main(seeded)  # made from other data
     assert capsys.readouterr().out.rstrip().endswith("about 7 minutes, further seeds among them (2)")
-    monkeypatch.setattr(status, "ask", lambda *_: "done")
+    monkeypatch.setattr(status, "is_current", lambda *_: True)
     status.main(seeded)
     assert capsys.readouterr().out.rstrip().endswith("about 6 minutes, further seeds among them (2)")
 

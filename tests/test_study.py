@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import yaml
 
-from eval.compare import METHODS
 from letterhead.config.experiment import load_experiment
 from letterhead.config.models import Encoder
 from letterhead.files import LetterheadError, read_json, read_jsonl, write_jsonl
+from letterhead.pipeline import METHODS
 from letterhead.runs import results
-from letterhead.runs.stage import Stage
+from letterhead.runs.stage import StageRun
 from letterhead.stats.figures import caption_of
 from prep import data
 from study import run
@@ -67,7 +67,7 @@ def studied(make_experiment, monkeypatch):
                     )  # fmt: skip
                     files += results.result_files(cell, step, split)
             for stage in STAGES.get(target, (target,)):
-                Stage(cell, stage, 0).finish(files, rows=n, scoring_seconds=1.0)
+                StageRun(cell, stage, 0).finish(files, rows=n, scoring_seconds=1.0)
 
     fake.fails_at = 0
     monkeypatch.setattr(run, "make", fake)
@@ -103,7 +103,7 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
     assert [point["rows"] for point in made["found"]] == [30, 60, 320]
     for point in made["found"]:
         for method in run.TRAINED:
-            of, name = point["arms"][METHODS[method][2]], method if method == "tfidf" else f"{method}@10"
+            of, name = point["arms"][METHODS[method].title], method if method == "tfidf" else f"{method}@10"
             trained = [load_experiment("mine", f"name=mine.curve.{point['rows']}.seed{seed}") for seed in (1, 2)]
             each = [results.read_result(training, name, "test")["f1_macro"] for training in trained]
             assert of["f1_macro"] == pytest.approx(np.mean(each))

@@ -16,7 +16,7 @@ from transformers.trainer_utils import sort_checkpoints
 from letterhead.files import LetterheadError
 from letterhead.models import checkpoints
 from letterhead.runs import stage
-from letterhead.runs.stage import Stage
+from letterhead.runs.stage import StageRun
 from train import sft_worker as worker
 
 ROOT = Path(__file__).parent.parent
@@ -114,11 +114,11 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_is_resumed(tmp_p
 def test_a_stage_runs_once_at_a_time(make_experiment, monkeypatch):
     monkeypatch.setattr(stage, "LOCK_PATIENCE_S", 0)
     experiment = make_experiment("rows.csv", ["a", "b"])
-    first = Stage(experiment, "sft", 1)
+    first = StageRun(experiment, "sft", 1)
     with pytest.raises(LetterheadError, match="another process is running this stage"):
-        Stage(experiment, "sft", 1)
+        StageRun(experiment, "sft", 1)
     del first
-    Stage(experiment, "sft", 1)
+    StageRun(experiment, "sft", 1)
 
 
 @pytest.mark.parametrize("decides", ["on_step_end", "on_epoch_end"])

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_json, whole_lines, write_jsonl
-from letterhead.models.answers import READING, named_option
+from letterhead.models.answers import named_option
 from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
+from letterhead.pipeline import DISTILL
 from letterhead.runs import results
-from letterhead.runs.stage import Stage, run, stage_outputs
+from letterhead.runs.stage import StageRun, run
 from letterhead.serving.endpoint import Reply, Teacher
 
 # What the teacher is told besides the question; the student is not.
@@ -38,25 +39,15 @@ def main(experiment: Experiment) -> None:
     path = experiment.data_folder / "distilled.jsonl"
     if settings.of not in (None, experiment.name):
         return copy(experiment, path)
-    rows_file = experiment.data_folder / "decoder_train.jsonl"
-    inputs = {
-        "settings": settings.model_dump(exclude=LIMITS),
-        "rows": stage_outputs(experiment, "data")[str(rows_file)],
-        "prompt": experiment.prompt.model_dump(),
-        "cutoff_len": experiment.sft_arguments()["cutoff_len"],
-        "labels": experiment.labels,
-        "how": HOW,
-        "reading": READING,
-        "seed": experiment.seed,
-    }
-    stage = Stage(experiment, "distill", inputs)
+    stage = StageRun(experiment, DISTILL)
     if not stage.is_current():
+        stage.start()
         encoder = load_prompt_encoder(experiment, thinking=True)
         rows = draw(experiment)
         # More rows, or more tries, go on behind those that were paid for.
-        said = {key: value for key, value in inputs.items() if key not in ("rows", "cutoff_len", "reading")}
-        said["settings"] = settings.model_dump(exclude=LIMITS | {"rows", "tries"})
-        kept = stage.folder / f"tries-{sha256_json(said)[:16]}.jsonl"
+        asked = {"prompt": experiment.prompt.model_dump(), "labels": experiment.labels, "how": HOW, "seed": experiment.seed}
+        asked["settings"] = settings.model_dump(exclude=LIMITS | {"rows", "tries"})
+        kept = stage.folder / f"tries-{sha256_json(asked)[:16]}.jsonl"
         tries = asyncio.run(teach(experiment, encoder, rows, kept))
         replies = [reply for of in tries.values() for reply in of.values()]
         right = [(row, thought_of(encoder, row, tries[row["id"]])) for row in rows]
@@ -85,17 +76,32 @@ def main(experiment: Experiment) -> None:
     print(summary(stage.record, path))
 
 
+def taken_over(experiment: Experiment) -> dict | None:
+    """The record of the teacher whose thoughts are taken over (distill.of), None where the experiment asks one itself.
+
+    Raises
+    ------
+    LetterheadError : they are not made yet
+    """
+    other = experiment.distill.of
+    if other in (None, experiment.name):
+        return None
+    record = read_json(Path("runs") / other / DISTILL.name / "stage.json")
+    if record is None:
+        raise LetterheadError(f"data/{other}/distilled.jsonl: not made yet; run: make distill EXP={other}")
+    return record
+
+
 def copy(experiment: Experiment, path: Path) -> None:
     """Take over what another experiment's teacher wrote."""
     source = Path("data") / experiment.distill.of / path.name
-    of = read_json(Path("runs") / experiment.distill.of / "distill" / "stage.json")
-    if of is None:
-        raise LetterheadError(f"{source}: not made yet; run: make distill EXP={experiment.distill.of}")
-    stage = Stage(experiment, "distill", {"of": of["outputs"]})
+    record = taken_over(experiment)
+    stage = StageRun(experiment, DISTILL)
     if not stage.is_current():
+        stage.start()
         write_jsonl(path, read_jsonl(source))
-        stage.finish([path], rows=of["rows"])
-    print(f"{path}: {of['rows']} rows, from {source}")
+        stage.finish([path], rows=record["rows"])
+    print(f"{path}: {record['rows']} rows, from {source}")
 
 
 def draw(experiment: Experiment) -> list[dict]:

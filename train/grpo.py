@@ -10,8 +10,10 @@ from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints
 from letterhead.models.precision import precision
 from letterhead.models.prompt import load_prompt_encoder
+from letterhead.pipeline import GRPO_TRAINING, SFT
 from letterhead.runs import results
-from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.runs.contenders import choose
+from letterhead.runs.stage import StageRun, run
 from train.sft import CLOCK
 from train.sft_worker import Clock
 
@@ -19,22 +21,13 @@ REWARDS = ("right_option", "finished")
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
-    from eval.compare import choose
-
     settings = experiment.grpo
-    name, _ = choose(experiment, "sft", stage_outputs(experiment, "eval-ckpts"))
-    start = results.read_result(experiment, name, "test")
-    data = stage_outputs(experiment, "data")
-    inputs = {
-        "grpo": settings.model_dump(),
-        "start": start["inputs_sha256"],
-        "rows": data[str(experiment.data_folder / "decoder_train.jsonl")],
-        "seed": experiment.seed,
-    }
-    stage = Stage(experiment, "grpo", inputs)
+    chosen = choose(experiment, SFT)
+    start = results.read_result(experiment, chosen.name, "test")
+    stage = StageRun(experiment, GRPO_TRAINING)
     folder, pictures = stage.folder / "checkpoints", [stage.folder / "reward.png"]
     if not stage.is_current():
+        stage.start()
         from letterhead.models import grpo
         from letterhead.stats.figures import plot_against_step
 
@@ -66,7 +59,7 @@ def main(experiment: Experiment) -> None:
             [*sorted(made.glob("*.safetensors")), made / "trainer_state.json", *pictures],
             rows=len(asked),
             left_out=len(rows) - len(asked),
-            start=name,
+            start=chosen.name,
             steps=checkpoints.step_of(made),
             training_seconds=read_json(stage.folder / CLOCK)["training_seconds"][str(checkpoints.step_of(made))],
             moved={reward: grpo.moved(log, reward) for reward in REWARDS},

@@ -6,88 +6,41 @@ the vocabulary's rows of the option letters: SFT with the loss over the options 
 python -m train.heads bert --experiment quick
 """
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from letterhead.config.experiment import Experiment
-from letterhead.config.models import Decoder, Encoder, Head
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import checkpoints
-from letterhead.models.prompt import prompt_inputs
+from letterhead.pipeline import METHODS, STAGES, arguments_of
 from letterhead.runs import results
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import guarded, torchrun
-from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
-from letterhead.stats.metrics import FIGURES
-
-
-class Trained(NamedTuple):
-    """A method: the section and key of the experiment that hold its settings, the rows that it is trained on, its title."""
-
-    section: str
-    key: str
-    rows: str
-    title: str
-
-    def model(self, experiment: Experiment) -> Encoder | Decoder:
-        """The section of the model that is trained."""
-        return getattr(experiment, self.section)
-
-    def head(self, experiment: Experiment) -> Head | None:
-        """How it is trained, or None where the experiment leaves it out."""
-        return getattr(self.model(experiment), self.key)
-
-
-METHODS = {
-    "bert": Trained("encoder", "head", "decoder_train", "BERT with a linear head"),
-    "bert_all": Trained("encoder", "head", "train", "BERT with a linear head, all of train"),
-    "linear_head": Trained("decoder", "head", "decoder_train", "linear head on the decoder"),
-    "sft_options": Trained("decoder", "sft_options", "decoder_train", "decoder, loss over the options alone"),
-}
+from letterhead.runs.stage import StageRun, run
 
 
 def main(experiment: Experiment, method: str) -> None:
-    os.environ.update(OFFLINE)
-    if method == "bert_all" and not results.has_more_rows(experiment):
-        print("every method is trained on all of train already")
-        return
     trained = METHODS[method]
-    if (head := trained.head(experiment)) is None:
-        print(f"decoder.{trained.key} is not set: not trained")
+    if not trained.when(experiment):
+        print(f"{method}: not of this experiment")
         return
-    data = stage_outputs(experiment, "data")
-    files = [experiment.data_folder / f"{name}.jsonl" for name in (trained.rows, *results.SPLITS)]
-    inputs = {
-        "head": head.model_dump(),
-        "labels": experiment.labels,
-        "seed": experiment.seed,
-        "figures": FIGURES,
-        "rows": [data[str(file)] for file in files],
-        "model": checkpoints.model_identity(trained.model(experiment).folder),
-    }
-    if method == "sft_options":
-        inputs |= prompt_inputs(experiment)
-    stage = Stage(experiment, method.replace("_", "-"), inputs)
+    head = trained.head(experiment)
+    stage = StageRun(experiment, STAGES[trained.stage])
     table = experiment.results_folder / f"{method}_checkpoints.md"
     if not stage.is_current():
-        folder = checkpoint_folder(experiment, method)
+        stage.start()
+        folder = trained.checkpoints(experiment)
         stage.begin(folder)
         for path in checkpoints.set_aside_broken(folder):
             print(f"{path}: was cut off while it was written; set aside, not used")
         resume = checkpoints.resumable(folder)
-        if resume and (lost := lost_results(experiment, method, resume, stage.inputs_sha256)):
-            print(f"results of steps {lost} are gone, and only training makes them; it begins anew")
-            shutil.rmtree(folder)
-            resume = None
         train(experiment, method, stage.inputs_sha256, resume, stage.lock_descriptor)
         checkpoints.keep_best_and_last(folder)
+        gaps = score_again(experiment, method, stage.inputs_sha256)
         kept, made = collect(experiment, method, stage.inputs_sha256)
         with atomic_open(table) as file:
-            file.write(results.checkpoint_table(experiment, trained.title, kept, []))
+            file.write(results.checkpoint_table(experiment, trained.title, kept, gaps))
         weights = [file for path in checkpoints.whole_checkpoints(folder) for file in path.glob("*.safetensors")]
         rows = len(results.read_rows(experiment, trained.rows))
         stage.finish(
@@ -125,17 +78,35 @@ def train(experiment: Experiment, method: str, inputs_sha256: str, resume: Path 
         raise LetterheadError(f"{method}: a process of the training ended with exit code {child.returncode}; see above")
 
 
-def checkpoint_folder(experiment: Experiment, method: str) -> Path:
-    """Where a method's checkpoints lie."""
-    return experiment.run_folder / method.replace("_", "-") / "checkpoints"
+def score_again(experiment: Experiment, method: str, inputs_sha256: str) -> list[int]:
+    """Score the checkpoints anew that were evaluated in training and whose results are gone.
+
+    Returns
+    -------
+    list : the steps whose checkpoints are gone, too; they leave a gap
+    """
+    folder = METHODS[method].checkpoints(experiment)
+    whole = {checkpoints.step_of(path): path for path in checkpoints.whole_checkpoints(folder)}
+    gaps = set()
+    for step, split in lost_results(experiment, method, max(whole.items())[1], inputs_sha256):
+        if step in whole:
+            from train.heads_worker import score_checkpoint
+
+            score_checkpoint(experiment, method, whole[step], split, inputs_sha256)
+        else:
+            print(f"{method}: the result of step {step} on {split} rows is gone, and so is its checkpoint; a gap is left")
+            gaps.add(step)
+    return sorted(gaps)
 
 
-def lost_results(experiment: Experiment, method: str, resume: Path, inputs_sha256: str) -> list[int]:
-    """The steps that were evaluated before a checkpoint was saved, but whose results are not on disk."""
-    log = read_json(resume / "trainer_state.json")["log_history"]
+def lost_results(experiment: Experiment, method: str, checkpoint: Path, inputs_sha256: str) -> list[tuple[int, str]]:
+    """Step and split of what was evaluated before a checkpoint was saved and is not on disk."""
+    log = read_json(checkpoint / "trainer_state.json")["log_history"]
     evaluated = {(line["step"], key.split("_")[1]) for line in log for key in line if key.endswith("_f1_macro")}
     return sorted(
-        {step for step, split in evaluated if not results.kept_result(experiment, f"{method}@{step}", split, inputs_sha256)}
+        (step, split)
+        for step, split in evaluated
+        if not results.kept_result(experiment, f"{method}@{step}", split, inputs_sha256)
     )
 
 
@@ -144,6 +115,8 @@ def collect(experiment: Experiment, method: str, inputs_sha256: str) -> tuple[di
     kept, files = {}, []
     for path in experiment.results_folder.glob(f"{method}@*.json"):
         result = read_json(path)
+        if result is None:
+            continue
         both = results.result_files(experiment, f"{method}@{result['step']}", result["split"])
         if result["inputs_sha256"] != inputs_sha256:
             for file in both:
@@ -157,4 +130,4 @@ def collect(experiment: Experiment, method: str, inputs_sha256: str) -> tuple[di
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], choices=list(METHODS))
+    run(main, __doc__.splitlines()[0], choices=arguments_of("train.heads"))

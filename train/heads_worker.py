@@ -1,4 +1,4 @@
-"""The training of a linear head itself; every evaluation leaves a result. Started by baselines/train.py, also by torchrun.
+"""The training of a linear head itself; every evaluation leaves a result. Started by train/heads.py, also by torchrun.
 
 python -m train.heads_worker bert --experiment quick --inputs SHA256 --resume runs/quick/bert/checkpoints/checkpoint-9
 """
@@ -15,19 +15,20 @@ if __name__ == "__main__":
 import torch
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import read_json
+from letterhead.files import read_json, write_json
 from letterhead.models import checkpoints, heads
 from letterhead.models.folding import load_folded
 from letterhead.models.precision import precision
 from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
+from letterhead.pipeline import METHODS, Method
 from letterhead.runs import results
 from letterhead.runs.devices import process_count, share_batch
-from letterhead.runs.stage import OFFLINE, run
-from train.heads import METHODS, checkpoint_folder
+from letterhead.runs.stage import run
+
+CLOCK = "clock.json"  # step → seconds trained
 
 
 def main(experiment: Experiment, method: str, inputs_sha256: str, resume: str) -> None:
-    os.environ.update(OFFLINE)
     fit(experiment, method, inputs_sha256, Path(resume) if resume != "none" else None)
 
 
@@ -35,8 +36,10 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     """Train to the last step, from the checkpoint `resume` if there is one; of several processes the first writes."""
     from transformers import set_seed
 
-    trained, folder = METHODS[method], checkpoint_folder(experiment, method)
-    source, head, key = trained.model(experiment).folder, trained.head(experiment), f"{trained.section}.{trained.key}"
+    trained = METHODS[method]
+    folder = trained.checkpoints(experiment)
+    clock_file = folder.with_name(CLOCK)
+    source, head, key = trained.section(experiment).folder, trained.head(experiment), f"{trained.model}.{trained.settings}"
     needed = checkpoints.head_disk(checkpoints.stored_parameters(source))
     checkpoints.require_disk(folder, needed, f"the training of {method}")
     rows = results.read_rows(experiment, trained.rows)
@@ -54,28 +57,28 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype)
     set_seed(experiment.seed)
     # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so they are loaded here.
-    if method == "sft_options":
-        encoder = OptionEncoder(load_prompt_encoder(experiment))
+    tokenizer = heads.load_tokenizer(source)
+    encoder = row_encoder(experiment, trained, tokenizer)
+    if trained.reads_prompt:
         model = heads.load_head(resume, experiment.labels) if resume else load_folded(experiment, encoder.prompt)
     else:
         heads.require_length(source, head.max_length, key)
-        encoder = TextEncoder(heads.load_tokenizer(source), head.max_length)
         model = heads.load_head(resume or source, experiment.labels, new_head=not resume)
-    tokenizer = heads.load_tokenizer(source)
     sets = {
         name: heads.encoded(of, results.class_numbers(experiment, of), encoder, f"encoding {name}")
         for name, of in {"train": rows, **splits}.items()
     }
     multiplied = checkpoints.parameters_per_token(model)
-    begin, evaluating, before = time.perf_counter(), 0.0, 0.0
-    if resume:
-        before = results.read_result(experiment, f"{method}@{checkpoints.step_of(resume)}", "test")["training_seconds"]
+    begin, evaluating = time.perf_counter(), 0.0
+    clock = (read_json(clock_file) or {}) if resume else {}
+    before = clock.get(str(checkpoints.step_of(resume)), 0.0) if resume else 0.0
 
     def write(split: str, logits, seconds: float, tokens: int) -> dict[str, float]:
         nonlocal evaluating
         evaluating += seconds
         step = trainer.state.global_step
-        trained = before + time.perf_counter() - begin - evaluating - trainer.saving_seconds
+        clock[str(step)] = round(before + time.perf_counter() - begin - evaluating - trainer.saving_seconds, 1)
+        write_json(clock_file, clock)
         result = results.write_result(
             experiment,
             f"{method}@{step}",
@@ -83,7 +86,7 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
             splits[split],
             probabilities=torch.from_numpy(logits).double().softmax(-1).numpy(),
             train_loss=mean_loss(trainer.state.log_history, step),
-            training_seconds=round(trained, 1),
+            training_seconds=clock[str(step)],
             seconds=round(seconds, 3),
             tokens=tokens,
             parameters=multiplied,
@@ -99,6 +102,44 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 
+def score_checkpoint(experiment: Experiment, method: str, checkpoint: Path, split: str, inputs_sha256: str) -> None:
+    """Score a checkpoint on a split and write the result that its evaluation in training left."""
+    trained = METHODS[method]
+    rows, step = results.read_rows(experiment, split), checkpoints.step_of(checkpoint)
+    log = read_json(checkpoint / "trainer_state.json")["log_history"]
+    clock = read_json(trained.checkpoints(experiment).with_name(CLOCK)) or {}
+    head, source = trained.head(experiment), trained.section(experiment).folder
+    dtype = precision(experiment.decoder.dtype, source)
+    model, tokenizer = heads.load_head(checkpoint, experiment.labels), heads.load_tokenizer(source)
+    multiplied = checkpoints.parameters_per_token(model)
+    model = heads.for_inference(model, dtype)
+    ids = row_encoder(experiment, trained, tokenizer).encode([row["text"] for row in rows])
+    start = time.perf_counter()
+    logits = heads.class_logits(model, tokenizer, ids, head.per_device_eval_batch_size, f"scoring {split}")
+    results.write_result(
+        experiment,
+        f"{method}@{step}",
+        split,
+        rows,
+        probabilities=torch.from_numpy(logits).double().softmax(-1).numpy(),
+        train_loss=mean_loss(log, step),
+        training_seconds=clock.get(str(step), 0.0),
+        seconds=round(time.perf_counter() - start, 3),
+        tokens=heads.padded_tokens([len(one) for one in ids], head.per_device_eval_batch_size),
+        parameters=multiplied,
+        dtype=dtype,
+        model=str(checkpoint),
+        inputs_sha256=inputs_sha256,
+    )
+
+
+def row_encoder(experiment: Experiment, method: Method, tokenizer) -> TextEncoder | OptionEncoder:
+    """What turns texts into the ids that a method reads."""
+    if method.reads_prompt:
+        return OptionEncoder(load_prompt_encoder(experiment))
+    return TextEncoder(tokenizer, method.head(experiment).max_length)
+
+
 def mean_loss(log: list[dict], step: int) -> float:
     """The training loss between the evaluation before `step` and `step`, from the Trainer's log, weighted by steps."""
     start = max((line["step"] for line in log if "eval_test_f1_macro" in line and line["step"] < step), default=0)
@@ -111,4 +152,9 @@ def mean_loss(log: list[dict], step: int) -> float:
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], list(METHODS), {"inputs": "the stage's hash", "resume": "a checkpoint, or none"})
+    run(
+        main,
+        __doc__.splitlines()[0],
+        [method.name for method in METHODS.values() if method.settings],
+        {"inputs": "the stage's hash", "resume": "a checkpoint, or none"},
+    )

@@ -12,30 +12,21 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints
 from letterhead.models.llamafactory import command, environment, for_device, sft_plan
+from letterhead.pipeline import DISTILL, SFT_TRAINING, record_of
 from letterhead.runs.processes import guarded
-from letterhead.runs.stage import Stage, run, stage_outputs
+from letterhead.runs.stage import StageRun, run
 
 POLL_S = 2
-# Where files lie decides nothing about what is learnt.
-PLACES = ("dataset_dir", "output_dir")
 CLOCK = "clock.json"
 
 
 def main(experiment: Experiment) -> None:
-    arguments = experiment.sft_arguments()
-    data = stage_outputs(experiment, "data")
-    model = experiment.decoder.folder
-    inputs = {
-        "arguments": {key: value for key, value in arguments.items() if key not in PLACES},
-        "rows": data[str(experiment.data_folder / "sft_train.jsonl")],
-        "model": checkpoints.model_identity(model),
-    }
-    if "distilled" in dataset_names(experiment):
-        inputs["distilled"] = stage_outputs(experiment, "distill")
-    stage = Stage(experiment, "sft", inputs)
+    arguments, model = experiment.sft_arguments(), experiment.decoder.folder
+    stage = StageRun(experiment, SFT_TRAINING)
     if stage.is_current():
-        print(f"sft is up to date: {experiment.sft_folder}")
+        print(f"{experiment.sft_folder}: up to date")
         return
+    stage.start()
     checkpoints.require_model(model)
     folder = Path(arguments["output_dir"])
     stage.begin(folder)
@@ -66,9 +57,10 @@ def main(experiment: Experiment) -> None:
 
 def sft_rows(experiment: Experiment) -> int:
     """How many rows SFT learns from: the decoder's training rows, a teacher's, or both, as `dataset` says."""
-    own = read_json(experiment.data_folder / "data_card.json")["sft"]["rows"]
-    of_teacher = read_json(experiment.run_folder / "distill" / "stage.json") or {}
-    return sum(of_teacher["rows"] if name == "distilled" else own for name in dataset_names(experiment))
+    own = read_json(experiment.data_folder / "data_card.json")["shared"]["rows"]
+    names = dataset_names(experiment)
+    taught = record_of(DISTILL.name, experiment)["rows"] if "distilled" in names else 0
+    return sum(taught if name == "distilled" else own for name in names)
 
 
 def dataset_names(experiment: Experiment) -> list[str]:

@@ -11,40 +11,32 @@ from sklearn.pipeline import Pipeline
 
 from letterhead.config.experiment import Experiment
 from letterhead.models import tfidf
+from letterhead.pipeline import METHODS, STAGES, arguments_of
 from letterhead.runs import results
-from letterhead.runs.stage import Stage, run, stage_outputs
-from letterhead.stats.metrics import FIGURES
+from letterhead.runs.stage import StageRun, run
 
 
-def main(experiment: Experiment, method: str) -> None:
-    data = stage_outputs(experiment, "data")
-    if method == "tfidf_all" and not results.has_more_rows(experiment):
-        print("every method is trained on all of train already")
+def main(experiment: Experiment, method_name: str) -> None:
+    method = METHODS[method_name]
+    if not method.when(experiment):
+        print(f"{method_name}: not of this experiment, whose methods learn from all of train")
         return
-    rows_name = tfidf.ROWS[method]
-    rows_of = {name: data[str(experiment.data_folder / f"{name}.jsonl")] for name in (rows_name, *results.SPLITS)}
-    inputs = {
-        "rows": rows_of,
-        "model": tfidf.MODEL,
-        "labels": experiment.labels,
-        "seed": experiment.seed,
-        "figures": FIGURES,
-    }
-    stage = Stage(experiment, method.replace("_", "-"), inputs)
+    stage = StageRun(experiment, STAGES[method.stage])
     if not stage.is_current():
+        stage.start()
         start = time.perf_counter()
-        train = results.read_rows(experiment, rows_name)
+        train = results.read_rows(experiment, method.rows)
         model = tfidf.fit(train, results.read_rows(experiment, "validation"), experiment.seed)
         seconds, files, scored = time.perf_counter() - start, [], 0.0
         for split in results.SPLITS:
             if rows := results.read_rows(experiment, split):
-                scored += evaluate(experiment, method, model, split, rows, stage.inputs_sha256)["seconds"]
-                files += results.result_files(experiment, method, split)
+                scored += evaluate(experiment, method_name, model, split, rows, stage.inputs_sha256)["seconds"]
+                files += results.result_files(experiment, method_name, split)
         stage.finish(
             files, rows=len(train), tokens=None, training_seconds=round(seconds, 2), scoring_seconds=round(scored, 2)
         )
-    result = results.read_result(experiment, method, "test")
-    print(f"{method}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f} on {result['n']} test rows")
+    result = results.read_result(experiment, method_name, "test")
+    print(f"{method_name}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f} on {result['n']} test rows")
 
 
 def evaluate(experiment: Experiment, method: str, model: Pipeline, split: str, rows: list[dict], inputs_sha256: str) -> dict:
@@ -68,4 +60,4 @@ def evaluate(experiment: Experiment, method: str, model: Pipeline, split: str, r
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], choices=list(tfidf.ROWS))
+    run(main, __doc__.splitlines()[0], choices=arguments_of("train.tfidf"))

@@ -11,7 +11,6 @@ runs/EXPERIMENT/growth/ takes growth.json, GROWTH.md and growth.png.
 import csv
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -23,14 +22,13 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from eval.compare import METHODS, compared
 from letterhead.config.experiment import Experiment, load_experiment
 from letterhead.files import LetterheadError, atomic_open, write_json
-from letterhead.models import tfidf
+from letterhead.pipeline import COMPARE, DATA, DECIDE, SFT, SFT_TRAINING, compared_methods, outputs
 from letterhead.runs import results
 from letterhead.runs.devices import device_name, machine, peak_memory
 from letterhead.runs.processes import call_in_a_process
-from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.runs.stage import StageRun, run
 from letterhead.stats.figures import caption_of, plt, save
 
 LABELS = ["World", "Sports", "Business", "Science"]
@@ -60,9 +58,8 @@ print(json.dumps({"code": ended.returncode, "said": told, "seconds": seconds, "p
 def main(experiment: Experiment, most: str) -> None:
     if not most.isdecimal() or int(most) < 1000:
         raise LetterheadError(f"ROWS={most}: write how many rows at most, 1000 or more")
-    os.environ.update(OFFLINE)
-    stage_outputs(experiment, "data")  # the tokenizers come from its models
-    stage = Stage(experiment, "growth", None)
+    outputs(DATA, experiment)  # the tokenizers come from its models
+    stage = StageRun(experiment, "growth", None)
     sizes = [10**power for power in range(3, len(str(int(most))))]
     record, table, picture = (stage.folder / of for of in ("growth.json", "GROWTH.md", "growth.png"))
     try:
@@ -103,7 +100,8 @@ def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path)
             told = ["--experiment", name]
             add("data", rows, "-m", "prep.data", *told)
             draw_results(load_experiment(name), steps=[1])
-            add("compare", rows, "-m", "eval.compare", *told)
+            add(COMPARE.name, rows, "-m", COMPARE.module, *told)
+            call("-m", DECIDE.module, *told)
             add("report", rows, "-m", "report.build", *told)
             labelled = ["--in", place / f"rows{rows}/test.csv", "--out", place / "labelled.csv"]
             add("predict", rows, "-m", "serve.predict", *told, *labelled, "--model", encoder.absolute())
@@ -118,7 +116,8 @@ def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path)
         call("-m", "prep.data", "--experiment", name)
         for checkpoints in CHECKPOINTS:
             n = draw_results(load_experiment(name), steps=list(range(1, checkpoints + 1)))
-            add("compare, results", n, "-m", "eval.compare", "--experiment", name)
+            add("compare, results", n, "-m", COMPARE.module, "--experiment", name)
+            call("-m", DECIDE.module, "--experiment", name)
             add("report, results", n, "-m", "report.build", "--experiment", name)
         for options in OPTIONS:
             keep("scoring, options", options, call_in_a_process(score_rows, experiment, options))
@@ -159,10 +158,10 @@ def model_alone(folder: Path, rows: Path) -> dict:
     """Seconds and peak memory (MiB) of the bare model on the texts of a CSV file, tokenised before."""
     from letterhead.config.models import Head
     from letterhead.models import heads
+    from letterhead.models.classifier import CHUNK
     from letterhead.models.cpu import pack
     from letterhead.models.precision import cast, precision
     from letterhead.models.prompt import TextEncoder
-    from serve.predict import CHUNK
 
     model = pack(cast(heads.load_head(folder, LABELS), precision("auto", folder)).eval())
     tokenizer = heads.load_tokenizer(folder)
@@ -196,7 +195,7 @@ def write_experiment(of: Experiment, place: Path, name: str, rows: int, decoder:
     values = {
         "title": f"growth, {rows} rows",
         "data": {"source": f"{folder}/{{split}}.csv", "labels": LABELS, "rows": {"validation": 300, "test": None}},
-        "decoder": {"model": str(decoder), "train_rows": 100, "sft": {"config": str(trained_by)}},
+        "decoder": {"model": str(decoder), "train_rows": 100, SFT.name: {"config": str(trained_by)}},
         "encoder": {"model": str(encoder)},
         "name": f"{of.name}.growth.{name}",
     }
@@ -211,28 +210,26 @@ def draw_results(experiment: Experiment, steps: list[int]) -> int:
     chance, drawn = np.random.default_rng(0), set()
     files: dict[str, list[Path]] = {}
     facts = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
-    for method in compared(experiment):
-        stage, trained, _ = METHODS[method]
-        numbered = bool(trained) and method not in tfidf.ROWS
-        for split in ("test",) if method == "zero_shot_think" else results.SPLITS:
+    for method in compared_methods(experiment):
+        for split in ("test",) if method.thinks else results.SPLITS:
             rows = results.read_rows(experiment, split)
             truth = results.class_numbers(experiment, rows)
-            for step in steps if numbered else [None]:
-                name = f"{method}@{step}" if step else method
+            for step in steps if method.has_steps else [None]:
+                name = f"{method.name}@{step}" if step else method.name
                 drawn.add(name)
-                files.setdefault(stage, []).extend(results.result_files(experiment, name, split))
-                if files[stage][-1].exists():
+                files.setdefault(method.stage, []).extend(results.result_files(experiment, name, split))
+                if files[method.stage][-1].exists():
                     continue
                 score = chance.normal(size=(len(rows), len(LABELS)))
                 score[np.arange(len(rows)), truth] += SKILL
                 probabilities = np.exp(score) / np.exp(score).sum(1, keepdims=True)
                 given: dict[str, Any] = {"probabilities": probabilities}
-                if method == "zero_shot_think":
+                if method.thinks:
                     given = {"predicted": score.argmax(axis=1), "thinking": THINKING}
                 results.write_result(experiment, name, split, rows, train_loss=0.5, **given, **facts)
     for stage, paths in files.items():
-        Stage(experiment, stage, len(steps)).finish(paths, rows=100, scoring_seconds=1.0)
-    Stage(experiment, "sft", 0).finish([], rows=100, resumed_from=0)
+        StageRun(experiment, stage, len(steps)).finish(paths, rows=100, scoring_seconds=1.0)
+    StageRun(experiment, SFT_TRAINING.name, 0).finish([], rows=100, resumed_from=0)
     return len(drawn)
 
 
@@ -263,7 +260,7 @@ def score_rows(experiment: Experiment, options: int) -> dict:
     sft = experiment.decoder.sft.model_copy(update={"overrides": overrides})
     sections = {"prompt": experiment.prompt.model_copy(update=of_names)}
     sections |= {"data": experiment.data.model_copy(update={"labels": names})}
-    sections |= {"decoder": experiment.decoder.model_copy(update={"sft": sft})}
+    sections |= {"decoder": experiment.decoder.model_copy(update={SFT.name: sft})}
     asked = experiment.model_copy(update=sections)
     encoder, model = load_prompt_encoder(asked), load_decoder(experiment.decoder.folder, experiment.decoder.dtype)
     prompts = [encoder.encode(f"{i} of them " * WORDS) for i in range(SCORED_ROWS)]

@@ -6,7 +6,6 @@ On the newest SFT checkpoint (step 0 if there is none). A processor without bflo
 there its products are made in float32 of bfloat16 operands and rounded, which is what a GPU computes.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from letterhead.models.prompt import load_prompt_encoder
 from letterhead.models.scoring import load_decoder, score_options
 from letterhead.runs import results
 from letterhead.runs.devices import machine
-from letterhead.runs.stage import OFFLINE, run
+from letterhead.runs.stage import run
 
 
 class Rounded(Float32Linear):
@@ -34,7 +33,6 @@ class Rounded(Float32Linear):
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
     made = checkpoints.whole_checkpoints(Path(experiment.sft_arguments()["output_dir"]))
     folder = made[-1] if made else experiment.decoder.folder
     encoder, with_end = load_prompt_encoder(experiment), experiment.prompt.options == "names"

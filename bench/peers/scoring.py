@@ -10,7 +10,6 @@ encoding of them gives other ids than training saw, that is counted and reported
 import itertools
 import math
 import operator
-import os
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +19,8 @@ import numpy as np
 from letterhead.config.experiment import Experiment, load_experiment
 from letterhead.files import LetterheadError, read_jsonl, write_json
 from letterhead.models import checkpoints
-from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.pipeline import SFT_TRAINING, outputs
+from letterhead.runs.stage import StageRun, run
 
 PEER = "lm-eval 0.4.13"
 PEER_BATCH = 16
@@ -30,7 +30,6 @@ TOP_OPERATIONS = 8
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
     import torch
 
     from letterhead.models.precision import precision
@@ -41,8 +40,10 @@ def main(experiment: Experiment) -> None:
     names = load_experiment(NAMES_EXPERIMENT)
     sources = {"letters": (experiment, experiment.bench.scoring_rows), "names": (names, experiment.bench.scoring_names_rows)}
     rows = {title: draw_rows(source, n, experiment.bench.scoring_runs) for title, (source, n) in sources.items()}
-    stage = Stage(
-        experiment, "bench-scoring", {"sft": stage_outputs(experiment, "sft"), "bench": experiment.bench.model_dump()}
+    stage = StageRun(
+        experiment,
+        "bench-scoring",
+        {SFT_TRAINING.name: outputs(SFT_TRAINING, experiment), "bench": experiment.bench.model_dump()},
     )
     folder = checkpoints.whole_checkpoints(Path(experiment.sft_arguments()["output_dir"]))[-1]
     report = {"peer": PEER, "checkpoint": str(folder), "threads": torch.get_num_threads()}

@@ -8,7 +8,6 @@ touches its memory for the first time, are left out too (on a virtual machine th
 others, whoever trains), and told apart. The loss curves say whether they train the same.
 """
 
-import os
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from letterhead.models.llamafactory import command, environment, for_device, ste
 from letterhead.runs import results
 from letterhead.runs.devices import device_name, machine, versions
 from letterhead.runs.processes import call_in_a_process, guarded
-from letterhead.runs.stage import OFFLINE, run
+from letterhead.runs.stage import run
 
 PLAIN = "a plain torch loop"
 AS_IT_COMES = "LLaMA-Factory as it comes"
@@ -33,7 +32,6 @@ FIRST_STEPS = 2
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
     half = bool(for_device(experiment).get("bf16", experiment.sft_arguments().get("bf16")))
     dtypes = ["float32", *(["bfloat16"] if half else [])]
     contenders = [(who, dtype) for dtype in dtypes for who in (AS_IT_COMES, PLAIN, OURS)]

@@ -6,48 +6,41 @@ lm-evaluation-harness, two optimizer steps of its YAML (made by `make sft EXP=sh
 The weights are random, so accuracies mean nothing; time and memory depend on the shape alone.
 """
 
-import os
 from pathlib import Path
 
 from bench.contenders import Row, measure_rows
 from bench.peers.scoring import compare, draw_rows, summary
 from letterhead.config.experiment import Experiment
 from letterhead.files import read_json, write_json
+from letterhead.pipeline import BERT, DATA, FOLDED, HEAD_ON_PROMPT, LINEAR_HEAD, SFT, SFT_TRAINING, outputs
 from letterhead.runs.devices import device_name, machine, peak_memory, versions
 from letterhead.runs.processes import call_in_a_process
-from letterhead.runs.stage import OFFLINE, Stage, run, stage_outputs
+from letterhead.runs.stage import StageRun, run
 
-ROWS = (
-    Row("bert", "hf", "head"),
-    Row("linear_head", "hf", "head"),
-    Row("sft", "hf", "generate"),
-    Row("sft", "hf", "forward"),
-    Row("bert", "vllm", "head"),
-    Row("sft_folded", "vllm", "head"),
-    Row("sft", "vllm", "one_token"),
-    Row("sft", "vllm", "generate"),
-)
-UNTRAINED = {"bert": "bert@0", "linear_head": "linear_head@0", "sft": "sft@0", "sft_folded": "sft@0"}
+# Untrained, and of the rows of the whole bench those that the article's table has or ours adds
+ROWS = [Row(*row) for method in (BERT, LINEAR_HEAD, SFT) for row in method.bench if row != LINEAR_HEAD.bench[1]]
+ROWS = [row for row in ROWS if row.method != HEAD_ON_PROMPT]
+UNTRAINED = {row.method: f"{SFT.name if row.method == FOLDED else row.method}@0" for row in ROWS}
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
-    made = {name: stage_outputs(experiment, name) for name in ("data", "sft")}
-    stage = Stage(experiment, "bench-shape", made | {"bench": experiment.bench.model_dump()})
+    made = {stage.name: outputs(stage, experiment) for stage in (DATA, SFT_TRAINING)}
+    stage = StageRun(experiment, "bench-shape", made | {"bench": experiment.bench.model_dump()})
     path, kept = experiment.results_folder / "bench_shape.json", stage.folder / "scoring.json"
     if not stage.is_current():
+        stage.start()
         scored = read_json(kept)
         if not scored or scored["inputs_sha256"] != stage.inputs_sha256:
             scored = call_in_a_process(scoring, experiment) | {"inputs_sha256": stage.inputs_sha256}
             write_json(kept, scored)
         rows, skipped = measure_rows(experiment, ROWS, UNTRAINED, stage.folder)
-        record = {"scoring": scored, "sft": optimizer_steps(experiment), "rows": rows, "skipped": skipped}
+        record = {"scoring": scored, "optimizer_steps": optimizer_steps(experiment), "rows": rows, "skipped": skipped}
         record |= {"device": device_name(), "machine": machine(), "versions": versions()}
         write_json(path, record)
         stage.finish([path])
     record = read_json(path)
     print(summary("scoring", record["scoring"]))
-    sft = record["sft"]
+    sft = record["optimizer_steps"]
     print(
         f"SFT: {sft['steps']} optimizer steps of {sft['rows_per_step']} rows in {sft['seconds']} s "
         f"({sft['seconds_with_saving']:.0f} s with saving), peak memory, the GPU's apart, {sft['peak_memory_mb']:,} MiB"
@@ -63,7 +56,6 @@ def main(experiment: Experiment) -> None:
 
 def scoring(experiment: Experiment) -> dict:
     """Rows a second of the scorer and of lm-evaluation-harness on the decoder, and the memory of both."""
-    os.environ.update(OFFLINE)
     import torch
 
     from letterhead.models.scoring import load_decoder

@@ -8,7 +8,6 @@ clients hang, leave, send garbage and bodies of 10 MB. runs/EXPERIMENT/soak/ tak
 
 import asyncio
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,8 +26,9 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, write_json
 from letterhead.models.classifier import named_method
 from letterhead.models.precision import precision
+from letterhead.pipeline import BERT, LINEAR_HEAD, SFT
 from letterhead.runs.devices import device_name, machine
-from letterhead.runs.stage import OFFLINE, Stage, run
+from letterhead.runs.stage import StageRun, run
 from letterhead.serving import vllm as service
 from letterhead.stats.figures import caption_of, plt, save
 
@@ -59,19 +59,18 @@ class Tally:
 
 
 def main(experiment: Experiment, model: str) -> None:
-    os.environ.update(OFFLINE)
     name = named_method(experiment, model)
     method = name.partition("@")[0]
-    if method not in ("sft", "bert", "linear_head"):
+    if method not in [one.name for one in (SFT, BERT, LINEAR_HEAD)]:
         raise LetterheadError(f"{name}: choose MODEL=sft, bert or linear_head")
-    if method == "sft" and experiment.prompt.options == "names":
+    if method == SFT.name and experiment.prompt.options == "names":
         raise LetterheadError(f"{name}: vLLM is asked for one token, and the options are names; choose bert or linear_head")
-    stage = Stage(experiment, "soak", None)
-    row = Row(method, "vllm", "one_token" if method == "sft" else "head")
+    stage = StageRun(experiment, "soak", None)
+    row = Row(method, "vllm", "one_token" if method == SFT.name else "head")
     folder, route, encode = asked_of_vllm(experiment, row, name)
     requests = [encode(of["text"]) for of in draw(experiment, ROWS, 0)]
     dtype, log = precision(experiment.decoder.dtype, folder), stage.folder / "vllm.log"
-    runner = "generate" if method == "sft" else "pooling"
+    runner = "generate" if method == SFT.name else "pooling"
     memory = experiment.serve.gpu_memory_utilization
     with service.VllmServer(folder, runner, model_length(experiment, row), log, dtype=dtype, gpu_memory=memory) as server:
         family = psutil.Process(server.pid).children(recursive=True)

@@ -3,7 +3,6 @@
 python -m bench.peers.training --experiment ag_news_small
 """
 
-import os
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -11,20 +10,20 @@ import numpy as np
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.files import write_json
+from letterhead.pipeline import BERT, LINEAR_HEAD
 from letterhead.runs import results
 from letterhead.runs.devices import device_name, versions
-from letterhead.runs.stage import OFFLINE, run
+from letterhead.runs.stage import run
 
 WARM_UP_ROWS = 64
 
 
 def main(experiment: Experiment) -> None:
-    os.environ.update(OFFLINE)
     rows = results.read_rows(experiment, "train")
     drawn = np.random.default_rng(experiment.seed).permutation(len(rows))[: experiment.bench.training_rows]
     rows = [rows[i] for i in drawn]
     record = {"rows": len(rows), "pairs": experiment.bench.training_runs, "device": device_name(), "versions": versions()}
-    for name, section in (("bert", experiment.encoder), ("linear_head", experiment.decoder)):
+    for name, section in ((method.name, method.section(experiment)) for method in (BERT, LINEAR_HEAD)):
         plain, grouped = [], []
         throughput(experiment, section, rows[:WARM_UP_ROWS], False)
         for pair in range(experiment.bench.training_runs):

@@ -13,12 +13,10 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from letterhead.files import LetterheadError, read_json, sha256_file
+from letterhead.files import LetterheadError, read_json
 
 FLOAT = 4  # bytes of a float32, in which all weights are trained and saved
 GIB = 1 << 30
-# Where a fetched model's folder says what it is; its key for the hashes of the files beside the weights.
-SOURCE, BESIDE = "letterhead_source.json", "beside"
 
 
 def safetensors_error(path: Path) -> str | None:
@@ -73,14 +71,6 @@ def require_language_model(folder: Path) -> None:
             f"{folder}: a classifier, not a language model, so it cannot answer with an option; name the model that it was "
             "made from (decoder.model)"
         )
-
-
-def model_identity(folder: Path) -> dict:
-    """What tells one model from another: the source it was fetched from and its weights, else the hashes of its files."""
-    files = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json", ".txt", ".model"))
-    if record := read_json(folder / SOURCE):
-        return {key: value for key, value in record.items() if key != BESIDE}
-    return {path.name: sha256_file(path) for path in files}
 
 
 def parameters_per_token(model) -> int:

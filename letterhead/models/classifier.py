@@ -10,6 +10,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints, tfidf
+from letterhead.pipeline import METHODS, Method, method_of
 from letterhead.runs import results
 from letterhead.runs.processes import Workers
 
@@ -17,8 +18,7 @@ from letterhead.runs.processes import Workers
 ON_PROMPT = "letterhead_export.json"
 # An encoder knows some 512 positions, a decoder thousands.
 MANY_POSITIONS = 1024
-# The methods that may be named without a step
-NAMED = (*tfidf.ROWS, "bert", "bert_all", "linear_head", "sft", "sft_options", "zero_shot_no_think")
+CHUNK = 1024  # rows that are labelled at a time
 # Texts → probabilities, shape (rows, classes)
 Classifier = Callable[[Sequence[str]], np.ndarray]
 
@@ -30,15 +30,20 @@ def named_method(experiment: Experiment, name: str) -> str:
     ------
     LetterheadError : nothing was compared yet, or no such method
     """
-    if "@" in name or name in tfidf.ROWS or is_source(name):
+    if "@" in name or is_source(name):
         return name
-    if name != "best" and name not in NAMED:
-        raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(NAMED)}")
+    method = METHODS.get(name)
+    if name != "best" and not (method and method.loader):
+        known = [one.name for one in METHODS.values() if one.loader]
+        raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(known)}")
+    if method and not method.model:
+        return name  # it has no steps
+    decided = read_json(experiment.results_folder / "decision.json")
     comparison = read_json(experiment.results_folder / "comparison.json")
-    if comparison is None:
-        raise LetterheadError(f"{name}: which step that is, the comparison says; run: make compare EXP={experiment.name}")
+    if comparison is None or (name == "best" and decided is None):
+        raise LetterheadError(f"{name}: which step that is, the comparison says; run: make decide EXP={experiment.name}")
     if name == "best":
-        return comparison["best"]
+        return decided["ship"]
     for full in comparison["methods"]:
         if full.partition("@")[0] == name:
             return full
@@ -60,28 +65,26 @@ def model_folder(experiment: Experiment, name: str) -> Path:
     """
     if is_source(name):
         return Path("model/hub") / name.removeprefix("hf:").replace("/", "--") if name.startswith("hf:") else Path(name)
-    method, _, step = name.partition("@")
-    if method.startswith("zero_shot") or name in ("sft@0", "linear_head@0"):
-        return experiment.decoder.folder
-    if name in ("bert@0", "bert_all@0"):
-        return experiment.encoder.folder
-    stages = {name: name.replace("_", "-") for name in ("sft", "bert", "bert_all", "linear_head", "sft_options")}
-    if method not in stages:
-        raise LetterheadError(f"{name}: no such method; choose best, tfidf, {', '.join(f'{m}@STEP' for m in stages)}")
-    folder = experiment.run_folder / stages[method] / "checkpoints"
+    method, step = METHODS.get(name.partition("@")[0]), name.partition("@")[2]
+    if method is None or not method.model:
+        known = ", ".join(f"{one.name}@STEP" for one in METHODS.values() if one.has_steps)
+        raise LetterheadError(f"{name}: no such method; choose best, or {known}")
+    if not method.is_trained or step == "0":
+        return method.section(experiment).folder
+    folder = method.checkpoints(experiment)
     kept = [str(checkpoints.step_of(path)) for path in checkpoints.whole_checkpoints(folder)]
     if step not in kept:
         raise LetterheadError(f"{name}: no whole checkpoint; {folder} holds steps {', '.join(kept) or 'none'}")
-    _require_same_reading(experiment, name, stages[method])
+    _require_same_reading(experiment, name, method)
     return folder / f"checkpoint-{step}"
 
 
-def _require_same_reading(experiment: Experiment, name: str, stage: str) -> None:
+def _require_same_reading(experiment: Experiment, name: str, method: Method) -> None:
     """A model that learnt other labels or other texts would answer all the same."""
-    then = (read_json(experiment.run_folder / stage / "stage.json") or {}).get("reading", {})
+    then = (read_json(experiment.run_folder / method.trained_by / "stage.json") or {}).get("reading", {})
     now = experiment.reading
-    if name.partition("@")[0] not in ("sft", "sft_options"):
-        del now["prompt"]  # which the heads do not read
+    if not method.reads_prompt:
+        del now["prompt"]
     if changed := [key for key, value in now.items() if then.get(key, value) != value]:
         raise LetterheadError(
             f"{name}: was trained with another {' and '.join(changed)} than the experiment has now; give the value of then, "
@@ -110,20 +113,28 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
 def _load(experiment: Experiment, name: str) -> Classifier:
     if is_source(name):
         return _exported(experiment, model_folder(experiment, name))
-    method = name.partition("@")[0]
-    if method in tfidf.ROWS:
-        model = tfidf.fit(
-            results.read_rows(experiment, tfidf.ROWS[method]), results.read_rows(experiment, "validation"), experiment.seed
-        )
-        return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
-    if method in ("bert", "bert_all", "linear_head", "sft_options"):
-        decoder = experiment.decoder
-        heads = {"linear_head": decoder.head, "sft_options": decoder.sft_options}
-        head = heads.get(method, experiment.encoder.head)
-        return _head(experiment, model_folder(experiment, name), experiment.labels, head, method == "sft_options")
-    if method in ("sft", "zero_shot_no_think"):
-        return _options(experiment, model_folder(experiment, name))
-    raise LetterheadError(f"{name}: can't be used to predict; choose one that gives probabilities, like bert or sft")
+    method = METHODS.get(name.partition("@")[0])
+    if method is None or not method.loader:
+        raise LetterheadError(f"{name}: can't be used to predict; choose one that gives probabilities, like bert or sft")
+    return method.load()(experiment, name)
+
+
+def load_tfidf_method(experiment: Experiment, name: str) -> Classifier:
+    """TF-IDF, fitted on the rows that it is trained on."""
+    rows = results.read_rows(experiment, method_of(name).rows)
+    model = tfidf.fit(rows, results.read_rows(experiment, "validation"), experiment.seed)
+    return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
+
+
+def load_head_method(experiment: Experiment, name: str) -> Classifier:
+    """A checkpoint with a linear head."""
+    method, folder = method_of(name), model_folder(experiment, name)
+    return _head(experiment, folder, experiment.labels, method.head(experiment), method.reads_prompt)
+
+
+def load_options_method(experiment: Experiment, name: str) -> Classifier:
+    """A decoder that answers with an option."""
+    return _options(experiment, model_folder(experiment, name))
 
 
 def in_parts(workers: Workers) -> Classifier:
@@ -146,16 +157,12 @@ def _classify(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
 
 
 def _head(experiment: Experiment, folder: Path, labels: Sequence[str], head: Head, on_prompt: bool) -> Classifier:
-    import torch
-
     from letterhead.models import heads
-    from letterhead.models.cpu import pack
-    from letterhead.models.precision import cast, precision
+    from letterhead.models.precision import precision
     from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 
-    model, tokenizer = heads.load_head(folder, labels), heads.load_tokenizer(folder)
-    model = cast(model, precision(experiment.decoder.dtype, folder)).to("cuda" if torch.cuda.is_available() else "cpu")
-    model = pack(model.eval())
+    tokenizer = heads.load_tokenizer(folder)
+    model = heads.for_inference(heads.load_head(folder, labels), precision(experiment.decoder.dtype, folder))
     encoder = TextEncoder(tokenizer, head.max_length)
     if on_prompt:
         encoder = OptionEncoder(load_prompt_encoder(experiment, folder=folder))

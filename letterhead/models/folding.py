@@ -14,8 +14,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import LetterheadError, atomic_folder, read_json, write_json
-from letterhead.models.checkpoints import model_identity
+from letterhead.files import LetterheadError, atomic_folder, model_identity, read_json, write_json
 from letterhead.models.classifier import ON_PROMPT, model_folder
 from letterhead.models.cpu import pack
 from letterhead.models.heads import ready
@@ -37,10 +36,8 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
 
     Raises
     ------
-    LetterheadError : not an SFT checkpoint, one that is not there, or one that can't be folded
+    LetterheadError : a checkpoint that is not there, or one that can't be folded
     """
-    if not name.startswith("sft@"):
-        raise LetterheadError(f"{name}: can't be exported; choose sft, sft_options, bert, bert_all or linear_head")
     source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
     encoder = load_prompt_encoder(experiment)
     made_from = {"model": model_identity(source), "prompt": experiment.prompt.model_dump(), "labels": experiment.labels}

@@ -177,6 +177,17 @@ def class_logits(
     return logits
 
 
+def padded_tokens(lengths: Sequence[int], batch: int) -> int:
+    """How many tokens go through a model that reads rows of these lengths in batches, longest first, padding included."""
+    longest_first = sorted(map(int, lengths), reverse=True)
+    return sum(longest_first[i] * len(longest_first[i : i + batch]) for i in range(0, len(longest_first), batch))
+
+
+def for_inference(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """A float32 model with a head, in place, as it answers: cast, and on a CPU with packed layers."""
+    return pack(cast(model, dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval())
+
+
 def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int) -> np.ndarray:
     """Probabilities of the classes, shape (rows, classes), in the order of `ids`."""
     return softmax(class_logits(model, tokenizer, ids, batch).astype(np.float64), axis=-1)
@@ -292,8 +303,7 @@ class HeadTrainer(Trainer):
         seconds = time.perf_counter() - start
         logits = np.empty_like(output.predictions)
         logits[self._order[split]] = output.predictions
-        lengths, batch = self._lengths[split], self.args.eval_batch_size
-        tokens = sum(int(lengths[i]) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
+        tokens = padded_tokens(self._lengths[split], self.args.eval_batch_size)
         metrics = [self._on_evaluated(split, logits, seconds, tokens) if self.is_world_process_zero() else None]
         (metrics,) = broadcast_object_list(metrics)  # from the first process to all
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
@@ -310,7 +320,7 @@ class HeadTrainer(Trainer):
         model, rows = copy.deepcopy(self.model, views), self.eval_dataset[split]
         for wrapped in ("forward", "_original_forward"):  # accelerate's, which computes in autocast
             vars(model).pop(wrapped, None)
-        model = pack(cast(model, "bfloat16" if self.args.bf16 else "float32").eval())
+        model = for_inference(model, "bfloat16" if self.args.bf16 else "float32")
         logits = class_logits(model, self.processing_class, rows["input_ids"], self.args.eval_batch_size, f"scoring {split}")
         del model
         gc.collect()  # modules are cycles, and the next evaluation must not find this copy still there

@@ -12,8 +12,6 @@ from letterhead.files import LetterheadError
 
 # A word, or one character of a script that writes no spaces (kana, Han).
 TOKEN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
-# method → the rows that it is fitted on
-ROWS = {"tfidf": "decoder_train", "tfidf_all": "train"}
 # Of the values of C the one with the lowest log loss on validation rows; without those the first.
 MODEL = {"vectorizer": {"token_pattern": TOKEN, "ngram_range": (1, 2), "sublinear_tf": True}, "C": (10, 1, 3, 30, 100, 300)}
 

@@ -9,6 +9,17 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.models.checkpoints import head_disk, sft_disk
 from letterhead.models.llamafactory import planned_steps, sft_plan, step_of
+from letterhead.pipeline import (
+    ALL,
+    COMPARE,
+    DECIDE,
+    EVAL_CKPTS,
+    METHODS,
+    REPORT,
+    SFT_TRAINING,
+    ZERO_SHOT,
+    compared_methods,
+)
 
 # Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a stage; fitted to stages
 # on two cores of an AMD EPYC each: bfloat16 on Zen 4 and Zen 5, float32, where products are slower and weigh more, on Zen 3.
@@ -39,9 +50,9 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     rates = {folder: rate(experiment, folder) for folder in (decoder, encoder)}
     if not all(parameters for parameters, *_ in rates.values()):
         return {}
-    rows, shared, lengths = card["rows"], card["sft"]["rows"], card["token_lengths"]
+    rows, shared, lengths = card["rows"], card["shared"]["rows"], card["token_lengths"]
     to_score = rows["validation"] + rows["test"]
-    text, prompt = lengths["decoder"]["p50"], lengths["decoder"]["p50"] + lengths["prompt"]
+    prompt = lengths["decoder"]["p50"] + lengths["prompt"]
 
     def head(folder: Path, head: Head, n: int, length: int) -> float:
         head, (parameters, training, scoring) = head.on(n), rates[folder]
@@ -56,19 +67,19 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     learnt = steps * math.prod(step_of(experiment.sft_arguments()))  # rows, as often as they are learnt from
     thinking = min(experiment.eval.thinking.rows or rows["test"], rows["test"]) * experiment.eval.thinking.tokens
     found = {
-        "sft": 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training,
-        "eval-ckpts": START_S + 2 * parameters * prompt * to_score * (len(saves) + experiment.eval.untrained) / scoring,
-        "zero-shot": START_S + 2 * parameters * thinking / scoring,  # step 0 was scored with the checkpoints
-        "tfidf": 2.0 + rows["train"] / 2000,
-        "bert": head(encoder, experiment.encoder.head, shared, lengths["encoder"]["p50"]),
-        "linear-head": head(decoder, experiment.decoder.head, shared, text),
+        SFT_TRAINING.name: 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training,
+        EVAL_CKPTS.name: START_S + 2 * parameters * prompt * to_score * (len(saves) + experiment.eval.untrained) / scoring,
+        ZERO_SHOT.name: START_S + 2 * parameters * thinking / scoring,  # step 0 was scored with the checkpoints
     }
-    if rows["train"] > shared:
-        found["tfidf-all"] = found["tfidf"]
-        found["bert-all"] = head(encoder, experiment.encoder.head, rows["train"], lengths["encoder"]["p50"])
-    if experiment.decoder.sft_options:
-        found["sft-options"] = head(decoder, experiment.decoder.sft_options, shared, prompt)
-    return found | {"compare": START_S, "report": 2 * START_S}
+    for method in compared_methods(experiment):
+        n = rows["train"] if method.rows == ALL else shared
+        if method.settings:
+            settings = method.head(experiment)
+            length = prompt if method.reads_prompt else lengths[method.model]["p50"]
+            found[method.stage] = head(method.section(experiment).folder, settings, n, length)
+        elif method.is_trained and not method.model and not method.thinks:
+            found[method.stage] = 2.0 + rows["train"] / 2000
+    return found | {COMPARE.name: START_S, DECIDE.name: START_S / 2, REPORT.name: 2 * START_S}
 
 
 def stage_bytes(experiment: Experiment, decoder: int, encoder: int, rows: int) -> dict[str, int]:
@@ -79,12 +90,11 @@ def stage_bytes(experiment: Experiment, decoder: int, encoder: int, rows: int) -
     decoder, encoder : parameters of each
     rows : that SFT learns from
     """
-    peaks = {"sft": sft_disk(decoder, len(sft_plan(experiment, rows)[1])), "linear-head": head_disk(decoder)}
-    peaks["bert"] = head_disk(encoder)
-    if experiment.decoder.train_rows:
-        peaks["bert-all"] = peaks["bert"]
-    if experiment.decoder.sft_options:
-        peaks["sft-options"] = peaks["linear-head"]
+    peaks = {SFT_TRAINING.name: sft_disk(decoder, len(sft_plan(experiment, rows)[1]))}
+    for method in METHODS.values():
+        is_trained = experiment.decoder.train_rows is not None if method.rows == ALL else True
+        if method.settings and method.head(experiment) and is_trained:
+            peaks[method.trained_by] = head_disk(encoder if method.model == "encoder" else decoder)
     return peaks
 
 

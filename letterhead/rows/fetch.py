@@ -21,8 +21,8 @@ import psutil
 from tqdm import tqdm
 
 from letterhead.config.models import Model, Parts, is_fetched
-from letterhead.files import LetterheadError, atomic_folder, read_json, sha256_file, write_json
-from letterhead.models.checkpoints import BESIDE, SOURCE, safetensors_error
+from letterhead.files import BESIDE, SOURCE, LetterheadError, atomic_folder, read_json, sha256_file, write_json
+from letterhead.models.checkpoints import safetensors_error
 
 CACHE = Path(".cache")
 HUB_TIMEOUT_S = 5

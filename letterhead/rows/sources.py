@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from letterhead.config.data import Columns, Data
+from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, sha256_file
 from letterhead.rows.fetch import fetch_package, load_hub_dataset
 
@@ -148,6 +149,13 @@ def local_sha256(data: Data) -> dict[str, str]:
     if data.source.startswith(("hf:", "pypi:")):
         return {}
     return {str(file): sha256_file(file) for file in local_files(data.source)}
+
+
+def files_of(experiment: Experiment) -> dict[str, Any]:
+    """The sha256 of the files on this disk that the rows of an experiment come from, a ranking among them."""
+    ranking = experiment.data.rows.ranking
+    ranked = sha256_file(ranking) if ranking and ranking.is_file() else None
+    return {"source": local_sha256(experiment.data), "ranking": ranked, "has_teacher": experiment.distill is not None}
 
 
 def local_files(source: str) -> list[Path]:

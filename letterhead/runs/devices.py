@@ -6,11 +6,14 @@ prints `gpu` or `cpu`, or ends with the reason why a GPU that is there can't be 
 """
 
 import os
+import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from math import gcd
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from letterhead.files import LetterheadError
 
 # The oldest driver for each major version of CUDA (the CUDA Toolkit's release notes, "minor version compatibility").
 OLDEST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580"}
+VERSIONED = ("torch", "transformers", "llamafactory", "datasets", "tokenizers", "scikit-learn", "numpy")
 DRIVER_VERSION = re.compile(r"\b(\d{3}\.[\d.]*\d)\b")
 
 
@@ -163,9 +167,6 @@ def gpu_memory_used_mb() -> int | None:
         return sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles) >> 20
     except pynvml.NVMLError:
         return None
-
-
-VERSIONED = ("torch", "transformers", "llamafactory", "datasets", "tokenizers", "scikit-learn", "numpy")
 
 
 def versions() -> dict[str, str]:

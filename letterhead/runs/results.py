@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from letterhead import pipeline
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from letterhead.runs.devices import device_name, versions
 from letterhead.stats.metrics import NO_ANSWER, classification_figures
 
 SPLITS = ("test", "validation")
-BENCHED = ("data", "sft", "bert", "linear-head", "tfidf")
 
 
 def result_files(experiment: Experiment, name: str, split: str) -> tuple[Path, Path]:
@@ -28,19 +28,6 @@ def result_files(experiment: Experiment, name: str, split: str) -> tuple[Path, P
 def read_rows(experiment: Experiment, name: str) -> list[dict]:
     """The rows of a split (or of decoder_train): dictionaries with id, text and label."""
     return list(read_jsonl(experiment.data_folder / f"{name}.jsonl"))
-
-
-def has_more_rows(experiment: Experiment) -> bool:
-    """Whether train has more rows than the methods are compared on (decoder.train_rows).
-
-    Raises
-    ------
-    LetterheadError : no rows were made yet
-    """
-    path = experiment.data_folder / "data_card.json"
-    if (card := read_json(path)) is None:
-        raise LetterheadError(f"{path}: not made yet; run: make data EXP={experiment.name}")
-    return card["sft"]["rows"] < card["rows"]["train"]
 
 
 def class_numbers(experiment: Experiment, rows: Sequence[dict]) -> np.ndarray:
@@ -69,7 +56,8 @@ def read_predictions(experiment: Experiment, name: str, split: str) -> list[dict
 
 def bench_made_from(experiment: Experiment) -> dict[str, str]:
     """What the service figures hang on: the hash of each stage's inputs that trained something, or made the rows."""
-    records = {name: read_json(experiment.run_folder / name / "stage.json") for name in BENCHED}
+    names = [pipeline.DATA.name, *(method.trained_by for method in pipeline.METHODS.values() if method.bench)]
+    records = {name: read_json(experiment.run_folder / name / "stage.json") for name in names}
     return {name: record and record["inputs_sha256"] for name, record in records.items()}
 
 
@@ -81,6 +69,12 @@ def read_bench(experiment: Experiment) -> dict | None:
     for row in bench["rows"]:  # JSON keeps the numbers of clients as text, sorted as such
         row["closed"] = dict(sorted(row["closed"].items(), key=lambda loop: int(loop[0])))
     return bench
+
+
+def read_prices(experiment: Experiment) -> list[dict]:
+    """What a million rows cost in service, of each row of the bench that is there: its method, full name and price."""
+    bench = read_bench(experiment) or {"rows": []}
+    return [{key: row[key] for key in ("method", "name", "cost_per_million")} for row in bench["rows"]]
 
 
 def kept_result(experiment: Experiment, name: str, split: str, inputs_sha256: str) -> dict | None:
@@ -237,12 +231,3 @@ def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
 def highest_f1(results: dict[int, dict]) -> int:
     """The step with the highest macro F1; of equals the one with the lowest log loss."""
     return max(results, key=lambda step: (results[step]["f1_macro"], -(results[step]["log_loss"] or 0), -step))
-
-
-def human(number: float) -> str:
-    """A large number in words, two digits: 210, 5,500, 550 million."""
-    for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
-        if number >= size:
-            scaled = number / size
-            return f"{scaled:.1f}{word}" if scaled < 10 else f"{scaled:,.0f}{word}"
-    return f"{number:,.0f}"

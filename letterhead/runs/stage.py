@@ -7,7 +7,6 @@ stage has nothing to do.
 
 import argparse
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -20,49 +19,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from filelock import lock_descriptor
 from tqdm import tqdm
 
+from letterhead import pipeline
 from letterhead.config.experiment import Experiment, load_experiment
 from letterhead.files import LetterheadError, read_json, sha256_file, sha256_json, write_json
+from letterhead.pipeline import Stage
 from letterhead.runs.devices import choose_devices, device_name, machine, peak_memory, versions
 
 # The transformers libraries ask the hub about a model even where its folder lies on disk. Only `make data` fetches.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# Stages that a target of another name makes
-TARGETS = {"tfidf-all": "tfidf", "eval-grpo": "grpo"}
 # A killed training needs some seconds to give its memory, and the lock, back.
 LOCK_PATIENCE_S = 20
 BAR = 20
+RECORD = "stage.json"
 # A full disk, a quota, and a limit on the size of files
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 ESTIMATE = "estimate.json"  # under runs/NAME: the seconds of each stage, and those to do; `make status` leaves it
-
-
-class Asked(Exception):
-    """What `make status` is told in place of work: `done` or `stale`."""
-
-
-_only_asked = False
-
-
-def ask(main: Callable[..., None], *given: Any) -> str:
-    """Whether a stage's main would find it up to date; nothing is done and nothing written.
-
-    Raises
-    ------
-    LetterheadError : what it needs is not made yet
-    """
-    global _only_asked
-    _only_asked = True
-    try:
-        main(*given)
-    except Asked as told:
-        return str(told)
-    finally:
-        _only_asked = False
-    return "done"  # there is nothing to do, whatever the inputs
 
 
 def minutes(seconds: float) -> str:
@@ -72,37 +48,31 @@ def minutes(seconds: float) -> str:
     return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
-class Stage:
-    """A stage's record and its lock.
+class StageRun:
+    """One run of a stage: its lock, what it is made from, and the record that it leaves.
 
     Parameters
     ----------
     experiment : Experiment
-    name : the stage's folder under `runs/<experiment>/`
-    inputs : whatever decides the result; anything JSON can hold
+    stage : an entry of STAGES; or the name of a folder, for what is no stage of the pipeline (a bench, a study)
+    inputs : whatever decides the result of what is no stage; anything JSON can hold
     """
 
-    def __init__(self, experiment: Experiment, name: str, inputs: Any):
-        self.name = name
-        self.folder = experiment.run_folder / name
-        self.inputs_sha256 = sha256_json(inputs)
+    def __init__(self, experiment: Experiment, stage: Stage | str, inputs: Any = None):
+        is_listed = isinstance(stage, Stage)
+        self.name = stage.name if is_listed else stage
+        self.folder = experiment.run_folder / self.name
+        self.inputs_sha256 = pipeline.inputs_sha256(stage, experiment) if is_listed else sha256_json(inputs)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")  # held until the stage is finished, or this process ends
-        if not _only_asked:
-            self._take_lock()
-        self._start = time.time()
-
-    def _take_lock(self) -> None:
         patience = time.time() + LOCK_PATIENCE_S
-        while True:
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.time() > patience:
-                    raise LetterheadError(
-                        f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
-                    ) from None
-                time.sleep(0.2)
+        while not lock_descriptor(self.lock_descriptor, blocking=False):
+            if time.time() > patience:
+                raise LetterheadError(
+                    f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
+                )
+            time.sleep(0.2)
+        self._start = time.time()
 
     @property
     def lock_descriptor(self) -> int:
@@ -112,28 +82,20 @@ class Stage:
     @property
     def record(self) -> dict:
         """What the last finished run wrote, or an empty dictionary."""
-        return read_json(self.folder / "stage.json") or {}
+        return read_record(self.folder)
 
     def has_other_inputs(self) -> bool:
         """Whether the last finished run was from other inputs."""
         return self.record.get("inputs_sha256", self.inputs_sha256) != self.inputs_sha256
 
     def is_current(self) -> bool:
-        """Whether the last finished run had the same inputs and its files are still there, at their sizes.
+        """Whether the last finished run had the same inputs and its files are still there, at their sizes."""
+        return is_current(self.record, self.inputs_sha256)
 
-        Where it is not so, the old record goes before its files are touched.
-        """
-        record = self.record
-        current = record.get("inputs_sha256") == self.inputs_sha256 and all(
-            Path(path).is_file() and Path(path).stat().st_size == output["bytes"]
-            for path, output in record["outputs"].items()
-        )
-        if _only_asked:
-            raise Asked("done" if current else "stale")
-        if not current:
-            (self.folder / "stage.json").unlink(missing_ok=True)
-            self._announce()
-        return current
+    def start(self) -> None:
+        """Begin the work: the record of the last run goes before its files are touched, and the estimate is told."""
+        (self.folder / RECORD).unlink(missing_ok=True)
+        self._announce()
 
     def _announce(self) -> None:
         """Say how long this stage will take, and how far `make report` is, where `make status` has estimated it."""
@@ -141,9 +103,10 @@ class Stage:
         plan = read_json(path) or {"seconds": {}}
         if self.name not in plan["seconds"]:
             return
-        asked, records = path.stat().st_mtime, {name: self.folder.parent / name / "stage.json" for name in plan["to_do"]}
-        to_do = [name for name, of in records.items() if not of.is_file() or of.stat().st_mtime < asked]
-        left, total = (sum(plan["seconds"].get(name, 0.0) for name in of) for of in (to_do, plan["to_do"]))
+        asked = path.stat().st_mtime
+        records = {name: self.folder.parent / name / RECORD for name in plan["to_do"]}
+        to_do = [name for name, file in records.items() if not file.is_file() or file.stat().st_mtime < asked]
+        left, total = (sum(plan["seconds"].get(name, 0.0) for name in names) for names in (to_do, plan["to_do"]))
         share = 1 - left / total if total else 0.0
         bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
         takes = minutes(plan["seconds"][self.name])
@@ -171,9 +134,21 @@ class Stage:
             "versions": versions(),
             **peak_memory(),
         } | figures
-        write_json(self.folder / "stage.json", record)
+        write_json(self.folder / RECORD, record)
         self._lock.close()
         return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What the last finished run of a stage wrote to its folder, or an empty dictionary."""
+    return read_json(folder / RECORD) or {}
+
+
+def is_current(record: dict[str, Any], inputs_sha256: str) -> bool:
+    """Whether a record is of a run with these inputs, and its files are still there, at their sizes."""
+    return record.get("inputs_sha256") == inputs_sha256 and all(
+        Path(path).is_file() and Path(path).stat().st_size == output["bytes"] for path, output in record["outputs"].items()
+    )
 
 
 def is_running(experiment: Experiment, name: str) -> bool:
@@ -182,26 +157,7 @@ def is_running(experiment: Experiment, name: str) -> bool:
     if not path.exists():
         return False
     with open(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def stage_outputs(experiment: Experiment, name: str) -> dict[str, str]:
-    """The sha256 of each file that a finished stage made, by path.
-
-    Raises
-    ------
-    LetterheadError : the stage has not been run
-    """
-    record = read_json(experiment.run_folder / name / "stage.json")
-    if record is None:
-        raise LetterheadError(
-            f"{experiment.run_folder / name}: not made yet; run: make {TARGETS.get(name, name)} EXP={experiment.name}"
-        )
-    return {path: output["sha256"] for path, output in record["outputs"].items()}
+        return not lock_descriptor(lock.fileno(), blocking=False)
 
 
 def run(

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import source_name
 from letterhead.files import LetterheadError, atomic_open, escape_markdown, read_json
+from letterhead.pipeline import method_of
 from letterhead.runs import results
 
 EXPERIMENT = "experiment.yaml"
@@ -30,8 +31,8 @@ def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call
     path = experiment.data_folder / "data_card.json"
     if (card := read_json(path)) is None:
         raise LetterheadError(f"{path}: gone; run: make data EXP={experiment.name}")
-    method, _, step = name.partition("@")
-    section = experiment.encoder if method.startswith("bert") else experiment.decoder
+    step = name.partition("@")[2]
+    section = method_of(name).section(experiment)
     of_training = read_json(results.result_files(experiment, name, "test")[0])
     source = source_name(section.model)
     data = ModelCardData(

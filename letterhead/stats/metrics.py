@@ -20,8 +20,6 @@ from statsmodels.stats.multitest import multipletests
 ECE_BINS = 15
 FLOOR_DRAWS = 1000
 SCORE_STEPS = 4
-# Which figures a result holds and how a checkpoint is chosen; results of another version are computed anew.
-FIGURES = 2
 FOLDS = 5
 NO_ANSWER = -1
 

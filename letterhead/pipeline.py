@@ -1,0 +1,563 @@
+"""The stages and the methods: the only lists of either, from which the rest of the house is derived.
+
+A stage makes files under `runs/EXPERIMENT/STAGE` and leaves a record of what it made them from. `inputs` computes that from
+the experiment, purely: nothing is run, printed or deleted. A method is a classifier that the comparison holds.
+
+To add a stage, add an entry, its module with a `main(experiment)`, and a target to the Makefile (a test holds the two
+together). To add a method, add an entry with the stage that leaves its results and the function that loads it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any
+
+from letterhead.config.experiment import Experiment
+from letterhead.config.models import Head
+from letterhead.files import LetterheadError, model_identity, read_json, sha256_file, sha256_json
+
+# Counted up when a result holds other figures, or a checkpoint is chosen otherwise: results of before are computed anew.
+FIGURES = 2
+# The rows that the methods share, and all of train
+SHARED, ALL = "decoder_train", "train"
+SPLIT_FILES = ("test.jsonl", "validation.jsonl")
+# LLaMA-Factory's keys that say where files lie, which decides nothing about what is learnt
+PLACES = ("dataset_dir", "output_dir")
+# What decides how a row becomes a prompt
+PROMPT_KEYS = ("prompt", "data.labels", "decoder.sft:template,cutoff_len,enable_thinking,default_system")
+SCORING_KEYS = (*PROMPT_KEYS, "eval.score", "eval.option_order", "eval.examples", "decoder.dtype", "seed")
+THINKING_KEYS = ("eval.thinking.rows", "eval.thinking.tokens")
+
+
+def always(experiment: Experiment) -> bool:
+    return True
+
+
+def has_more_rows(experiment: Experiment) -> bool:
+    """Whether train has more rows than the methods share (decoder.train_rows).
+
+    Raises
+    ------
+    LetterheadError : no rows were made yet
+    """
+    path = experiment.data_folder / "data_card.json"
+    card = read_json(path)
+    if card is None:
+        raise LetterheadError(f"{path}: not made yet; run: make data EXP={experiment.name}")
+    return card["shared"]["rows"] < card["rows"]["train"]
+
+
+def has_teacher(experiment: Experiment) -> bool:
+    return experiment.distill is not None
+
+
+def learns_thoughts(experiment: Experiment) -> bool:
+    return has_teacher(experiment) and "distilled" in experiment.sft_arguments()["dataset"].split(",")
+
+
+def trains_on_options(experiment: Experiment) -> bool:
+    return experiment.decoder.sft_options is not None
+
+
+def never(experiment: Experiment) -> bool:
+    """Of what only a study makes."""
+    return False
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage reads of another.
+
+    files : names of the files that it reads, or all that the other made
+    record : the other's figures (seconds, memory) decide too
+    when : whether an experiment makes it read them
+    """
+
+    stage: str
+    files: tuple[str, ...] = ()
+    record: bool = False
+    when: Callable[[Experiment], bool] = always
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the pipeline.
+
+    Parameters
+    ----------
+    name : of its folder under runs/EXPERIMENT
+    module : what `python -m` runs, with `argument` before --experiment
+    needs : what it reads of other stages
+    keys : the experiment's keys that decide its result, as `section.key`; `section:a,b` stands for these keys of it
+    models : the sections whose models decide
+    version : counted up when its code makes another result
+    code : modules whose source decides, of a stage that costs seconds
+    more : MODULE:FUNCTION of what else decides
+    retrained : made anew by each further seed
+    target : the Makefile's target, where it has another name
+    when : whether an experiment has it
+    """
+
+    name: str
+    module: str
+    argument: str = ""
+    needs: tuple[Need, ...] = ()
+    keys: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    version: int = 1
+    code: tuple[str, ...] = ()
+    more: str = ""
+    retrained: bool = False
+    target: str = ""
+    when: Callable[[Experiment], bool] = always
+
+    @property
+    def make_target(self) -> str:
+        return self.target or self.name
+
+    def main(self) -> Callable[..., None]:
+        """The function that makes it."""
+        return import_module(self.module).main
+
+
+def _head_stage(name: str, method: str, model: str, key: str, rows: str = SHARED, **more: Any) -> Stage:
+    files = (f"{rows}.jsonl", *SPLIT_FILES)
+    keys = (f"{model}.{key}", "data.labels", "decoder.dtype", "seed", *more.pop("keys", ()))
+    needs = (Need("data", files),)
+    return Stage(name, "train.heads", method, needs, keys, (model,), version=FIGURES, retrained=True, **more)
+
+
+_STAGES = (
+    DATA := Stage(
+        "data",
+        "prep.data",
+        keys=(
+            "title",
+            "data",
+            "prompt",
+            "decoder.train_rows",
+            "decoder.license",
+            "encoder.license",
+            "decoder.sft:template,cutoff_len,enable_thinking,dataset",
+        ),
+        models=("decoder", "encoder"),
+        version=4,
+        more="letterhead.rows.sources:files_of",
+    ),
+    DISTILL := Stage(
+        "distill",
+        "train.distill",
+        needs=(Need("data", (f"{SHARED}.jsonl",)),),
+        keys=("distill:model,endpoint,rows,tries,tokens,temperature,of", *PROMPT_KEYS, "seed"),
+        more="train.distill:taken_over",
+        when=has_teacher,
+    ),
+    SFT_TRAINING := Stage(
+        "sft",
+        "train.sft",
+        needs=(Need("data", ("sft_train.jsonl",)), Need("distill", when=learns_thoughts)),
+        keys=("decoder.sft", "decoder.dtype"),
+        models=("decoder",),
+        retrained=True,
+    ),
+    EVAL_CKPTS := Stage(
+        "eval-ckpts",
+        "eval.checkpoints",
+        needs=(Need("sft"), Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES))),
+        keys=(*SCORING_KEYS, "eval.untrained"),
+        version=FIGURES,
+        retrained=True,
+    ),
+    SFT_THINKING := Stage(
+        "sft-think",
+        "eval.sft_think",
+        needs=(Need("eval-ckpts"),),
+        keys=(*THINKING_KEYS, *PROMPT_KEYS, "seed"),
+        version=FIGURES,
+        retrained=True,
+        when=has_teacher,
+    ),
+    ZERO_SHOT := Stage(
+        "zero-shot",
+        "eval.zero_shot",
+        needs=(Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES)),),
+        keys=(*SCORING_KEYS, *THINKING_KEYS),
+        models=("decoder",),
+        version=FIGURES,
+    ),
+    TFIDF_SHARED := Stage(
+        "tfidf",
+        "train.tfidf",
+        "tfidf",
+        needs=(Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES)),),
+        keys=("data.labels", "seed"),
+        version=FIGURES,
+        code=("letterhead.models.tfidf",),
+    ),
+    TFIDF_ALL_ROWS := Stage(
+        "tfidf-all",
+        "train.tfidf",
+        "tfidf_all",
+        needs=(Need("data", (f"{ALL}.jsonl", *SPLIT_FILES)),),
+        keys=("data.labels", "seed"),
+        version=FIGURES,
+        code=("letterhead.models.tfidf",),
+        target="tfidf",
+        when=has_more_rows,
+    ),
+    _head_stage("bert", "bert", "encoder", "head"),
+    _head_stage("bert-all", "bert_all", "encoder", "head", ALL, when=has_more_rows),
+    _head_stage("linear-head", "linear_head", "decoder", "head"),
+    _head_stage("sft-options", "sft_options", "decoder", "sft_options", keys=PROMPT_KEYS, when=trains_on_options),
+    COMPARE := Stage(
+        "compare",
+        "eval.compare",
+        keys=("data.labels", "data.near_duplicates", "seed", "seeds"),
+        code=("eval.compare", "letterhead.stats.metrics", "letterhead.runs.results", "letterhead.pipeline"),
+        more="letterhead.pipeline:records_compared",
+    ),
+    DECIDE := Stage(
+        "decide",
+        "eval.decide",
+        needs=(Need("compare"),),
+        keys=("compare", "data.labels", "bench.price_per_hour"),
+        code=("eval.decide", "letterhead.stats.decision", "letterhead.stats.verdict", "letterhead.stats.metrics"),
+        more="letterhead.runs.results:read_prices",
+    ),
+    REPORT := Stage("report", "report.build", needs=(Need("decide"),), more="report.build:shown"),
+    GRPO_TRAINING := Stage(
+        "grpo",
+        "train.grpo",
+        needs=(Need("eval-ckpts"), Need("data", (f"{SHARED}.jsonl",))),
+        keys=("grpo", "decoder.dtype", "seed"),
+        when=never,
+    ),
+    GRPO_SCORING := Stage(
+        "eval-grpo",
+        "eval.grpo",
+        needs=(Need("grpo"), Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES))),
+        keys=(*SCORING_KEYS, *THINKING_KEYS),
+        version=FIGURES,
+        target="grpo",
+        when=never,
+    ),
+    RANK := Stage(
+        "rank",
+        "eval.rank",
+        needs=(Need("data", (f"{ALL}.jsonl", f"{SHARED}.jsonl")),),
+        keys=SCORING_KEYS,
+        models=("decoder",),
+        when=never,
+    ),
+)
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _STAGES}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A classifier that the comparison holds.
+
+    Parameters
+    ----------
+    title, short : what a reader calls it, and what the bench does
+    stage : the name of the stage that leaves its results
+    trained_by : that of the stage that trains it, None for one that is untrained
+    rows : the rows that it is trained on, SHARED or ALL
+    model, settings : the section of its model, and the key in it that says how it is trained
+    loader : MODULE:FUNCTION that loads it, given experiment and full name, as a function from texts to probabilities; none
+        for one that writes freely
+    reads_prompt : it reads the prompt, not the text alone
+    has_steps : its checkpoints are scored and kept
+    thinks : it writes freely
+    step_0 : the method as which its model before training stands
+    runner : vLLM's way of serving it
+    bench : what is measured in service: name of the row, engine, and how an answer is got out of it
+    priced_as : rows of the bench whose price is its own, too
+    when : whether an experiment compares it
+    """
+
+    name: str
+    title: str
+    stage: str
+    trained_by: str | None = None
+    rows: str | None = None
+    model: str | None = None
+    settings: str | None = None
+    loader: str = ""
+    reads_prompt: bool = False
+    has_steps: bool = False
+    thinks: bool = False
+    step_0: str | None = None
+    runner: str = ""
+    short: str = ""
+    bench: tuple[tuple[str, str, str], ...] = ()
+    priced_as: tuple[str, ...] = ()
+    when: Callable[[Experiment], bool] = always
+
+    @property
+    def is_trained(self) -> bool:
+        return self.trained_by is not None
+
+    @property
+    def target(self) -> str:
+        """The Makefile's target that makes it."""
+        return STAGES[self.stage].make_target
+
+    def section(self, experiment: Experiment) -> Any:
+        """The experiment's section of its model."""
+        return getattr(experiment, self.model)
+
+    def head(self, experiment: Experiment) -> Head | None:
+        """How a head is trained, None where the experiment leaves it out."""
+        return getattr(self.section(experiment), self.settings)
+
+    def checkpoints(self, experiment: Experiment) -> Path:
+        """Where its checkpoints lie."""
+        return experiment.run_folder / self.trained_by / "checkpoints"
+
+    def load(self) -> Callable[..., Any]:
+        """The function that loads it."""
+        return resolve(self.loader)
+
+
+CLASSIFIER = "letterhead.models.classifier"
+_HEAD = {"loader": f"{CLASSIFIER}:load_head_method", "has_steps": True, "runner": "pooling", "settings": "head"}
+_LETTERS = {"model": "decoder", "loader": f"{CLASSIFIER}:load_options_method", "reads_prompt": True}
+# Rows of the bench that are no method of their own: SFT as a classifier, and the linear head on that one's prompts
+FOLDED, HEAD_ON_PROMPT = "sft_folded", "linear_head_on_prompt"
+_METHODS = (
+    ZERO_SHOT_LETTERS := Method(
+        "zero_shot_no_think",
+        "LLM zero-shot, option perplexity",
+        "zero-shot",
+        priced_as=("sft", FOLDED),
+        **_LETTERS,
+    ),
+    ZERO_SHOT_CALIBRATED := Method(
+        "zero_shot_calibrated",
+        "LLM zero-shot, contextual calibration",
+        "zero-shot",
+        priced_as=("sft", FOLDED),
+    ),
+    ZERO_SHOT_THINKING := Method("zero_shot_think", "LLM zero-shot, thinking", "zero-shot", thinks=True),
+    TFIDF := Method(
+        "tfidf",
+        "TF-IDF + logistic regression",
+        "tfidf",
+        "tfidf",
+        SHARED,
+        loader=f"{CLASSIFIER}:load_tfidf_method",
+        short="TF-IDF",
+        bench=(("tfidf", "sklearn", "head"),),
+    ),
+    TFIDF_ALL := Method(
+        "tfidf_all",
+        "TF-IDF, all rows",
+        "tfidf-all",
+        "tfidf-all",
+        ALL,
+        loader=f"{CLASSIFIER}:load_tfidf_method",
+        priced_as=("tfidf",),
+        when=has_more_rows,
+    ),
+    BERT := Method(
+        "bert",
+        "BERT",
+        "bert",
+        "bert",
+        SHARED,
+        "encoder",
+        short="BERT",
+        bench=(("bert", "hf", "head"), ("bert", "vllm", "head")),
+        **_HEAD,
+    ),
+    BERT_ALL := Method(
+        "bert_all",
+        "BERT, all rows",
+        "bert-all",
+        "bert-all",
+        ALL,
+        "encoder",
+        priced_as=("bert",),
+        when=has_more_rows,
+        **_HEAD,
+    ),
+    LINEAR_HEAD := Method(
+        "linear_head",
+        "LLM, linear head",
+        "linear-head",
+        "linear-head",
+        SHARED,
+        "decoder",
+        short="linear head",
+        bench=(("linear_head", "hf", "head"), ("linear_head", "vllm", "head"), (HEAD_ON_PROMPT, "vllm", "head")),
+        **_HEAD,
+    ),
+    SFT := Method(
+        "sft",
+        "LLM, SFT (answers with an option)",
+        "eval-ckpts",
+        "sft",
+        SHARED,
+        has_steps=True,
+        step_0="zero_shot_no_think",
+        runner="generate",
+        short="SFT",
+        bench=(
+            ("sft", "hf", "generate"),
+            ("sft", "hf", "forward"),
+            (FOLDED, "vllm", "head"),
+            ("sft", "vllm", "one_token"),
+            ("sft", "vllm", "generate"),
+        ),
+        **_LETTERS,
+    ),
+    SFT_THINK := Method("sft_think", "LLM, SFT, thinking", "sft-think", "sft", SHARED, thinks=True, when=has_teacher),
+    GRPO := Method("grpo", "LLM, SFT and GRPO", "eval-grpo", "grpo", SHARED, when=never),
+    GRPO_THINK := Method("grpo_think", "LLM, SFT and GRPO, thinking", "eval-grpo", "grpo", SHARED, thinks=True, when=never),
+    SFT_OPTIONS := Method(
+        "sft_options",
+        "LLM, SFT on the options alone",
+        "sft-options",
+        "sft-options",
+        SHARED,
+        "decoder",
+        reads_prompt=True,
+        priced_as=(FOLDED,),
+        when=trains_on_options,
+        **_HEAD | {"settings": "sft_options"},
+    ),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+# What a reader calls the bench's rows that are no method of their own
+SHORT_TITLES = {HEAD_ON_PROMPT: "linear head on the prompt", FOLDED: "SFT folded into a head"}
+
+
+def method_of(name: str) -> Method:
+    """The method of a full name, METHOD or METHOD@STEP.
+
+    Raises
+    ------
+    LetterheadError : there is none
+    """
+    method = METHODS.get(name.partition("@")[0])
+    if method is None:
+        raise LetterheadError(f"{name}: no such method; choose one of {', '.join(METHODS)}")
+    return method
+
+
+def compared_methods(experiment: Experiment) -> list[Method]:
+    """The methods that an experiment compares, in their order."""
+    return [method for method in METHODS.values() if method.when(experiment)]
+
+
+def arguments_of(module: str) -> list[str]:
+    """What a module that makes several stages may be told to make."""
+    return [stage.argument for stage in STAGES.values() if stage.module == module]
+
+
+def stages_of(experiment: Experiment) -> list[Stage]:
+    """The stages that a report of the experiment is made of, in their order."""
+    return [stage for stage in STAGES.values() if stage.when(experiment)]
+
+
+def stage_needs(stage: Stage, experiment: Experiment) -> list[str]:
+    """The stages whose files a stage reads."""
+    if stage is COMPARE:
+        return sorted(stages_compared(experiment), key=list(STAGES).index)
+    return [need.stage for need in stage.needs if need.when(experiment)]
+
+
+def stages_compared(experiment: Experiment) -> set[str]:
+    """The names of the stages that train and score the compared methods."""
+    methods = compared_methods(experiment)
+    return {name for method in methods for name in (method.stage, method.trained_by) if name}
+
+
+def inputs(stage: Stage, experiment: Experiment) -> dict[str, Any]:
+    """All that a stage's result hangs on: keys, models, files of other stages by their sha256, and its code.
+
+    Raises
+    ------
+    LetterheadError : a stage that it reads has not been made
+    """
+    return {
+        "version": stage.version,
+        "keys": {key: value_of(experiment, key) for key in stage.keys},
+        "models": {section: model_identity(getattr(experiment, section).folder) for section in stage.models},
+        "files": {need.stage: files_read(need, experiment) for need in stage.needs if need.when(experiment)},
+        "code": {module: sha256_file(source_of(module)) for module in stage.code},
+        "more": resolve(stage.more)(experiment) if stage.more else None,
+    }
+
+
+def inputs_sha256(stage: Stage, experiment: Experiment) -> str:
+    """The hash of a stage's inputs."""
+    return sha256_json(inputs(stage, experiment))
+
+
+def value_of(experiment: Experiment, key: str) -> Any:
+    """The value of a key of `Stage.keys`, as JSON holds it."""
+    path, _, names = key.partition(":")
+    if path == "data.labels":
+        return experiment.labels
+    if path == "decoder.sft":
+        value = {name: each for name, each in experiment.sft_arguments().items() if name not in PLACES}
+    else:
+        value = experiment.model_dump(mode="json")
+        for part in path.split("."):
+            value = None if value is None else value[part]
+    return {name: (value or {}).get(name) for name in names.split(",")} if names else value
+
+
+def record_of(stage: str, experiment: Experiment) -> dict[str, Any]:
+    """What a finished stage left.
+
+    Raises
+    ------
+    LetterheadError : it has not been made
+    """
+    folder = experiment.run_folder / stage
+    record = read_json(folder / "stage.json")
+    if record is None:
+        raise LetterheadError(f"{folder}: not made yet; run: make {STAGES[stage].make_target} EXP={experiment.name}")
+    return record
+
+
+def outputs(stage: Stage, experiment: Experiment) -> dict[str, str]:
+    """The sha256 of each file that a finished stage made, by path.
+
+    Raises
+    ------
+    LetterheadError : it has not been made
+    """
+    return {path: output["sha256"] for path, output in record_of(stage.name, experiment)["outputs"].items()}
+
+
+def files_read(need: Need, experiment: Experiment) -> Any:
+    """The sha256 of the files that a stage reads of another, by path; or all of the other's record."""
+    if need.record:
+        return record_of(need.stage, experiment)
+    made = outputs(STAGES[need.stage], experiment)
+    return {path: sha256 for path, sha256 in made.items() if not need.files or Path(path).name in need.files}
+
+
+def records_compared(experiment: Experiment) -> dict[str, Any]:
+    """The records of the stages that the comparison reads, and of each further seed those that it makes anew."""
+    names = sorted(stages_compared(experiment))
+    first = {name: record_of(name, experiment) for name in names}
+    again = [name for name in names if STAGES[name].retrained]
+    further = [{name: outputs(STAGES[name], one) for name in again} for one in experiment.trainings()[1:]]
+    return {"first": first, "further": further}
+
+
+def source_of(module: str) -> Path:
+    """The file of a module."""
+    return Path(util.find_spec(module).origin)
+
+
+def resolve(name: str) -> Any:
+    """What MODULE:NAME stands for."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
