@@ -17,7 +17,9 @@ def main(experiment: Experiment) -> None:
     made = outputs(SFT_TRAINING, experiment) | outputs(DATA, experiment)
     stage = StageRun(experiment, EVAL_CKPTS)
     table = experiment.results_folder / "sft_checkpoints.md"
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         folder = Path(experiment.sft_arguments()["output_dir"])
         trained = {checkpoints.step_of(path): path for path in checkpoints.whole_checkpoints(folder)}
@@ -31,15 +33,16 @@ def main(experiment: Experiment) -> None:
         with atomic_open(table) as file:
             expected = expected_steps(folder)[not experiment.eval.untrained :] if by_steps else []
             file.write(results.checkpoint_table(experiment, "SFT checkpoints", scored, expected))
+        print(table.read_text(encoding="utf-8"))
+        last = scored[max(trained), "test"]
         stage.finish(
             [*files, table, *pictures],
+            headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last step, {last['step']}; {table}",
             rows=sum(result["n"] for result in scored.values()),
             tokens=sum(result["tokens"] for result in scored.values()),
             # Step 0 is the zero-shot row's.
             scoring_seconds=round(sum(result["seconds"] for (step, _), result in scored.items() if step), 1),
         )
-    print(table.read_text(encoding="utf-8"))
-    print(f"{table} and sft_f1.png, sft_loss.png beside it")
 
 
 def score_all(experiment: Experiment, models: dict[int, Path], made: dict[str, str], log: list[dict]):

@@ -22,12 +22,13 @@ Answers = dict[str, list[dict[str, tuple[int, int]]]]
 def main(experiment: Experiment) -> None:
     stage = StageRun(experiment, COMPARE)
     path = experiment.results_folder / "comparison.json"
-    if not stage.is_current():
-        stage.start()
-        comparison = compare(experiment)
-        write_json(path, comparison)
-        stage.finish([path], rows=max(entry["n"] for entry in comparison["methods"].values()))
-    print(f"{path}: {len(read_json(path)['methods'])} methods")
+    if stage.is_current():
+        return stage.tell_current()
+    stage.start()
+    comparison = compare(experiment)
+    write_json(path, comparison)
+    methods = comparison["methods"]
+    stage.finish([path], f"{len(methods)} methods; {path}", rows=max(entry["n"] for entry in methods.values()))
 
 
 def compare(experiment: Experiment) -> dict:

@@ -21,7 +21,9 @@ def main(experiment: Experiment) -> None:
     stage = StageRun(experiment, GRPO_SCORING)
     folder = checkpoints.whole_checkpoints(GRPO.checkpoints(experiment))[-1]
     step = checkpoints.step_of(folder)
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         scored = score_model(experiment, step, folder, made, *split_prompts(experiment), method=GRPO.name)
         with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:

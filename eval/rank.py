@@ -24,7 +24,9 @@ def main(experiment: Experiment) -> None:
     folder = experiment.decoder.folder
     stage = StageRun(experiment, RANK)
     path = stage.folder / "margins.jsonl"
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         encoder, prompts = split_prompts(experiment)
         rows, ids = prompts("train")

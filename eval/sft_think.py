@@ -25,19 +25,20 @@ def main(experiment: Experiment) -> None:
     no_think = results.read_result(experiment, chosen.name, "test")
     stage = StageRun(experiment, SFT_THINKING)
     made = f"{SFT_THINK.name}@{chosen.result['step']}"
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         with Workers(process_count(), load_decoder, Path(no_think["model"]), experiment.decoder.dtype) as workers:
             think(experiment, workers, no_think, stage, made)
         result = results.read_result(experiment, made, "test")
         files = results.result_files(experiment, made, "test")
-        stage.finish(list(files), rows=result["n"], tokens=result["tokens"], scoring_seconds=result["seconds"])
-    result = results.read_result(experiment, made, "test")
-    thinking = result["thinking"]
-    print(
-        f"{made}: accuracy {result['accuracy']:.4f} on {result['n']} rows, {thinking['thought']} with a thought, "
-        f"{thinking['unfinished']} unfinished; without thinking {thinking['no_think_accuracy_same_rows']:.4f}"
-    )
+        thinking = result["thinking"]
+        headline = (
+            f"accuracy {result['accuracy']:.3f} on {result['n']} rows, {thinking['thought']} with a thought, "
+            f"{thinking['unfinished']} unfinished; without thinking {thinking['no_think_accuracy_same_rows']:.3f}"
+        )
+        stage.finish(list(files), headline, rows=result["n"], tokens=result["tokens"], scoring_seconds=result["seconds"])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import whole_lines
@@ -24,6 +23,7 @@ from letterhead.runs import results
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import Workers
 from letterhead.runs.stage import Stage
+from letterhead.runs.terminal import progress
 from letterhead.serving import vllm as service
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # Qwen3's model card, thinking mode
@@ -98,7 +98,7 @@ def generate(
     title = f"thinking ({of_engine})"
     with (
         open(path, "a", encoding="utf-8") as file,
-        tqdm(total=len(rows), initial=len(rows) - len(missing), desc=title, unit=" rows") as bar,
+        progress(total=len(rows), initial=len(rows) - len(missing), desc=title, unit=" rows") as bar,
     ):
         for several in made(experiment, workers, prompts, missing, stop, folder) if missing else ():
             answers = []

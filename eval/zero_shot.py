@@ -22,7 +22,9 @@ def main(experiment: Experiment) -> None:
 
     made, folder = outputs(DATA, experiment), experiment.decoder.folder
     stage = StageRun(experiment, ZERO_SHOT)
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         encoder, prompts = split_prompts(experiment)
         scored, files = score_model(experiment, 0, folder, made, encoder, prompts), []
@@ -37,8 +39,10 @@ def main(experiment: Experiment) -> None:
             think(experiment, workers, scored["test"], stage, ZERO_SHOT_THINKING.name)
         files += results.result_files(experiment, ZERO_SHOT_THINKING.name, "test")
         seconds, tokens = (sum(result[key] for result in scored.values()) for key in ("seconds", "tokens"))
-        stage.finish(files, rows=scored["test"]["n"], tokens=tokens, scoring_seconds=seconds)
-    print(summary(experiment))
+        print(summary(experiment))
+        untrained = results.read_result(experiment, ZERO_SHOT_LETTERS.name, "test")
+        headline = f"macro F1 {untrained['f1_macro']:.3f} on {untrained['n']} test rows, untrained"
+        stage.finish(files, headline=headline, rows=untrained["n"], tokens=tokens, scoring_seconds=seconds)
 
 
 def write_scored(experiment: Experiment, split: str, result: dict, rows: list[dict], empty) -> None:

@@ -87,6 +87,7 @@ class Stage:
     Parameters
     ----------
     name : of its folder under runs/EXPERIMENT
+    does : what it does, in a few words
     module : what `python -m` runs, with `argument` before --experiment
     needs : what it reads of other stages
     keys : the experiment's keys that decide its result, as `section.key`; `section:a,b` stands for these keys of it
@@ -100,6 +101,7 @@ class Stage:
     """
 
     name: str
+    does: str
     module: str
     argument: str = ""
     needs: tuple[Need, ...] = ()
@@ -121,16 +123,17 @@ class Stage:
         return import_module(self.module).main
 
 
-def _head_stage(name: str, method: str, model: str, key: str, rows: str = SHARED, **more: Any) -> Stage:
+def _head_stage(name: str, does: str, method: str, model: str, key: str, rows: str = SHARED, **more: Any) -> Stage:
     files = (f"{rows}.jsonl", *SPLIT_FILES)
     keys = (f"{model}.{key}", "data.labels", "decoder.dtype", "seed", *more.pop("keys", ()))
     needs = (Need("data", files),)
-    return Stage(name, "train.heads", method, needs, keys, (model,), version=FIGURES, retrained=True, **more)
+    return Stage(name, does, "train.heads", method, needs, keys, (model,), version=FIGURES, retrained=True, **more)
 
 
 _STAGES = (
     DATA := Stage(
         "data",
+        "fetch models and rows, draw the splits",
         "prep.data",
         keys=(
             "title",
@@ -147,6 +150,7 @@ _STAGES = (
     ),
     DISTILL := Stage(
         "distill",
+        "have a teacher write its thinking",
         "train.distill",
         needs=(Need("data", (f"{SHARED}.jsonl",)),),
         keys=("distill:model,endpoint,rows,tries,tokens,temperature,of", *PROMPT_KEYS, "seed"),
@@ -155,6 +159,7 @@ _STAGES = (
     ),
     SFT_TRAINING := Stage(
         "sft",
+        "teach the decoder to answer with an option",
         "train.sft",
         needs=(Need("data", ("sft_train.jsonl",)), Need("distill", when=learns_thoughts)),
         keys=("decoder.sft", "decoder.dtype"),
@@ -163,6 +168,7 @@ _STAGES = (
     ),
     EVAL_CKPTS := Stage(
         "eval-ckpts",
+        "score every SFT checkpoint",
         "eval.checkpoints",
         needs=(Need("sft"), Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES))),
         keys=(*SCORING_KEYS, "eval.untrained"),
@@ -171,6 +177,7 @@ _STAGES = (
     ),
     SFT_THINKING := Stage(
         "sft-think",
+        "let the chosen SFT checkpoint think",
         "eval.sft_think",
         needs=(Need("eval-ckpts"),),
         keys=(*THINKING_KEYS, *PROMPT_KEYS, "seed"),
@@ -180,6 +187,7 @@ _STAGES = (
     ),
     ZERO_SHOT := Stage(
         "zero-shot",
+        "ask the untrained decoder",
         "eval.zero_shot",
         needs=(Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES)),),
         keys=(*SCORING_KEYS, *THINKING_KEYS),
@@ -188,6 +196,7 @@ _STAGES = (
     ),
     TFIDF_SHARED := Stage(
         "tfidf",
+        "fit TF-IDF with logistic regression",
         "train.tfidf",
         "tfidf",
         needs=(Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES)),),
@@ -197,6 +206,7 @@ _STAGES = (
     ),
     TFIDF_ALL_ROWS := Stage(
         "tfidf-all",
+        "the same on all of train",
         "train.tfidf",
         "tfidf_all",
         needs=(Need("data", (f"{ALL}.jsonl", *SPLIT_FILES)),),
@@ -206,12 +216,21 @@ _STAGES = (
         target="tfidf",
         when=has_more_rows,
     ),
-    _head_stage("bert", "bert", "encoder", "head"),
-    _head_stage("bert-all", "bert_all", "encoder", "head", ALL, when=has_more_rows),
-    _head_stage("linear-head", "linear_head", "decoder", "head"),
-    _head_stage("sft-options", "sft_options", "decoder", "sft_options", keys=PROMPT_KEYS, when=trains_on_options),
+    _head_stage("bert", "fine-tune BERT", "bert", "encoder", "head"),
+    _head_stage("bert-all", "fine-tune BERT on all of train", "bert_all", "encoder", "head", ALL, when=has_more_rows),
+    _head_stage("linear-head", "train a linear head with the decoder", "linear_head", "decoder", "head"),
+    _head_stage(
+        "sft-options",
+        "train the decoder on the options alone",
+        "sft_options",
+        "decoder",
+        "sft_options",
+        keys=PROMPT_KEYS,
+        when=trains_on_options,
+    ),
     COMPARE := Stage(
         "compare",
+        "compare the methods, pair by pair",
         "eval.compare",
         keys=("data.labels", "data.near_duplicates", "seed", "seeds"),
         code=("eval.compare", "letterhead.stats.metrics", "letterhead.runs.results", "letterhead.pipeline"),
@@ -219,15 +238,17 @@ _STAGES = (
     ),
     DECIDE := Stage(
         "decide",
+        "decide which to ship",
         "eval.decide",
         needs=(Need("compare"),),
         keys=("compare", "data.labels", "bench.price_per_hour"),
         code=("eval.decide", "letterhead.stats.decision", "letterhead.stats.verdict", "letterhead.stats.metrics"),
         more="letterhead.runs.results:read_prices",
     ),
-    REPORT := Stage("report", "report.build", needs=(Need("decide"),), more="report.build:shown"),
+    REPORT := Stage("report", "write the report", "report.build", needs=(Need("decide"),), more="report.build:shown"),
     GRPO_TRAINING := Stage(
         "grpo",
+        "train by reward from the chosen SFT checkpoint on",
         "train.grpo",
         needs=(Need("eval-ckpts"), Need("data", (f"{SHARED}.jsonl",))),
         keys=("grpo", "decoder.dtype", "seed"),
@@ -235,6 +256,7 @@ _STAGES = (
     ),
     GRPO_SCORING := Stage(
         "eval-grpo",
+        "score what GRPO made",
         "eval.grpo",
         needs=(Need("grpo"), Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES))),
         keys=(*SCORING_KEYS, *THINKING_KEYS),
@@ -244,6 +266,7 @@ _STAGES = (
     ),
     RANK := Stage(
         "rank",
+        "rank training rows by the untrained decoder",
         "eval.rank",
         needs=(Need("data", (f"{ALL}.jsonl", f"{SHARED}.jsonl")),),
         keys=SCORING_KEYS,

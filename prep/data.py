@@ -21,7 +21,6 @@ import jsonlines
 import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer
-from tqdm import tqdm
 
 from letterhead.config.data import Data, Rows
 from letterhead.config.experiment import Experiment
@@ -33,6 +32,7 @@ from letterhead.pipeline import DATA
 from letterhead.rows.fetch import CACHE, fetch_model
 from letterhead.rows.sources import RawRow, Source, checked_text, open_source
 from letterhead.runs.stage import OFFLINE, StageRun, run
+from letterhead.runs.terminal import progress, say
 
 SPLITS = ("train", "validation", "test")
 FILES = (*(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")), "dataset_info.json", "data_card.json")
@@ -61,14 +61,14 @@ def main(experiment: Experiment) -> None:
             f'SET="name={experiment.name}2 …" keeps both'
         )
     if stage.is_current():
-        print(f"data is up to date: {folder}")
+        stage.tell_current()
         return check_examples(experiment)
     stage.start()
     with exclusive(CACHE / ".lock"):
         source = open_source(data)
         first_number = first_label_number(open_source(data), data)
     if first_number is not None:
-        print(f"labels: numbers from {first_number}: {numbered_names(data.labels, first_number)}")
+        say(f"labels: numbers from {first_number}: {numbered_names(data.labels, first_number)}")
     pool_path = folder / ".pool.jsonl"
     with ExitStack() as stack:
         stack.callback(pool_path.unlink, missing_ok=True)
@@ -83,8 +83,10 @@ def main(experiment: Experiment) -> None:
     card["token_lengths"] = token_lengths(experiment, encoder)
     write_json(folder / "data_card.json", card)
     write_json(folder / "dataset_info.json", dataset_info(experiment))
-    record = stage.finish([folder / name for name in FILES], rows=card["rows"]["read"], device="cpu")
-    print(f"{summary(card)}\n{folder}: {', '.join(FILES)} ({record['seconds']} s)")
+    headline, *details = summary(card)
+    for line in details:
+        say(line)
+    stage.finish([folder / name for name in FILES], headline, rows=card["rows"]["read"], device="cpu")
     check_examples(experiment)
 
 
@@ -130,7 +132,7 @@ def read_pool(splits, experiment: Experiment, path: Path, first_number: int | No
     dropped, shortened, read = Counter(), 0, Counter()
     with atomic_open(path) as file:
         for split, rows in splits.items():
-            for row in tqdm(rows, desc=f"reading {split}", unit=" rows"):
+            for row in progress(rows, desc=f"reading {split}", unit=" rows"):
                 read[split] += 1
                 if (found := label_and_text(row, data, dropped, first_number)) is None:
                     continue
@@ -161,7 +163,7 @@ def label_and_text(row: RawRow, data: Data, dropped: Counter, first_number: int 
         if data.bad_rows == "stop":
             raise LetterheadError(f"{error} (or leave such rows out: data.bad_rows: drop)") from None
         if not dropped["bad row"]:
-            print(f"{error}; this row is left out, and others like it: data.bad_rows: drop")
+            say(f"{error}; this row is left out, and others like it: data.bad_rows: drop")
         dropped["bad row"] += 1
     return None
 
@@ -412,7 +414,7 @@ def settle_conflicts(pool: Pool, experiment: Experiment, card: dict, pool_path: 
         )
     chosen[leaving] = UNUSED
     card["dropped"]["text with different labels"] = len(leaving)
-    print(f"{found}; {len(leaving)} such rows leave train (data.conflicts: {experiment.data.conflicts})", flush=True)
+    say(f"{found}; {len(leaving)} such rows leave train (data.conflicts: {experiment.data.conflicts})")
 
 
 def conflicts_to_leave(rows: np.ndarray, label: np.ndarray, text_of_row: np.ndarray, policy: str) -> np.ndarray:
@@ -474,7 +476,9 @@ def near_duplicates(pool_path: Path, chosen: np.ndarray) -> list[tuple[int, tupl
     frequency = sum(np.bincount(of.indices, minlength=of.shape[1]) for of in runs.values())
     rarest, sizes = {of: rarest_runs(runs[of], frequency) for of in runs}, {of: runs[of].getnnz(axis=1) for of in runs}
     transposed, found = rarest["train"].T.tocsr(), []
-    for begin in tqdm(range(0, len(numbers["others"]), CHUNK), desc="looking for near-duplicates", unit=f" x {CHUNK} rows"):
+    for begin in progress(
+        range(0, len(numbers["others"]), CHUNK), desc="looking for near-duplicates", unit=f" x {CHUNK} rows"
+    ):
         one, other = (rarest["others"][begin : begin + CHUNK] @ transposed).nonzero()
         one += begin
         shared = runs["others"][one].multiply(runs["train"][other]).sum(axis=1).A1
@@ -520,7 +524,7 @@ def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder:
         decoder = stack.enter_context(atomic_open(experiment.data_folder / "decoder_train.jsonl"))
         alpaca = jsonlines.Writer(stack.enter_context(atomic_open(experiment.data_folder / "sft_train.jsonl")))
         pool = stack.enter_context(open(pool_path, encoding="utf-8", newline="\n"))
-        for number, line in enumerate(tqdm(pool, total=len(chosen), desc="writing", unit=" rows")):
+        for number, line in enumerate(progress(pool, total=len(chosen), desc="writing", unit=" rows")):
             if chosen[number] == UNUSED:
                 continue
             files[chosen[number]].write(line)
@@ -567,7 +571,7 @@ def dataset_info(experiment: Experiment) -> dict:
     return {name: {"file_name": file, "columns": columns} for name, file in files.items()}
 
 
-def summary(card: dict) -> str:
+def summary(card: dict) -> list[str]:
     """The data card in a few lines for the terminal."""
     rows, shared = card["rows"], card["shared"]
     lines = [
@@ -579,9 +583,8 @@ def summary(card: dict) -> str:
     lines += [f"texts that stand with different labels: {card['conflicts']['texts']}"] if card["conflicts"]["texts"] else []
     lines += [f"{split} texts that stand in train too: {n}" for split, n in card["shared_with_train"].items() if n]
     lines += [f"{split} texts nearly in train: {len(pairs)}" for split, pairs in card["near_duplicates"].items() if pairs]
-    lines += [f"license of {name}: {said}" for name, said in card["licenses"].items() if said]
     lines += [f"texts cut to fit cutoff_len: {shared['cut_to_cutoff_len']}"] if shared["cut_to_cutoff_len"] else []
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

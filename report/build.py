@@ -64,7 +64,9 @@ def main(experiment: Experiment) -> None:
     bench = results.read_bench(experiment)
     paths = {name: stage.folder / f"{name}.png" for name in WHAT_A_PICTURE_SHOWS if bench or name != "service"}
     page, text = stage.folder / "report.html", stage.folder / "REPORT.md"
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         decided = read_json(experiment.results_folder / "decision.json")
         comparison = read_json(experiment.results_folder / "comparison.json") | decided | {"best": decided["ship"]}
@@ -77,8 +79,7 @@ def main(experiment: Experiment) -> None:
         for path, template, more in ((page, "report.html.jinja", {"images": images}), (text, "report.md.jinja", {})):
             with atomic_open(path) as file:
                 file.write(environment().get_template(template).render(context | more))
-        stage.finish([page, text, *paths.values()])
-    print(f"{page} and REPORT.md beside it")
+        stage.finish([page, text, *paths.values()], f"{page} and REPORT.md beside it")
 
 
 def served(row: dict) -> str:

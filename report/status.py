@@ -15,6 +15,7 @@ DONE = "done"
 
 
 def main(experiment: Experiment) -> None:
+    print(f"{experiment.name}: {experiment.title}")
     card = read_json(experiment.data_folder / "data_card.json")
     states: dict[str, str] = {}
     for stage in pipeline.stages_of(experiment) if card else usual_stages(experiment):

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from filelock import lock_descriptor
-from tqdm import tqdm
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, exclusive, model_identity, read_json, sha256_file, sha256_json, write_json
@@ -74,7 +73,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         workers = stack.enter_context(Workers(process_count(), load_classifier, experiment, name))
         workers.load()
         file = stack.enter_context(open(part, "ab"))
-        bar = stack.enter_context(tqdm(desc=f"predicting with {name}", unit=" rows", initial=progress["rows"]))
+        bar = stack.enter_context(progress(desc=f"predicting with {name}", unit=" rows", initial=progress["rows"]))
         file.truncate(progress["bytes"])
         if not progress["rows"]:
             columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]

@@ -16,7 +16,6 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
-from tqdm import tqdm
 from yaml import YAMLError
 
 from letterhead.config.experiment import Experiment, explain, load_experiment
@@ -39,6 +38,7 @@ from letterhead.pipeline import (
 from letterhead.rows.sources import local_sha256
 from letterhead.runs import contenders, results
 from letterhead.runs.stage import StageRun, run
+from letterhead.runs.terminal import progress
 from letterhead.stats import decision, metrics, verdict
 from letterhead.stats.figures import caption_of, plt, save
 from study.cells import make, seed_keys, settings
@@ -192,7 +192,7 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
     all_rows = there["rows"]["train"]
     sizes = sorted({min(rows or all_rows, all_rows) for rows in study.rows}) or [None]
     done: Done = {(rows, cell): [] for rows in sizes for cell in study.all_cells}
-    with tqdm(total=len(study.seeds) * len(done), desc=study_name, unit=" cell") as bar:
+    with progress(total=len(study.seeds) * len(done), desc=study_name, unit=" cell") as bar:
         for seed in study.seeds:
             any_made = False
             for (rows, cell), of in done.items():

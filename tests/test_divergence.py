@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import checkpoints
+from letterhead.models.callbacks import StopAtDivergence
 from letterhead.models.classifier import load_classifier
-from letterhead.models.divergence import StopAtDivergence
 from letterhead.runs import results
 from prep import data
 from serve import predict

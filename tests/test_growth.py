@@ -20,7 +20,7 @@ def test_drawn_results_are_compared(make_experiment, workplace, tiny_models):
     )  # four are trained in steps
     compare.main(experiment)
     methods = read_json(experiment.results_folder / "comparison.json")["methods"]
-    assert {of.partition("@")[0] for of in methods} == set([method.name for method in compared_methods(experiment)])
+    assert {of.partition("@")[0] for of in methods} == {method.name for method in compared_methods(experiment)}
     assert 0.6 < methods["tfidf"]["f1_macro"] < 0.99
 
 

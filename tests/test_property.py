@@ -23,8 +23,9 @@ from letterhead.config.data import Data
 from letterhead.config.evaluation import Prompt
 from letterhead.config.experiment import load_experiment
 from letterhead.files import LetterheadError, escape_markdown, read_json
+from letterhead.models.answers import read_answer
 from letterhead.models.checkpoints import is_whole, safetensors_error
-from letterhead.models.prompt import Answer, PromptEncoder, read_answer
+from letterhead.models.prompt import Answer, PromptEncoder
 from letterhead.rows import fetch
 from letterhead.rows.sources import RawRow, column_names, open_source
 from letterhead.serving import vllm as service

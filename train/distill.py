@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_json, whole_lines, write_jsonl
@@ -20,6 +19,7 @@ from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.pipeline import DISTILL
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run
+from letterhead.runs.terminal import progress
 from letterhead.serving.endpoint import Reply, Teacher
 
 # What the teacher is told besides the question; the student is not.
@@ -40,7 +40,9 @@ def main(experiment: Experiment) -> None:
     if settings.of not in (None, experiment.name):
         return copy(experiment, path)
     stage = StageRun(experiment, DISTILL)
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         encoder = load_prompt_encoder(experiment, thinking=True)
         rows = draw(experiment)
@@ -97,7 +99,9 @@ def copy(experiment: Experiment, path: Path) -> None:
     source = Path("data") / experiment.distill.of / path.name
     record = taken_over(experiment)
     stage = StageRun(experiment, DISTILL)
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         write_jsonl(path, read_jsonl(source))
         stage.finish([path], rows=record["rows"])
@@ -127,7 +131,7 @@ async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]
             tries[one["id"]][one["try"]] = Reply(**one["reply"])
     path.parent.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(settings)
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), unit=" rows right") as bar:
+    with open(path, "a", encoding="utf-8") as file, progress(total=len(rows), unit=" rows right") as bar:
         for number in range(settings.tries):
             bar.set_description(f"try {number + 1} of at most {settings.tries}")
             open_rows = {row["id"]: row for row in rows if not thought_of(encoder, row, tries[row["id"]])}

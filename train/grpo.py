@@ -26,7 +26,9 @@ def main(experiment: Experiment) -> None:
     start = results.read_result(experiment, chosen.name, "test")
     stage = StageRun(experiment, GRPO_TRAINING)
     folder, pictures = stage.folder / "checkpoints", [stage.folder / "reward.png"]
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         from letterhead.models import grpo
         from letterhead.stats.figures import plot_against_step

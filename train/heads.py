@@ -18,6 +18,7 @@ from letterhead.runs import results
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import guarded, torchrun
 from letterhead.runs.stage import StageRun, run
+from letterhead.runs.terminal import TERMINAL
 
 
 def main(experiment: Experiment, method: str) -> None:
@@ -28,7 +29,9 @@ def main(experiment: Experiment, method: str) -> None:
     head = trained.head(experiment)
     stage = StageRun(experiment, STAGES[trained.stage])
     table = experiment.results_folder / f"{method}_checkpoints.md"
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         folder = trained.checkpoints(experiment)
         stage.begin(folder)
@@ -43,8 +46,11 @@ def main(experiment: Experiment, method: str) -> None:
             file.write(results.checkpoint_table(experiment, trained.title, kept, gaps))
         weights = [file for path in checkpoints.whole_checkpoints(folder) for file in path.glob("*.safetensors")]
         rows = len(results.read_rows(experiment, trained.rows))
+        print(table.read_text(encoding="utf-8"))
+        last = kept[max(kept)[0], "test"]
         stage.finish(
             [*made, table, *weights],
+            headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last step, {last['step']}",
             rows=rows,
             epochs=head.on(rows).num_train_epochs,
             reading=experiment.reading,
@@ -53,7 +59,6 @@ def main(experiment: Experiment, method: str) -> None:
             scoring_seconds=round(sum(result["seconds"] for result in kept.values()), 1),
             resumed_from=checkpoints.step_of(resume) if resume else 0,
         )
-    print(table.read_text(encoding="utf-8"))
 
 
 def train(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | None, lock: int) -> None:
@@ -68,7 +73,7 @@ def train(experiment: Experiment, method: str, inputs_sha256: str, resume: Path 
 
         return fit(experiment, method, inputs_sha256, resume)
     given = [*sys.argv[1:], "--inputs", inputs_sha256, "--resume", str(resume or "none")]
-    child = subprocess.Popen(guarded(torchrun(n, "train.heads_worker", given)), pass_fds=[lock])
+    child = subprocess.Popen(guarded(torchrun(n, "train.heads_worker", given)), pass_fds=[lock, *TERMINAL.descriptors])
     try:
         child.wait()
     finally:

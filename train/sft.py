@@ -15,6 +15,7 @@ from letterhead.models.llamafactory import command, environment, for_device, sft
 from letterhead.pipeline import DISTILL, SFT_TRAINING, record_of
 from letterhead.runs.processes import guarded
 from letterhead.runs.stage import StageRun, run
+from letterhead.runs.terminal import TERMINAL
 
 POLL_S = 2
 CLOCK = "clock.json"
@@ -24,8 +25,7 @@ def main(experiment: Experiment) -> None:
     arguments, model = experiment.sft_arguments(), experiment.decoder.folder
     stage = StageRun(experiment, SFT_TRAINING)
     if stage.is_current():
-        print(f"{experiment.sft_folder}: up to date")
-        return
+        return stage.tell_current()
     stage.start()
     checkpoints.require_model(model)
     folder = Path(arguments["output_dir"])
@@ -43,6 +43,7 @@ def main(experiment: Experiment) -> None:
     clock = read_json(experiment.sft_folder / CLOCK)
     stage.finish(
         [file for path in made for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
+        headline=f"checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}",
         rows=sft_rows(experiment),
         tokens=state.get("num_input_tokens_seen"),
         steps=state["global_step"],
@@ -52,7 +53,6 @@ def main(experiment: Experiment) -> None:
         reading=experiment.reading,
         resumed_from=checkpoints.step_of(resume) if resume else 0,
     )
-    print(f"{folder}: checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}")
 
 
 def sft_rows(experiment: Experiment) -> int:
@@ -99,7 +99,7 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
         more["resume_from_checkpoint"] = str(resume)
     asked = command(experiment, experiment.sft_folder / CLOCK, **more)
     print(shlex.join(asked), flush=True)
-    child = subprocess.Popen(guarded(asked), env=environment(), pass_fds=[lock])
+    child = subprocess.Popen(guarded(asked), env=environment(), pass_fds=[lock, *TERMINAL.descriptors])
     try:
         while child.poll() is None:
             time.sleep(POLL_S)

@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
 from letterhead.files import read_json, write_json
+from letterhead.models.callbacks import StepBar, StopAtDivergence
 from letterhead.models.cpu import attention, use_onednn
-from letterhead.models.divergence import StopAtDivergence
 from letterhead.runs.stage import telling
 
 
@@ -96,4 +96,4 @@ if __name__ == "__main__":
 
     use_onednn()
     with telling():
-        run_exp(callbacks=[Clock(Path(sys.argv.pop(1))), LessWork(), StopAtDivergence()])
+        run_exp(callbacks=[Clock(Path(sys.argv.pop(1))), LessWork(), StopAtDivergence(), StepBar("SFT")])

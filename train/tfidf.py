@@ -22,7 +22,9 @@ def main(experiment: Experiment, method_name: str) -> None:
         print(f"{method_name}: not of this experiment, whose methods learn from all of train")
         return
     stage = StageRun(experiment, STAGES[method.stage])
-    if not stage.is_current():
+    if stage.is_current():
+        stage.tell_current()
+    else:
         stage.start()
         start = time.perf_counter()
         train = results.read_rows(experiment, method.rows)
@@ -32,11 +34,15 @@ def main(experiment: Experiment, method_name: str) -> None:
             if rows := results.read_rows(experiment, split):
                 scored += evaluate(experiment, method_name, model, split, rows, stage.inputs_sha256)["seconds"]
                 files += results.result_files(experiment, method_name, split)
+        result = results.read_result(experiment, method_name, "test")
         stage.finish(
-            files, rows=len(train), tokens=None, training_seconds=round(seconds, 2), scoring_seconds=round(scored, 2)
+            files,
+            headline=f"macro F1 {result['f1_macro']:.3f} on {result['n']} test rows",
+            rows=len(train),
+            tokens=None,
+            training_seconds=round(seconds, 2),
+            scoring_seconds=round(scored, 2),
         )
-    result = results.read_result(experiment, method_name, "test")
-    print(f"{method_name}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f} on {result['n']} test rows")
 
 
 def evaluate(experiment: Experiment, method: str, model: Pipeline, split: str, rows: list[dict], inputs_sha256: str) -> dict:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from tqdm import tqdm
 
 from letterhead.config.experiment import Experiment, load_experiment
 from letterhead.files import LetterheadError, atomic_open, write_json
@@ -29,6 +28,7 @@ from letterhead.runs import results
 from letterhead.runs.devices import device_name, machine, peak_memory
 from letterhead.runs.processes import call_in_a_process
 from letterhead.runs.stage import StageRun, run
+from letterhead.runs.terminal import progress
 from letterhead.stats.figures import caption_of, plt, save
 
 LABELS = ["World", "Sports", "Business", "Science"]
@@ -85,7 +85,7 @@ def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path)
     """All points: what was measured, `n`, seconds, and peak memory in MiB; written to `record` one by one."""
     decoder, encoder = tiny_models(experiment, place)
     points: list[dict] = []
-    with tqdm(total=4 * len(sizes) + 3 + 2 * len(CHECKPOINTS) + len(OPTIONS), desc="growth", unit=" points") as bar:
+    with progress(total=4 * len(sizes) + 3 + 2 * len(CHECKPOINTS) + len(OPTIONS), desc="growth", unit=" points") as bar:
 
         def keep(of: str, n: int, told: dict) -> None:
             points.append({"of": of, "n": n, **told})

@@ -29,6 +29,7 @@ from letterhead.models.precision import precision
 from letterhead.pipeline import BERT, LINEAR_HEAD, SFT
 from letterhead.runs.devices import device_name, machine
 from letterhead.runs.stage import StageRun, run
+from letterhead.runs.terminal import progress
 from letterhead.serving import vllm as service
 from letterhead.stats.figures import caption_of, plt, save
 
@@ -160,7 +161,7 @@ async def soak(
                 await asyncio.sleep(min(EVERY_S, seconds / 20))
                 bar.update(min(round(passed()), round(seconds)) - bar.n)
 
-        with tqdm(total=round(seconds), desc="soak", unit=" s") as bar:
+        with progress(total=round(seconds), desc="soak", unit=" s") as bar:
             async with asyncio.TaskGroup() as group:
                 for task in [closed() for _ in range(CLIENTS)] + [bad(kind) for kind in PAUSES]:
                     group.create_task(task)

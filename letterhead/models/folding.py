@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, pre_tokenizers
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from letterhead.config.experiment import Experiment
@@ -21,6 +20,7 @@ from letterhead.models.heads import ready
 from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.models.scoring import load_decoder
 from letterhead.runs import results
+from letterhead.runs.terminal import progress
 
 TOLERANCE = 1e-4
 CHECKED_ROWS = 512
@@ -168,7 +168,7 @@ def compare(decoder, folded, encoder: PromptEncoder, prompts: list[list[int]]) -
     both have the same highest."""
     letters = [answer.ids[answer.start] for answer in encoder.answers]
     off, same = 0.0, 0
-    for ids in tqdm(prompts, desc="checking the fold", unit=" rows"):
+    for ids in progress(prompts, desc="checking the fold", unit=" rows"):
         given = torch.tensor([ids], device=decoder.device)
         own, other = decoder(given, logits_to_keep=1).logits[0, -1, letters], folded(given).logits[0]
         off = max(off, (other - own).abs().max().item())

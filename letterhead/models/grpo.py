@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from letterhead.config.models import Grpo
 from letterhead.models.answers import read_answer
+from letterhead.models.callbacks import StepBar, StopAtDivergence
 from letterhead.models.cpu import attention, use_onednn
-from letterhead.models.divergence import StopAtDivergence
 from letterhead.models.folding import text_gives_ids
 from letterhead.models.prompt import PromptEncoder
 
@@ -124,7 +124,7 @@ def trainer(model: Path, encoder: PromptEncoder, asked: Dataset, settings: Grpo,
         args=given,
         train_dataset=asked,
         processing_class=encoder.tokenizer,
-        callbacks=[StopAtDivergence()],
+        callbacks=[StopAtDivergence(), StepBar("GRPO")],
     )
 
 

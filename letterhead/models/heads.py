@@ -18,7 +18,6 @@ from datasets import Dataset
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 from torch.utils.data import SequentialSampler
-from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -33,11 +32,12 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError
+from letterhead.models.callbacks import StepBar, StopAtDivergence, diverged
 from letterhead.models.checkpoints import holds_a_head, prune_optimizer_states, require_model
 from letterhead.models.cpu import attention, pack, quicken_dropout, use_onednn
-from letterhead.models.divergence import StopAtDivergence, diverged
 from letterhead.models.precision import cast, project_in_float32
 from letterhead.models.prompt import TextEncoder
+from letterhead.runs.terminal import progress
 
 # Every so many evaluations a checkpoint is saved to resume from, even if it is not the best.
 RESUMABLE_EVERY = 4
@@ -163,12 +163,12 @@ def training_arguments(
 
 @torch.inference_mode()
 def class_logits(
-    model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int, progress: str | None = None
+    model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int, title: str | None = None
 ) -> np.ndarray:
     """Logits of the classes, float32 of shape (rows, classes), in the order of `ids`; like lengths share a batch."""
     order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
     logits = np.zeros((len(ids), model.config.num_labels), np.float32)
-    with tqdm(total=len(ids), desc=progress, unit=" rows", disable=progress is None, mininterval=0.5) as bar:
+    with progress(total=len(ids), desc=title, unit=" rows", disable=title is None, mininterval=0.5) as bar:
         for begin in range(0, len(order), batch):
             rows = order[begin : begin + batch]
             inputs = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
@@ -263,7 +263,7 @@ class HeadTrainer(Trainer):
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=train,
             eval_dataset=by_length or None,
-            callbacks=[_LogWhatIsEvaluated, StopAtDivergence()],
+            callbacks=[_LogWhatIsEvaluated, StopAtDivergence(), StepBar("training")],
             compute_loss_func=mean_over_rows,
         )
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from letterhead.models.checkpoints import require_model
@@ -25,6 +24,7 @@ from letterhead.models.cpu import attention, pack, use_onednn
 from letterhead.models.precision import cast, precision
 from letterhead.models.prompt import Answer
 from letterhead.runs.processes import Workers
+from letterhead.runs.terminal import progress
 
 # Logits held at once: rows × positions × vocabulary; 2**26 float32 are 256 MiB.
 MAX_LOGITS = 1 << 26
@@ -156,7 +156,7 @@ def score_options(
     answers: Sequence[Answer],
     with_end: bool,
     batch_tokens: int,
-    progress: str | None = None,
+    title: str | None = None,
 ) -> OptionScores:
     """Score every option after every prompt.
 
@@ -167,7 +167,7 @@ def score_options(
     answers : the options (letterhead.prompt.PromptEncoder.answers)
     with_end : count the end token too; for names, not for letters
     batch_tokens : how many tokens a forward pass may hold, padding included
-    progress : the title of a progress bar in rows/s, or None for none
+    title : of a progress bar in rows/s, or None for none
 
     Returns
     -------
@@ -182,7 +182,7 @@ def score_options(
     prefix = _run_prefix(model, rows[0][:n_prefix])
     result = torch.zeros(len(rows), len(answers), dtype=torch.float64)
     tokens = n_prefix
-    with tqdm(total=len(rows), desc=progress, unit=" rows", disable=progress is None, mininterval=0.5) as bar:
+    with progress(total=len(rows), desc=title, unit=" rows", disable=title is None, mininterval=0.5) as bar:
         for batch in _batches([len(row) - n_prefix for row in rows], tree, batch_tokens, model.config.vocab_size):
             inputs = _inputs([rows[i][n_prefix:] for i in batch], tree, n_prefix, model.dtype, model.device)
             logits = model(
@@ -200,7 +200,7 @@ def score_in_parts(
     answers: Sequence[Answer],
     with_end: bool,
     batch_tokens: int,
-    progress: str | None = None,
+    title: str | None = None,
 ) -> tuple[OptionScores, float]:
     """`score_options` by workers that have loaded a decoder, each on its part of the rows.
 
@@ -211,7 +211,7 @@ def score_in_parts(
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = [order[rank :: workers.n] for rank in range(workers.n)]
     given = [
-        ([prompts[row] for row in part], answers, with_end, batch_tokens, progress if rank == 0 else None)
+        ([prompts[row] for row in part], answers, with_end, batch_tokens, title if rank == 0 else None)
         for rank, part in enumerate(parts)
         if part
     ]

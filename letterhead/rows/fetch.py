@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import psutil
-from tqdm import tqdm
 
 from letterhead.config.models import Model, Parts, is_fetched
 from letterhead.files import BESIDE, SOURCE, LetterheadError, atomic_folder, read_json, sha256_file, write_json
 from letterhead.models.checkpoints import safetensors_error
+from letterhead.runs.terminal import progress
 
 CACHE = Path(".cache")
 HUB_TIMEOUT_S = 5
@@ -276,7 +276,7 @@ def _join(model: Parts, folder: Path) -> None:
     with scratch() as temporary:
         whole, part = temporary / name, temporary / "part"
         with open(whole, "wb") as joined:
-            for source in tqdm(model.parts, desc=f"joining {name}", unit=" part"):
+            for source in progress(model.parts, desc=f"joining {name}", unit=" part"):
                 if not _extract(_archive(source), _parse_package(source)[1], part) or not part.is_file():
                     raise LetterheadError(f"{source}: that package holds no such file")
                 with open(part, "rb") as piece:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from letterhead import pipeline
 from letterhead.config.experiment import Experiment, load_experiment
 from letterhead.files import LetterheadError, read_json, sha256_file, sha256_json, write_json
-from letterhead.pipeline import Stage
+from letterhead.pipeline import STAGES, Stage
 from letterhead.runs.devices import choose_devices, device_name, machine, peak_memory, versions
+from letterhead.runs.terminal import TERMINAL, last_lines
 
 # The transformers libraries ask the hub about a model even where its folder lies on disk. Only `make data` fetches.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -34,7 +35,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALL
 # A killed training needs some seconds to give its memory, and the lock, back.
 LOCK_PATIENCE_S = 20
 BAR = 20
-RECORD = "stage.json"
+RECORD, LOG = "stage.json", "log.txt"
 # A full disk, a quota, and a limit on the size of files
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
@@ -59,10 +60,10 @@ class StageRun:
     """
 
     def __init__(self, experiment: Experiment, stage: Stage | str, inputs: Any = None):
-        is_listed = isinstance(stage, Stage)
-        self.name = stage.name if is_listed else stage
+        self.is_listed = isinstance(stage, Stage)
+        self.name = stage.name if self.is_listed else stage
         self.folder = experiment.run_folder / self.name
-        self.inputs_sha256 = pipeline.inputs_sha256(stage, experiment) if is_listed else sha256_json(inputs)
+        self.inputs_sha256 = pipeline.inputs_sha256(stage, experiment) if self.is_listed else sha256_json(inputs)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")  # held until the stage is finished, or this process ends
         patience = time.time() + LOCK_PATIENCE_S
@@ -93,16 +94,19 @@ class StageRun:
         return is_current(self.record, self.inputs_sha256)
 
     def start(self) -> None:
-        """Begin the work: the record of the last run goes before its files are touched, and the estimate is told."""
+        """Begin the work: the record of the last run goes before its files are touched, and what is done is told."""
         (self.folder / RECORD).unlink(missing_ok=True)
         self._announce()
+        if self.is_listed:
+            TERMINAL.turn_aside(self.folder / LOG)
 
     def _announce(self) -> None:
         """Say how long this stage will take, and how far `make report` is, where `make status` has estimated it."""
         path = self.folder.parent / ESTIMATE
         plan = read_json(path) or {"seconds": {}}
+        does = f"{self.name}: {STAGES[self.name].does}" if self.is_listed else self.name
         if self.name not in plan["seconds"]:
-            return
+            return print(does, flush=True) if self.is_listed else None
         asked = path.stat().st_mtime
         records = {name: self.folder.parent / name / RECORD for name in plan["to_do"]}
         to_do = [name for name, file in records.items() if not file.is_file() or file.stat().st_mtime < asked]
@@ -110,7 +114,14 @@ class StageRun:
         share = 1 - left / total if total else 0.0
         bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
         takes = minutes(plan["seconds"][self.name])
-        print(f"{self.name}: {takes}; report {bar} {share:.0%}, {minutes(left)} to go", flush=True)
+        print(f"{does}: {takes}; report {bar} {share:.0%}, {minutes(left)} to go", flush=True)
+
+    def tell_current(self) -> None:
+        """Say that there is nothing to do."""
+        print(f"{self.name}: up to date{self._headline(self.record)}", flush=True)
+
+    def _headline(self, record: dict) -> str:
+        return f"; {record['headline']}" if record.get("headline") else ""
 
     def begin(self, folder: Path) -> None:
         """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as FOLDER.old."""
@@ -122,8 +133,9 @@ class StageRun:
             folder.rename(old)
         write_json(marker, self.inputs_sha256)
 
-    def finish(self, outputs: list[Path], **figures: Any) -> dict:
-        """Write the stage's record: the files it made with sizes and hashes, the time it took, and `figures`."""
+    def finish(self, outputs: list[Path], headline: str = "", **figures: Any) -> dict:
+        """Write the stage's record: the files it made with sizes and hashes, the time it took, and `figures`; say in a line
+        that it is done, and what it found, `headline`."""
         record = {
             "start": datetime.fromtimestamp(self._start, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self._start, 1),
@@ -133,9 +145,13 @@ class StageRun:
             "machine": machine(),
             "versions": versions(),
             **peak_memory(),
+            "headline": headline,
         } | figures
         write_json(self.folder / RECORD, record)
         self._lock.close()
+        TERMINAL.turn_back()
+        if self.is_listed:
+            print(f"{self.name}: {record['seconds']:,.0f} s{self._headline(record)}", flush=True)
         return record
 
 
@@ -188,11 +204,10 @@ def run(
         sys.exit(f"error: say {'; '.join(missing)}")
     if os.environ.get("HF_ENDPOINT"):  # a mirror, and few mirrors speak hf-xet's protocol
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    TERMINAL.is_quiet = not os.environ.get("VERBOSE") and "RANK" not in os.environ
     with telling():
         devices()
         experiment = load_experiment(arguments.experiment, arguments.set)
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
-            print(f"[{Path(sys.argv[0]).parent.name}] experiment {experiment.name}: {experiment.title}", flush=True)
         said = [arguments.experiment, arguments.set] if with_arguments else []
         main(experiment, *([arguments.choice] if choices else []), *said, *given)
 
@@ -224,6 +239,7 @@ def telling() -> Iterator[None]:
         elif place and number in CLOSED:
             why = f"{place}: {os.strerror(number)}; mend that and run again"
         else:
+            TERMINAL.turn_back()
             raise
         end(f"error: {why}")
 
@@ -232,4 +248,7 @@ def end(said: str) -> NoReturn:
     """End the process with a line of its own, below what progress bars have left on theirs."""
     for bar in list(tqdm._instances):
         bar.close()
+    if log := TERMINAL.log:
+        TERMINAL.turn_back()
+        said += f"\n{log} ends with:\n{last_lines(log)}" if log.stat().st_size else ""
     sys.exit(said)

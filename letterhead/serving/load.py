@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from letterhead.runs.terminal import progress
+
 # One request → the class that it is answered with.
 Send = Callable[[Any], Awaitable[int]]
 
@@ -43,7 +45,7 @@ def closed_loop_of_batches(
     `concurrency`, one after the other.
     """
     latencies, answers, begin = [], [], time.perf_counter()
-    with tqdm(total=len(requests), desc=title, unit=" requests", mininterval=0.5) as bar:
+    with progress(total=len(requests), desc=title, unit=" requests", mininterval=0.5) as bar:
         for at in range(0, len(requests), concurrency):
             batch, start = requests[at : at + concurrency], time.perf_counter()
             answers += answer(batch)
@@ -65,7 +67,7 @@ async def closed_loop(send: Send, requests: Sequence, concurrency: int, title: s
             told[i] = (time.perf_counter() - start, answer)
             bar.update()
 
-    with tqdm(total=len(requests), desc=title, unit=" requests", mininterval=0.5) as bar:
+    with progress(total=len(requests), desc=title, unit=" requests", mininterval=0.5) as bar:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(client(bar))
@@ -96,7 +98,7 @@ async def open_loop(
         if missed > len(requests) // 100:
             raise _Missed
 
-    with tqdm(total=len(requests), desc=title, unit=" requests", mininterval=0.5) as bar:
+    with progress(total=len(requests), desc=title, unit=" requests", mininterval=0.5) as bar:
         try:
             async with asyncio.TaskGroup() as group:
                 for i in range(len(requests)):

@@ -1,8 +1,4 @@
-"""A training that diverges stops at the first loss, gradient or weight that is not finite, and leaves no such checkpoint.
-
-Left to itself the Trainer goes on: it logs the mean of earlier losses in place of one that is not a number, and saves
-weights that are none, with which every row gets the first class.
-"""
+"""What all trainings of HF's Trainer are given: an end where they diverge, and a bar."""
 
 import math
 
@@ -10,10 +6,15 @@ import torch
 from transformers import TrainerCallback
 
 from letterhead.files import LetterheadError
+from letterhead.runs.terminal import progress
 
 
 class StopAtDivergence(TrainerCallback):
-    """Ends any training of HF's Trainer with a message when it diverges."""
+    """Ends a training at the first loss, gradient or weight that is not finite, and leaves no such checkpoint.
+
+    Left to itself the Trainer goes on: it logs the mean of earlier losses in place of one that is not a number, and saves
+    weights that are none, with which every row gets the first class.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
         args.logging_nan_inf_filter = False  # so that what is logged is what was computed
@@ -49,6 +50,25 @@ class StopAtDivergence(TrainerCallback):
     def _stop(step: int, what: str, kwargs: dict) -> None:
         rates = kwargs["lr_scheduler"].get_last_lr() if kwargs.get("lr_scheduler") else []
         raise diverged(step, what, rates[0] if rates else None)
+
+
+class StepBar(TrainerCallback):
+    """The bar of a training: its optimizer steps."""
+
+    def __init__(self, title: str):
+        self._title = title
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        shown = state.is_world_process_zero
+        self._bar = progress(
+            total=state.max_steps, initial=state.global_step, desc=self._title, unit=" steps", disable=not shown
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
 
 
 def diverged(step: int, what: str, rate: float | None = None) -> LetterheadError:
