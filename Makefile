@@ -175,7 +175,7 @@ distill: data ## have a teacher write its thinking for training rows, right answ
 sft-think: eval-ckpts ## the chosen SFT checkpoint with thinking, where a teacher's thoughts were learnt (section distill)
 	@$(RUN) eval.sft_think $(STAGE)
 
-grpo: sft-think ## GRPO by TRL from the chosen SFT checkpoint on, then scored in both modes (section grpo)
+grpo: eval-ckpts ## GRPO by TRL from the chosen SFT checkpoint on, then scored in both modes (section grpo)
 	@$(RUN) train.grpo $(STAGE)
 	@$(RUN) eval.grpo $(STAGE)
 
@@ -215,6 +215,9 @@ test-slow: $(READY) $(READY_SERVE) ## the tests that take minutes each, and thre
 lint: $(READY) ## lint and format in place
 	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
+keys: $(READY) ## write docs/keys.md, the reference of an experiment's keys, from their descriptions
+	@$(RUN) letterhead.config.reference > docs/keys.md
+
 smoke: $(READY) ## the whole pipeline and the bench on 64 rows: minutes, for CI
 	@$(MAKE) bench EXP=smoke
 
@@ -227,4 +230,4 @@ tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint clean
+.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean

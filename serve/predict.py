@@ -34,6 +34,7 @@ from letterhead.rows.sources import RawRow, checked_text, column_at, every_colum
 from letterhead.runs.devices import device_name, process_count
 from letterhead.runs.processes import Workers
 from letterhead.runs.stage import OFFLINE, run
+from letterhead.runs.terminal import progress
 
 DIGITS = 6
 
@@ -65,20 +66,20 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     )
     with ExitStack() as stack:
         stack.enter_context(alone(target))
-        progress = read_json(progress_file)
-        if not (progress and progress["inputs"] == inputs and part.is_file() and part.stat().st_size >= progress["bytes"]):
-            progress = {"inputs": inputs, "rows": 0, "without": 0, "bytes": 0}
-        if progress["rows"]:
-            print(f"{part}: goes on behind row {progress['rows']:,}")
+        done = read_json(progress_file)
+        if not (done and done["inputs"] == inputs and part.is_file() and part.stat().st_size >= done["bytes"]):
+            done = {"inputs": inputs, "rows": 0, "without": 0, "bytes": 0}
+        if done["rows"]:
+            print(f"{part}: goes on behind row {done['rows']:,}")
         workers = stack.enter_context(Workers(process_count(), load_classifier, experiment, name))
         workers.load()
         file = stack.enter_context(open(part, "ab"))
-        bar = stack.enter_context(progress(desc=f"predicting with {name}", unit=" rows", initial=progress["rows"]))
-        file.truncate(progress["bytes"])
-        if not progress["rows"]:
+        bar = stack.enter_context(progress(desc=f"predicting with {name}", unit=" rows", initial=done["rows"]))
+        file.truncate(done["bytes"])
+        if not done["rows"]:
             columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
             file.write(as_csv([columns]))
-        rows = islice(table, progress["rows"], None)
+        rows = islice(table, done["rows"], None)
         chunks = iter(lambda: list(islice(rows, CHUNK * workers.n)), [])
         classify = in_parts(workers)
         # On a CPU tokenising would take from the model's cores, and torch is slower in any thread but the first.
@@ -86,17 +87,17 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         for chunk, probabilities in ahead(classify, chunks) if overlap else (labelled(classify, of) for of in chunks):
             found, nothing = iter(probabilities), [""] * (1 + len(experiment.labels))
             lines = [[*fields, *(of_row(experiment, next(found)) if text else nothing)] for fields, text in chunk]
-            progress["without"] += sum(not text for _, text in chunk)
+            done["without"] += sum(not text for _, text in chunk)
             file.write(as_csv(lines))
             file.flush()
             os.fsync(file.fileno())
-            progress |= {"rows": progress["rows"] + len(chunk), "bytes": file.tell()}
-            write_json(progress_file, progress)
+            done |= {"rows": done["rows"] + len(chunk), "bytes": file.tell()}
+            write_json(progress_file, done)
             bar.update(len(chunk))
         part.replace(target)
         progress_file.unlink(missing_ok=True)
-    left = f", {progress['without']:,} of them without a text and left empty" if progress["without"] else ""
-    print(f"{target}: {progress['rows']:,} rows labelled by {name}{left}")
+    left = f", {done['without']:,} of them without a text and left empty" if done["without"] else ""
+    print(f"{target}: {done['rows']:,} rows labelled by {name}{left}")
 
 
 def is_fitted(name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from letterhead.files import read_json, write_json
+from letterhead.pipeline import SFT_TRAINING
 from letterhead.plan import time as estimate
 from letterhead.runs.stage import ESTIMATE, StageRun, minutes
 from prep import data
@@ -63,11 +64,18 @@ def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(ex
     plan = {"seconds": {"data": 10.0, "tfidf": 20.0, "sft": 180.0}, "to_do": ["tfidf", "sft"]}
     write_json(Path("runs/mine", ESTIMATE), plan)
     os.utime(Path("runs/mine", ESTIMATE), (1, 1))  # TF-IDF was made since
-    assert not StageRun(experiment, "sft", 0).is_current()
+    write_json("runs/mine/sft/stage.json", {"inputs_sha256": "other", "outputs": {}})
+    run = StageRun(experiment, SFT_TRAINING)
+    assert not run.is_current() and not run.is_current()  # asking deletes and prints nothing
+    assert capsys.readouterr().out == "" and Path("runs/mine/sft/stage.json").exists()
+    run.start()
     said = capsys.readouterr().out
-    assert "sft: about 3 minutes" in said and "10%, about 3 minutes to go" in said
+    assert not Path("runs/mine/sft/stage.json").exists()
+    assert (
+        "sft: teach the decoder to answer with an option: about 3 minutes" in said and "10%, about 3 minutes to go" in said
+    )
     os.utime("runs/mine/tfidf/stage.json", (0, 0))  # it is one of before, and stale
-    assert not StageRun(experiment, "sft", 0).is_current()
+    run.start()
     assert " 0%, about 3 minutes to go" in capsys.readouterr().out
     assert [minutes(of) for of in (3, 60, 600, 7200)] == [
         "less than a minute", "about a minute", "about 10 minutes", "about 2.0 hours"

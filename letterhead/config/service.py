@@ -8,27 +8,25 @@ from letterhead.config.section import Count, Section
 
 
 class Bench(Section):
-    """How much is measured: rows with the experiment's own options and with R52's names, rows to train, optimizer steps of
-    SFT, paired runs.
+    """How much is measured."""
 
-    In service: requests of each closed loop and its numbers of clients (null: what suits the device, see `load`), requests
-    of an open loop (0: none is measured), the objective for its 99th percentile, what an hour of the machine costs, and for
-    how long a service is soaked.
-    """
-
-    scoring_rows: Count = 500
-    scoring_names_rows: Count = 20
-    scoring_runs: Annotated[int, Field(ge=3)] = 3
-    training_rows: Count = 512
-    training_runs: Annotated[int, Field(ge=3)] = 3
-    sft_steps: Annotated[int, Field(ge=4)] = 12
-    sft_runs: Annotated[int, Field(ge=3)] = 3
-    requests: Count | None = None
-    concurrency: Annotated[list[Count], Field(min_length=1)] | None = None
-    open_requests: Annotated[int, Field(ge=0)] = 1000
-    objective_ms: Annotated[float, Field(gt=0)] = 1000
-    price_per_hour: Annotated[float, Field(gt=0)] = 1.0
-    soak_seconds: Annotated[float, Field(gt=0)] = 1200
+    scoring_rows: Count = Field(500, description="Rows that `make bench-scoring` scores with the experiment's options.")
+    scoring_names_rows: Count = Field(20, description="Rows that it scores with R52's names.")
+    scoring_runs: Annotated[int, Field(ge=3)] = Field(3, description="Paired runs of it.")
+    training_rows: Count = Field(512, description="Rows that `make bench-training` trains on.")
+    training_runs: Annotated[int, Field(ge=3)] = Field(3, description="Paired runs of it.")
+    sft_steps: Annotated[int, Field(ge=4)] = Field(12, description="Optimizer steps of `make bench-sft`.")
+    sft_runs: Annotated[int, Field(ge=3)] = Field(3, description="Paired runs of it.")
+    requests: Count | None = Field(None, description="Requests of each closed loop. null takes what suits the device.")
+    concurrency: Annotated[list[Count], Field(min_length=1)] | None = Field(
+        None, description="Numbers of clients of the closed loops, 1 among them."
+    )
+    open_requests: Annotated[int, Field(ge=0)] = Field(1000, description="Requests of an open loop. 0 measures none.")
+    objective_ms: Annotated[float, Field(gt=0)] = Field(
+        1000, description="The objective for the 99th percentile of latency."
+    )
+    price_per_hour: Annotated[float, Field(gt=0)] = Field(1.0, description="What an hour of the machine costs.")
+    soak_seconds: Annotated[float, Field(gt=0)] = Field(1200, description="How long `make soak` lasts.")
 
     @field_validator("concurrency")
     @classmethod
@@ -48,4 +46,6 @@ class Bench(Section):
 class Serve(Section):
     """How vLLM serves: the share of a GPU's memory that it may take; the default leaves a desktop alive."""
 
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="The share of a GPU's memory that vLLM may take."
+    )
