@@ -11,6 +11,7 @@ import pytest
 from sklearn import metrics
 
 from eval import compare, decide
+from letterhead import pipeline
 from letterhead.config.experiment import load_experiment
 from letterhead.config.models import Parts
 from letterhead.files import LetterheadError, read_json, write_json, write_jsonl
@@ -109,6 +110,8 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
         for stage, paths in files.items():
             StageRun(experiment, stage, 0).finish(paths, rows=190, scoring_seconds=2.0)
         StageRun(experiment, "sft", 0).finish([], rows=190, resumed_from=0)
+    if first.distill:
+        StageRun(first, "distill", 0).finish([], rows=190)
     compare.main(first)
     decide.main(first)
     build.main(first)
@@ -302,7 +305,7 @@ def test_the_articles_figures_stand_beside_an_experiment_that_is_the_articles(co
 
 def test_methods_that_all_learn_from_all_rows_have_no_further_lines(make_experiment):
     experiment = drawn(make_experiment, validation=60, train_rows=None)
-    assert not results.has_more_rows(experiment) and Path("runs/mine/report/report.html").exists()
+    assert not pipeline.has_more_rows(experiment) and Path("runs/mine/report/report.html").exists()
     assert len(read_json("runs/mine/results/comparison.json")["methods"]) == 7
 
 
