@@ -137,11 +137,11 @@ def figures(experiment: Experiment, row: Row, name: str, closed: dict[int, tuple
                 asked += 1
                 right += answer == number[asked_row["label"]]
                 same += answer == evaluated.get(asked_row["id"])
-    told = {clients: measured.figures() for clients, (measured, _) in closed.items()}
+    measures = {clients: measured.figures() for clients, (measured, _) in closed.items()}
     return {
-        "rps_single": told[1]["rps"],
-        **{key: told[1][key] for key in ("p50_ms", "p95_ms", "p99_ms", "requests")},
-        "closed": {str(clients): values for clients, values in told.items()},
+        "rps_single": measures[1]["rps"],
+        **{key: measures[1][key] for key in ("p50_ms", "p95_ms", "p99_ms", "requests")},
+        "closed": {str(clients): values for clients, values in measures.items()},
         "accuracy": right / asked,
         "accuracy_requests": asked,
         "same_as_evaluated": same / asked if evaluated else None,
@@ -215,12 +215,13 @@ def generator(experiment: Experiment, folder: Path, phases: dict[str, list]) -> 
             "pad_token_id": pad,
             "eos_token_id": ends,
         }
-        made = model.generate(**batch, **asked, stopping_criteria=[clock]).tolist()
+        generated = model.generate(**batch, **asked, stopping_criteria=[clock]).tolist()
         phases["prefill"].append(clock.first - begin)
         phases["decode"].append(time.perf_counter() - clock.first)
         width = batch["input_ids"].shape[1]
         return [
-            next((i for i, ids in enumerate(trained) if line[width : width + len(ids)] == ids), NO_ANSWER) for line in made
+            next((i for i, ids in enumerate(trained) if line[width : width + len(ids)] == ids), NO_ANSWER)
+            for line in generated
         ]
 
     return answer
@@ -255,18 +256,18 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
                 if clients == 1 and row.decode == "generate":
                     after = server.phases()
                     single = {phase: (after[phase] - before[phase]) / len(rows) for phase in after}
-            told = figures(experiment, row, name, closed) | single
-            told |= await open_loops(experiment, row, send, told)
+            measures = figures(experiment, row, name, closed) | single
+            measures |= await open_loops(experiment, row, send, measures)
             if row.decode == "one_token":
-                told |= await thought_again(experiment, server, client, encode)
-            return told | {"load_seconds": server.load_seconds, **server.peak_memory()}
+                measures |= await thought_again(experiment, server, client, encode)
+            return measures | {"load_seconds": server.load_seconds, **server.peak_memory()}
 
 
-async def open_loops(experiment: Experiment, row: Row, send, told: dict) -> dict:
+async def open_loops(experiment: Experiment, row: Row, send, measures: dict) -> dict:
     """Poisson arrivals at rates a step apart: up while p99 is within the objective, else down until it is."""
-    objective, reached = experiment.bench.objective_ms, max(loop["rps"] for loop in told["closed"].values())
+    objective, reached = experiment.bench.objective_ms, max(loop["rps"] for loop in measures["closed"].values())
     rows, tried, rate, best = draw(experiment, experiment.bench.open_requests, 1000), [], FIRST_RATE * reached, None
-    while rows and rate >= LOWEST_RATE * reached and told["p50_ms"] < objective:
+    while rows and rate >= LOWEST_RATE * reached and measures["p50_ms"] < objective:
         title = f"{row.key}, {rate:.2f} a second"
         measured, held = await open_loop(send, rows, rate, objective / 1000, experiment.seed, title)
         tried.append({"rate": rate, "held": held, **measured.figures()})

@@ -14,7 +14,7 @@ from letterhead.runs.stage import StageRun, run
 
 
 def main(experiment: Experiment) -> None:
-    made = outputs(SFT_TRAINING, experiment) | outputs(DATA, experiment)
+    stage_files = outputs(SFT_TRAINING, experiment) | outputs(DATA, experiment)
     stage = StageRun(experiment, EVAL_CKPTS)
     table = experiment.results_folder / "sft_checkpoints.md"
     if stage.is_current():
@@ -27,7 +27,7 @@ def main(experiment: Experiment) -> None:
             raise LetterheadError(f"{folder}: no whole checkpoint to score; run: make sft EXP={experiment.name}")
         log = checkpoints.log_history(folder)
         untrained = {0: experiment.decoder.folder} if experiment.eval.untrained else {}
-        scored, files = score_all(experiment, untrained | trained, made, log)
+        scored, files = score_all(experiment, untrained | trained, stage_files, log)
         pictures = draw(experiment, scored, log)
         by_steps = experiment.sft_arguments().get("save_strategy", "steps") == "steps"
         with atomic_open(table) as file:
@@ -45,7 +45,7 @@ def main(experiment: Experiment) -> None:
         )
 
 
-def score_all(experiment: Experiment, models: dict[int, Path], made: dict[str, str], log: list[dict]):
+def score_all(experiment: Experiment, models: dict[int, Path], stage_files: dict[str, str], log: list[dict]):
     """Score each model on each split, skipping what is scored already; results of other steps are deleted.
 
     Returns
@@ -59,7 +59,7 @@ def score_all(experiment: Experiment, models: dict[int, Path], made: dict[str, s
     for step, folder in sorted(models.items()):
         losses = [entry["loss"] for entry in log if "loss" in entry and entry["step"] <= step]
         last = losses[-1] if losses else None
-        for split, result in score_model(experiment, step, folder, made, encoder, prompts, last).items():
+        for split, result in score_model(experiment, step, folder, stage_files, encoder, prompts, last).items():
             scored[step, split] = result
             files += results.result_files(experiment, f"{SFT.name}@{step}", split)
     for path in experiment.results_folder.glob(f"{SFT.name}@*"):

@@ -17,7 +17,7 @@ def main(experiment: Experiment) -> None:
     from eval.score import score_model, split_prompts
     from eval.thinking import think
 
-    made = outputs(GRPO_TRAINING, experiment) | outputs(DATA, experiment)
+    stage_files = outputs(GRPO_TRAINING, experiment) | outputs(DATA, experiment)
     stage = StageRun(experiment, GRPO_SCORING)
     folder = checkpoints.whole_checkpoints(GRPO.checkpoints(experiment))[-1]
     step = checkpoints.step_of(folder)
@@ -25,12 +25,12 @@ def main(experiment: Experiment) -> None:
         stage.tell_current()
     else:
         stage.start()
-        scored = score_model(experiment, step, folder, made, *split_prompts(experiment), method=GRPO.name)
+        scored = score_model(experiment, step, folder, stage_files, *split_prompts(experiment), method=GRPO.name)
         with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
             think(experiment, workers, scored["test"], stage, f"{GRPO_THINK.name}@{step}")
         files = [file for split in scored for file in results.result_files(experiment, f"{GRPO.name}@{step}", split)]
         files += results.result_files(experiment, f"{GRPO_THINK.name}@{step}", "test")
-        stage.finish(files, rows=scored["test"]["n"], scoring_seconds=sum(of["seconds"] for of in scored.values()))
+        stage.finish(files, rows=scored["test"]["n"], scoring_seconds=sum(result["seconds"] for result in scored.values()))
     for name in (f"{GRPO.name}@{step}", f"{GRPO_THINK.name}@{step}"):
         result = results.read_result(experiment, name, "test")
         print(f"{name}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f}, {result['n']} test rows")

@@ -20,7 +20,7 @@ from letterhead.runs.processes import Workers
 Prompts = Callable[[str], tuple[list[dict], list[list[int]]]]
 
 
-def scoring_inputs(experiment: Experiment, made: dict[str, str]) -> dict:
+def scoring_inputs(experiment: Experiment, stage_files: dict[str, str]) -> dict:
     """What decides a score but model and rows; how rows are batched does not.
 
     Parameters
@@ -32,7 +32,7 @@ def scoring_inputs(experiment: Experiment, made: dict[str, str]) -> dict:
         **prompt_inputs(experiment),
         "score": experiment.eval.score,
         "option_order": experiment.eval.option_order,
-        "examples": examples and [examples, made[str(experiment.data_folder / "decoder_train.jsonl")]],
+        "examples": examples and [examples, stage_files[str(experiment.data_folder / "decoder_train.jsonl")]],
         "seed": experiment.seed,
         "figures": FIGURES,
         "dtype": experiment.decoder.dtype,
@@ -55,7 +55,7 @@ def score_model(
     experiment: Experiment,
     step: int,
     folder: Path,
-    made: dict[str, str],
+    stage_files: dict[str, str],
     encoder: PromptEncoder,
     prompts: Prompts,
     train_loss: float | None = None,
@@ -72,7 +72,7 @@ def score_model(
     dict : split → result
     """
     checkpoints.require_model(folder)
-    weights = {p.name: made.get(str(p)) or sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+    weights = {p.name: stage_files.get(str(p)) or sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
     name, scored = f"{method}@{step}", {}
     how, with_end = experiment.eval.score, experiment.prompt.options == "names"
     with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
@@ -80,7 +80,9 @@ def score_model(
             rows_file = experiment.data_folder / f"{split}.jsonl"
             if not rows_file.stat().st_size:
                 continue
-            inputs = sha256_json({"weights": weights, "rows": made[str(rows_file)], **scoring_inputs(experiment, made)})
+            inputs = sha256_json(
+                {"weights": weights, "rows": stage_files[str(rows_file)], **scoring_inputs(experiment, stage_files)}
+            )
             if kept := results.kept_result(experiment, name, split, inputs):
                 scored[split] = kept
                 continue

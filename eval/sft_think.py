@@ -24,15 +24,15 @@ def main(experiment: Experiment) -> None:
     chosen = choose(experiment, SFT)
     no_think = results.read_result(experiment, chosen.name, "test")
     stage = StageRun(experiment, SFT_THINKING)
-    made = f"{SFT_THINK.name}@{chosen.result['step']}"
+    name = f"{SFT_THINK.name}@{chosen.result['step']}"
     if stage.is_current():
         stage.tell_current()
     else:
         stage.start()
         with Workers(process_count(), load_decoder, Path(no_think["model"]), experiment.decoder.dtype) as workers:
-            think(experiment, workers, no_think, stage, made)
-        result = results.read_result(experiment, made, "test")
-        files = results.result_files(experiment, made, "test")
+            think(experiment, workers, no_think, stage, name)
+        result = results.read_result(experiment, name, "test")
+        files = results.result_files(experiment, name, "test")
         thinking = result["thinking"]
         headline = (
             f"accuracy {result['accuracy']:.3f} on {result['n']} rows, {thinking['thought']} with a thought, "

@@ -55,7 +55,7 @@ def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage
     seconds, tokens = sum(a["seconds"] for a in answers), sum(a["tokens"] for a in answers)
     same = {row["id"] for row in rows}
     of_no_think = f"{no_think['method']}@{no_think['step']}"
-    alike = [line for line in results.read_predictions(experiment, of_no_think, "test") if line["id"] in same]
+    without_thinking = [line for line in results.read_predictions(experiment, of_no_think, "test") if line["id"] in same]
     results.write_result(
         experiment,
         name,
@@ -75,7 +75,8 @@ def think(experiment: Experiment, workers: Workers, no_think: dict, stage: Stage
             "begun": sum("think>" in answer["text"] for answer in answers),
             "thought": sum("</think>" in answer["text"] for answer in answers),
             **{kind: sum(k == kind for _, k in read) for kind in ("answered", "unfinished", "unparsed")},
-            "no_think_accuracy_same_rows": sum(line["label"] == line["prediction"] for line in alike) / len(truth),
+            "no_think_accuracy_same_rows": sum(line["label"] == line["prediction"] for line in without_thinking)
+            / len(truth),
             "times_one_forward": (seconds / len(rows)) / (no_think["seconds"] / no_think["n"]),
         },
     )
@@ -94,13 +95,13 @@ def generate(
     done = {answer["id"]: answer for answers in whole_lines(path) for answer in answers}
     missing = [i for i, row in enumerate(rows) if row["id"] not in done]
     stop = encoder.template.get_stop_token_ids(encoder.tokenizer)
-    made = _generate_vllm if of_engine == "vllm" else _generate_hf
+    generate_answers = _generate_vllm if of_engine == "vllm" else _generate_hf
     title = f"thinking ({of_engine})"
     with (
         open(path, "a", encoding="utf-8") as file,
         progress(total=len(rows), initial=len(rows) - len(missing), desc=title, unit=" rows") as bar,
     ):
-        for several in made(experiment, workers, prompts, missing, stop, folder) if missing else ():
+        for several in generate_answers(experiment, workers, prompts, missing, stop, folder) if missing else ():
             answers = []
             for i, new, seconds in several:
                 length = next((n for n, token in enumerate(new) if token in stop), len(new))
@@ -130,10 +131,12 @@ def _generate_hf(
     batches = [(begin, rows) for begin, batch in batches if (rows := [i for i in batch if i in wanted])]
     for at in range(0, len(batches), workers.n):
         together, start = batches[at : at + workers.n], time.perf_counter()
-        given = [([prompts[i] for i in rows], experiment.seed + begin, settings.tokens, stop) for begin, rows in together]
-        made = workers.map(_generate_batch, given)
+        arguments = [
+            ([prompts[i] for i in rows], experiment.seed + begin, settings.tokens, stop) for begin, rows in together
+        ]
+        generated = workers.map(_generate_batch, arguments)
         each = (time.perf_counter() - start) / sum(len(rows) for _, rows in together)
-        for (_, rows), news in zip(together, made, strict=True):
+        for (_, rows), news in zip(together, generated, strict=True):
             yield [(i, new, each) for i, new in zip(rows, news, strict=True)]
 
 

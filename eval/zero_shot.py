@@ -20,14 +20,14 @@ def main(experiment: Experiment) -> None:
     from eval.score import score_model, split_prompts
     from eval.thinking import think
 
-    made, folder = outputs(DATA, experiment), experiment.decoder.folder
+    stage_files, folder = outputs(DATA, experiment), experiment.decoder.folder
     stage = StageRun(experiment, ZERO_SHOT)
     if stage.is_current():
         stage.tell_current()
     else:
         stage.start()
         encoder, prompts = split_prompts(experiment)
-        scored, files = score_model(experiment, 0, folder, made, encoder, prompts), []
+        scored, files = score_model(experiment, 0, folder, stage_files, encoder, prompts), []
         with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
             with_end = experiment.prompt.options == "names"
             asked = (workers, [encoder.encode(CONTENT_FREE)], encoder.answers, with_end, experiment.eval.batch_tokens)

@@ -562,8 +562,8 @@ def files_read(need: Need, experiment: Experiment) -> Any:
     """The sha256 of the files that a stage reads of another, by path; or all of the other's record."""
     if need.record:
         return record_of(need.stage, experiment)
-    made = outputs(STAGES[need.stage], experiment)
-    return {path: sha256 for path, sha256 in made.items() if not need.files or Path(path).name in need.files}
+    files = outputs(STAGES[need.stage], experiment)
+    return {path: sha256 for path, sha256 in files.items() if not need.files or Path(path).name in need.files}
 
 
 def records_compared(experiment: Experiment) -> dict[str, Any]:

@@ -473,7 +473,7 @@ def near_duplicates(pool_path: Path, chosen: np.ndarray) -> list[tuple[int, tupl
         runs[name] = counter.transform(texts()) if mine.any() else None
     if runs["train"] is None or runs["others"] is None:
         return []
-    frequency = sum(np.bincount(of.indices, minlength=of.shape[1]) for of in runs.values())
+    frequency = sum(np.bincount(matrix.indices, minlength=matrix.shape[1]) for matrix in runs.values())
     rarest, sizes = {of: rarest_runs(runs[of], frequency) for of in runs}, {of: runs[of].getnnz(axis=1) for of in runs}
     transposed, found = rarest["train"].T.tocsr(), []
     for begin in progress(
@@ -482,9 +482,9 @@ def near_duplicates(pool_path: Path, chosen: np.ndarray) -> list[tuple[int, tupl
         one, other = (rarest["others"][begin : begin + CHUNK] @ transposed).nonzero()
         one += begin
         shared = runs["others"][one].multiply(runs["train"][other]).sum(axis=1).A1
-        alike = shared / (sizes["others"][one] + sizes["train"][other] - shared)
-        order = np.lexsort((other, -alike, one))  # of each row the nearest first
-        order = order[alike[order] >= ALIKE]
+        similarity = shared / (sizes["others"][one] + sizes["train"][other] - shared)
+        order = np.lexsort((other, -similarity, one))  # of each row the nearest first
+        order = order[similarity[order] >= ALIKE]
         rows, begins = np.unique(one[order], return_index=True)
         for row, columns in zip(rows, np.split(other[order], begins[1:]), strict=False):
             pair = (ids["others"][row], ids["train"][columns[0]])

@@ -50,12 +50,12 @@ def main() -> None:
             print(f"{environment} is not built: not listed")
             continue
         bom = json.loads(call("cyclonedx-py", "environment", environment / "bin/python", "--output-reproducible"))
-        packages = [with_said_license(of, environment) for of in bom["components"]]
+        packages = [with_said_license(part, environment) for part in bom["components"]]
         groups = {f"packages of {environment}": packages}
         if name == "train":
             groups["models and data"] = list(named_by_experiments())
-        bom["components"] = [of for components in groups.values() for of in components]
-        call("python", "-c", VALIDATE, given=json.dumps(bom))
+        bom["components"] = [part for components in groups.values() for part in components]
+        call("python", "-c", VALIDATE, stdin=json.dumps(bom))
         write_json(path, bom)
         print(f"{path}: {len(bom['components'])} components")
         lines += [line for title, components in groups.items() for line in listed(title, components)]
@@ -64,7 +64,7 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def call(program: str, *told: Any, given: str = "") -> str:
+def call(program: str, *arguments: Any, stdin: str = "") -> str:
     """Run one of the SBOM environment's programs; gives what it writes.
 
     Raises
@@ -73,7 +73,7 @@ def call(program: str, *told: Any, given: str = "") -> str:
     """
     if not (TOOLS / program).exists():
         raise LetterheadError(f"{TOOLS / program}: not there; run: make licenses")
-    finished = subprocess.run([TOOLS / program, *map(str, told)], input=given, capture_output=True, text=True)
+    finished = subprocess.run([TOOLS / program, *map(str, arguments)], input=stdin, capture_output=True, text=True)
     if finished.returncode:
         reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise LetterheadError(f"{program}: no SBOM ({reason}); remove .venv-sbom, and run: make licenses")
@@ -84,28 +84,31 @@ def with_said_license(component: dict, environment: Path) -> dict:
     """A package with the license that its metadata say in free text, of which cyclonedx-py knows nothing."""
     if component.get("licenses"):
         return component
-    folders = [str(of) for of in environment.glob("lib/python*/site-packages")]
+    folders = [str(part) for part in environment.glob("lib/python*/site-packages")]
     for package in metadata.distributions(name=component["name"], path=folders):
-        if said := (package.metadata.get("License") or "").strip().splitlines():
-            return component | {"licenses": [{"license": {"name": said[0]}}]}
+        if license_name := (package.metadata.get("License") or "").strip().splitlines():
+            return component | {"licenses": [{"license": {"name": license_name[0]}}]}
     return component
 
 
 def license_of(component: dict) -> str:
     """What a component declares, by SPDX's names where it uses them."""
-    said = [of.get("expression") or of["license"].get("id") or of["license"]["name"] for of in component.get("licenses", [])]
-    known = [of for of in said if not of.startswith("License :: ")]
-    return " / ".join(sorted(set(known or [of.rpartition(" :: ")[2] for of in said]))) or NOT_DECLARED
+    license_name = [
+        part.get("expression") or part["license"].get("id") or part["license"]["name"]
+        for part in component.get("licenses", [])
+    ]
+    known = [part for part in license_name if not part.startswith("License :: ")]
+    return " / ".join(sorted(set(known or [part.rpartition(" :: ")[2] for part in license_name]))) or NOT_DECLARED
 
 
 def listed(title: str, components: list[dict]) -> list[str]:
     """Markdown: the components by license, those that declare none at the end."""
     by: dict[str, list[str]] = {}
-    for of in components:
-        by.setdefault(license_of(of), []).append(" ".join(filter(None, [of["name"], of.get("version")])))
+    for part in components:
+        by.setdefault(license_of(part), []).append(" ".join(filter(None, [part["name"], part.get("version")])))
     lines = [f"## {title} ({len(components)})", ""]
-    for said, names in sorted(by.items(), key=lambda item: (item[0] == NOT_DECLARED, -len(item[1]), item[0])):
-        lines.append(f"- **{said}** ({len(names)}): {', '.join(sorted(names, key=str.lower))}")
+    for license_name, names in sorted(by.items(), key=lambda item: (item[0] == NOT_DECLARED, -len(item[1]), item[0])):
+        lines.append(f"- **{license_name}** ({len(names)}): {', '.join(sorted(names, key=str.lower))}")
     return [*lines, ""]
 
 
@@ -116,7 +119,7 @@ def named_by_experiments() -> Iterator[dict]:
     seen = set()
     for path in sorted(Path("experiments").glob("*.yaml")):
         experiment = load_experiment(path.stem)
-        for kind, source, said in (
+        for kind, source, license_name in (
             ("machine-learning-model", experiment.decoder.model, experiment.decoder.license),
             ("machine-learning-model", experiment.encoder.model, experiment.encoder.license),
             ("data", experiment.data.source, experiment.data.license),
@@ -124,22 +127,22 @@ def named_by_experiments() -> Iterator[dict]:
             ours = kind != "data" and not is_fetched(source)
             if not ours and (key := str(source)) not in seen:
                 seen.add(key)
-                yield component(kind, source, said)
+                yield component(kind, source, license_name)
 
 
-def component(kind: str, source: Model, said: str | None) -> dict:
+def component(kind: str, source: Model, license_name: str | None) -> dict:
     """A model or data set as CycloneDX describes one; `source` as an experiment names it."""
     parts = [*source.parts, source.whole] if isinstance(source, Parts) else [source]
     name, _, revision = (source.whole if isinstance(source, Parts) else source).partition("#")[0].partition("@")
-    hashes = [{"alg": "SHA-256", "content": of} for part in parts for of in re.findall(r"#sha256=([0-9a-f]{64})", part)]
-    made: dict[str, Any] = {"type": kind, "bom-ref": f"{kind}:{name}", "name": name}
+    hashes = [{"alg": "SHA-256", "content": part} for part in parts for part in re.findall(r"#sha256=([0-9a-f]{64})", part)]
+    entry: dict[str, Any] = {"type": kind, "bom-ref": f"{kind}:{name}", "name": name}
     if revision:
-        made["version"] = revision
+        entry["version"] = revision
     if hashes:
-        made["hashes"] = hashes
-    if said:
-        made["licenses"] = [{"license": {"id": SPDX[said]} if said in SPDX else {"name": said}}]
-    return made
+        entry["hashes"] = hashes
+    if license_name:
+        entry["licenses"] = [{"license": {"id": SPDX[license_name]} if license_name in SPDX else {"name": license_name}}]
+    return entry
 
 
 if __name__ == "__main__":

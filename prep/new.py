@@ -166,22 +166,22 @@ def main(path: str, text: str = "", label: str = "") -> None:
     target = Path("experiments") / f"{name}.yaml"
     if target.exists():
         raise LetterheadError(f"{target}: is there already and is not overwritten; edit it, delete it, or rename {source}")
-    said: list[str] = []
+    reasons: list[str] = []
     encoding = guess_encoding(path)
     if encoding != UTF_8:
-        said.append(
+        reasons.append(
             f"encoding: not UTF-8 but {encoding[1]}, as it seems, by which it says {strange_part(path, encoding[1])!r}; "
             "where that is wrong, name another in data.encoding"
         )
     names = column_names(path, encoding)
     if not names and (text or label):
         raise LetterheadError(f"{path}: a folder has no columns; leave TEXT and LABEL out")
-    columns = choose_columns(path, encoding, names, text, label, said) if names else ("text", "label")
-    values = as_yaml(decide(name, path, encoding, *columns, said), path)
-    print("\n".join(said), flush=True)
+    columns = choose_columns(path, encoding, names, text, label, reasons) if names else ("text", "label")
+    values = as_yaml(decide(name, path, encoding, *columns, reasons), path)
+    print("\n".join(reasons), flush=True)
     with atomic_open(target) as file:
         file.write("# Written by `make new`, which chose as follows. Edit what you know better.\n")
-        file.writelines(f"# - {' '.join(line.split())}\n" for line in said)  # no label ends a comment
+        file.writelines(f"# - {' '.join(line.split())}\n" for line in reasons)  # no label ends a comment
         file.write(values)
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     experiment = load_experiment(name)
@@ -221,9 +221,9 @@ def as_yaml(values: dict[str, Any], path: str) -> str:
     return text
 
 
-def read_rows(of: Data) -> list[RawRow]:
+def read_rows(data_section: Data) -> list[RawRow]:
     """The rows of all splits."""
-    return list(chain.from_iterable(open_source(of).splits.values()))
+    return list(chain.from_iterable(open_source(data_section).splits.values()))
 
 
 def guess_encoding(path: str) -> list[str]:
@@ -267,7 +267,7 @@ def strange_part(path: str, encoding: str) -> str:
 
 
 def choose_columns(
-    path: str, encoding: list[str], names: list[str], text: str, label: str, said: list[str]
+    path: str, encoding: list[str], names: list[str], text: str, label: str, reasons: list[str]
 ) -> tuple[str | list[str], str]:
     """The column, or columns, of the text and the label's, where they are not given; why goes to `said`.
 
@@ -275,50 +275,56 @@ def choose_columns(
     ------
     LetterheadError : no column of that name, none that looks like a label, or like a text
     """
-    given = [name.strip() for name in text.split(",")] if text and text not in names else [text] if text else []
-    for variable, of in (("TEXT", given), ("LABEL", [label] if label else [])):
-        if missing := [name for name in of if name not in names]:
-            raise LetterheadError(f"{variable}={','.join(of)}: {lacks(missing[0], names).rpartition('; set ')[0]}")
+    text_columns = [name.strip() for name in text.split(",")] if text and text not in names else [text] if text else []
+    for variable, names_given in (("TEXT", text_columns), ("LABEL", [label] if label else [])):
+        if missing := [name for name in names_given if name not in names]:
+            raise LetterheadError(f"{variable}={','.join(names_given)}: {lacks(missing[0], names).rpartition('; set ')[0]}")
     rows = [row.text for row in read_rows(every_column(path, encoding)) if row.text and not row.fault]
     if not rows:
         raise LetterheadError(f"{path}: has no rows below its header")
-    columns = [Column(of) for of in names]
+    columns = [Column(column) for column in names]
     for row in rows:
         for column, value in zip(columns, row, strict=True):
             column.add(value)
     require_names(path, columns)
-    known = ", ".join(f"{of.name} ({len(of.values)} distinct, {of.mean_length:.0f} characters)" for of in columns)
-    labels = [of for of in columns if of.could_be_label and of.name not in given]
-    labels.sort(key=lambda of: (rank(of.name, LABEL_NAMES), len(of.values)))
+    known = ", ".join(
+        f"{column.name} ({len(column.values)} distinct, {column.mean_length:.0f} characters)" for column in columns
+    )
+    labels = [column for column in columns if column.could_be_label and column.name not in text_columns]
+    labels.sort(key=lambda column: (rank(column.name, LABEL_NAMES), len(column.values)))
     if not label and not labels:
         raise LetterheadError(
             f"{path}: no column looks like a label (few distinct short values) among {known}; name one: LABEL=column"
         )
-    chosen = next(of for of in columns if of.name == label) if label else labels[0]
+    chosen = next(column for column in columns if column.name == label) if label else labels[0]
     if label and len(chosen.values) > chosen.n / 2:
         raise LetterheadError(f"LABEL={label}: {len(chosen.values):,} different values in {chosen.n:,} rows are no classes")
-    same = [of for of in columns if of is chosen or alike(rows, names, chosen.name, of.name)]  # they would tell the label
-    spelled = [of for of in same if of is not chosen and not of.is_codes]
+    same = [
+        column for column in columns if column is chosen or alike(rows, names, chosen.name, column.name)
+    ]  # they would tell the label
+    spelled = [column for column in same if column is not chosen and not column.is_codes]
     if label:
-        said.append(f"label: column {label!r}, as you say")
+        reasons.append(f"label: column {label!r}, as you say")
     elif chosen.is_codes and spelled:
-        said.append(f"label: column {spelled[0].name!r}, which names what {chosen.name!r} numbers")
+        reasons.append(f"label: column {spelled[0].name!r}, which names what {chosen.name!r} numbers")
         chosen = spelled[0]
     else:
-        said.append(f"label: column {chosen.name!r}{others([of for of in labels if of not in same], 'LABEL')}")
-    if given:
-        said.append(f"text: {' and '.join(map(repr, given))}, as you say")
-        return given if len(given) > 1 else given[0], chosen.name
-    texts = [of for of in columns if of not in same and of.could_be_text]
+        reasons.append(
+            f"label: column {chosen.name!r}{others([column for column in labels if column not in same], 'LABEL')}"
+        )
+    if text_columns:
+        reasons.append(f"text: {' and '.join(map(repr, text_columns))}, as you say")
+        return text_columns if len(text_columns) > 1 else text_columns[0], chosen.name
+    texts = [column for column in columns if column not in same and column.could_be_text]
     if not texts:
         raise LetterheadError(f"{path}: no column looks like a text among {known}; name one: TEXT=column")
-    texts.sort(key=lambda of: (rank(of.name, TEXT_NAMES), -of.mean_length))
-    body, titles = texts[0], [of for of in texts[1:] if of.is_title][:1]
-    rest = others([of for of in texts[1:] if of not in titles], "TEXT")
+    texts.sort(key=lambda column: (rank(column.name, TEXT_NAMES), -column.mean_length))
+    body, titles = texts[0], [column for column in texts[1:] if column.is_title][:1]
+    rest = others([column for column in texts[1:] if column not in titles], "TEXT")
     if titles:
-        said.append(f"text: columns {titles[0].name!r} and {body.name!r}, joined by a line break{rest}")
+        reasons.append(f"text: columns {titles[0].name!r} and {body.name!r}, joined by a line break{rest}")
         return [titles[0].name, body.name], chosen.name
-    said.append(f"text: column {body.name!r}{rest}")
+    reasons.append(f"text: column {body.name!r}{rest}")
     return body.name, chosen.name
 
 
@@ -345,23 +351,28 @@ def require_names(path: str, columns: list[Column]) -> None:
 
 def others(columns: list[Column], variable: str) -> str:
     """What else could have been chosen, in words."""
-    return f" (it could be {', '.join(repr(of.name) for of in columns)}, too: {variable}=…)" if columns else ""
+    return f" (it could be {', '.join(repr(column.name) for column in columns)}, too: {variable}=…)" if columns else ""
 
 
 def rank(name: str, known: tuple[str, ...]) -> int:
     """The place of a column's name among known ones; `label_name`, `newsLabel` and 新闻类别 are labels too."""
     words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
-    return next((i for i, of in enumerate(known) if of in words or (HAN.search(of) and of in name)), len(known))
+    return next(
+        (i for i, known_name in enumerate(known) if known_name in words or (HAN.search(known_name) and known_name in name)),
+        len(known),
+    )
 
 
 def alike(rows: list[list[Any]], names: list[str], one: str, other: str) -> bool:
     """Whether two columns split the rows alike."""
-    at = [names.index(of) for of in (one, other)]
+    at = [names.index(column) for column in (one, other)]
     pairs = {tuple(str(row[i]) for i in at) for row in rows}
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
-def decide(name: str, path: str, encoding: list[str], text: str | list[str], label: str, said: list[str]) -> dict[str, Any]:
+def decide(
+    name: str, path: str, encoding: list[str], text: str | list[str], label: str, reasons: list[str]
+) -> dict[str, Any]:
     """The experiment's values for the size and kind of its data; what was chosen, and why, goes to `said`."""
     columns: dict[str, Any] = {"text": text, "label": label}
     if isinstance(text, list):
@@ -384,19 +395,19 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
     first_rows = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}
     distinct = [row for text, row in first_rows.items() if text not in conflicts]
     labels = Counter(merged[str(row.label).strip()] for row in distinct)
-    listed = ", ".join(f"{of} {n:,}" for of, n in labels.most_common(SHOWN)) + (" …" if len(labels) > SHOWN else "")
-    kept = sorted(of for of, n in labels.items() if n >= RARE)
+    listed = ", ".join(f"{label} {n:,}" for label, n in labels.most_common(SHOWN)) + (" …" if len(labels) > SHOWN else "")
+    kept = sorted(label for label, n in labels.items() if n >= RARE)
     if len(kept) < 2:
         raise LetterheadError(f"{path}: fewer than two labels have {RARE} rows or more ({listed or 'no row is whole'})")
-    said.append(f"labels: {len(labels)}, with different texts: {listed}")
+    reasons.append(f"labels: {len(labels)}, with different texts: {listed}")
     joined = [label for label in labels if len(parts := SEVERAL.split(label)) > 1 and set(parts) & set(labels)]
     if joined:
-        said.append(
+        reasons.append(
             f"labels such as {joined[0]!r} look like several at once (multi-label), which Letterhead does not do: each is a "
             "class of its own here; keep one label a row if they are not"
         )
     if all(CODE.fullmatch(label) for label in kept):
-        said.append(
+        reasons.append(
             "the labels are numbers: names would tell the LLM what they mean; write them in data.labels as a map: labels: "
             f"{{{kept[0]!r}: its name, {kept[1]!r}: its name …}}"
         )
@@ -409,22 +420,22 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
         values["labels"] = {label: label for label in kept} | other_spellings | dict.fromkeys(rare)
     if other_spellings:
         pairs = ", ".join(f"{one!r} as {name!r}" for one, name in other_spellings.items())
-        said.append(f"labels that differ in capitals or spaces alone are one class: {pairs}")
+        reasons.append(f"labels that differ in capitals or spaces alone are one class: {pairs}")
     if rare:
-        said.append(f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}")
+        reasons.append(f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}")
     if missing := len(rows) - len(whole):
         values["bad_rows"] = "drop"
-        said.append(f"{missing:,} of {len(rows):,} rows lack a text or a label or are broken: left out (bad_rows: drop)")
+        reasons.append(f"{missing:,} of {len(rows):,} rows lack a text or a label or are broken: left out (bad_rows: drop)")
     if conflicts:
         values["conflicts"] = "drop"
         text, two = next(iter(conflicts.items()))
-        said.append(
+        reasons.append(
             f"{len(conflicts):,} texts stand with different labels, for example “{text[:40]}” as "
             f"{' and '.join(sorted(two))}: none of their rows is trained on (conflicts: drop)"
         )
-    counts = [labels[of] for of in kept]
+    counts = [labels[label] for label in kept]
     if max(counts) > IMBALANCED * min(counts):
-        said.append("the labels are imbalanced: macro F1 counts every class alike, accuracy does not")
+        reasons.append("the labels are imbalanced: macro F1 counts every class alike, accuracy does not")
     in_split = Counter(row.id.partition(":")[0] for row in distinct if merged[str(row.label).strip()] in kept)
     n, own = in_split["train"], set(in_split) - {"train"}
     drawn = {"validation": min(300, n // 8), "test": min(1000, n // 5)}
@@ -437,14 +448,14 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
         raise LetterheadError(f"{path}: {n} different texts are too few for {len(kept)} labels; label more")
     shares = [f"{number} of them for {split}" for split, number in drawn.items() if split not in own]
     kept_splits = [f"the file's own {split} rows" for split in sorted(own)]
-    said.append(f"rows: {n:,} different texts; {', '.join([*shares, *kept_splits])}; each label in its proportion")
+    reasons.append(f"rows: {n:,} different texts; {', '.join([*shares, *kept_splits])}; each label in its proportion")
     letters = len(kept) <= len(LETTERS)
     reason = "each label has one" if letters else "there are more labels than letters"
-    said.append(f"options: {'letters' if letters else 'names'}, since {reason}")
+    reasons.append(f"options: {'letters' if letters else 'names'}, since {reason}")
     if cut:
         values["max_words"] = cut
         unit = "characters" if chinese else "words"
-        said.append(f"texts: the first {cut} {unit} (half have more than {words[len(words) // 2]}), for time")
+        reasons.append(f"texts: the first {cut} {unit} (half have more than {words[len(words) // 2]}), for time")
     models = CHINESE if chinese else ENGLISH
     shared = min(FEW_ROWS, train)
     steps = max(DECODER_STEPS, STEPS_A_CLASS * min(len(kept), len(LETTERS)))
@@ -457,8 +468,8 @@ def decide(name: str, path: str, encoding: list[str], text: str | list[str], lab
         "eval_steps": 0.5,
     }
     on_shared, on_all = (Head(**encoder_head).on(n).num_train_epochs for n in (shared, train))
-    said.append(f"models: {models['why']}")
-    said.append(
+    reasons.append(f"models: {models['why']}")
+    reasons.append(
         f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
         f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same, BERT {on_shared:.3g} times"
         + (f", and once more on all {train:,}, BERT {on_all:.3g} times" if train > shared else "")
@@ -511,8 +522,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", required=True, help="a CSV, TSV, JSONL or Parquet file, or a folder")
     parser.add_argument("--text", default="", help="the column of the text, or several, with commas between; guessed")
     parser.add_argument("--label", default="", help="the column of the label; guessed")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with telling():
-        if not given.data:
+        if not arguments.data:
             raise LetterheadError("say DATA=, a CSV, TSV, JSONL or Parquet file, or a folder")
-        main(given.data, given.text, given.label)
+        main(arguments.data, arguments.text, arguments.label)

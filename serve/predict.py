@@ -84,7 +84,9 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         classify = in_parts(workers)
         # On a CPU tokenising would take from the model's cores, and torch is slower in any thread but the first.
         overlap = workers.n == 1 and device_name() != "cpu"
-        for chunk, probabilities in ahead(classify, chunks) if overlap else (labelled(classify, of) for of in chunks):
+        for chunk, probabilities in (
+            ahead(classify, chunks) if overlap else (labelled(classify, part_of_rows) for part_of_rows in chunks)
+        ):
             found, nothing = iter(probabilities), [""] * (1 + len(experiment.labels))
             lines = [[*fields, *(of_row(experiment, next(found)) if text else nothing)] for fields, text in chunk]
             done["without"] += sum(not text for _, text in chunk)
@@ -197,8 +199,8 @@ def read_rows(rows: Iterator[RawRow], experiment: Experiment, at: list[int], wid
                 text = keep_words(checked_text(row), experiment.data.max_words).strip()
         except (LetterheadError, ValueError) as error:
             if experiment.data.bad_rows == "stop":
-                told = error if isinstance(error, LetterheadError) else f"{row.place}: {error}"
-                raise LetterheadError(f"{told} (or leave its answer empty: data.bad_rows: drop)") from None
+                problem = error if isinstance(error, LetterheadError) else f"{row.place}: {error}"
+                raise LetterheadError(f"{problem} (or leave its answer empty: data.bad_rows: drop)") from None
         yield [as_field(value) for value in islice(chain(values, repeat("")), width)], text
 
 

@@ -15,17 +15,17 @@ from letterhead.runs.devices import process_count
 def settings(overrides: str, keys: dict[str, Any], under: dict[str, Any] | None = None) -> str:
     """What SET is for keys over a user's own overrides, and these over the keys `under` them."""
 
-    def pairs(of: dict[str, Any]) -> list[str]:
-        return [shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}") for key, value in of.items()]
+    def pairs(keys: dict[str, Any]) -> list[str]:
+        return [shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}") for key, value in keys.items()]
 
     return " ".join([*pairs(under or {}), overrides, *pairs(keys)]).strip()
 
 
-def seed_keys(training: Experiment, of: Experiment) -> dict[str, Any]:
+def seed_keys(training: Experiment, experiment: Experiment) -> dict[str, Any]:
     """The keys of a single training of an experiment: its name, its seed, and the seed of the rows; a teacher that `of` has
     asked is not asked again."""
-    keys = {"name": training.name, "seed": training.seed, "seeds": [], "data.seed": of.data.seed}
-    return keys | ({"distill.of": of.distill.of or of.name} if of.distill else {})
+    keys = {"name": training.name, "seed": training.seed, "seeds": [], "data.seed": experiment.data.seed}
+    return keys | ({"distill.of": experiment.distill.of or experiment.name} if experiment.distill else {})
 
 
 def make(experiment: str, overrides: str, targets: Sequence[str]) -> None:

@@ -97,7 +97,7 @@ class Study(Section):
         title = METHODS[method].title
         if not cell:
             return title
-        return cell if all(len(self.methods_of(of)) == 1 for of in self.cells) else f"{cell}: {title}"
+        return cell if all(len(self.methods_of(name)) == 1 for name in self.cells) else f"{cell}: {title}"
 
 
 def known_studies() -> str:
@@ -195,10 +195,12 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
     with progress(total=len(study.seeds) * len(done), desc=study_name, unit=" cell") as bar:
         for seed in study.seeds:
             any_made = False
-            for (rows, cell), of in done.items():
-                said = said_of(study, study_name, experiment, name, overrides, (rows, cell, seed), there["shared"]["rows"])
-                made, to_do = run_cell(name, said, study.methods_of(cell))
-                of.append(made)
+            for (rows, cell), experiments in done.items():
+                overrides_of_cell = said_of(
+                    study, study_name, experiment, name, overrides, (rows, cell, seed), there["shared"]["rows"]
+                )
+                cell_experiment, to_do = run_cell(name, overrides_of_cell, study.methods_of(cell))
+                experiments.append(cell_experiment)
                 any_made |= to_do
                 bar.update()
             if any_made or seed == study.seeds[-1]:
@@ -207,7 +209,7 @@ def main(experiment: Experiment, name: str, overrides: str, study_name: str) -> 
 
 def publish(experiment: Experiment, name: str, study: Study, done: Done) -> None:
     """Write table, picture and figures of the seeds that are done, unless they are there, and print the table."""
-    records = [[read_json(cell.run_folder / "cell" / "stage.json") for cell in of] for of in done.values()]
+    records = [[read_json(cell.run_folder / "cell" / "stage.json") for cell in experiments] for experiments in done.values()]
     inputs = {"cells": records, "margin": experiment.compare.margin, "study": study.model_dump()}
     stage = StageRun(experiment, f"study-{name}", inputs)
     table, picture, figures = (stage.folder / file for file in ("STUDY.md", "study.png", "study.json"))
@@ -215,13 +217,15 @@ def publish(experiment: Experiment, name: str, study: Study, done: Done) -> None
         stage.start()
         found = [gather(experiment, study, rows, done) for rows in dict.fromkeys(rows for rows, _ in done)]
         untrained = {method.name: results.read_result(experiment, method.name, "test")["f1_macro"] for method in UNTRAINED}
-        said = sentences(study, found, experiment.compare.margin)
-        write_json(figures, {"title": study.title, "found": found, "untrained": untrained, "sentences": said})
+        lines = sentences(study, found, experiment.compare.margin)
+        write_json(figures, {"title": study.title, "found": found, "untrained": untrained, "sentences": lines})
         draw_picture = draw_against_rows if study.rows else draw_arms
-        caption = caption_of(experiment, study.seeds[: seeds_done(found)], [one for of in done.values() for one in of])
+        caption = caption_of(
+            experiment, study.seeds[: seeds_done(found)], [one for experiments in done.values() for one in experiments]
+        )
         draw_picture(picture, caption, study, found, untrained)
         with atomic_open(table) as file:
-            file.write(markdown(study, found, untrained, said))
+            file.write(markdown(study, found, untrained, lines))
         stage.finish([figures, table, picture])
     print(table.read_text(encoding="utf-8"))
     print(f"{table}, {picture.name} and {figures.name} beside it", flush=True)
@@ -241,8 +245,11 @@ def run_cell(name: str, overrides: str, methods: list[str]) -> tuple[Experiment,
         "methods": methods,
     }
     # What another experiment made: how it was made decides nothing, what it is does.
-    made = [cell.data.rows.ranking, cell.distill and cell.distill.of and Path("data") / cell.distill.of / "distilled.jsonl"]
-    if learnt := [sha256_file(path) for path in made if path and path.is_file()]:
+    taken_over = [
+        cell.data.rows.ranking,
+        cell.distill and cell.distill.of and Path("data") / cell.distill.of / "distilled.jsonl",
+    ]
+    if learnt := [sha256_file(path) for path in taken_over if path and path.is_file()]:
         inputs["learnt"] = learnt
     stage = StageRun(cell, "cell", inputs)
     if to_do := not stage.is_current():
@@ -269,11 +276,11 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
     for cell in study.all_cells:
         for method in study.methods_of(cell):
             arm = study.arm(cell, method)
-            for of in done[rows, cell]:
-                chosen = contenders.choose(of, METHODS[method])
-                answers.setdefault(arm, []).append(contenders.read_answers(of, chosen.name, chosen.result["n"]))
-                entries.setdefault(arm, []).append(chosen.entry(of))
-    numbers = {arm: of[0]["n"] for arm, of in entries.items()}
+            for one in done[rows, cell]:
+                chosen = contenders.choose(one, METHODS[method])
+                answers.setdefault(arm, []).append(contenders.read_answers(one, chosen.name, chosen.result["n"]))
+                entries.setdefault(arm, []).append(chosen.entry(one))
+    numbers = {arm: found_entries[0]["n"] for arm, found_entries in entries.items()}
     if len(set(numbers.values())) > 1:
         raise LetterheadError(f"arms with unequal test rows ({numbers}) can't be compared; set eval.thinking.rows=null")
     truth, predicted = contenders.aligned(experiment, answers)
@@ -281,16 +288,16 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
     if len(predicted) > 1:
         prices = dict.fromkeys(predicted, 1.0)  # as if all cost the same, so that each is judged
         decided = decision.decide(truth, predicted, prices, classes, experiment.compare.margin)
-        verdicts = {arm: of["verdict"] for arm, of in decided["candidates"].items()}
+        verdicts = {arm: found_entries["verdict"] for arm, found_entries in decided["candidates"].items()}
     arms = {}
-    for arm, of in entries.items():
+    for arm, found_entries in entries.items():
         interval = metrics.macro_f1(truth, predicted[arm], classes).interval(0.025)
         arms[arm] = {
-            "f1_macro": float(np.mean([entry["f1_macro"] for entry in of])),
+            "f1_macro": float(np.mean([entry["f1_macro"] for entry in found_entries])),
             "f1_macro_ci95": np.clip(interval, 0, 1).tolist(),
-            "trainings": [{"f1_macro": entry["f1_macro"], "step": entry["step"]} for entry in of],
-            "log_loss_validation": mean_or_none([entry["log_loss_validation"] for entry in of]),
-            "training_seconds": float(np.mean([entry["cost"]["training_seconds"] for entry in of])),
+            "trainings": [{"f1_macro": entry["f1_macro"], "step": entry["step"]} for entry in found_entries],
+            "log_loss_validation": mean_or_none([entry["log_loss_validation"] for entry in found_entries]),
+            "training_seconds": float(np.mean([entry["cost"]["training_seconds"] for entry in found_entries])),
         }
     pairs, leads = list(combinations(predicted, 2)), {}
     for a, b in pairs:
@@ -331,59 +338,59 @@ def sentences(study: Study, found: list[dict], margin: float) -> list[str]:
             best[-1][1].append(point["rows"])
         else:
             best.append((top, [point["rows"]]))
-    spans = [f"{top} at {of[0] if len(of) == 1 else f'{of[0]} to {of[-1]}'} rows" for top, of in best]
-    said = [f"Highest macro F1 ({averaged}): {', '.join(spans)}."]
+    spans = [f"{top} at {sizes[0] if len(sizes) == 1 else f'{sizes[0]} to {sizes[-1]}'} rows" for top, sizes in best]
+    lines = [f"Highest macro F1 ({averaged}): {', '.join(spans)}."]
     if len(arms) > 1:
         fits = {arm: [str(point["rows"]) for point in found if point["verdicts"][arm] == decision.FITS] for arm in arms}
         shown = [f"{arm} at {', '.join(at)} rows" for arm, at in fits.items() if at]
         shows = f"Shown to lose less than {margin:g} against every other: {'; '.join(shown)}."
-        said.append(shows if shown else f"Nowhere is one shown to lose less than {margin:g} against every other.")
-    return said + (told_of_cells(study, found) if study.cells else told_of_crossings(arms, found))
+        lines.append(shows if shown else f"Nowhere is one shown to lose less than {margin:g} against every other.")
+    return lines + (told_of_cells(study, found) if study.cells else told_of_crossings(arms, found))
 
 
 def told_of_best(point: dict) -> str:
     """The best arm, and which others are told apart from it."""
     top, *others = sorted(point["arms"], key=lambda arm: -point["arms"][arm]["f1_macro"])
     low, high = point["arms"][top]["f1_macro_ci95"]
-    said = f"{top}, {point['arms'][top]['f1_macro']:.3f} (95 % interval {low:.3f} to {high:.3f})."
+    sentence = f"{top}, {point['arms'][top]['f1_macro']:.3f} (95 % interval {low:.3f} to {high:.3f})."
     behind: dict[bool, list[str]] = {True: [], False: []}
     for arm in others:
         behind[lead_of(point, top, arm)[1]].append(f"{arm} ({point['arms'][arm]['f1_macro']:.3f})")
     for apart, how in ((True, "Told apart from it"), (False, "Not told apart from it")):
-        said += f" {how}: {', '.join(behind[apart])}." if behind[apart] else ""
-    losses = {arm: of["log_loss_validation"] for arm, of in point["arms"].items()}
+        sentence += f" {how}: {', '.join(behind[apart])}." if behind[apart] else ""
+    losses = {arm: entry["log_loss_validation"] for arm, entry in point["arms"].items()}
     if None not in losses.values():
         chosen = min(losses, key=losses.get)
-        said += f" Validation rows, which alone may choose, have the lowest log loss with {chosen}."
-    return said
+        sentence += f" Validation rows, which alone may choose, have the lowest log loss with {chosen}."
+    return sentence
 
 
 def told_of_crossings(arms: list[str], found: list[dict]) -> list[str]:
     """Where the mean of one arm passes another's, and where the two are told apart."""
-    said = []
+    lines = []
     for a, b in combinations(arms, 2):
         apart = [str(point["rows"]) for point in found if lead_of(point, a, b)[1]]
-        told = f"told apart at {', '.join(apart)} rows" if apart else "nowhere told apart"
+        how = f"told apart at {', '.join(apart)} rows" if apart else "nowhere told apart"
         for before, after in pairwise(found):
             first, second = (lead_of(point, a, b)[0] > 0 for point in (before, after))
             if first != second:
                 upper, lower = (a, b) if second else (b, a)
-                said.append(f"{upper} passes {lower} between {before['rows']} and {after['rows']} rows ({told}).")
-    return said
+                lines.append(f"{upper} passes {lower} between {before['rows']} and {after['rows']} rows ({how}).")
+    return lines
 
 
 def told_of_cells(study: Study, found: list[dict]) -> list[str]:
     """By how much each cell differs from the first, method by method."""
     reference, *others = study.all_cells
-    said = []
+    lines = []
     for cell in others:
-        for method in [of for of in study.methods_of(cell) if of in study.methods_of(reference)]:
+        for method in [name for name in study.methods_of(cell) if name in study.methods_of(reference)]:
             differences = []
             for point in found:
                 by, apart = lead_of(point, study.arm(cell, method), study.arm(reference, method))
                 differences.append(f"{verdict.signed(by)} at {point['rows']}{' (told apart)' if apart else ''}")
-            said.append(f"{study.arm(cell, method)} against {reference}: {', '.join(differences)} rows.")
-    return said
+            lines.append(f"{study.arm(cell, method)} against {reference}: {', '.join(differences)} rows.")
+    return lines
 
 
 def draw_against_rows(path: Path, caption: str, study: Study, found: list[dict], untrained: dict[str, float]) -> None:
@@ -417,10 +424,12 @@ def draw_arms(path: Path, caption: str, study: Study, found: list[dict], untrain
     arms, in words."""
     arms = found[0]["arms"]
     figure, axes = plt.subplots(figsize=(8.5, 1.4 + 0.45 * len(arms)), layout="constrained")
-    for y, of in enumerate(arms.values()):
-        axes.plot(of["f1_macro_ci95"], [y, y], color="tab:blue", linewidth=2)
-        axes.plot([training["f1_macro"] for training in of["trainings"]], [y] * len(of["trainings"]), ".", color="grey")
-        axes.plot(of["f1_macro"], y, "o", color="tab:blue")
+    for y, entry in enumerate(arms.values()):
+        axes.plot(entry["f1_macro_ci95"], [y, y], color="tab:blue", linewidth=2)
+        axes.plot(
+            [training["f1_macro"] for training in entry["trainings"]], [y] * len(entry["trainings"]), ".", color="grey"
+        )
+        axes.plot(entry["f1_macro"], y, "o", color="tab:blue")
     low, high = axes.get_xlim()
     label = "macro F1 on test rows, 95 % interval; each training a dot"
     for method, style in zip(UNTRAINED, ("--", ":"), strict=True):
@@ -440,22 +449,22 @@ def draw_arms(path: Path, caption: str, study: Study, found: list[dict], untrain
     save(figure, path, caption)
 
 
-def markdown(study: Study, found: list[dict], untrained: dict[str, float], said: list[str]) -> str:
+def markdown(study: Study, found: list[dict], untrained: dict[str, float], lines_said: list[str]) -> str:
     """The study as a page: sentences, the picture, the table."""
 
-    def told(of: dict) -> str:
-        low, high = of["f1_macro_ci95"]
-        each = ", ".join(f"{training['f1_macro']:.3f}" for training in of["trainings"])
-        return f"{of['f1_macro']:.3f} ({low:.3f} to {high:.3f}; {each})"
+    def shown(entry: dict) -> str:
+        low, high = entry["f1_macro_ci95"]
+        each = ", ".join(f"{training['f1_macro']:.3f}" for training in entry["trainings"])
+        return f"{entry['f1_macro']:.3f} ({low:.3f} to {high:.3f}; {each})"
 
-    lines = [f"# {study.title}", "", *(f"- {line}" for line in said), "", "![Macro F1 of every arm](study.png)", ""]
+    lines = [f"# {study.title}", "", *(f"- {line}" for line in lines_said), "", "![Macro F1 of every arm](study.png)", ""]
     arms = list(found[0]["arms"])
     if study.rows:
         lines += ["| training rows | " + " | ".join(arms) + " |", "| ---: |" + " :---: |" * len(arms)]
-        lines += [f"| {point['rows']} | " + " | ".join(told(point["arms"][arm]) for arm in arms) + " |" for point in found]
+        lines += [f"| {point['rows']} | " + " | ".join(shown(point["arms"][arm]) for arm in arms) + " |" for point in found]
     else:
         lines += ["| | macro F1 | training, s |", "| :--- | :---: | ---: |"]
-        lines += [f"| {arm} | {told(of)} | {of['training_seconds']:.0f} |" for arm, of in found[0]["arms"].items()]
+        lines += [f"| {arm} | {shown(entry)} | {entry['training_seconds']:.0f} |" for arm, entry in found[0]["arms"].items()]
     seeds, averaged = seeds_done(found), "One seed"
     if seeds > 1:
         drawn = "; each seed draws its training rows, the same for all methods" if study.rows else ""

@@ -51,7 +51,7 @@ def main(experiment: Experiment) -> None:
         asked["settings"] = settings.model_dump(exclude=LIMITS | {"rows", "tries"})
         kept = stage.folder / f"tries-{sha256_json(asked)[:16]}.jsonl"
         tries = asyncio.run(teach(experiment, encoder, rows, kept))
-        replies = [reply for of in tries.values() for reply in of.values()]
+        replies = [reply for by_try in tries.values() for reply in by_try.values()]
         right = [(row, thought_of(encoder, row, tries[row["id"]])) for row in rows]
         written = [alpaca(encoder, row, thought) for row, thought in right if thought]
         fitting = [one for one in written if tokens(encoder, one) <= encoder.cutoff_len]
@@ -61,7 +61,7 @@ def main(experiment: Experiment) -> None:
                 f"{kept}: none of {len(rows)} rows was answered rightly and briefly; take another teacher{refused}"
             )
         write_jsonl(path, fitting)
-        paid = {of: sum(getattr(reply, of) or 0 for reply in replies) for of in ("prompt_tokens", "reply_tokens")}
+        paid = {count: sum(getattr(reply, count) or 0 for reply in replies) for count in ("prompt_tokens", "reply_tokens")}
         cost = paid["prompt_tokens"] * settings.price_of_prompts + paid["reply_tokens"] * settings.price_of_replies
         stage.finish(
             [path],
@@ -136,7 +136,9 @@ async def teach(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]
             bar.set_description(f"try {number + 1} of at most {settings.tries}")
             open_rows = {row["id"]: row for row in rows if not thought_of(encoder, row, tries[row["id"]])}
             bar.update(len(rows) - len(open_rows) - bar.n)
-            asked = [(of, questions[of], experiment.seed + number) for of in open_rows if number not in tries[of]]
+            asked = [
+                (row_id, questions[row_id], experiment.seed + number) for row_id in open_rows if number not in tries[row_id]
+            ]
             async for row_id, reply in teacher.ask_all(asked):
                 one = {"id": row_id, "question": sha256_json(questions[row_id]), "try": number, "reply": vars(reply)}
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")

@@ -43,27 +43,27 @@ def main(experiment: Experiment) -> None:
         if not len(asked):
             raise LetterheadError("no prompt works as text, and TRL takes text alone; take another template")
         dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
-        given = grpo.arguments(settings, folder, experiment.seed, dtype)
-        trainer = grpo.trainer(start["model"], encoder, asked, settings, given)
+        arguments = grpo.arguments(settings, folder, experiment.seed, dtype)
+        trainer = grpo.trainer(start["model"], encoder, asked, settings, arguments)
         trainer.add_callback(Clock(stage.folder / CLOCK))
         state = read_json(resume / "trainer_state.json") if resume else {"global_step": 0}
         if state["global_step"] < settings.steps:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         log = checkpoints.log_history(folder)
         lines = {
-            reward: [list(of) for of in zip(*((one["step"], one[key]) for one in log if key in one), strict=True)]
+            reward: [list(values) for values in zip(*((one["step"], one[key]) for one in log if key in one), strict=True)]
             for reward in REWARDS
             if (key := f"rewards/{reward}/mean")
         }
         plot_against_step(pictures[0], f"{experiment.name}: GRPO", "mean reward of a step's answers", lines)
-        made = checkpoints.whole_checkpoints(folder)[-1]
+        last = checkpoints.whole_checkpoints(folder)[-1]
         stage.finish(
-            [*sorted(made.glob("*.safetensors")), made / "trainer_state.json", *pictures],
+            [*sorted(last.glob("*.safetensors")), last / "trainer_state.json", *pictures],
             rows=len(asked),
             left_out=len(rows) - len(asked),
             start=chosen.name,
-            steps=checkpoints.step_of(made),
-            training_seconds=read_json(stage.folder / CLOCK)["training_seconds"][str(checkpoints.step_of(made))],
+            steps=checkpoints.step_of(last),
+            training_seconds=read_json(stage.folder / CLOCK)["training_seconds"][str(checkpoints.step_of(last))],
             moved={reward: grpo.moved(log, reward) for reward in REWARDS},
             resumed_from=checkpoints.step_of(resume) if resume else 0,
         )

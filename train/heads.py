@@ -41,7 +41,7 @@ def main(experiment: Experiment, method: str) -> None:
         train(experiment, method, stage.inputs_sha256, resume, stage.lock_descriptor)
         checkpoints.keep_best_and_last(folder)
         gaps = score_again(experiment, method, stage.inputs_sha256)
-        kept, made = collect(experiment, method, stage.inputs_sha256)
+        kept, files = collect(experiment, method, stage.inputs_sha256)
         with atomic_open(table) as file:
             file.write(results.checkpoint_table(experiment, trained.title, kept, gaps))
         weights = [file for path in checkpoints.whole_checkpoints(folder) for file in path.glob("*.safetensors")]
@@ -49,7 +49,7 @@ def main(experiment: Experiment, method: str) -> None:
         print(table.read_text(encoding="utf-8"))
         last = kept[max(kept)[0], "test"]
         stage.finish(
-            [*made, table, *weights],
+            [*files, table, *weights],
             headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last step, {last['step']}",
             rows=rows,
             epochs=head.on(rows).num_train_epochs,
@@ -72,8 +72,8 @@ def train(experiment: Experiment, method: str, inputs_sha256: str, resume: Path 
         from train.heads_worker import fit
 
         return fit(experiment, method, inputs_sha256, resume)
-    given = [*sys.argv[1:], "--inputs", inputs_sha256, "--resume", str(resume or "none")]
-    child = subprocess.Popen(guarded(torchrun(n, "train.heads_worker", given)), pass_fds=[lock, *TERMINAL.descriptors])
+    arguments = [*sys.argv[1:], "--inputs", inputs_sha256, "--resume", str(resume or "none")]
+    child = subprocess.Popen(guarded(torchrun(n, "train.heads_worker", arguments)), pass_fds=[lock, *TERMINAL.descriptors])
     try:
         child.wait()
     finally:

@@ -44,7 +44,7 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     checkpoints.require_disk(folder, needed, f"the training of {method}")
     rows = results.read_rows(experiment, trained.rows)
     splits = {split: results.read_rows(experiment, split) for split in results.SPLITS}
-    splits = {split: of for split, of in splits.items() if of}
+    splits = {split: rows_of_split for split, rows_of_split in splits.items() if rows_of_split}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
     batch, accumulation = share_batch(
         head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), key
@@ -65,8 +65,8 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
         heads.require_length(source, head.max_length, key)
         model = heads.load_head(resume or source, experiment.labels, new_head=not resume)
     sets = {
-        name: heads.encoded(of, results.class_numbers(experiment, of), encoder, f"encoding {name}")
-        for name, of in {"train": rows, **splits}.items()
+        name: heads.encoded(rows_of_split, results.class_numbers(experiment, rows_of_split), encoder, f"encoding {name}")
+        for name, rows_of_split in {"train": rows, **splits}.items()
     }
     multiplied = checkpoints.parameters_per_token(model)
     begin, evaluating = time.perf_counter(), 0.0

@@ -35,15 +35,15 @@ def main(experiment: Experiment) -> None:
     resume = checkpoints.resumable(folder)
     if not finished(folder):
         train(experiment, arguments, resume, stage.lock_descriptor)
-    made = checkpoints.whole_checkpoints(folder)
-    if not made:
+    whole = checkpoints.whole_checkpoints(folder)
+    if not whole:
         raise LetterheadError(f"{folder}: LLaMA-Factory left no whole checkpoint; set save_strategy and save_steps")
     checkpoints.prune_optimizer_states(folder)
-    state = read_json(made[-1] / "trainer_state.json")
+    state = read_json(whole[-1] / "trainer_state.json")
     clock = read_json(experiment.sft_folder / CLOCK)
     stage.finish(
-        [file for path in made for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
-        headline=f"checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in made)}",
+        [file for path in whole for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
+        headline=f"checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in whole)}",
         rows=sft_rows(experiment),
         tokens=state.get("num_input_tokens_seen"),
         steps=state["global_step"],
@@ -70,10 +70,10 @@ def dataset_names(experiment: Experiment) -> list[str]:
 
 def finished(folder: Path) -> bool:
     """Whether LLaMA-Factory trained to the last step and wrote its closing files."""
-    made = checkpoints.whole_checkpoints(folder)
-    state = read_json(made[-1] / "trainer_state.json") if made else {}
+    whole = checkpoints.whole_checkpoints(folder)
+    state = read_json(whole[-1] / "trainer_state.json") if whole else {}
     closed = [folder / "all_results.json", folder.with_name(CLOCK)]
-    return bool(made) and state["global_step"] >= state["max_steps"] and None not in map(read_json, closed)
+    return bool(whole) and state["global_step"] >= state["max_steps"] and None not in map(read_json, closed)
 
 
 def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: int) -> None:

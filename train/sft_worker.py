@@ -76,10 +76,10 @@ class LessWork(TrainerCallback):
         plain = model.forward
 
         @functools.wraps(plain)
-        def forward(*given, labels=None, num_items_in_batch=None, **inputs):
+        def forward(*positional, labels=None, num_items_in_batch=None, **inputs):
             if labels is None:
-                return plain(*given, **inputs)
-            hidden = model.base_model(*given, **inputs, use_cache=False).last_hidden_state
+                return plain(*positional, **inputs)
+            hidden = model.base_model(*positional, **inputs, use_cache=False).last_hidden_state
             following = functional.pad(labels, (0, 1), value=self.IGNORED)[:, 1:]
             read = following != self.IGNORED
             logits, targets = model.get_output_embeddings()(hidden[read]), following[read]

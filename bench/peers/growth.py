@@ -61,7 +61,7 @@ def main(experiment: Experiment, most: str) -> None:
     outputs(DATA, experiment)  # the tokenizers come from its models
     stage = StageRun(experiment, "growth", None)
     sizes = [10**power for power in range(3, len(str(int(most))))]
-    record, table, picture = (stage.folder / of for of in ("growth.json", "GROWTH.md", "growth.png"))
+    record, table, picture = (stage.folder / file for file in ("growth.json", "GROWTH.md", "growth.png"))
     try:
         remove(experiment, stage.folder / "work")  # of a run that broke off: nothing may be up to date
         points = measure(experiment, stage.folder / "work", sizes, record)
@@ -77,8 +77,8 @@ def main(experiment: Experiment, most: str) -> None:
 def remove(experiment: Experiment, place: Path) -> None:
     """Remove what the points made."""
     pattern = f"{experiment.name}.growth.*"
-    for made in (place, *Path("runs").glob(pattern), *Path("data").glob(pattern)):
-        shutil.rmtree(made, ignore_errors=True)
+    for folder in (place, *Path("runs").glob(pattern), *Path("data").glob(pattern)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path) -> list[dict]:
@@ -87,30 +87,30 @@ def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path)
     points: list[dict] = []
     with progress(total=4 * len(sizes) + 3 + 2 * len(CHECKPOINTS) + len(OPTIONS), desc="growth", unit=" points") as bar:
 
-        def keep(of: str, n: int, told: dict) -> None:
-            points.append({"of": of, "n": n, **told})
+        def keep(what: str, n: int, measured: dict) -> None:
+            points.append({"of": what, "n": n, **measured})
             write_json(record, {"points": points, "device": device_name(), "machine": machine()})
             bar.update()
 
-        def add(of: str, n: int, *told: Any) -> None:
-            keep(of, n, call(*told))
+        def add(what: str, n: int, *arguments: Any) -> None:
+            keep(what, n, call(*arguments))
 
         for rows in sizes:
             name = write_experiment(experiment, place, f"rows{rows}", rows, decoder, encoder)
-            told = ["--experiment", name]
-            add("data", rows, "-m", "prep.data", *told)
+            arguments = ["--experiment", name]
+            add("data", rows, "-m", "prep.data", *arguments)
             draw_results(load_experiment(name), steps=[1])
-            add(COMPARE.name, rows, "-m", COMPARE.module, *told)
-            call("-m", DECIDE.module, *told)
-            add("report", rows, "-m", "report.build", *told)
+            add(COMPARE.name, rows, "-m", COMPARE.module, *arguments)
+            call("-m", DECIDE.module, *arguments)
+            add("report", rows, "-m", "report.build", *arguments)
             labelled = ["--in", place / f"rows{rows}/test.csv", "--out", place / "labelled.csv"]
-            add("predict", rows, "-m", "serve.predict", *told, *labelled, "--model", encoder.absolute())
+            add("predict", rows, "-m", "serve.predict", *arguments, *labelled, "--model", encoder.absolute())
         own = own_encoder(experiment, place)
         for rows in (OWN_ROWS // 10, OWN_ROWS):
             name = write_experiment(experiment, place, f"own{rows}", rows, decoder, encoder)
             call("-m", "prep.data", "--experiment", name)
-            told = ["--in", place / f"own{rows}/test.csv", "--out", place / "labelled.csv", "--model", own.absolute()]
-            add(OWN, rows, "-m", "serve.predict", "--experiment", name, *told)
+            arguments = ["--in", place / f"own{rows}/test.csv", "--out", place / "labelled.csv", "--model", own.absolute()]
+            add(OWN, rows, "-m", "serve.predict", "--experiment", name, *arguments)
         keep(ALONE, OWN_ROWS, call_in_a_process(model_alone, own, place / f"own{OWN_ROWS}/test.csv"))
         name = write_experiment(experiment, place, "checkpoints", CHECKED_ROWS, decoder, encoder)
         call("-m", "prep.data", "--experiment", name)
@@ -174,7 +174,7 @@ def model_alone(folder: Path, rows: Path) -> dict:
     return {"seconds": time.perf_counter() - begin, "peak_mib": float(peak_memory()["peak_memory_mb"])}
 
 
-def write_experiment(of: Experiment, place: Path, name: str, rows: int, decoder: Path, encoder: Path) -> str:
+def write_experiment(experiment: Experiment, place: Path, name: str, rows: int, decoder: Path, encoder: Path) -> str:
     """Rows of drawn words, so many to test and a few to train, and an experiment that reads them; returns its path."""
     folder, chance = place / name, np.random.default_rng(rows)
     folder.mkdir()
@@ -190,14 +190,14 @@ def write_experiment(of: Experiment, place: Path, name: str, rows: int, decoder:
                 )
     trained_by = place / "sft.yaml"
     trained_by.write_text(
-        json.dumps(yaml.safe_load(of.decoder.sft.config.read_text()) | {"model_name_or_path": str(decoder)})
+        json.dumps(yaml.safe_load(experiment.decoder.sft.config.read_text()) | {"model_name_or_path": str(decoder)})
     )
     values = {
         "title": f"growth, {rows} rows",
         "data": {"source": f"{folder}/{{split}}.csv", "labels": LABELS, "rows": {"validation": 300, "test": None}},
         "decoder": {"model": str(decoder), "train_rows": 100, SFT.name: {"config": str(trained_by)}},
         "encoder": {"model": str(encoder)},
-        "name": f"{of.name}.growth.{name}",
+        "name": f"{experiment.name}.growth.{name}",
     }
     path = folder / f"{name}.yaml"  # JSON is YAML
     path.write_text(json.dumps(values))
@@ -223,28 +223,28 @@ def draw_results(experiment: Experiment, steps: list[int]) -> int:
                 score = chance.normal(size=(len(rows), len(LABELS)))
                 score[np.arange(len(rows)), truth] += SKILL
                 probabilities = np.exp(score) / np.exp(score).sum(1, keepdims=True)
-                given: dict[str, Any] = {"probabilities": probabilities}
+                answers: dict[str, Any] = {"probabilities": probabilities}
                 if method.thinks:
-                    given = {"predicted": score.argmax(axis=1), "thinking": THINKING}
-                results.write_result(experiment, name, split, rows, train_loss=0.5, **given, **facts)
+                    answers = {"predicted": score.argmax(axis=1), "thinking": THINKING}
+                results.write_result(experiment, name, split, rows, train_loss=0.5, **answers, **facts)
     for stage, paths in files.items():
         StageRun(experiment, stage, len(steps)).finish(paths, rows=100, scoring_seconds=1.0)
     StageRun(experiment, SFT_TRAINING.name, 0).finish([], rows=100, resumed_from=0)
     return len(drawn)
 
 
-def call(*told: Any) -> dict[str, float]:
+def call(*arguments: Any) -> dict[str, float]:
     """Run Python with these arguments in a process of its own; gives its seconds and its peak memory in MiB.
 
     Raises
     ------
     LetterheadError : it failed; quotes the last line that it said
     """
-    command = [sys.executable, "-c", SHIM, *map(str, told)]
+    command = [sys.executable, "-c", SHIM, *map(str, arguments)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     if found["code"]:
-        said = "".join(found["said"]) or "nothing"
-        raise LetterheadError(f"{' '.join(map(str, told))}: exit code {found['code']}, it said: {said}")
+        printed = "".join(found["said"]) or "nothing"
+        raise LetterheadError(f"{' '.join(map(str, arguments))}: exit code {found['code']}, it said: {printed}")
     return {key: found[key] for key in ("seconds", "peak_mib")}
 
 
@@ -279,14 +279,14 @@ def slope(points: list[dict], key: str) -> float:
 def as_table(points: list[dict]) -> str:
     """The points in Markdown, with the power with which each line grows at its end."""
     lines = ["| what | n | seconds | peak memory (MiB) | grows as n to the power |", "| :--- | ---: | ---: | ---: | :--- |"]
-    for of in dict.fromkeys(point["of"] for point in points):
-        line = [point for point in points if point["of"] == of]
+    for what in dict.fromkeys(point["of"] for point in points):
+        line = [point for point in points if point["of"] == what]
         for point in line:
-            told = ""
+            powers = ""
             if point is line[-1] and len(line) > 1:
-                told = ", ".join(f"{slope(line, key):.2f} ({name})" for key, name in POWERS.items())
-            lines.append(f"| {of} | {point['n']:,} | {point['seconds']:.2f} | {point['peak_mib']:,.0f} | {told} |")
-    few, many, alone = (next((p for p in points if (p["of"], p["n"]) == of), None) for of in OWN_POINTS)
+                powers = ", ".join(f"{slope(line, key):.2f} ({name})" for key, name in POWERS.items())
+            lines.append(f"| {what} | {point['n']:,} | {point['seconds']:.2f} | {point['peak_mib']:,.0f} | {powers} |")
+    few, many, alone = (next((p for p in points if (p["of"], p["n"]) == point), None) for point in OWN_POINTS)
     if alone:
         a_row = (many["seconds"] - few["seconds"]) / (many["n"] - few["n"])
         share = alone["seconds"] / alone["n"] / a_row
@@ -301,9 +301,9 @@ def draw_picture(path: Path, caption: str, points: list[dict]) -> None:
     """Seconds and memory against n, both logarithmic."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for panel, (key, name) in zip(panels, POWERS.items(), strict=True):
-        for of in dict.fromkeys(point["of"] for point in points):
-            line = [(point["n"], point[key]) for point in points if point["of"] == of]
-            panel.plot(*zip(*line, strict=True), marker="o", markersize=4, label=of)
+        for what in dict.fromkeys(point["of"] for point in points):
+            line = [(point["n"], point[key]) for point in points if point["of"] == what]
+            panel.plot(*zip(*line, strict=True), marker="o", markersize=4, label=what)
         panel.set(xscale="log", yscale="log", xlabel="rows, results or options", ylabel=name)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     save(figure, path, caption)

@@ -33,8 +33,8 @@ class Rounded(Float32Linear):
 
 
 def main(experiment: Experiment) -> None:
-    made = checkpoints.whole_checkpoints(Path(experiment.sft_arguments()["output_dir"]))
-    folder = made[-1] if made else experiment.decoder.folder
+    whole = checkpoints.whole_checkpoints(Path(experiment.sft_arguments()["output_dir"]))
+    folder = whole[-1] if whole else experiment.decoder.folder
     encoder, with_end = load_prompt_encoder(experiment), experiment.prompt.options == "names"
     rows = [row for split in (*results.SPLITS, "train") for row in results.read_rows(experiment, split)]
     prompts = [encoder.encode(row["text"]) for row in rows[: experiment.bench.scoring_rows]]

@@ -51,9 +51,9 @@ def main(experiment: Experiment) -> None:
     dtypes = dict.fromkeys(["float32", precision(experiment.decoder.dtype, folder)])
     for dtype in dtypes:
         model, runs = load_decoder(folder, dtype), experiment.bench.scoring_runs
-        for of, (source, _) in sources.items():
-            title = of if dtype == "float32" else f"{of}, {dtype}"
-            report[title] = {"dtype": dtype, **compare(model, source, rows[of], runs, title, peers_model(model, folder))}
+        for name, (source, _) in sources.items():
+            title = name if dtype == "float32" else f"{name}, {dtype}"
+            report[title] = {"dtype": dtype, **compare(model, source, rows[name], runs, title, peers_model(model, folder))}
     path = experiment.results_folder / "bench_scoring.json"
     write_json(path, report)
     stage.finish([path], device=str(model.device))

@@ -79,9 +79,9 @@ def measure(experiment: Experiment, who: str, half: bool) -> dict:
             arguments = [pair for pair in asked[asked.index(config) :] if not pair.startswith("flash_attn=")]
             asked = [sys.executable, "-m", "llamafactory.cli", "train", *arguments]
             variables.pop("GLIBC_TUNABLES", None)
-        told = subprocess.run(guarded(asked), env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if told.returncode:
-            raise LetterheadError(f"{who} ended with exit code {told.returncode}:\n{told.stdout[-2000:]}")
+        ended = subprocess.run(guarded(asked), env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if ended.returncode:
+            raise LetterheadError(f"{who} ended with exit code {ended.returncode}:\n{ended.stdout[-2000:]}")
         state = read_json(Path(folder) / "trainer_state.json")
     log = [line for line in state["log_history"] if "loss" in line]
     return rates(*([line[key] for line in log] for key in ("train_runtime", "num_input_tokens_seen", "loss")))
@@ -115,9 +115,9 @@ def plain_loop(experiment: Experiment, half: bool) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(experiment.decoder.folder, dtype=torch.float32, use_safetensors=True)
     model.to(device).train()
-    given = experiment.sft_arguments()
-    betas = (given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.999))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=given["learning_rate"], betas=betas, weight_decay=0.0)
+    arguments = experiment.sft_arguments()
+    betas = (arguments.get("adam_beta1", 0.9), arguments.get("adam_beta2", 0.999))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments["learning_rate"], betas=betas, weight_decay=0.0)
     clock, tokens, losses, begin = [], [0], [], time.perf_counter()
     for step in range(experiment.bench.sft_steps):
         pairs = []

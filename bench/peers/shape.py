@@ -24,8 +24,8 @@ UNTRAINED = {row.method: f"{SFT.name if row.method == FOLDED else row.method}@0"
 
 
 def main(experiment: Experiment) -> None:
-    made = {stage.name: outputs(stage, experiment) for stage in (DATA, SFT_TRAINING)}
-    stage = StageRun(experiment, "bench-shape", made | {"bench": experiment.bench.model_dump()})
+    stage_files = {stage.name: outputs(stage, experiment) for stage in (DATA, SFT_TRAINING)}
+    stage = StageRun(experiment, "bench-shape", stage_files | {"bench": experiment.bench.model_dump()})
     path, kept = experiment.results_folder / "bench_shape.json", stage.folder / "scoring.json"
     if not stage.is_current():
         stage.start()

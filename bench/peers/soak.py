@@ -69,7 +69,7 @@ def main(experiment: Experiment, model: str) -> None:
     stage = StageRun(experiment, "soak", None)
     row = Row(method, "vllm", "one_token" if method == SFT.name else "head")
     folder, route, encode = asked_of_vllm(experiment, row, name)
-    requests = [encode(of["text"]) for of in draw(experiment, ROWS, 0)]
+    requests = [encode(row["text"]) for row in draw(experiment, ROWS, 0)]
     dtype, log = precision(experiment.decoder.dtype, folder), stage.folder / "vllm.log"
     runner = "generate" if method == SFT.name else "pooling"
     memory = experiment.serve.gpu_memory_utilization
@@ -217,10 +217,10 @@ def figures(tally: Tally) -> dict:
     ------
     LetterheadError : nothing was answered in one of the two
     """
-    at, latency, found = (np.array(of) for of in zip(*tally.answered, strict=True))
-    when, megabytes, files, threads = (np.array(of) for of in zip(*tally.memory, strict=True))
+    at, latency, found = (np.array(column) for column in zip(*tally.answered, strict=True))
+    when, megabytes, files, threads = (np.array(column) for column in zip(*tally.memory, strict=True))
     end = when.max()
-    first, last = (lambda of: of < end / 4), (lambda of: of > end * 3 / 4)
+    first, last = (lambda moment: moment < end / 4), (lambda moment: moment > end * 3 / 4)
     if not (first(at).any() and last(at).any()):
         raise LetterheadError(f"the service answered nothing in a quarter of the time; {tally.said}")
     return {
@@ -240,9 +240,9 @@ def figures(tally: Tally) -> dict:
 def faults_of(record: dict) -> list[str]:
     """What a soak must not show, in words; none where all is well."""
     before, after = record["memory_mib"]
-    got = {of: of.partition(": ")[::2] for of in record["bad_clients"]}
-    crashed = [of for of, (_, reply) in got.items() if reply.startswith("5")]
-    silent = [of for of, (kind, reply) in got.items() if kind in TOLD and reply in ("closed", "nothing")]
+    got = {client: client.partition(": ")[::2] for client in record["bad_clients"]}
+    crashed = [client for client, (_, reply) in got.items() if reply.startswith("5")]
+    silent = [client for client, (kind, reply) in got.items() if kind in TOLD and reply in ("closed", "nothing")]
     faults = {
         f"{record['wrong']} answers are wrong": record["wrong"],
         f"{record['failed']} good requests failed": record["failed"],
@@ -256,12 +256,12 @@ def faults_of(record: dict) -> list[str]:
 
 def sentence(record: dict) -> str:
     """The soak in a few lines."""
-    told = ", ".join(f"{of} {n}" for of, n in record["bad_clients"].items())
+    counts = ", ".join(f"{client} {n}" for client, n in record["bad_clients"].items())
     memory, p99, files = ("{:.0f} and {:.0f}".format(*record[name]) for name in ("memory_mib", "p99_ms", "open_files"))
     return (
         f"{record['name']}, {record['seconds']} s: {record['requests']:,} requests, {record['wrong']} answered wrongly, "
         f"{record['failed']} failed; in the first and the last quarter {memory} MiB, p99 {p99} ms, {files} open files\n"
-        f"bad clients: {told}\nprocesses left: {len(record['left_running'])}"
+        f"bad clients: {counts}\nprocesses left: {len(record['left_running'])}"
     )
 
 
@@ -271,11 +271,11 @@ def draw_picture(path: Path, caption: str, tally: Tally) -> None:
     when, megabytes, *_ = zip(*tally.memory, strict=True)
     above.plot(np.array(when) / 60, megabytes)
     above.set(ylabel="memory of the service (MiB)", ylim=(0, None), title="A service under load and bad clients")
-    at, latency, found = (np.array(of) for of in zip(*tally.answered, strict=True))
-    for of, marker in ((RIGHT, "."), (WRONG, "x"), (FAILED, "+")):
-        here = found == of
+    at, latency, found = (np.array(column) for column in zip(*tally.answered, strict=True))
+    for kind, marker in ((RIGHT, "."), (WRONG, "x"), (FAILED, "+")):
+        here = found == kind
         below.plot(
-            at[here] / 60, 1000 * latency[here], marker, markersize=2 if of == RIGHT else 6, label=f"{of} ({here.sum()})"
+            at[here] / 60, 1000 * latency[here], marker, markersize=2 if kind == RIGHT else 6, label=f"{kind} ({here.sum()})"
         )
     below.set(xlabel="minutes", ylabel="latency (ms)", yscale="log")
     below.legend()

@@ -163,7 +163,7 @@ def load_experiment(name: str, overrides: str = "") -> Experiment:
         raise LetterheadError(f"{path}{' with SET' if overrides else ''}: " + explain(error, Experiment)) from None
 
 
-def explain(error: ValidationError, of: type[Section]) -> str:
+def explain(error: ValidationError, root: type[Section]) -> str:
     """What does not fit, key by key, with the mend, in place of pydantic's own words."""
     lines = []
     for problem in error.errors():
@@ -172,7 +172,7 @@ def explain(error: ValidationError, of: type[Section]) -> str:
         key = ".".join(str(part) for part in problem["loc"] if part != Parts.__name__)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            section = of
+            section = root
             for part in problem["loc"][:-1]:
                 if field := section.model_fields.get(part):
                     kinds = [field.annotation, *get_args(field.annotation)]

@@ -181,9 +181,9 @@ def prune_optimizer_states(folder: Path) -> None:
 
 def keep_best_and_last(folder: Path) -> None:
     """Delete all whole checkpoints but the last and the one that the Trainer found best, and old optimizer states."""
-    made = whole_checkpoints(folder)
-    best = read_json(made[-1] / "trainer_state.json").get("best_global_step")
-    for path in made[:-1]:
+    whole = whole_checkpoints(folder)
+    best = read_json(whole[-1] / "trainer_state.json").get("best_global_step")
+    for path in whole[:-1]:
         if step_of(path) != best:
             shutil.rmtree(path)
     prune_optimizer_states(folder)

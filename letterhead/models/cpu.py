@@ -64,7 +64,7 @@ def matrix_products(
     stacked = (rows * groups, heads // groups * length)
     with torch.autocast(query.device.type, enabled=False):
         query = (query * scaling).to(value.dtype).reshape(*stacked, width)
-        key, value = (of.to(value.dtype).reshape(rows * groups, seen, width) for of in (key, value))
+        key, value = (tensor.to(value.dtype).reshape(rows * groups, seen, width) for tensor in (key, value))
         weights = torch.bmm(query, key.transpose(1, 2)).view(rows, heads, length, seen)
         if attention_mask is not None:
             weights = weights.add_(attention_mask) if torch.is_inference_mode_enabled() else weights + attention_mask
@@ -73,10 +73,10 @@ def matrix_products(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def _mask(*given, dtype: torch.dtype = torch.float32, **more) -> torch.Tensor | None:
+def _mask(*positional, dtype: torch.dtype = torch.float32, **more) -> torch.Tensor | None:
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    return eager_mask(*given, dtype=dtype, **more)
+    return eager_mask(*positional, dtype=dtype, **more)
 
 
 AttentionInterface.register("matrix_products", matrix_products)
@@ -219,4 +219,4 @@ def matmul_rates(shapes: Counter[tuple[int, int]], dtypes: Sequence[str], second
             best[name, shape] = min(best.get((name, shape), float("inf")), time.perf_counter() - start)
     flops = sum(2 * ROWS * i * o * n for (i, o), n in shapes.items())
     taken = {name: sum(best[name, shape] * n for shape, n in shapes.items()) for name in dtypes}
-    return {name: round(flops / of / 1e9, 1) for name, of in taken.items()}
+    return {name: round(flops / seconds / 1e9, 1) for name, seconds in taken.items()}

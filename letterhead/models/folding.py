@@ -169,8 +169,8 @@ def compare(decoder, folded, encoder: PromptEncoder, prompts: list[list[int]]) -
     letters = [answer.ids[answer.start] for answer in encoder.answers]
     off, same = 0.0, 0
     for ids in progress(prompts, desc="checking the fold", unit=" rows"):
-        given = torch.tensor([ids], device=decoder.device)
-        own, other = decoder(given, logits_to_keep=1).logits[0, -1, letters], folded(given).logits[0]
+        inputs = torch.tensor([ids], device=decoder.device)
+        own, other = decoder(inputs, logits_to_keep=1).logits[0, -1, letters], folded(inputs).logits[0]
         off = max(off, (other - own).abs().max().item())
         same += int(own.argmax() == other.argmax())
     return off, same

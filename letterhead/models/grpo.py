@@ -21,9 +21,9 @@ def trl():
     """TRL, imported; 0.24 takes what transformers 5 says of a package, (False, None), for a truth, and would import what is
     not there."""
     found = import_module("trl.import_utils")
-    for name, told in list(vars(found).items()):
-        if name.endswith("_available") and isinstance(told, tuple):
-            setattr(found, name, told[0])
+    for name, value in list(vars(found).items()):
+        if name.endswith("_available") and isinstance(value, tuple):
+            setattr(found, name, value[0])
     return import_module("trl")
 
 
@@ -47,7 +47,7 @@ class Rewards:
             read_answer(text, self._ended(ids), self._options, self._labels)[0]
             for text, ids in self._both(completions, completion_ids)
         ]
-        return [float(of >= 0 and self._options[of] == right) for of, right in zip(read, option, strict=True)]
+        return [float(number >= 0 and self._options[number] == right) for number, right in zip(read, option, strict=True)]
 
     def finished(self, completions: Sequence[str], completion_ids: Sequence[list[int]], **_):
         """1 where the answer is finished, shape (answers,)."""
@@ -110,7 +110,7 @@ def arguments(settings: Grpo, folder: Path, seed: int, dtype: str):
     )
 
 
-def trainer(model: Path, encoder: PromptEncoder, asked: Dataset, settings: Grpo, given):
+def trainer(model: Path, encoder: PromptEncoder, asked: Dataset, settings: Grpo, training):
     """TRL's trainer of the model in a folder, float32 weights."""
     use_onednn()
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -121,7 +121,7 @@ def trainer(model: Path, encoder: PromptEncoder, asked: Dataset, settings: Grpo,
     return trl().GRPOTrainer(
         model=loaded,
         reward_funcs=[rewards.right_option, rewards.finished],
-        args=given,
+        args=training,
         train_dataset=asked,
         processing_class=encoder.tokenizer,
         callbacks=[StopAtDivergence(), StepBar("GRPO")],

@@ -41,8 +41,8 @@ def command(experiment: Experiment, clock: Path, **more: Any) -> list[str]:
         extra |= dict(zip(STEP, share_batch(*step_of(experiment.sft_arguments()), n, "decoder.sft"), strict=True))
     # Quoted: LLaMA-Factory reads the values as YAML, where a bare `no` is false.
     pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in extra.items()]
-    given = [str(clock), str(experiment.decoder.sft.config), *pairs]
-    return torchrun(n, "train.sft_worker", given) if n > 1 else [sys.executable, "-m", "train.sft_worker", *given]
+    arguments = [str(clock), str(experiment.decoder.sft.config), *pairs]
+    return torchrun(n, "train.sft_worker", arguments) if n > 1 else [sys.executable, "-m", "train.sft_worker", *arguments]
 
 
 def for_device(experiment: Experiment) -> dict[str, Any]:

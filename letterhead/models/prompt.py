@@ -60,10 +60,10 @@ def keep_words(text: str, words: int | None) -> str:
     return text
 
 
-def not_of_reasoning(told: logging.LogRecord) -> bool:
+def not_of_reasoning(record: logging.LogRecord) -> bool:
     """Whether LLaMA-Factory's words are to be shown: not its advice to take a template without thinking, whose block our
     answers begin with on purpose."""
-    return "_nothink" not in told.getMessage()
+    return "_nothink" not in record.getMessage()
 
 
 def _control_strings(tokenizer, more: Iterable[str] = ()) -> re.Pattern:

@@ -210,12 +210,12 @@ def score_in_parts(
     """
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = [order[rank :: workers.n] for rank in range(workers.n)]
-    given = [
+    parts_given = [
         ([prompts[row] for row in part], answers, with_end, batch_tokens, title if rank == 0 else None)
         for rank, part in enumerate(parts)
         if part
     ]
-    scored = workers.map(_timed_scores, given)
+    scored = workers.map(_timed_scores, parts_given)
     likelihood = np.zeros((len(prompts), len(answers)))
     for part, (scores, _) in zip(parts, scored, strict=False):
         likelihood[part] = scores.log_likelihood
@@ -223,9 +223,9 @@ def score_in_parts(
     return OptionScores(likelihood, scored[0][0].token_count, tokens), max(seconds for _, seconds in scored)
 
 
-def _timed_scores(model: PreTrainedModel, *given) -> tuple[OptionScores, float]:
+def _timed_scores(model: PreTrainedModel, *arguments) -> tuple[OptionScores, float]:
     start = time.perf_counter()
-    return score_options(model, *given), time.perf_counter() - start
+    return score_options(model, *arguments), time.perf_counter() - start
 
 
 def _two_passes_pay(device: str, lengths: list[int]) -> bool:

@@ -46,7 +46,7 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
 
     if torch.cuda.is_available():
         return {}
-    decoder, encoder = (of.folder for of in (experiment.decoder, experiment.encoder))
+    decoder, encoder = (section.folder for section in (experiment.decoder, experiment.encoder))
     rates = {folder: rate(experiment, folder) for folder in (decoder, encoder)}
     if not all(parameters for parameters, *_ in rates.values()):
         return {}

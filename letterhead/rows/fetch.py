@@ -114,7 +114,10 @@ def scratch() -> Iterator[Path]:
 
 def _alike(one: Path, other: Path) -> bool:
     """Whether two files, or two folders of files, hold the same."""
-    files = [{path.relative_to(of): path for path in (of, *of.rglob("*")) if path.is_file()} for of in (one, other)]
+    files = [
+        {path.relative_to(folder): path for path in (folder, *folder.rglob("*")) if path.is_file()}
+        for folder in (one, other)
+    ]
     same = all(filecmp.cmp(path, files[1][name], shallow=False) for name, path in files[0].items() if name in files[1])
     return same and files[0].keys() == files[1].keys()
 
@@ -258,7 +261,7 @@ def fetch_model(model: Model, folder: Path) -> None:
         if not list(temporary.glob("*.safetensors")):
             raise LetterheadError(f"{source}: holds no safetensors file; other weight formats can run code and are refused")
         record = {"source": model_source(model), "sha256": {}, BESIDE: {}}
-        for file in sorted(of for of in temporary.rglob("*") if of.is_file()):
+        for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
             kind = "sha256" if file.suffix == ".safetensors" else BESIDE
             record[kind][str(file.relative_to(temporary))] = sha256_file(file)
         write_json(temporary / SOURCE, record)
@@ -320,9 +323,9 @@ def tie(model, name: str) -> None:
     from torch import cosine_similarity
 
     projection, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    alike = float(cosine_similarity(projection.detach().ravel(), embedding.detach().ravel(), dim=0))
-    if alike < TIED:
-        raise LetterheadError(f"{name}: not tied (projection, embedding: cosine {alike:.3f}); leave `tied` out")
+    similarity = float(cosine_similarity(projection.detach().ravel(), embedding.detach().ravel(), dim=0))
+    if similarity < TIED:
+        raise LetterheadError(f"{name}: not tied (projection, embedding: cosine {similarity:.3f}); leave `tied` out")
     model.get_input_embeddings().weight = projection
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -349,7 +352,7 @@ def _gguf_tokenizer(gguf: Path):
         for number, (token, kind) in kinds
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]
-    named = {role: fields.get(f"{of}_token_id") for role, of in ROLES.items()}
+    named = {role: fields.get(f"{key}_token_id") for role, key in ROLES.items()}
     roles = {role: fields["tokens"][number] for role, number in named.items() if number is not None}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **roles)
     tokenizer.chat_template = converted.chat_template

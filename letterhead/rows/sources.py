@@ -239,8 +239,8 @@ def _header(path: Path, reader) -> list[str]:
     except csv.Error as error:
         raise LetterheadError(f"{path}, header: a broken quote or field ({error}); mend the first line") from None
     if len(names) == 1 and (other := next((mark for mark in ";\t" if mark in names[0]), None)):
-        told = {";": "semicolons; save it with commas", "\t": "tabs; call it .tsv"}[other]
-        raise LetterheadError(f"{path}: its columns are separated by {told}")
+        mend = {";": "semicolons; save it with commas", "\t": "tabs; call it .tsv"}[other]
+        raise LetterheadError(f"{path}: its columns are separated by {mend}")
     return names
 
 

@@ -32,10 +32,10 @@ def process_count() -> int:
     ------
     LetterheadError : NPROC is not a number from 1 on
     """
-    given = os.environ.get("NPROC") or "1"
-    if not given.isdecimal() or int(given) < 1:
-        raise LetterheadError(f"NPROC={given}: not a number of processes; write NPROC=2, or leave it out to use one GPU")
-    return int(given)
+    named = os.environ.get("NPROC") or "1"
+    if not named.isdecimal() or int(named) < 1:
+        raise LetterheadError(f"NPROC={named}: not a number of processes; write NPROC=2, or leave it out to use one GPU")
+    return int(named)
 
 
 def choose_devices() -> None:
@@ -63,9 +63,9 @@ def narrow() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), process_count())
 
 
-def visible_devices(given: str | None, n: int) -> str:
+def visible_devices(named: str | None, n: int) -> str:
     """The first n of the devices that CUDA_VISIBLE_DEVICES names (all, if it is None); none stay none."""
-    return ",".join((given.split(",") if given is not None else [str(i) for i in range(n)])[:n])
+    return ",".join((named.split(",") if named is not None else [str(i) for i in range(n)])[:n])
 
 
 def worker_environment(rank: int) -> dict[str, str]:
@@ -107,9 +107,9 @@ def nvidia_driver() -> str | None:
     program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/lib/wsl/lib")
     if program and (device or Path("/dev/dxg").exists()):
         query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-        told = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        if told.returncode == 0:
-            return _version(told.stdout)
+        ended = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        if ended.returncode == 0:
+            return _version(ended.stdout)
     return "unknown" if device else None
 
 
@@ -149,11 +149,11 @@ def require_compiler(python: Path, environment: Mapping[str, str] = os.environ) 
     if not compiler:
         raise LetterheadError("vLLM on a GPU needs a C compiler (Triton compiles with it): install gcc, or set CC")
     ask = "import sysconfig; print(sysconfig.get_paths()['include'], '%d.%d' % __import__('sys').version_info[:2])"
-    told = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
-    if not (Path(told[0]) / "Python.h").is_file():
+    printed = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+    if not (Path(printed[0]) / "Python.h").is_file():
         raise LetterheadError(
-            f"vLLM on a GPU needs Python's C headers, and {told[0]}/Python.h is missing; "
-            f"install them (Debian: apt-get install python{told[1]}-dev)"
+            f"vLLM on a GPU needs Python's C headers, and {printed[0]}/Python.h is missing; "
+            f"install them (Debian: apt-get install python{printed[1]}-dev)"
         )
 
 

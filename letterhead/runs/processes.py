@@ -64,13 +64,13 @@ def guard(parent: int, command: list[str]) -> int:
 
     Inheritable descriptors (a stage's lock) are passed on.
     """
-    told = []
+    signals = []
     for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(how, lambda *_: told.append(True))
+        signal.signal(how, lambda *_: signals.append(True))
     die_with_parent(signal.SIGTERM)
     child = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, close_fds=False)
     descendants: set[psutil.Process] = set()
-    while child.poll() is None and not told and os.getppid() == parent:
+    while child.poll() is None and not signals and os.getppid() == parent:
         with suppress(psutil.Error):
             descendants.update(psutil.Process(child.pid).children(recursive=True))
         time.sleep(0.1)

@@ -134,7 +134,9 @@ def write_result(
         predicted = probabilities.argmax(axis=1)
 
     def line(i: int) -> dict:
-        named = {key: dict(zip(labels, of[i].tolist(), strict=True)) for key, of in columns.items() if of is not None}
+        named = {
+            key: dict(zip(labels, values[i].tolist(), strict=True)) for key, values in columns.items() if values is not None
+        }
         prediction = None if predicted[i] == NO_ANSWER else labels[predicted[i]]
         return {"id": rows[i]["id"], "label": rows[i]["label"], "prediction": prediction, "probabilities": None} | named
 

@@ -198,8 +198,8 @@ def run(
     for name, meaning in (options or {}).items():
         parser.add_argument(f"--{name}", required=True, help=meaning)
     arguments = parser.parse_args()
-    given = [getattr(arguments, name) for name in options or ()]
-    asked = zip((options or {}).items(), given, strict=True)
+    values = [getattr(arguments, name) for name in options or ()]
+    asked = zip((options or {}).items(), values, strict=True)
     if missing := [f"{name.upper()}=… ({meaning})" for (name, meaning), value in asked if not value]:
         sys.exit(f"error: say {'; '.join(missing)}")
     if os.environ.get("HF_ENDPOINT"):  # a mirror, and few mirrors speak hf-xet's protocol
@@ -208,8 +208,8 @@ def run(
     with telling():
         devices()
         experiment = load_experiment(arguments.experiment, arguments.set)
-        said = [arguments.experiment, arguments.set] if with_arguments else []
-        main(experiment, *([arguments.choice] if choices else []), *said, *given)
+        command_line = [arguments.experiment, arguments.set] if with_arguments else []
+        main(experiment, *([arguments.choice] if choices else []), *command_line, *values)
 
 
 def told_of_thread(ended: threading.ExceptHookArgs) -> None:
@@ -229,8 +229,8 @@ def telling() -> Iterator[None]:
     except KeyboardInterrupt:
         end("interrupted; run again to go on from here")
     except Exception as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))  # those of safetensors and tokenizers are no OSErrors
-        number = int(told[1]) if told else getattr(error, "errno", None)
+        found = re.search(r"\(os error (\d+)\)", str(error))  # those of safetensors and tokenizers are no OSErrors
+        number = int(found[1]) if found else getattr(error, "errno", None)
         place = getattr(error, "filename", None)
         if number in NO_ROOM:
             why = f"{place or 'disk'}: {os.strerror(number)}; make room and run again, nothing is half-written"
@@ -244,11 +244,11 @@ def telling() -> Iterator[None]:
         end(f"error: {why}")
 
 
-def end(said: str) -> NoReturn:
+def end(message: str) -> NoReturn:
     """End the process with a line of its own, below what progress bars have left on theirs."""
     for bar in list(tqdm._instances):
         bar.close()
     if log := TERMINAL.log:
         TERMINAL.turn_back()
-        said += f"\n{log} ends with:\n{last_lines(log)}" if log.stat().st_size else ""
-    sys.exit(said)
+        message += f"\n{log} ends with:\n{last_lines(log)}" if log.stat().st_size else ""
+    sys.exit(message)

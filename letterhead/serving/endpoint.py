@@ -186,7 +186,7 @@ def read_reply(reply: dict) -> Reply:
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if not isinstance(content, str) or not isinstance(reasoning, str | None):
         raise TypeError(f"{type(content).__name__} for a text")
-    paid = (n if isinstance(n := usage.get(of), int) else None for of in ("prompt_tokens", "completion_tokens"))
+    paid = (n if isinstance(n := usage.get(key), int) else None for key in ("prompt_tokens", "completion_tokens"))
     return Reply(content, reasoning, choice["finish_reason"] == "stop", *paid)
 
 

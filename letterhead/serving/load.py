@@ -56,7 +56,7 @@ def closed_loop_of_batches(
 
 async def closed_loop(send: Send, requests: Sequence, concurrency: int, title: str) -> Measured:
     """So many clients, each of which sends its next request when its last is answered."""
-    told: list = [None] * len(requests)
+    answers: list = [None] * len(requests)
     waiting = iter(range(len(requests)))
     begin = time.perf_counter()
 
@@ -64,14 +64,14 @@ async def closed_loop(send: Send, requests: Sequence, concurrency: int, title: s
         for i in waiting:
             start = time.perf_counter()
             answer = await send(requests[i])
-            told[i] = (time.perf_counter() - start, answer)
+            answers[i] = (time.perf_counter() - start, answer)
             bar.update()
 
     with progress(total=len(requests), desc=title, unit=" requests", mininterval=0.5) as bar:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(client(bar))
-    return _measured(told, time.perf_counter() - begin)
+    return _measured(answers, time.perf_counter() - begin)
 
 
 async def open_loop(
@@ -86,15 +86,15 @@ async def open_loop(
     tuple : what was measured (until the loop was broken off), and whether the objective was held
     """
     due = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(requests)))
-    told: list = [None] * len(requests)
+    answers: list = [None] * len(requests)
     missed, held, begin = 0, True, time.perf_counter()
 
     async def one(i: int, bar: tqdm) -> None:
         nonlocal missed
         answer = await send(requests[i])
-        told[i] = (time.perf_counter() - begin - due[i], answer)
+        answers[i] = (time.perf_counter() - begin - due[i], answer)
         bar.update()
-        missed += told[i][0] > objective_s
+        missed += answers[i][0] > objective_s
         if missed > len(requests) // 100:
             raise _Missed
 
@@ -106,13 +106,13 @@ async def open_loop(
                     group.create_task(one(i, bar))
         except* _Missed:
             held = False
-    return _measured([entry for entry in told if entry], time.perf_counter() - begin), held
+    return _measured([entry for entry in answers if entry], time.perf_counter() - begin), held
 
 
 class _Missed(Exception):
     """Too many requests have missed the objective."""
 
 
-def _measured(told: list[tuple], seconds: float) -> Measured:
-    latencies, answers = zip(*told, strict=True)
+def _measured(answers: list[tuple], seconds: float) -> Measured:
+    latencies, answers = zip(*answers, strict=True)
     return Measured(np.array(latencies), np.array(answers), seconds)

@@ -79,7 +79,7 @@ def shown_source(experiment: Experiment) -> str:
 
 
 def _for_hubs(experiment: Experiment, result: dict) -> list[EvalResult]:
-    of = {
+    task = {
         "task_type": "text-classification",
         "dataset_type": "custom",
         "dataset_name": experiment.name,
@@ -87,7 +87,7 @@ def _for_hubs(experiment: Experiment, result: dict) -> list[EvalResult]:
     }
     values = {"f1": ("macro F1", result["f1_macro"]), "accuracy": ("accuracy", result["accuracy"])}
     return [
-        EvalResult(metric_type=kind, metric_name=title, metric_value=round(value, 4), **of)
+        EvalResult(metric_type=kind, metric_name=title, metric_value=round(value, 4), **task)
         for kind, (title, value) in values.items()
     ]
 

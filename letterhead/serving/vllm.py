@@ -80,8 +80,8 @@ def one_token_route(answers: Sequence[Answer]) -> Route:
     fixed |= {"return_tokens_as_token_ids": True}
 
     def read(reply: dict) -> tuple[int, list[float]]:
-        told = reply["choices"][0]["logprobs"]["top_logprobs"][0]
-        scores = np.array([told[f"token_id:{letter}"] for letter in letters])
+        likelihoods = reply["choices"][0]["logprobs"]["top_logprobs"][0]
+        scores = np.array([likelihoods[f"token_id:{letter}"] for letter in letters])
         return int(scores.argmax()), softmax(scores).tolist()
 
     return Route("/v1/completions", lambda ids: fixed | {"prompt": ids}, read)
@@ -210,8 +210,8 @@ class VllmServer:
                 raise NotSupported(f"{self.model}: vLLM says: {unknown[0]}")
             # An error's message may begin on the line behind its name.
             at = [i for i, line in enumerate(lines) if "Error" in line and "WARNING" not in line]
-            said = [lines[j] for j in sorted({j for i in at for j in (i, i + 1) if j < len(lines)})] or lines
-            quoted = "\n  ".join(line[-300:] for line in said[-TAIL_LINES:])
+            quoted = [lines[j] for j in sorted({j for i in at for j in (i, i + 1) if j < len(lines)})] or lines
+            quoted = "\n  ".join(line[-300:] for line in quoted[-TAIL_LINES:])
             raise LetterheadError(
                 f"vLLM ended (exit code {self._process.returncode}) on {self.model}; {self.log} says:\n  {quoted}"
             )
@@ -265,10 +265,10 @@ class VllmServer:
             with suppress(OSError):
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 peak += sum(int(kibibytes) for kibibytes in re.findall(r"VmHWM:\s*(\d+)", status))
-        told = {"peak_memory_mb": peak // 1024}
+        memory = {"peak_memory_mb": peak // 1024}
         if None not in (before := self._gpu_memory_before, now := gpu_memory_used_mb() if before is not None else None):
-            told["peak_gpu_memory_mb"] = now - before
-        return told
+            memory["peak_gpu_memory_mb"] = now - before
+        return memory
 
 
 def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> list[str]:
@@ -285,15 +285,15 @@ def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> 
 
 def server_environment(gpu: bool, environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that the server's process is started with."""
-    made = dict(environment) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    variables = dict(environment) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if gpu:
         # FlashInfer's sampler is compiled when it is first used, with ninja and nvcc. No request needs it: the bench asks
         # greedily, and PyTorch samples too. What is compiled all the same finds the environment's own programs.
-        made["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-        made["PATH"] = os.pathsep.join([str((ENVIRONMENT / "bin").absolute()), environment.get("PATH", os.defpath)])
-        return made
+        variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        variables["PATH"] = os.pathsep.join([str((ENVIRONMENT / "bin").absolute()), environment.get("PATH", os.defpath)])
+        return variables
     # vLLM would keep one core for itself: of two cores that is half the throughput.
-    return {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} | made
+    return {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} | variables
 
 
 def client() -> httpx.AsyncClient:

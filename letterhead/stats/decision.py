@@ -40,14 +40,14 @@ def decide(
         fit; `alpha` of each bound after correction; `candidates`, cheapest first: method → verdict, the loss against the
         method that is nearest to refuting it, its bounds, and the rows that would decide
     """
-    f1 = {name: plain_f1(truth, of, classes) for name, of in predicted.items()}
+    f1 = {name: plain_f1(truth, answers, classes) for name, answers in predicted.items()}
     top = max(f1, key=lambda name: (round(f1[name], 12), -prices[name]))
     losses = {
         name: {other: f1_loss(truth, predicted[name], predicted[other], classes) for other in predicted if other != name}
         for name in predicted
     }
     contend = [
-        name for name, of in losses.items() if not any(one.interval(HOPELESS)[0] > margin for one in of.values())
+        name for name, against in losses.items() if not any(one.interval(HOPELESS)[0] > margin for one in against.values())
     ] or [top]
     no_dearer = [name for name in predicted if prices[name] <= prices[top]]
     candidates = sorted(no_dearer, key=lambda name: (prices[name], -f1[name]))
@@ -69,27 +69,27 @@ def decide(
 
 def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_more: float) -> dict:
     """A candidate's verdict from its losses against all others; told are those against the one nearest to refuting it."""
-    low = {other: of.interval(alpha_more)[0] for other, of in losses.items()}
-    high = {other: of.interval(alpha)[1] for other, of in losses.items()}
+    low = {other: loss.interval(alpha_more)[0] for other, loss in losses.items()}
+    high = {other: loss.interval(alpha)[1] for other, loss in losses.items()}
     worst = max(low, key=low.get)
     verdict = COSTS_MORE
     if low[worst] <= margin:
         worst = max(high, key=high.get)
         verdict = FITS if high[worst] < margin else UNDECIDED
-    of = losses[worst]
+    loss = losses[worst]
     return {
         "verdict": verdict,
         "against": worst,
-        "loss": of.value,
-        "se": of.se,
+        "loss": loss.value,
+        "se": loss.se,
         "low": low[worst],
         "high": high[worst],
-        "rows_if_as_seen": rows_that_decide(of, abs(margin - of.value), alpha if of.value < margin else alpha_more),
-        "rows_if_equal": rows_that_decide(of, margin, alpha),
+        "rows_if_as_seen": rows_that_decide(loss, abs(margin - loss.value), alpha if loss.value < margin else alpha_more),
+        "rows_if_equal": rows_that_decide(loss, margin, alpha),
     }
 
 
-def rows_that_decide(of: Estimate, distance: float, alpha: float) -> int | None:
+def rows_that_decide(loss: Estimate, distance: float, alpha: float) -> int | None:
     """How many rows tell a loss from a margin that lies `distance` away, with power `POWER`; None if no number does, since
     the trainings, taken to be as many as there are, differ too much.
 
@@ -97,5 +97,5 @@ def rows_that_decide(of: Estimate, distance: float, alpha: float) -> int | None:
     """
     if not distance:
         return None
-    left = (distance / (t.ppf(1 - alpha, of.df) + norm.ppf(POWER))) ** 2 - of.training_variance
-    return math.ceil(of.sigma**2 / left) if left > 0 else None
+    left = (distance / (t.ppf(1 - alpha, loss.df) + norm.ppf(POWER))) ** 2 - loss.training_variance
+    return math.ceil(loss.sigma**2 / left) if left > 0 else None

@@ -14,8 +14,10 @@ import matplotlib.pyplot as plt
 
 def caption_of(experiment: Experiment, seeds: Sequence[int] = (), cells: Sequence[Experiment] = ()) -> str:
     """What stands under a picture that travels alone: experiment, models and seeds (or those of a study's cells)."""
-    of = cells or [experiment]
-    llm, bert = (" and ".join(dict.fromkeys(getattr(one, key).folder.name for one in of)) for key in ("decoder", "encoder"))
+    experiments = cells or [experiment]
+    llm, bert = (
+        " and ".join(dict.fromkeys(getattr(one, key).folder.name for one in experiments)) for key in ("decoder", "encoder")
+    )
     seeds = seeds or experiment.seeds or [experiment.seed]
     return f"{experiment.name}; LLM: {llm}, BERT: {bert}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 

@@ -127,7 +127,7 @@ def _estimate(truth: np.ndarray, parts: list[tuple[float, np.ndarray]], classes:
         found = [_influence(np.append(truth, more), np.append(one, added), weights, classes) for one in predicted]
         values = np.array([figure for figure, _ in found])
         value += sign * values.mean()
-        influence += sign * np.mean([of for _, of in found], axis=0)
+        influence += sign * np.mean([part for _, part in found], axis=0)
         if len(values) > 1:
             variances.append(values.var(ddof=1) / len(values))
             dfs.append(len(values) - 1)
@@ -143,8 +143,8 @@ def _estimate(truth: np.ndarray, parts: list[tuple[float, np.ndarray]], classes:
 def _influence(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, classes: int) -> tuple[float, np.ndarray]:
     """Macro F1 of weighted rows over the classes that have some, and each row's influence on it, which has mean 0."""
 
-    def share(of: np.ndarray, where: np.ndarray) -> np.ndarray:
-        return np.bincount(of[where], weights[where], classes) / weights.sum()
+    def share(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+        return np.bincount(values[where], weights[where], classes) / weights.sum()
 
     right, named = truth == predicted, predicted != NO_ANSWER
     true, hits = share(truth, truth >= 0), share(truth, right)
@@ -249,13 +249,13 @@ def classification_figures(
     if predicted is None:
         predicted = probabilities.argmax(axis=1)
     numbers = np.arange(len(labels))
-    given = np.where(predicted == NO_ANSWER, len(labels), predicted)
-    confusion = confusion_matrix(truth, given, labels=[*numbers, len(labels)])[: len(labels)]
+    answered = np.where(predicted == NO_ANSWER, len(labels), predicted)
+    confusion = confusion_matrix(truth, answered, labels=[*numbers, len(labels)])[: len(labels)]
     if not confusion[:, -1].any():
         confusion = confusion[:, :-1]
     present = np.unique(truth)
-    precision, recall, f1, support = precision_recall_fscore_support(truth, given, labels=numbers, zero_division=0)
-    macro = precision_recall_fscore_support(truth, given, labels=present, average="macro", zero_division=0)
+    precision, recall, f1, support = precision_recall_fscore_support(truth, answered, labels=numbers, zero_division=0)
+    macro = precision_recall_fscore_support(truth, answered, labels=present, average="macro", zero_division=0)
     interval = macro_f1(truth, predicted[None], len(labels)).interval(0.025)
     ece = floor = entropy = None
     if probabilities is not None:
@@ -264,7 +264,7 @@ def classification_figures(
         entropy = float(log_loss(truth, probabilities, labels=numbers))
     return {
         "n": len(truth),
-        "accuracy": float(accuracy_score(truth, given)),
+        "accuracy": float(accuracy_score(truth, answered)),
         "precision_macro": float(macro[0]),
         "recall_macro": float(macro[1]),
         "f1_macro": float(macro[2]),

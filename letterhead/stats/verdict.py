@@ -66,30 +66,32 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     else:
         why = f"{best}, and none is cheaper."
     sure = []
-    for name, of in found.items():
-        other = named(of["against"])
-        loss, low, high = (signed(of[key]).removeprefix("+") for key in ("loss", "low", "high"))
-        if of["verdict"] == decision.FITS:
-            ahead = f"at least {-of['high']:.3f} of macro F1 ahead of {other}, the nearest."
+    for name, candidate in found.items():
+        other = named(candidate["against"])
+        loss, low, high = (signed(candidate[key]).removeprefix("+") for key in ("loss", "low", "high"))
+        if candidate["verdict"] == decision.FITS:
+            ahead = f"at least {-candidate['high']:.3f} of macro F1 ahead of {other}, the nearest."
             behind = f"a loss of macro F1 of at most {high} against {other}; {margin:g} is allowed."
-            line = f"{named(name)} is good enough: {ahead if of['high'] < 0 else behind}"
-        elif of["verdict"] == decision.COSTS_MORE:
+            line = f"{named(name)} is good enough: {ahead if candidate['high'] < 0 else behind}"
+        elif candidate["verdict"] == decision.COSTS_MORE:
             line = (
                 f"{named(name)} loses too much: {loss} of macro F1 against {other}, at least {low}; {margin:g} is allowed."
             )
         else:
             line = f"{named(name)} is undecided: a loss of macro F1 of {loss} against {other}, and anything from {low} to "
             line += f"{high} goes with these rows; {margin:g} is allowed."
-            needed = [f"{of[key]:,} {what}" for key, what in ROWS_THAT_DECIDE.items() if of[key]]
+            needed = [f"{candidate[key]:,} {what}" for key, what in ROWS_THAT_DECIDE.items() if candidate[key]]
             line += f" Test rows that would decide: {', '.join(needed)}." if needed else " Only more trainings would decide."
         sure.append(line)
-    if dearer := [name for name, of in chosen.items() if is_trained(of) and of["n"] == n and name not in found]:
+    if dearer := [
+        name for name, candidate in chosen.items() if is_trained(candidate) and candidate["n"] == n and name not in found
+    ]:
         sure.append(f"Not considered, since dearer than the best: {', '.join(map(named, dearer))}.")
     sure += [
-        f"{named(name)} has learnt little yet: its log loss is {told[0]:.2f}, and {told[1]:.2f} is that of guessing by the "
-        "classes' shares. Train it for more steps, on more rows or at another rate before it counts against the method."
-        for name, of in chosen.items()
-        if is_trained(of) and of["step"] and (told := hardly_learnt(of))
+        f"{named(name)} has learnt little yet: its log loss is {losses[0]:.2f}, and {losses[1]:.2f} is that of guessing "
+        "by the classes' shares. Train it for more steps, on more rows or at another rate before it counts against the method."
+        for name, entry in chosen.items()
+        if is_trained(entry) and entry["step"] and (losses := hardly_learnt(entry))
     ]
     if decided["trainings"] == 1:
         sure.append(
