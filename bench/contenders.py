@@ -1,7 +1,9 @@
-"""One row of the bench: a trained method, in an engine, answering requests; its speed, memory and answers.
+"""One row of the bench: a trained method, in an engine, answering requests; its speed, memory and
+answers.
 
-Each row has a process (or a server) of its own, warm, and requests drawn by seed, test rows first; no text comes twice in
-one measurement. A row that is done is kept, so what was cut off goes on behind it.
+Each row has a process (or a server) of its own, warm, and requests drawn by seed, test rows first;
+no text comes twice in one measurement. A row that is done is kept, so what was cut off goes on
+behind it.
 """
 
 import asyncio
@@ -26,7 +28,8 @@ from letterhead.stats.metrics import NO_ANSWER
 
 WARM_UP = 8
 THOUGHT_TOKENS, THOUGHTS = 16, 200
-# The open loops begin near what a closed loop reached, and go up or down by so much to the highest rate that holds.
+# The open loops begin near what a closed loop reached, and go up or down by so much to the highest
+# rate that holds.
 FIRST_RATE, STEP, LOWEST_RATE, MOST_RATES = 0.9, 1.2, 0.2, 20
 FOLDED_READS = (HEAD_ON_PROMPT, FOLDED)
 
@@ -35,9 +38,10 @@ FOLDED_READS = (HEAD_ON_PROMPT, FOLDED)
 class Row:
     """What is measured: a method, the engine that runs it, and how an answer is got out of it.
 
-    `generate`: the whole answer through its end token (the published experiment's way); `one_token`: only the letter's;
-    `forward`: the scores of all options in one forward pass; `head`: a classifier's logits. `linear_head_on_prompt` is the
-    linear head on the prompt that the folded model reads: equal token counts, and an accuracy that means nothing.
+    `generate`: the whole answer through its end token (the published experiment's way);
+    `one_token`: only the letter's; `forward`: the scores of all options in one forward pass;
+    `head`: a classifier's logits. `linear_head_on_prompt` is the linear head on the prompt that the
+    folded model reads: equal token counts, and an accuracy that means nothing.
     """
 
     method: str
@@ -49,7 +53,9 @@ class Row:
         return f"{self.method}-{self.engine}-{self.decode}"
 
 
-def measure_rows(experiment: Experiment, rows: Sequence[Row], names: dict[str, str], folder: Path) -> tuple[list, list]:
+def measure_rows(
+    experiment: Experiment, rows: Sequence[Row], names: dict[str, str], folder: Path
+) -> tuple[list, list]:
     """Measure rows, each kept in `folder` once it is done.
 
     Parameters
@@ -60,15 +66,25 @@ def measure_rows(experiment: Experiment, rows: Sequence[Row], names: dict[str, s
     -------
     tuple : the rows measured; those that can't be measured here, each with `why`
     """
-    folders = {method: model_folder(experiment, name) for method, name in names.items() if is_on_disk(name)}
+    folders = {
+        method: model_folder(experiment, name) for method, name in names.items() if is_on_disk(name)
+    }
     measured = experiment.bench.model_dump(include={"open_requests", "objective_ms"})
     measured["load"] = list(experiment.bench.load(gpu=device_name() != "cpu"))
     dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
     settings = {"bench": measured, "data": outputs(DATA, experiment), "dtype": dtype}
-    settings |= {"prompt": experiment.prompt.model_dump(), "cutoff_len": experiment.sft_arguments()["cutoff_len"]}
-    settings |= {"eval": experiment.eval.model_dump(include={"batch_tokens", "score"}), "seed": experiment.seed}
+    settings |= {
+        "prompt": experiment.prompt.model_dump(),
+        "cutoff_len": experiment.sft_arguments()["cutoff_len"],
+    }
+    settings |= {
+        "eval": experiment.eval.model_dump(include={"batch_tokens", "score"}),
+        "seed": experiment.seed,
+    }
     for section in (experiment.encoder, experiment.decoder):
-        settings[str(section.folder)] = section.head.model_dump(include={"max_length", "per_device_eval_batch_size"})
+        settings[str(section.folder)] = section.head.model_dump(
+            include={"max_length", "per_device_eval_batch_size"}
+        )
     settings |= {"machine": machine(), "device": device_name(), "vllm": vllm_version()}
     identities = {method: [str(path), model_identity(path)] for method, path in folders.items()}
     done, skipped = [], []
@@ -86,8 +102,14 @@ def measure_rows(experiment: Experiment, rows: Sequence[Row], names: dict[str, s
 def measure(experiment: Experiment, row: Row, name: str, folder: Path) -> dict:
     """Measure one row; one that can't be measured says `why`."""
     head = {"method": row.method, "engine": row.engine, "decode": row.decode, "name": name}
-    if experiment.prompt.options == "names" and (row.decode == "one_token" or row.method in FOLDED_READS):
-        return head | {"why": "the options are names of several tokens; only letters are answered in one token or folded"}
+    if experiment.prompt.options == "names" and (
+        row.decode == "one_token" or row.method in FOLDED_READS
+    ):
+        return head | {
+            "why": "the options are names of several tokens; only letters are answered in "
+            "one "
+            "token or folded"
+        }
     if row.engine != "vllm":
         return head | call_in_a_process(measure_here, experiment, row, name)
 
@@ -102,7 +124,8 @@ def measure(experiment: Experiment, row: Row, name: str, folder: Path) -> dict:
 
 
 def draw(experiment: Experiment, n: int, seed: int) -> list[dict]:
-    """Up to n rows in an order drawn by seed: test rows first, then the others (`split` says which); no text twice."""
+    """Up to n rows in an order drawn by seed: test rows first, then the others (`split` says
+    which); no text twice."""
     generator, rows = np.random.default_rng([experiment.seed, seed]), {}
     for split in ("test", "validation", "train"):
         found = results.read_rows(experiment, split)
@@ -114,7 +137,9 @@ def draw(experiment: Experiment, n: int, seed: int) -> list[dict]:
 def loops(experiment: Experiment) -> list[tuple[int, list[dict]]]:
     """For each number of clients the rows that they ask, a multiple of the number of clients."""
     n, concurrency = experiment.bench.load(gpu=device_name() != "cpu")
-    return [(clients, draw(experiment, -(-n // clients) * clients, clients)) for clients in concurrency]
+    return [
+        (clients, draw(experiment, -(-n // clients) * clients, clients)) for clients in concurrency
+    ]
 
 
 def warm_up_rows(experiment: Experiment) -> list[dict]:
@@ -122,13 +147,18 @@ def warm_up_rows(experiment: Experiment) -> list[dict]:
     return draw(experiment, WARM_UP, 0)
 
 
-def figures(experiment: Experiment, row: Row, name: str, closed: dict[int, tuple[Measured, list[dict]]]) -> dict:
-    """What the closed loops give: percentiles of the single stream, RPS of all; of the test rows asked, how many are
-    answered right, and how many as in the evaluation."""
+def figures(
+    experiment: Experiment, row: Row, name: str, closed: dict[int, tuple[Measured, list[dict]]]
+) -> dict:
+    """What the closed loops give: percentiles of the single stream, RPS of all; of the test rows
+    asked, how many are answered right, and how many as in the evaluation."""
     number = {label: i for i, label in enumerate(experiment.labels)}
     evaluated = {}
     if results.result_files(experiment, name, "test")[1].exists() and row.method != HEAD_ON_PROMPT:
-        evaluated = {line["id"]: number[line["prediction"]] for line in results.read_predictions(experiment, name, "test")}
+        evaluated = {
+            line["id"]: number[line["prediction"]]
+            for line in results.read_predictions(experiment, name, "test")
+        }
     right, same, unread, asked = 0, 0, 0, 0
     for measured, rows in closed.values():
         for answer, asked_row in zip(measured.answers, rows, strict=True):
@@ -155,7 +185,8 @@ def figures(experiment: Experiment, row: Row, name: str, closed: dict[int, tuple
 
 
 def measure_here(experiment: Experiment, row: Row, name: str) -> dict:
-    """A row of HF's (or scikit-learn's) in this process: one worker that answers all that wait at once."""
+    """A row of HF's (or scikit-learn's) in this process: one worker that answers all that wait at
+    once."""
     start = time.perf_counter()
     phases = {"prefill": [], "decode": []}
     if row.decode == "generate":
@@ -167,20 +198,35 @@ def measure_here(experiment: Experiment, row: Row, name: str) -> dict:
             return classify(texts).argmax(axis=1).tolist()
 
     load_seconds = time.perf_counter() - start
-    answer([r["text"] for r in warm_up_rows(experiment)]), answer([warm_up_rows(experiment)[0]["text"]])
+    (
+        answer([r["text"] for r in warm_up_rows(experiment)]),
+        answer([warm_up_rows(experiment)[0]["text"]]),
+    )
     closed, single = {}, {}
     for clients, rows in loops(experiment):
         for times in phases.values():
             times.clear()
         texts = [r["text"] for r in rows]
-        closed[clients] = (closed_loop_of_batches(answer, texts, clients, f"{row.key}, {clients} at once"), rows)
+        closed[clients] = (
+            closed_loop_of_batches(answer, texts, clients, f"{row.key}, {clients} at once"),
+            rows,
+        )
         if clients == 1 and row.decode == "generate":
-            single = {f"{phase}_ms": 1000 * float(np.mean(times)) for phase, times in phases.items()}
-    return figures(experiment, row, name, closed) | single | {"load_seconds": load_seconds, **peak_memory()}
+            single = {
+                f"{phase}_ms": 1000 * float(np.mean(times)) for phase, times in phases.items()
+            }
+    return (
+        figures(experiment, row, name, closed)
+        | single
+        | {"load_seconds": load_seconds, **peak_memory()}
+    )
 
 
-def generator(experiment: Experiment, folder: Path, phases: dict[str, list]) -> Callable[[Sequence[str]], list[int]]:
-    """Texts → class numbers, by generating whole answers through their end token with HF's generate."""
+def generator(
+    experiment: Experiment, folder: Path, phases: dict[str, list]
+) -> Callable[[Sequence[str]], list[int]]:
+    """Texts → class numbers, by generating whole answers through their end token with HF's
+    generate."""
     import torch
     from transformers import StoppingCriteria
 
@@ -207,7 +253,9 @@ def generator(experiment: Experiment, folder: Path, phases: dict[str, list]) -> 
     def answer(texts: Sequence[str]) -> list[int]:
         begin, clock = time.perf_counter(), Clock()
         prompts = [encoder.encode(text) for text in texts]
-        batch = encoder.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        batch = encoder.tokenizer.pad(
+            {"input_ids": prompts}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
         asked = {
             "max_new_tokens": max(map(len, trained)),
             "do_sample": False,
@@ -220,7 +268,10 @@ def generator(experiment: Experiment, folder: Path, phases: dict[str, list]) -> 
         phases["decode"].append(time.perf_counter() - clock.first)
         width = batch["input_ids"].shape[1]
         return [
-            next((i for i, ids in enumerate(trained) if line[width : width + len(ids)] == ids), NO_ANSWER)
+            next(
+                (i for i, ids in enumerate(trained) if line[width : width + len(ids)] == ids),
+                NO_ANSWER,
+            )
             for line in generated
         ]
 
@@ -228,7 +279,8 @@ def generator(experiment: Experiment, folder: Path, phases: dict[str, list]) -> 
 
 
 async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path) -> dict:
-    """A row of vLLM's: closed loops, then open ones from near the closed loops' rate down to the objective."""
+    """A row of vLLM's: closed loops, then open ones from near the closed loops' rate down to the
+    objective."""
     from letterhead.serving import vllm as service
 
     model, route, encode = asked_of_vllm(experiment, row, name)
@@ -252,7 +304,10 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
             closed, single = {}, {}
             for clients, rows in loops(experiment):
                 before = server.phases()
-                closed[clients] = (await closed_loop(send, rows, clients, f"{row.key}, {clients} clients"), rows)
+                closed[clients] = (
+                    await closed_loop(send, rows, clients, f"{row.key}, {clients} clients"),
+                    rows,
+                )
                 if clients == 1 and row.decode == "generate":
                     after = server.phases()
                     single = {phase: (after[phase] - before[phase]) / len(rows) for phase in after}
@@ -264,9 +319,18 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
 
 
 async def open_loops(experiment: Experiment, row: Row, send, measures: dict) -> dict:
-    """Poisson arrivals at rates a step apart: up while p99 is within the objective, else down until it is."""
-    objective, reached = experiment.bench.objective_ms, max(loop["rps"] for loop in measures["closed"].values())
-    rows, tried, rate, best = draw(experiment, experiment.bench.open_requests, 1000), [], FIRST_RATE * reached, None
+    """Poisson arrivals at rates a step apart: up while p99 is within the objective, else down until
+    it is."""
+    objective, reached = (
+        experiment.bench.objective_ms,
+        max(loop["rps"] for loop in measures["closed"].values()),
+    )
+    rows, tried, rate, best = (
+        draw(experiment, experiment.bench.open_requests, 1000),
+        [],
+        FIRST_RATE * reached,
+        None,
+    )
     while rows and rate >= LOWEST_RATE * reached and measures["p50_ms"] < objective:
         title = f"{row.key}, {rate:.2f} a second"
         measured, held = await open_loop(send, rows, rate, objective / 1000, experiment.seed, title)
@@ -286,11 +350,15 @@ async def thought_again(experiment: Experiment, server, client, encode) -> dict:
     rows = draw(experiment, min(experiment.bench.load(gpu=False)[0], THOUGHTS), 1)
     route = service.text_route(THOUGHT_TOKENS)
     texts = [await server.ask(client, route, encode(row["text"])) for row in rows]
-    return {"thought_again": sum("think>" in text for text in texts), "thought_again_requests": len(rows)}
+    return {
+        "thought_again": sum("think>" in text for text in texts),
+        "thought_again_requests": len(rows),
+    }
 
 
 def asked_of_vllm(experiment: Experiment, row: Row, name: str) -> tuple:
-    """The folder that vLLM loads for a row, the route that is asked, and the function from a text to the ids sent."""
+    """The folder that vLLM loads for a row, the route that is asked, and the function from a text
+    to the ids sent."""
     from letterhead.models import heads
     from letterhead.models.folding import export_folded
     from letterhead.models.prompt import TextEncoder, load_prompt_encoder

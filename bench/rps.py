@@ -1,4 +1,5 @@
-"""Requests per second, and how long one takes: every trained method, in HF and in vLLM, on the same kind of requests.
+"""Requests per second, and how long one takes: every trained method, in HF and in vLLM, on the same
+kind of requests.
 
     python -m bench.rps --experiment quick
 
@@ -29,19 +30,31 @@ def rows_of_methods() -> list[Row]:
 RATIOS = {
     "letters in one forward / generate (HF)": ("sft-hf-forward", "sft-hf-generate"),
     "one token / generate (vLLM)": ("sft-vllm-one_token", "sft-vllm-generate"),
-    "folded SFT / linear head at equal token counts (vLLM)": ("sft_folded-vllm-head", "linear_head_on_prompt-vllm-head"),
+    "folded SFT / linear head at equal token counts (vLLM)": (
+        "sft_folded-vllm-head",
+        "linear_head_on_prompt-vllm-head",
+    ),
 }
 
 
 def main(experiment: Experiment) -> None:
     # Each row is of the checkpoint that stands for its method.
-    names = {row: named_method(experiment, method.name) for method in METHODS.values() for row, *_ in method.bench}
+    names = {
+        row: named_method(experiment, method.name)
+        for method in METHODS.values()
+        for row, *_ in method.bench
+    }
     stage = StageRun(experiment, "bench")
     rows, skipped = measure_rows(experiment, rows_of_methods(), names, stage.folder)
     price = experiment.bench.price_per_hour
     for row in rows:
         row["cost_per_million"] = cost_per_million(row, price)
-    record = {"rows": rows, "skipped": skipped, "ratios": ratios(rows), "objective_ms": experiment.bench.objective_ms}
+    record = {
+        "rows": rows,
+        "skipped": skipped,
+        "ratios": ratios(rows),
+        "objective_ms": experiment.bench.objective_ms,
+    }
     record |= {
         "price_per_hour": price,
         "names": names,
@@ -60,38 +73,68 @@ def main(experiment: Experiment) -> None:
 def ratios(rows: list[dict]) -> dict[str, float | None]:
     """Requests per second of a single stream, row over row, where both were measured."""
     rps = {Row(row["method"], row["engine"], row["decode"]).key: row["rps_single"] for row in rows}
-    return {title: rps[a] / rps[b] if a in rps and b in rps else None for title, (a, b) in RATIOS.items()}
+    return {
+        title: rps[a] / rps[b] if a in rps and b in rps else None
+        for title, (a, b) in RATIOS.items()
+    }
 
 
 def cost_per_million(row: dict, price_per_hour: float) -> float:
-    """What a million rows cost on a machine at that price, kept busy: the closed loop with the highest throughput."""
+    """What a million rows cost on a machine at that price, kept busy: the closed loop with the
+    highest throughput."""
     return 1e6 * price_per_hour / 3600 / max(loop["rps"] for loop in row["closed"].values())
 
 
 def as_table(record: dict) -> str:
     """The rows in Markdown."""
     clients = sorted(record["rows"][0]["closed"], key=int)
-    machine = f"{record['device']} ({record['machine']}), {record['dtype']}, {record['versions']['vllm']}"
+    machine = (
+        f"{record['device']} ({record['machine']}), {record['dtype']}, {record['versions']['vllm']}"
+    )
     columns = ["method", "engine", "decode", "RPS, 1 client", "p50 ms", "p95 ms", "p99 ms"]
     columns += [f"RPS, {n} clients" for n in clients if n != "1"]
-    columns += [f"RPS at p99 < {record['objective_ms']:g} ms", "accuracy", "prefill ms", "decode ms", "MiB", "load s"]
+    columns += [
+        f"RPS at p99 < {record['objective_ms']:g} ms",
+        "accuracy",
+        "prefill ms",
+        "decode ms",
+        "MiB",
+        "load s",
+    ]
     columns += ["a million rows"]
-    lines = [f"# Requests per second, {machine}\n", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    lines = [
+        f"# Requests per second, {machine}\n",
+        f"| {' | '.join(columns)} |",
+        "|" + " --- |" * len(columns),
+    ]
     for row in record["rows"]:
         cells = [row["method"], row["engine"], row["decode"], f"{row['rps_single']:.2f}"]
         cells += [f"{row[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms")]
         cells += [f"{row['closed'][n]['rps']:.2f}" for n in clients if n != "1"]
         held = row["rps_at_objective"]
-        cells += ["–" if row["engine"] != "vllm" else "none" if held is None else f"{held:.2f}", f"{row['accuracy']:.3f}"]
-        cells += ["–" if row[key] is None else f"{row[key]:.0f}" for key in ("prefill_ms", "decode_ms")]
-        cells += [str(row["peak_memory_mb"]), f"{row['load_seconds']:.0f}", f"{row['cost_per_million']:.3g}"]
+        cells += [
+            "–" if row["engine"] != "vllm" else "none" if held is None else f"{held:.2f}",
+            f"{row['accuracy']:.3f}",
+        ]
+        cells += [
+            "–" if row[key] is None else f"{row[key]:.0f}" for key in ("prefill_ms", "decode_ms")
+        ]
+        cells += [
+            str(row["peak_memory_mb"]),
+            f"{row['load_seconds']:.0f}",
+            f"{row['cost_per_million']:.3g}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        *(f"- {title}: {'not measured' if ratio is None else f'{ratio:.2f}'}" for title, ratio in record["ratios"].items()),
+        *(
+            f"- {title}: {'not measured' if ratio is None else f'{ratio:.2f}'}"
+            for title, ratio in record["ratios"].items()
+        ),
     ]
     lines += [
-        f"- not measured: {row['method']}, {row['engine']}, {row['decode']}: {row['why']}" for row in record["skipped"]
+        f"- not measured: {row['method']}, {row['engine']}, {row['decode']}: {row['why']}"
+        for row in record["skipped"]
     ]
     return "\n".join(lines) + "\n"
 

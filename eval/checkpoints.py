@@ -1,4 +1,5 @@
-"""Score step 0 and every SFT checkpoint by per-option perplexity; results, predictions, a table and two pictures.
+"""Score step 0 and every SFT checkpoint by per-option perplexity; results, predictions, a table and
+two pictures.
 
 python -m eval.checkpoints --experiment quick
 """
@@ -22,9 +23,13 @@ def main(experiment: Experiment) -> None:
     else:
         stage.start()
         folder = Path(experiment.sft_arguments()["output_dir"])
-        trained = {checkpoints.step_of(path): path for path in checkpoints.whole_checkpoints(folder)}
+        trained = {
+            checkpoints.step_of(path): path for path in checkpoints.whole_checkpoints(folder)
+        }
         if not trained:
-            raise LetterheadError(f"{folder}: no whole checkpoint to score; run: make sft EXP={experiment.name}")
+            raise LetterheadError(
+                f"{folder}: no whole checkpoint to score; run: make sft EXP={experiment.name}"
+            )
         log = checkpoints.log_history(folder)
         untrained = {0: experiment.decoder.folder} if experiment.eval.untrained else {}
         scored, files = score_all(experiment, untrained | trained, stage_files, log)
@@ -37,16 +42,22 @@ def main(experiment: Experiment) -> None:
         last = scored[max(trained), "test"]
         stage.finish(
             [*files, table, *pictures],
-            headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last step, {last['step']}; {table}",
+            headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last "
+            f"step, {last['step']}; {table}",
             rows=sum(result["n"] for result in scored.values()),
             tokens=sum(result["tokens"] for result in scored.values()),
             # Step 0 is the zero-shot row's.
-            scoring_seconds=round(sum(result["seconds"] for (step, _), result in scored.items() if step), 1),
+            scoring_seconds=round(
+                sum(result["seconds"] for (step, _), result in scored.items() if step), 1
+            ),
         )
 
 
-def score_all(experiment: Experiment, models: dict[int, Path], stage_files: dict[str, str], log: list[dict]):
-    """Score each model on each split, skipping what is scored already; results of other steps are deleted.
+def score_all(
+    experiment: Experiment, models: dict[int, Path], stage_files: dict[str, str], log: list[dict]
+):
+    """Score each model on each split, skipping what is scored already; results of other steps are
+    deleted.
 
     Returns
     -------
@@ -59,7 +70,9 @@ def score_all(experiment: Experiment, models: dict[int, Path], stage_files: dict
     for step, folder in sorted(models.items()):
         losses = [entry["loss"] for entry in log if "loss" in entry and entry["step"] <= step]
         last = losses[-1] if losses else None
-        for split, result in score_model(experiment, step, folder, stage_files, encoder, prompts, last).items():
+        for split, result in score_model(
+            experiment, step, folder, stage_files, encoder, prompts, last
+        ).items():
             scored[step, split] = result
             files += results.result_files(experiment, f"{SFT.name}@{step}", split)
     for path in experiment.results_folder.glob(f"{SFT.name}@*"):
@@ -86,12 +99,19 @@ def draw(experiment: Experiment, scored: dict, log: list[dict]) -> list[Path]:
         values.append(result["f1_macro"])
     plot_against_step(f1, f"{experiment.name}: SFT, the likeliest option", "macro F1", lines)
     trained = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    own = [(step, result["eval_loss"]) for (step, split), result in scored.items() if split == "test"]
+    own = [
+        (step, result["eval_loss"]) for (step, split), result in scored.items() if split == "test"
+    ]
     lines = {
-        "training loss (all answer tokens)": ([step for step, _ in trained], [value for _, value in trained]),
+        "training loss (all answer tokens)": (
+            [step for step, _ in trained],
+            [value for _, value in trained],
+        ),
         "the option's own loss (test)": ([step for step, _ in own], [value for _, value in own]),
     }
-    plot_against_step(loss, f"{experiment.name}: SFT loss", "cross-entropy a token, nats", lines, log=True)
+    plot_against_step(
+        loss, f"{experiment.name}: SFT loss", "cross-entropy a token, nats", lines, log=True
+    )
     return [f1, loss]
 
 

@@ -1,4 +1,5 @@
-"""Compare the methods on the same test rows: one checkpoint each, chosen on validation, and every pair tested.
+"""Compare the methods on the same test rows: one checkpoint each, chosen on validation, and every
+pair tested.
 
 python -m eval.compare --experiment quick
 """
@@ -15,7 +16,8 @@ from letterhead.runs.contenders import aligned
 from letterhead.runs.stage import StageRun, run
 from letterhead.stats import metrics, verdict
 
-# Full name of a method → its answers, one dictionary a training: row id → class numbers of truth and prediction
+# Full name of a method → its answers, one dictionary a training: row id → class numbers of truth
+# and prediction
 Answers = dict[str, list[dict[str, tuple[int, int]]]]
 
 
@@ -28,7 +30,11 @@ def main(experiment: Experiment) -> None:
     comparison = compare(experiment)
     write_json(path, comparison)
     methods = comparison["methods"]
-    stage.finish([path], f"{len(methods)} methods; {path}", rows=max(entry["n"] for entry in methods.values()))
+    stage.finish(
+        [path],
+        f"{len(methods)} methods; {path}",
+        rows=max(entry["n"] for entry in methods.values()),
+    )
 
 
 def compare(experiment: Experiment) -> dict:
@@ -37,7 +43,9 @@ def compare(experiment: Experiment) -> dict:
     for method in compared_methods(experiment):
         chosen = [contenders.choose(experiment, method)]
         if STAGES[method.stage].retrained:
-            chosen += [contenders.choose(training, method) for training in experiment.trainings()[1:]]
+            chosen += [
+                contenders.choose(training, method) for training in experiment.trainings()[1:]
+            ]
         name = chosen[0].name
         answers[name] = [
             contenders.read_answers(training, one.name, one.result["n"])
@@ -45,7 +53,8 @@ def compare(experiment: Experiment) -> dict:
         ]
         entry = chosen[0].entry(experiment)
         trainings = [
-            {"seed": training.seed} | {key: one.result[key] for key in ("step", "f1_macro", "accuracy")}
+            {"seed": training.seed}
+            | {key: one.result[key] for key in ("step", "f1_macro", "accuracy")}
             for training, one in zip(experiment.trainings(), chosen, strict=False)
         ]
         entries[name] = (
@@ -54,29 +63,39 @@ def compare(experiment: Experiment) -> dict:
             | {
                 "trainings": trainings,
                 "calibration": calibration(experiment, name, entry),
-                "f1_macro_without_near_duplicates": f1_without_near_duplicates(experiment, name, answers[name]),
+                "f1_macro_without_near_duplicates": f1_without_near_duplicates(
+                    experiment, name, answers[name]
+                ),
             }
         )
     return {"methods": entries, "pairs": compare_pairs(experiment, entries, answers)}
 
 
 def averages(experiment: Experiment, name: str, answers: list[dict], trainings: list[dict]) -> dict:
-    """The means of F1 and accuracy over several trainings, and an interval that holds both noises; nothing for one."""
+    """The means of F1 and accuracy over several trainings, and an interval that holds both noises;
+    nothing for one."""
     if len(answers) == 1:
         return {}
     truth, predicted = aligned(experiment, {name: answers})
     interval = metrics.macro_f1(truth, predicted[name], len(experiment.labels)).interval(0.025)
-    means = {key: float(np.mean([training[key] for training in trainings])) for key in ("f1_macro", "accuracy")}
+    means = {
+        key: float(np.mean([training[key] for training in trainings]))
+        for key in ("f1_macro", "accuracy")
+    }
     return means | {"f1_macro_ci95": np.clip(interval, 0, 1).tolist()}
 
 
-def f1_without_near_duplicates(experiment: Experiment, name: str, answers: list[dict]) -> float | None:
+def f1_without_near_duplicates(
+    experiment: Experiment, name: str, answers: list[dict]
+) -> float | None:
     """Macro F1 without the test rows that nearly stand in train; None where there are none."""
     card = read_json(experiment.data_folder / "data_card.json")
     if experiment.data.near_duplicates == "drop":
         return None
     near = {mine for mine, _ in card["near_duplicates"]["test"]}
-    apart = [{row: pair for row, pair in training.items() if row not in near} for training in answers]
+    apart = [
+        {row: pair for row, pair in training.items() if row not in near} for training in answers
+    ]
     if not apart[0] or len(apart[0]) == len(answers[0]):
         return None
     truth, predicted = aligned(experiment, {name: apart})
@@ -84,13 +103,16 @@ def f1_without_near_duplicates(experiment: Experiment, name: str, answers: list[
 
 
 def calibration(experiment: Experiment, name: str, entry: dict) -> dict | None:
-    """The temperature that calibrates a method on validation rows, if one does, and the error that it leaves on test."""
+    """The temperature that calibrates a method on validation rows, if one does, and the error that
+    it leaves on test."""
     if entry["ece"] is None or entry["f1_macro_validation"] is None:
         return None
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
         lines = results.read_predictions(experiment, name, split)
-        probabilities = [[line["probabilities"][label] for label in experiment.labels] for line in lines]
+        probabilities = [
+            [line["probabilities"][label] for label in experiment.labels] for line in lines
+        ]
         return results.class_numbers(experiment, lines), np.array(probabilities)
 
     if (at := metrics.temperature(*read("validation"), experiment.seed)) is None:
@@ -107,16 +129,22 @@ def calibration(experiment: Experiment, name: str, entry: dict) -> dict | None:
 def compare_pairs(experiment: Experiment, entries: dict[str, dict], answers: Answers) -> list[dict]:
     """Every pair of trained methods, for the reader; which to ship does not hang on it.
 
-    The difference of macro F1 with the interval of one pair by itself, and McNemar's exact test; the p-values of either are
-    corrected for the number of pairs.
+    The difference of macro F1 with the interval of one pair by itself, and McNemar's exact test;
+    the p-values of either are corrected for the number of pairs.
     """
     n = max(entry["n"] for entry in entries.values())
-    whole = {name: answers[name] for name, entry in entries.items() if verdict.is_trained(entry) and entry["n"] == n}
+    whole = {
+        name: answers[name]
+        for name, entry in entries.items()
+        if verdict.is_trained(entry) and entry["n"] == n
+    }
     truth, predicted = aligned(experiment, whole)
     pairs = []
     for a, b in combinations(predicted, 2):
         difference = metrics.f1_loss(truth, predicted[b], predicted[a], len(experiment.labels))
-        right = [predicted[name][0] == truth for name in (a, b)]  # McNemar's test is one of two trained files
+        right = [
+            predicted[name][0] == truth for name in (a, b)
+        ]  # McNemar's test is one of two trained files
         pairs.append(
             {
                 "a": a,

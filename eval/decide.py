@@ -28,9 +28,11 @@ def main(experiment: Experiment) -> None:
 
 
 def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
-    """The decision (letterhead.stats.decision) among the methods that were measured on all test rows, with its reasons.
+    """The decision (letterhead.stats.decision) among the methods that were measured on all test
+    rows, with its reasons.
 
-    The price is the bench's where it has measured every trained method, else the multiply-adds of a row.
+    The price is the bench's where it has measured every trained method, else the multiply-adds of a
+    row.
     """
     n = max(entry["n"] for entry in entries.values())
     names = [name for name, entry in entries.items() if entry["n"] == n]
@@ -42,8 +44,16 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     unit = "per_million_rows" if is_benched else "multiply_adds_per_row"
     found = in_service if is_benched else {name: entries[name]["cost"][unit] for name in names}
     prices = {name: math.inf if found[name] is None else found[name] for name in names}
-    decided = decision.decide(truth, predicted, prices, len(experiment.labels), experiment.compare.margin)
-    counts = dict(zip(experiment.labels, np.bincount(truth, minlength=len(experiment.labels)).tolist(), strict=True))
+    decided = decision.decide(
+        truth, predicted, prices, len(experiment.labels), experiment.compare.margin
+    )
+    counts = dict(
+        zip(
+            experiment.labels,
+            np.bincount(truth, minlength=len(experiment.labels)).tolist(),
+            strict=True,
+        )
+    )
     decided |= {
         "n": n,
         "trainings": len(experiment.trainings()),
@@ -61,13 +71,15 @@ def read_trainings(experiment: Experiment, name: str, entry: dict) -> list[dict]
     further = experiment.trainings()[1:] if STAGES[method.stage].retrained else []
     found = [contenders.choose(training, method) for training in further]
     again = [
-        contenders.read_answers(training, one.name, one.result["n"]) for training, one in zip(further, found, strict=True)
+        contenders.read_answers(training, one.name, one.result["n"])
+        for training, one in zip(further, found, strict=True)
     ]
     return [contenders.read_answers(experiment, name, entry["n"]), *again]
 
 
 def cost_in_service(name: str, rows: list[dict]) -> float | None:
-    """What a million rows cost in the cheapest way of serving a method that the bench measured, or None."""
+    """What a million rows cost in the cheapest way of serving a method that the bench measured, or
+    None."""
     method = method_of(name)
     own = [row for row in rows if row["name"] == name and row["method"] != HEAD_ON_PROMPT]
     like = [row for row in rows if row["method"] in method.priced_as]

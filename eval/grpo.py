@@ -1,4 +1,5 @@
-"""What GRPO made, in both modes: option perplexity on test and validation rows, and answers with thinking on test rows.
+"""What GRPO made, in both modes: option perplexity on test and validation rows, and answers with
+thinking on test rows.
 
 python -m eval.grpo --experiment quick
 """
@@ -25,15 +26,28 @@ def main(experiment: Experiment) -> None:
         stage.tell_current()
     else:
         stage.start()
-        scored = score_model(experiment, step, folder, stage_files, *split_prompts(experiment), method=GRPO.name)
+        scored = score_model(
+            experiment, step, folder, stage_files, *split_prompts(experiment), method=GRPO.name
+        )
         with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
             think(experiment, workers, scored["test"], stage, f"{GRPO_THINK.name}@{step}")
-        files = [file for split in scored for file in results.result_files(experiment, f"{GRPO.name}@{step}", split)]
+        files = [
+            file
+            for split in scored
+            for file in results.result_files(experiment, f"{GRPO.name}@{step}", split)
+        ]
         files += results.result_files(experiment, f"{GRPO_THINK.name}@{step}", "test")
-        stage.finish(files, rows=scored["test"]["n"], scoring_seconds=sum(result["seconds"] for result in scored.values()))
+        stage.finish(
+            files,
+            rows=scored["test"]["n"],
+            scoring_seconds=sum(result["seconds"] for result in scored.values()),
+        )
     for name in (f"{GRPO.name}@{step}", f"{GRPO_THINK.name}@{step}"):
         result = results.read_result(experiment, name, "test")
-        print(f"{name}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f}, {result['n']} test rows")
+        print(
+            f"{name}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f}, "
+            f"{result['n']} test rows"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Rank the training rows by how far the untrained decoder prefers the right option: easy rows first learnt, hard ones last.
+"""Rank the training rows by how far the untrained decoder prefers the right option: easy rows first
+learnt, hard ones last.
 
 python -m eval.rank --experiment ag_news_base
 
-runs/EXPERIMENT/rank/margins.jsonl holds a row's id and its margin: the right option's mean log-likelihood a token, less the
-best other option's.
+runs/EXPERIMENT/rank/margins.jsonl holds a row's id and its margin: the right option's mean
+log-likelihood a token, less the best other option's.
 """
 
 import numpy as np
@@ -33,18 +34,34 @@ def main(experiment: Experiment) -> None:
         with_end = experiment.prompt.options == "names"
         with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
             scores, _ = score_in_parts(
-                workers, ids, encoder.answers, with_end, experiment.eval.batch_tokens, "ranking training rows"
+                workers,
+                ids,
+                encoder.answers,
+                with_end,
+                experiment.eval.batch_tokens,
+                "ranking training rows",
             )
-        write_jsonl(path, margins(rows, scores.score(experiment.eval.score), results.class_numbers(experiment, rows)))
+        write_jsonl(
+            path,
+            margins(
+                rows, scores.score(experiment.eval.score), results.class_numbers(experiment, rows)
+            ),
+        )
         stage.finish([path], rows=len(rows))
-    print(f"{path}: data.rows.ranking={path} data.rows.train_from=hard takes the hardest rows of each label")
+    print(
+        f"{path}: data.rows.ranking={path} data.rows.train_from=hard takes the hardest "
+        f"rows of each label"
+    )
 
 
 def margins(rows: list[dict], score: np.ndarray, truth: np.ndarray) -> list[dict]:
-    """Each row's id and margin, from scores of shape (rows, options) and class numbers of shape (rows,)."""
+    """Each row's id and margin, from scores of shape (rows, options) and class numbers of shape
+    (rows,)."""
     own = score[np.arange(len(rows)), truth]
     others = np.where(np.arange(score.shape[1]) == truth[:, None], -np.inf, score).max(axis=1)
-    return [{"id": row["id"], "margin": float(by)} for row, by in zip(rows, own - others, strict=True)]
+    return [
+        {"id": row["id"], "margin": float(by)} for row, by in zip(rows, own - others, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Score one model by the options' perplexity on each split; zero-shot and every SFT checkpoint go through here."""
+"""Score one model by the options' perplexity on each split; zero-shot and every SFT checkpoint go
+through here."""
 
 from collections.abc import Callable
 from functools import cache
@@ -32,7 +33,8 @@ def scoring_inputs(experiment: Experiment, stage_files: dict[str, str]) -> dict:
         **prompt_inputs(experiment),
         "score": experiment.eval.score,
         "option_order": experiment.eval.option_order,
-        "examples": examples and [examples, stage_files[str(experiment.data_folder / "decoder_train.jsonl")]],
+        "examples": examples
+        and [examples, stage_files[str(experiment.data_folder / "decoder_train.jsonl")]],
         "seed": experiment.seed,
         "figures": FIGURES,
         "dtype": experiment.decoder.dtype,
@@ -61,7 +63,8 @@ def score_model(
     train_loss: float | None = None,
     method: str = SFT.name,
 ) -> dict[str, dict]:
-    """Score a model on each split that has rows, unless that was done from the same inputs; writes METHOD@STEP.
+    """Score a model on each split that has rows, unless that was done from the same inputs; writes
+    METHOD@STEP.
 
     Parameters
     ----------
@@ -72,7 +75,10 @@ def score_model(
     dict : split → result
     """
     checkpoints.require_model(folder)
-    weights = {p.name: stage_files.get(str(p)) or sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+    weights = {
+        p.name: stage_files.get(str(p)) or sha256_file(p)
+        for p in sorted(folder.glob("*.safetensors"))
+    }
     name, scored = f"{method}@{step}", {}
     how, with_end = experiment.eval.score, experiment.prompt.options == "names"
     with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
@@ -81,14 +87,23 @@ def score_model(
             if not rows_file.stat().st_size:
                 continue
             inputs = sha256_json(
-                {"weights": weights, "rows": stage_files[str(rows_file)], **scoring_inputs(experiment, stage_files)}
+                {
+                    "weights": weights,
+                    "rows": stage_files[str(rows_file)],
+                    **scoring_inputs(experiment, stage_files),
+                }
             )
             if kept := results.kept_result(experiment, name, split, inputs):
                 scored[split] = kept
                 continue
             rows, ids = prompts(split)
             scores, seconds = score_in_parts(
-                workers, ids, encoder.answers, with_end, experiment.eval.batch_tokens, f"step {step}, {split}"
+                workers,
+                ids,
+                encoder.answers,
+                with_end,
+                experiment.eval.batch_tokens,
+                f"step {step}, {split}",
             )
             truth = results.class_numbers(experiment, rows)
             own = scores.log_likelihood[np.arange(len(rows)), truth] / scores.token_count[truth]
@@ -112,7 +127,11 @@ def score_model(
 
 
 def cuts(experiment: Experiment, encoder: PromptEncoder, rows: list[dict]) -> dict[str, int]:
-    """With examples, how many of these and of the rows' texts are cut so that the prompt fits `cutoff_len`."""
+    """With examples, how many of these and of the rows' texts are cut so that the prompt fits
+    `cutoff_len`."""
     if not experiment.eval.examples:
         return {}
-    return {"examples_cut": encoder.examples_cut, "texts_cut": sum(encoder.is_cut(row["text"]) for row in rows)}
+    return {
+        "examples_cut": encoder.examples_cut,
+        "texts_cut": sum(encoder.is_cut(row["text"]) for row in rows),
+    }

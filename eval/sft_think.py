@@ -1,4 +1,5 @@
-"""The chosen SFT checkpoint with thinking: answers generated freely, for a model that has learnt a teacher's thoughts.
+"""The chosen SFT checkpoint with thinking: answers generated freely, for a model that has learnt a
+teacher's thoughts.
 
 python -m eval.sft_think --experiment quick
 """
@@ -29,16 +30,26 @@ def main(experiment: Experiment) -> None:
         stage.tell_current()
     else:
         stage.start()
-        with Workers(process_count(), load_decoder, Path(no_think["model"]), experiment.decoder.dtype) as workers:
+        with Workers(
+            process_count(), load_decoder, Path(no_think["model"]), experiment.decoder.dtype
+        ) as workers:
             think(experiment, workers, no_think, stage, name)
         result = results.read_result(experiment, name, "test")
         files = results.result_files(experiment, name, "test")
         thinking = result["thinking"]
         headline = (
-            f"accuracy {result['accuracy']:.3f} on {result['n']} rows, {thinking['thought']} with a thought, "
-            f"{thinking['unfinished']} unfinished; without thinking {thinking['no_think_accuracy_same_rows']:.3f}"
+            f"accuracy {result['accuracy']:.3f} on {result['n']} rows, "
+            f"{thinking['thought']} with a thought, "
+            f"{thinking['unfinished']} unfinished; without thinking "
+            f"{thinking['no_think_accuracy_same_rows']:.3f}"
         )
-        stage.finish(list(files), headline, rows=result["n"], tokens=result["tokens"], scoring_seconds=result["seconds"])
+        stage.finish(
+            list(files),
+            headline,
+            rows=result["n"],
+            tokens=result["tokens"],
+            scoring_seconds=result["seconds"],
+        )
 
 
 if __name__ == "__main__":

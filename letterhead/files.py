@@ -1,7 +1,7 @@
 """What goes to disk, and how: whole or not at all.
 
-A file is written beside its place, flushed to the disk, then renamed, so that a reader (or a later run after a kill)
-finds the old file or the new one and never half of one.
+A file is written beside its place, flushed to the disk, then renamed, so that a reader (or a later
+run after a kill) finds the old file or the new one and never half of one.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from typing import IO, Any
 import jsonlines
 from filelock import lock_descriptor
 
-# Where a fetched model's folder says what it is; its key for the hashes of the files beside the weights.
+# Where a fetched model's folder says what it is; its key for the hashes of the files beside the
+# weights.
 SOURCE, BESIDE = "letterhead_source.json", "beside"
 
 
@@ -28,10 +29,13 @@ class LetterheadError(Exception):
 
 @contextmanager
 def atomic_open(path: Path | str) -> Iterator[IO[str]]:
-    """Open a UTF-8 text file that takes the place of `path` only when the block ends without an error."""
+    """Open a UTF-8 text file that takes the place of `path` only when the block ends without an
+    error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten
+    temporary = path.with_name(
+        f".{path.name}.tmp"
+    )  # one name: what a killed run left is overwritten
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -44,7 +48,8 @@ def atomic_open(path: Path | str) -> Iterator[IO[str]]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `path` only when the block ends without an error."""
+    """Give an empty folder that takes the place of `path` only when the block ends without an
+    error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -95,7 +100,8 @@ def read_jsonl(path: Path | str) -> Iterator[dict]:
 
 
 def whole_lines(path: Path) -> list:
-    """The values of a file that grows by a line of JSON at a time; what a kill left of a line is cut off."""
+    """The values of a file that grows by a line of JSON at a time; what a kill left of a line is
+    cut off."""
     if not path.exists():
         return []
     whole, _, rest = path.read_bytes().rpartition(b"\n")
@@ -106,7 +112,9 @@ def whole_lines(path: Path) -> list:
 
 def escape_markdown(value: object) -> str:
     """A value that neither Markdown nor HTML inside it reads as markup, on one line."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+    return re.sub(
+        r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False)
+    )
 
 
 def sha256_file(path: Path | str) -> str:
@@ -117,12 +125,19 @@ def sha256_file(path: Path | str) -> str:
 
 def sha256_json(value: Any) -> str:
     """SHA-256 of a value's canonical JSON, in hex: equal values, equal hashes."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def model_identity(folder: Path) -> dict:
-    """What tells one model from another: the source it was fetched from and its weights, else the hashes of its files."""
-    files = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json", ".txt", ".model"))
+    """What tells one model from another: the source it was fetched from and its weights, else the
+    hashes of its files."""
+    files = (
+        path
+        for path in sorted(folder.glob("*"))
+        if path.suffix in (".safetensors", ".json", ".txt", ".model")
+    )
     if record := read_json(folder / SOURCE):
         return {key: value for key, value in record.items() if key != BESIDE}
     return {path.name: sha256_file(path) for path in files}

@@ -1,10 +1,13 @@
-"""The stages and the methods: the only lists of either, from which the rest of the house is derived.
+"""The stages and the methods: the only lists of either, from which the rest of the house is
+derived.
 
-A stage makes files under `runs/EXPERIMENT/STAGE` and leaves a record of what it made them from. `inputs` computes that from
-the experiment, purely: nothing is run, printed or deleted. A method is a classifier that the comparison holds.
+A stage makes files under `runs/EXPERIMENT/STAGE` and leaves a record of what it made them from.
+`inputs` computes that from the experiment, purely: nothing is run, printed or deleted. A method is
+a classifier that the comparison holds.
 
-To add a stage, add an entry, its module with a `main(experiment)`, and a target to the Makefile (a test holds the two
-together). To add a method, add an entry with the stage that leaves its results and the function that loads it.
+To add a stage, add an entry, its module with a `main(experiment)`, and a target to the Makefile (a
+test holds the two together). To add a method, add an entry with the stage that leaves its results
+and the function that loads it.
 """
 
 from collections.abc import Callable
@@ -17,7 +20,8 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError, model_identity, read_json, sha256_file, sha256_json
 
-# Counted up when a result holds other figures, or a checkpoint is chosen otherwise: results of before are computed anew.
+# Counted up when a result holds other figures, or a checkpoint is chosen otherwise: results of
+# before are computed anew.
 FIGURES = 2
 # The rows that the methods share, and all of train
 SHARED, ALL = "decoder_train", "train"
@@ -25,8 +29,19 @@ SPLIT_FILES = ("test.jsonl", "validation.jsonl")
 # LLaMA-Factory's keys that say where files lie, which decides nothing about what is learnt
 PLACES = ("dataset_dir", "output_dir")
 # What decides how a row becomes a prompt
-PROMPT_KEYS = ("prompt", "data.labels", "decoder.sft:template,cutoff_len,enable_thinking,default_system")
-SCORING_KEYS = (*PROMPT_KEYS, "eval.score", "eval.option_order", "eval.examples", "decoder.dtype", "seed")
+PROMPT_KEYS = (
+    "prompt",
+    "data.labels",
+    "decoder.sft:template,cutoff_len,enable_thinking,default_system",
+)
+SCORING_KEYS = (
+    *PROMPT_KEYS,
+    "eval.score",
+    "eval.option_order",
+    "eval.examples",
+    "decoder.dtype",
+    "seed",
+)
 THINKING_KEYS = ("eval.thinking.rows", "eval.thinking.tokens")
 
 
@@ -53,7 +68,9 @@ def has_teacher(experiment: Experiment) -> bool:
 
 
 def learns_thoughts(experiment: Experiment) -> bool:
-    return has_teacher(experiment) and "distilled" in experiment.sft_arguments()["dataset"].split(",")
+    return has_teacher(experiment) and "distilled" in experiment.sft_arguments()["dataset"].split(
+        ","
+    )
 
 
 def trains_on_options(experiment: Experiment) -> bool:
@@ -90,7 +107,8 @@ class Stage:
     does : what it does, in a few words
     module : what `python -m` runs, with `argument` before --experiment
     needs : what it reads of other stages
-    keys : the experiment's keys that decide its result, as `section.key`; `section:a,b` stands for these keys of it
+    keys : the experiment's keys that decide its result, as `section.key`; `section:a,b` stands for
+        these keys of it
     models : the sections whose models decide
     version : counted up when its code makes another result
     code : modules whose source decides, of a stage that costs seconds
@@ -123,11 +141,24 @@ class Stage:
         return import_module(self.module).main
 
 
-def _head_stage(name: str, does: str, method: str, model: str, key: str, rows: str = SHARED, **more: Any) -> Stage:
+def _head_stage(
+    name: str, does: str, method: str, model: str, key: str, rows: str = SHARED, **more: Any
+) -> Stage:
     files = (f"{rows}.jsonl", *SPLIT_FILES)
     keys = (f"{model}.{key}", "data.labels", "decoder.dtype", "seed", *more.pop("keys", ()))
     needs = (Need("data", files),)
-    return Stage(name, does, "train.heads", method, needs, keys, (model,), version=FIGURES, retrained=True, **more)
+    return Stage(
+        name,
+        does,
+        "train.heads",
+        method,
+        needs,
+        keys,
+        (model,),
+        version=FIGURES,
+        retrained=True,
+        **more,
+    )
 
 
 _STAGES = (
@@ -217,8 +248,18 @@ _STAGES = (
         when=has_more_rows,
     ),
     _head_stage("bert", "fine-tune BERT", "bert", "encoder", "head"),
-    _head_stage("bert-all", "fine-tune BERT on all of train", "bert_all", "encoder", "head", ALL, when=has_more_rows),
-    _head_stage("linear-head", "train a linear head with the decoder", "linear_head", "decoder", "head"),
+    _head_stage(
+        "bert-all",
+        "fine-tune BERT on all of train",
+        "bert_all",
+        "encoder",
+        "head",
+        ALL,
+        when=has_more_rows,
+    ),
+    _head_stage(
+        "linear-head", "train a linear head with the decoder", "linear_head", "decoder", "head"
+    ),
     _head_stage(
         "sft-options",
         "train the decoder on the options alone",
@@ -233,7 +274,12 @@ _STAGES = (
         "compare the methods, pair by pair",
         "eval.compare",
         keys=("data.labels", "data.near_duplicates", "seed", "seeds"),
-        code=("eval.compare", "letterhead.stats.metrics", "letterhead.runs.results", "letterhead.pipeline"),
+        code=(
+            "eval.compare",
+            "letterhead.stats.metrics",
+            "letterhead.runs.results",
+            "letterhead.pipeline",
+        ),
         more="letterhead.pipeline:records_compared",
     ),
     DECIDE := Stage(
@@ -242,10 +288,21 @@ _STAGES = (
         "eval.decide",
         needs=(Need("compare"),),
         keys=("compare", "data.labels", "bench.price_per_hour"),
-        code=("eval.decide", "letterhead.stats.decision", "letterhead.stats.verdict", "letterhead.stats.metrics"),
+        code=(
+            "eval.decide",
+            "letterhead.stats.decision",
+            "letterhead.stats.verdict",
+            "letterhead.stats.metrics",
+        ),
         more="letterhead.runs.results:read_prices",
     ),
-    REPORT := Stage("report", "write the report", "report.build", needs=(Need("decide"),), more="report.build:shown"),
+    REPORT := Stage(
+        "report",
+        "write the report",
+        "report.build",
+        needs=(Need("decide"),),
+        more="report.build:shown",
+    ),
     GRPO_TRAINING := Stage(
         "grpo",
         "train by reward from the chosen SFT checkpoint on",
@@ -288,8 +345,8 @@ class Method:
     trained_by : that of the stage that trains it, None for one that is untrained
     rows : the rows that it is trained on, SHARED or ALL
     model, settings : the section of its model, and the key in it that says how it is trained
-    loader : MODULE:FUNCTION that loads it, given experiment and full name, as a function from texts to probabilities; none
-        for one that writes freely
+    loader : MODULE:FUNCTION that loads it, given experiment and full name, as a function from texts
+        to probabilities; none for one that writes freely
     reads_prompt : it reads the prompt, not the text alone
     has_steps : its checkpoints are scored and kept
     thinks : it writes freely
@@ -345,9 +402,15 @@ class Method:
 
 
 CLASSIFIER = "letterhead.models.classifier"
-_HEAD = {"loader": f"{CLASSIFIER}:load_head_method", "has_steps": True, "runner": "pooling", "settings": "head"}
+_HEAD = {
+    "loader": f"{CLASSIFIER}:load_head_method",
+    "has_steps": True,
+    "runner": "pooling",
+    "settings": "head",
+}
 _LETTERS = {"model": "decoder", "loader": f"{CLASSIFIER}:load_options_method", "reads_prompt": True}
-# Rows of the bench that are no method of their own: SFT as a classifier, and the linear head on that one's prompts
+# Rows of the bench that are no method of their own: SFT as a classifier, and the linear head on
+# that one's prompts
 FOLDED, HEAD_ON_PROMPT = "sft_folded", "linear_head_on_prompt"
 _METHODS = (
     ZERO_SHOT_LETTERS := Method(
@@ -363,7 +426,9 @@ _METHODS = (
         "zero-shot",
         priced_as=("sft", FOLDED),
     ),
-    ZERO_SHOT_THINKING := Method("zero_shot_think", "LLM zero-shot, thinking", "zero-shot", thinks=True),
+    ZERO_SHOT_THINKING := Method(
+        "zero_shot_think", "LLM zero-shot, thinking", "zero-shot", thinks=True
+    ),
     TFIDF := Method(
         "tfidf",
         "TF-IDF + logistic regression",
@@ -414,7 +479,11 @@ _METHODS = (
         SHARED,
         "decoder",
         short="linear head",
-        bench=(("linear_head", "hf", "head"), ("linear_head", "vllm", "head"), (HEAD_ON_PROMPT, "vllm", "head")),
+        bench=(
+            ("linear_head", "hf", "head"),
+            ("linear_head", "vllm", "head"),
+            (HEAD_ON_PROMPT, "vllm", "head"),
+        ),
         **_HEAD,
     ),
     SFT := Method(
@@ -436,9 +505,19 @@ _METHODS = (
         ),
         **_LETTERS,
     ),
-    SFT_THINK := Method("sft_think", "LLM, SFT, thinking", "sft-think", "sft", SHARED, thinks=True, when=has_teacher),
+    SFT_THINK := Method(
+        "sft_think", "LLM, SFT, thinking", "sft-think", "sft", SHARED, thinks=True, when=has_teacher
+    ),
     GRPO := Method("grpo", "LLM, SFT and GRPO", "eval-grpo", "grpo", SHARED, when=never),
-    GRPO_THINK := Method("grpo_think", "LLM, SFT and GRPO, thinking", "eval-grpo", "grpo", SHARED, thinks=True, when=never),
+    GRPO_THINK := Method(
+        "grpo_think",
+        "LLM, SFT and GRPO, thinking",
+        "eval-grpo",
+        "grpo",
+        SHARED,
+        thinks=True,
+        when=never,
+    ),
     SFT_OPTIONS := Method(
         "sft_options",
         "LLM, SFT on the options alone",
@@ -499,7 +578,8 @@ def stages_compared(experiment: Experiment) -> set[str]:
 
 
 def inputs(stage: Stage, experiment: Experiment) -> dict[str, Any]:
-    """All that a stage's result hangs on: keys, models, files of other stages by their sha256, and its code.
+    """All that a stage's result hangs on: keys, models, files of other stages by their sha256, and
+    its code.
 
     Raises
     ------
@@ -508,8 +588,14 @@ def inputs(stage: Stage, experiment: Experiment) -> dict[str, Any]:
     return {
         "version": stage.version,
         "keys": {key: value_of(experiment, key) for key in stage.keys},
-        "models": {section: model_identity(getattr(experiment, section).folder) for section in stage.models},
-        "files": {need.stage: files_read(need, experiment) for need in stage.needs if need.when(experiment)},
+        "models": {
+            section: model_identity(getattr(experiment, section).folder) for section in stage.models
+        },
+        "files": {
+            need.stage: files_read(need, experiment)
+            for need in stage.needs
+            if need.when(experiment)
+        },
         "code": {module: sha256_file(source_of(module)) for module in stage.code},
         "more": resolve(stage.more)(experiment) if stage.more else None,
     }
@@ -526,7 +612,9 @@ def value_of(experiment: Experiment, key: str) -> Any:
     if path == "data.labels":
         return experiment.labels
     if path == "decoder.sft":
-        value = {name: each for name, each in experiment.sft_arguments().items() if name not in PLACES}
+        value = {
+            name: each for name, each in experiment.sft_arguments().items() if name not in PLACES
+        }
     else:
         value = experiment.model_dump(mode="json")
         for part in path.split("."):
@@ -544,7 +632,9 @@ def record_of(stage: str, experiment: Experiment) -> dict[str, Any]:
     folder = experiment.run_folder / stage
     record = read_json(folder / "stage.json")
     if record is None:
-        raise LetterheadError(f"{folder}: not made yet; run: make {STAGES[stage].make_target} EXP={experiment.name}")
+        raise LetterheadError(
+            f"{folder}: not made yet; run: make {STAGES[stage].make_target} EXP={experiment.name}"
+        )
     return record
 
 
@@ -555,23 +645,34 @@ def outputs(stage: Stage, experiment: Experiment) -> dict[str, str]:
     ------
     LetterheadError : it has not been made
     """
-    return {path: output["sha256"] for path, output in record_of(stage.name, experiment)["outputs"].items()}
+    return {
+        path: output["sha256"]
+        for path, output in record_of(stage.name, experiment)["outputs"].items()
+    }
 
 
 def files_read(need: Need, experiment: Experiment) -> Any:
-    """The sha256 of the files that a stage reads of another, by path; or all of the other's record."""
+    """The sha256 of the files that a stage reads of another, by path; or all of the other's
+    record."""
     if need.record:
         return record_of(need.stage, experiment)
     files = outputs(STAGES[need.stage], experiment)
-    return {path: sha256 for path, sha256 in files.items() if not need.files or Path(path).name in need.files}
+    return {
+        path: sha256
+        for path, sha256 in files.items()
+        if not need.files or Path(path).name in need.files
+    }
 
 
 def records_compared(experiment: Experiment) -> dict[str, Any]:
-    """The records of the stages that the comparison reads, and of each further seed those that it makes anew."""
+    """The records of the stages that the comparison reads, and of each further seed those that it
+    makes anew."""
     names = sorted(stages_compared(experiment))
     first = {name: record_of(name, experiment) for name in names}
     again = [name for name in names if STAGES[name].retrained]
-    further = [{name: outputs(STAGES[name], one) for name in again} for one in experiment.trainings()[1:]]
+    further = [
+        {name: outputs(STAGES[name], one) for name in again} for one in experiment.trainings()[1:]
+    ]
     return {"first": first, "further": further}
 
 

@@ -1,10 +1,12 @@
-"""Fetch models and rows; write train/validation/test.jsonl, the Alpaca file that LLaMA-Factory reads, and a data card.
+"""Fetch models and rows; write train/validation/test.jsonl, the Alpaca file that LLaMA-Factory
+reads, and a data card.
 
     python -m prep.data --experiment quick
 
-Two passes. The first reads the source row by row into a pool on disk and keeps, in arrays, each row's label and a hash
-of its text (about 20 bytes a row). From these the splits are drawn (the search for near-duplicates takes a kilobyte a
-row). The second copies the pool's lines to their files.
+Two passes. The first reads the source row by row into a pool on disk and keeps, in arrays, each
+row's label and a hash of its text (about 20 bytes a row). From these the splits are drawn (the
+search for near-duplicates takes a kilobyte a row). The second copies the pool's lines to their
+files.
 """
 
 import hashlib
@@ -26,7 +28,12 @@ from letterhead.config.data import Data, Rows
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_open, exclusive, read_jsonl, write_json
 from letterhead.models.checkpoints import require_language_model
-from letterhead.models.prompt import PromptEncoder, keep_words, load_prompt_encoder, load_scoring_encoder
+from letterhead.models.prompt import (
+    PromptEncoder,
+    keep_words,
+    load_prompt_encoder,
+    load_scoring_encoder,
+)
 from letterhead.models.tfidf import TOKEN
 from letterhead.pipeline import DATA
 from letterhead.rows.fetch import CACHE, fetch_model
@@ -35,9 +42,14 @@ from letterhead.runs.stage import OFFLINE, StageRun, run
 from letterhead.runs.terminal import progress, say
 
 SPLITS = ("train", "validation", "test")
-FILES = (*(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")), "dataset_info.json", "data_card.json")
+FILES = (
+    *(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")),
+    "dataset_info.json",
+    "data_card.json",
+)
 UNUSED = -1
-# Enough rows for percentiles of the token lengths; tokenising a million would take longer than all the rest.
+# Enough rows for percentiles of the token lengths; tokenising a million would take longer than all
+# the rest.
 LENGTH_SAMPLE = 5000
 # Texts are near-duplicates if they share so much of their runs of three words.
 ALIKE = 0.75
@@ -57,7 +69,8 @@ def main(experiment: Experiment) -> None:
     stage = StageRun(experiment, DATA)
     if stage.has_other_inputs() and experiment.results_folder.exists():
         print(
-            f"{folder}: other settings or data than before, so what {experiment.run_folder} holds will be made anew; "
+            f"{folder}: other settings or data than before, so what {experiment.run_folder} "
+            f"holds will be made anew; "
             f'SET="name={experiment.name}2 …" keeps both'
         )
     if stage.is_current():
@@ -77,7 +90,12 @@ def main(experiment: Experiment) -> None:
         decoder_rows = draw_decoder_rows(pool, chosen, experiment)
         encoder = load_prompt_encoder(experiment)
         write_rows(pool_path, chosen, decoder_rows, experiment, encoder, card)
-    card |= {"experiment": experiment.name, "title": experiment.title, "labels": experiment.labels, "sources": source.sha256}
+    card |= {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "labels": experiment.labels,
+        "sources": source.sha256,
+    }
     sections = {"data": data, "decoder": experiment.decoder, "encoder": experiment.encoder}
     card["licenses"] = {name: section.license for name, section in sections.items()}
     card["token_lengths"] = token_lengths(experiment, encoder)
@@ -86,12 +104,15 @@ def main(experiment: Experiment) -> None:
     headline, *details = summary(card)
     for line in details:
         say(line)
-    stage.finish([folder / name for name in FILES], headline, rows=card["rows"]["read"], device="cpu")
+    stage.finish(
+        [folder / name for name in FILES], headline, rows=card["rows"]["read"], device="cpu"
+    )
     check_examples(experiment)
 
 
 def check_examples(experiment: Experiment) -> None:
-    """Say, before anything is trained, whether the examples of `eval.examples` fit into a prompt, and what is cut.
+    """Say, before anything is trained, whether the examples of `eval.examples` fit into a prompt,
+    and what is cut.
 
     Raises
     ------
@@ -103,7 +124,8 @@ def check_examples(experiment: Experiment) -> None:
     texts = [row["text"] for row in read_jsonl(experiment.data_folder / "test.jsonl")]
     cut = sum(map(encoder.is_cut, texts))
     print(
-        f"eval.examples: {encoder.examples_cut} of {experiment.eval.examples} examples and {cut} of {len(texts)} test texts "
+        f"eval.examples: {encoder.examples_cut} of {experiment.eval.examples} examples "
+        f"and {cut} of {len(texts)} test texts "
         f"are cut so that a prompt has at most {encoder.cutoff_len} tokens (cutoff_len)"
     )
 
@@ -115,13 +137,20 @@ class Pool:
         self.label, self.source_split, self.text_hash = array("h"), array("b"), array("Q")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Label index, index of the source's split in SPLITS, 64-bit hash of the text; each of shape (rows,)."""
-        return np.frombuffer(self.label, "h"), np.frombuffer(self.source_split, "b"), np.frombuffer(self.text_hash, "Q")
+        """Label index, index of the source's split in SPLITS, 64-bit hash of the text; each of
+        shape (rows,)."""
+        return (
+            np.frombuffer(self.label, "h"),
+            np.frombuffer(self.source_split, "b"),
+            np.frombuffer(self.text_hash, "Q"),
+        )
 
 
-def read_pool(splits, experiment: Experiment, path: Path, first_number: int | None) -> tuple[Pool, dict]:
-    """Read every row of the source, checked, to a file of lines as they will stand in the splits; `first_number` is
-    `first_label_number`'s.
+def read_pool(
+    splits, experiment: Experiment, path: Path, first_number: int | None
+) -> tuple[Pool, dict]:
+    """Read every row of the source, checked, to a file of lines as they will stand in the splits;
+    `first_number` is `first_label_number`'s.
 
     Raises
     ------
@@ -140,15 +169,23 @@ def read_pool(splits, experiment: Experiment, path: Path, first_number: int | No
                 shortened += len(text) < len(row.text.strip())
                 pool.label.append(index[label])
                 pool.source_split.append(SPLITS.index(split))
-                pool.text_hash.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()))
-                file.write(json.dumps({"id": row.id, "label": label, "text": text}, ensure_ascii=False) + "\n")
+                pool.text_hash.append(
+                    int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+                )
+                file.write(
+                    json.dumps({"id": row.id, "label": label, "text": text}, ensure_ascii=False)
+                    + "\n"
+                )
     rows = {"read": sum(read.values()), "read_by_split": dict(read)}
     numbering = {"labels_numbered_from": first_number}
     return pool, {"rows": rows, "dropped": dropped, "cut_to_max_words": shortened, **numbering}
 
 
-def label_and_text(row: RawRow, data: Data, dropped: Counter, first_number: int | None = None) -> tuple[str, str] | None:
-    """A row's class and its text as the experiment cuts it; None for a row that is dropped, counted in `dropped`.
+def label_and_text(
+    row: RawRow, data: Data, dropped: Counter, first_number: int | None = None
+) -> tuple[str, str] | None:
+    """A row's class and its text as the experiment cuts it; None for a row that is dropped, counted
+    in `dropped`.
 
     Raises
     ------
@@ -161,19 +198,25 @@ def label_and_text(row: RawRow, data: Data, dropped: Counter, first_number: int 
         dropped["label mapped to null"] += 1
     except LetterheadError as error:
         if data.bad_rows == "stop":
-            raise LetterheadError(f"{error} (or leave such rows out: data.bad_rows: drop)") from None
+            raise LetterheadError(
+                f"{error} (or leave such rows out: data.bad_rows: drop)"
+            ) from None
         if not dropped["bad row"]:
             say(f"{error}; this row is left out, and others like it: data.bad_rows: drop")
         dropped["bad row"] += 1
     return None
 
 
-def label_name(row: RawRow, labels: list[str] | dict[str, str | None], first_number: int | None = None) -> str | None:
-    """The class of a row: through the map, by name, or by its number in the list; None drops the row.
+def label_name(
+    row: RawRow, labels: list[str] | dict[str, str | None], first_number: int | None = None
+) -> str | None:
+    """The class of a row: through the map, by name, or by its number in the list; None drops the
+    row.
 
     Parameters
     ----------
-    first_number : the number of the list's first name, by `first_label_number`; None where the file writes none
+    first_number : the number of the list's first name, by `first_label_number`; None where the file
+        writes none
 
     Raises
     ------
@@ -183,7 +226,8 @@ def label_name(row: RawRow, labels: list[str] | dict[str, str | None], first_num
         raise LetterheadError(f"{row.place}: {row.fault}")
     if isinstance(row.label, list | tuple | dict | set):
         raise LetterheadError(
-            f"{row.place}: the label is a {type(row.label).__name__} ({row.label!r}), as of data with several labels a row; "
+            f"{row.place}: the label is a {type(row.label).__name__} ({row.label!r}), as of "
+            f"data with several labels a row; "
             "Letterhead's classes exclude each other: keep one label a row"
         )
     value = label_value(row)
@@ -193,7 +237,9 @@ def label_name(row: RawRow, labels: list[str] | dict[str, str | None], first_num
     if None not in (number, first_number) and 0 <= number - first_number < len(labels):
         return labels[number - first_number]
     known = ", ".join(labels)
-    raise LetterheadError(f"{row.place}: label {value!r} is not in data.labels ({known}); add it, or map it to null")
+    raise LetterheadError(
+        f"{row.place}: label {value!r} is not in data.labels ({known}); add it, or map it to null"
+    )
 
 
 def label_value(row: RawRow) -> str:
@@ -208,8 +254,8 @@ def label_number(value: str, labels: list[str] | dict[str, str | None]) -> int |
 
 
 def first_label_number(source: Source, data: Data) -> int | None:
-    """The number that a source gives to the first name of `data.labels`: 0 or 1, by all its rows; None where it writes no
-    numbers, or the experiment maps them.
+    """The number that a source gives to the first name of `data.labels`: 0 or 1, by all its rows;
+    None where it writes no numbers, or the experiment maps them.
 
     Raises
     ------
@@ -231,16 +277,19 @@ def first_label_number(source: Source, data: Data) -> int | None:
     if len(fits) == 1:
         return fits[0]
     mend = (
-        f"write a map: labels: {{{', '.join(f'{i}: {name}' for i, name in enumerate(data.labels))}}}, "
+        f"write a map: labels: "
+        f"{{{', '.join(f'{i}: {name}' for i, name in enumerate(data.labels))}}}, "
         "with the numbers as the source means them (number: null leaves its rows out)"
     )
     if fits:
         numbers = ", ".join(map(str, sorted(places)))
         raise LetterheadError(
-            f"data.labels: {count} names, and the source writes {numbers}, which may count from 0 or from 1; {mend}"
+            f"data.labels: {count} names, and the source writes {numbers}, which may count "
+            f"from 0 or from 1; {mend}"
         )
     raise LetterheadError(
-        f"{places[highest]}: label {highest}, and labels from {min(places)} to {highest} number the {count} names of "
+        f"{places[highest]}: label {highest}, and labels from {min(places)} to "
+        f"{highest} number the {count} names of "
         f"data.labels neither from 0 nor from 1; {mend}"
     )
 
@@ -251,10 +300,14 @@ def numbered_names(labels: list[str], first: int) -> str:
 
 
 def stratified(
-    candidates: np.ndarray, label: np.ndarray, n: int, rng: np.random.Generator, rank: np.ndarray | None = None
+    candidates: np.ndarray,
+    label: np.ndarray,
+    n: int,
+    rng: np.random.Generator,
+    rank: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw n of the candidate row numbers, each label in its proportion (largest remainders first), sorted; with `rank`,
-    a number for each row, those of the lowest rank."""
+    """Draw n of the candidate row numbers, each label in its proportion (largest remainders first),
+    sorted; with `rank`, a number for each row, those of the lowest rank."""
     counts = np.bincount(label[candidates])
     share = counts * (n / max(len(candidates), 1))
     take = np.floor(share).astype(int)
@@ -263,14 +316,18 @@ def stratified(
     drawn = []
     for k in range(len(counts)):
         of_label = candidates[label[candidates] == k]
-        order = rng.permutation(of_label) if rank is None else of_label[np.argsort(rank[of_label], kind="stable")]
+        order = (
+            rng.permutation(of_label)
+            if rank is None
+            else of_label[np.argsort(rank[of_label], kind="stable")]
+        )
         drawn.append(order[: take[k]])
     return np.sort(np.concatenate(drawn))
 
 
 def read_ranking(pool_path: Path, rows: Rows) -> np.ndarray | None:
-    """The rank of every row of the pool by `data.rows.train_from`, shape (rows,), NaN for one that was not ranked; None
-    where rows are drawn.
+    """The rank of every row of the pool by `data.rows.train_from`, shape (rows,), NaN for one that
+    was not ranked; None where rows are drawn.
 
     Raises
     ------
@@ -280,7 +337,8 @@ def read_ranking(pool_path: Path, rows: Rows) -> np.ndarray | None:
         return None
     if rows.ranking is None or not rows.ranking.is_file():
         raise LetterheadError(
-            f"data.rows.ranking: {rows.ranking or 'not set'}, and no such file; run: make rank, and name it"
+            f"data.rows.ranking: {rows.ranking or 'not set'}, and no such file; run: make "
+            f"rank, and name it"
         )
     sign = 1 if rows.train_from == "hard" else -1
     margins = {line["id"]: sign * line["margin"] for line in read_jsonl(rows.ranking)}
@@ -288,9 +346,11 @@ def read_ranking(pool_path: Path, rows: Rows) -> np.ndarray | None:
 
 
 def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path) -> np.ndarray:
-    """Decide for every row of the pool which split it goes to; what is repeated or left out is counted in `card`.
+    """Decide for every row of the pool which split it goes to; what is repeated or left out is
+    counted in `card`.
 
-    Of two subsets that differ in data.rows.train alone the smaller is part of the larger, if each label has rows in both.
+    Of two subsets that differ in data.rows.train alone the smaller is part of the larger, if each
+    label has rows in both.
 
     Returns
     -------
@@ -310,11 +370,15 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
         if own and (wanted is None or isinstance(wanted, float)):
             continue  # a published split, all of it
         if wanted is None:
-            raise LetterheadError(f"{experiment.data.source}: no {split} split; set data.rows.{split} to draw one")
+            raise LetterheadError(
+                f"{experiment.data.source}: no {split} split; set data.rows.{split} to draw one"
+            )
         candidates = np.flatnonzero(chosen == (number if own else 0))
         n = round(wanted * len(candidates)) if isinstance(wanted, float) else wanted
         if n > len(candidates):
-            raise LetterheadError(f"data.rows.{split} asks for {n} rows, but there are {len(candidates)} to draw from")
+            raise LetterheadError(
+                f"data.rows.{split} asks for {n} rows, but there are {len(candidates)} to draw from"
+            )
         drawn = stratified(candidates, label, n, rng)
         if own:
             chosen[candidates] = UNUSED
@@ -327,13 +391,18 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
         card["dropped"]["text nearly one of test or validation"] = len(again)
     train = np.flatnonzero(chosen == 0)
     if not len(train):
-        raise LetterheadError("no rows are left to train on; lower data.rows.test or data.rows.validation")
+        raise LetterheadError(
+            "no rows are left to train on; lower data.rows.test or data.rows.validation"
+        )
     chosen[train] = UNUSED
     if rows.train_seed is not None:
         rng = np.random.default_rng([rows.train_seed, 2])
     n, rank = min(rows.train or len(train), len(train)), read_ranking(pool_path, rows)
     if rank is not None and np.isnan(rank[train]).any():
-        raise LetterheadError(f"{rows.ranking}: ranks other rows than these train rows; run make rank on this data and seed")
+        raise LetterheadError(
+            f"{rows.ranking}: ranks other rows than these train rows; run make rank on this "
+            f"data and seed"
+        )
     chosen[stratified(train, label, n, rng, rank)] = 0
     if experiment.data.near_duplicates == "keep":
         near = near_duplicates(pool_path, chosen)
@@ -341,15 +410,22 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
     for at, pair, _ in near:
         card["near_duplicates"][SPLITS[chosen[at]]].append(pair)
     card["rows"] |= {split: int((chosen == number).sum()) for number, split in enumerate(SPLITS)}
-    counts = [np.bincount(label[chosen == n], minlength=len(experiment.labels)).tolist() for n in range(len(SPLITS))]
-    card["label_counts"] = {s: dict(zip(experiment.labels, c, strict=True)) for s, c in zip(SPLITS, counts, strict=True)}
+    counts = [
+        np.bincount(label[chosen == n], minlength=len(experiment.labels)).tolist()
+        for n in range(len(SPLITS))
+    ]
+    card["label_counts"] = {
+        s: dict(zip(experiment.labels, c, strict=True)) for s, c in zip(SPLITS, counts, strict=True)
+    }
     return chosen
 
 
 def drop_repeated(pool: Pool, experiment: Experiment, card: dict, pool_path: Path) -> np.ndarray:
-    """Count texts that stand twice in a split or in two splits, and take out of train those that are to go.
+    """Count texts that stand twice in a split or in two splits, and take out of train those that
+    are to go.
 
-    A published test or validation split stays as published: only train, from which others are drawn, is thinned.
+    A published test or validation split stays as published: only train, from which others are
+    drawn, is thinned.
 
     Raises
     ------
@@ -362,7 +438,9 @@ def drop_repeated(pool: Pool, experiment: Experiment, card: dict, pool_path: Pat
     present = [number for number in range(len(SPLITS)) if (source == number).any()]
     card["duplicates"], card["shared_with_train"] = {}, {}
     for number in present:
-        card["duplicates"][SPLITS[number]] = len(repeated(np.flatnonzero(source == number), text_hash))
+        card["duplicates"][SPLITS[number]] = len(
+            repeated(np.flatnonzero(source == number), text_hash)
+        )
     if data.duplicates == "drop":
         again = repeated(np.flatnonzero(chosen == 0), text_hash)
         chosen[again] = UNUSED
@@ -374,7 +452,9 @@ def drop_repeated(pool: Pool, experiment: Experiment, card: dict, pool_path: Pat
         if data.shared == "drop":
             chosen[train[np.isin(text_hash[train], mine)]] = UNUSED
     if data.shared == "drop":
-        card["dropped"]["text shared with test or validation"] = len(train) - int((chosen == 0).sum())
+        card["dropped"]["text shared with test or validation"] = len(train) - int(
+            (chosen == 0).sum()
+        )
     return chosen
 
 
@@ -384,8 +464,11 @@ def repeated(rows: np.ndarray, text_hash: np.ndarray) -> np.ndarray:
     return np.setdiff1d(rows, first, assume_unique=True)
 
 
-def settle_conflicts(pool: Pool, experiment: Experiment, card: dict, pool_path: Path, chosen: np.ndarray) -> None:
-    """Count and list texts that stand with different labels, and take out of train, in `chosen`, what `data.conflicts` says.
+def settle_conflicts(
+    pool: Pool, experiment: Experiment, card: dict, pool_path: Path, chosen: np.ndarray
+) -> None:
+    """Count and list texts that stand with different labels, and take out of train, in `chosen`,
+    what `data.conflicts` says.
 
     Raises
     ------
@@ -398,28 +481,43 @@ def settle_conflicts(pool: Pool, experiment: Experiment, card: dict, pool_path: 
     np.maximum.at(highest, text_of_row, label)
     rows = np.flatnonzero((lowest < highest)[text_of_row])
     listed = list_conflicts(rows, text_of_row, pool_path)
-    card["conflicts"] = {"texts": int((lowest < highest).sum()), "rows": len(rows), "listed": listed}
+    card["conflicts"] = {
+        "texts": int((lowest < highest).sum()),
+        "rows": len(rows),
+        "listed": listed,
+    }
     if not len(rows):
         return
     examples = "; ".join(
-        f"“{conflict['text']}” is {' and '.join(f'{name} ({ids[0]})' for name, ids in conflict['labels'].items())}"
+        f"“{conflict['text']}” is "
+        f"{' and '.join(f'{name} ({ids[0]})' for name, ids in conflict['labels'].items())}"
         for conflict in listed[:CONFLICTS_TOLD]
     )
-    found = f"{card['conflicts']['texts']} texts stand with different labels, for example {examples}"
-    leaving = conflicts_to_leave(rows[source[rows] == 0], label, text_of_row, experiment.data.conflicts)
+    found = (
+        f"{card['conflicts']['texts']} texts stand with different labels, for example {examples}"
+    )
+    leaving = conflicts_to_leave(
+        rows[source[rows] == 0], label, text_of_row, experiment.data.conflicts
+    )
     if experiment.data.conflicts == "stop" and len(leaving):
         raise LetterheadError(
-            f"{experiment.data.source}: {found}; mend the labels, or say data.conflicts: drop (all such rows leave train), "
+            f"{experiment.data.source}: {found}; mend the labels, or say data.conflicts: "
+            f"drop (all such rows leave train), "
             "majority (the label that most of them have) or keep"
         )
     chosen[leaving] = UNUSED
     card["dropped"]["text with different labels"] = len(leaving)
-    say(f"{found}; {len(leaving)} such rows leave train (data.conflicts: {experiment.data.conflicts})")
+    say(
+        f"{found}; {len(leaving)} such rows leave train (data.conflicts: "
+        f"{experiment.data.conflicts})"
+    )
 
 
-def conflicts_to_leave(rows: np.ndarray, label: np.ndarray, text_of_row: np.ndarray, policy: str) -> np.ndarray:
-    """Of the train rows whose text stands with different labels those that leave train under a policy of `data.conflicts`
-    (see `Data`); one whose text has a single label in train stays."""
+def conflicts_to_leave(
+    rows: np.ndarray, label: np.ndarray, text_of_row: np.ndarray, policy: str
+) -> np.ndarray:
+    """Of the train rows whose text stands with different labels those that leave train under a
+    policy of `data.conflicts` (see `Data`); one whose text has a single label in train stays."""
     leaving = []
     by_text = rows[np.argsort(text_of_row[rows], kind="stable")]
     for same_text in np.split(by_text, np.flatnonzero(np.diff(text_of_row[by_text])) + 1):
@@ -433,7 +531,8 @@ def conflicts_to_leave(rows: np.ndarray, label: np.ndarray, text_of_row: np.ndar
 
 
 def list_conflicts(rows: np.ndarray, text_of_row: np.ndarray, pool_path: Path) -> list[dict]:
-    """The first texts that stand with different labels: the text's beginning, and label → ids of the rows that have it."""
+    """The first texts that stand with different labels: the text's beginning, and label → ids of
+    the rows that have it."""
     wanted, found = set(rows.tolist()), {}
     with open(pool_path, encoding="utf-8", newline="\n") as pool:
         for number, line in enumerate(pool if wanted else ()):
@@ -442,21 +541,31 @@ def list_conflicts(rows: np.ndarray, text_of_row: np.ndarray, pool_path: Path) -
             row, text = json.loads(line), text_of_row[number]
             if text not in found and len(found) == CONFLICTS_LISTED:
                 continue
-            conflict = found.setdefault(text, {"text": " ".join(row["text"].split())[:60], "labels": {}})
+            conflict = found.setdefault(
+                text, {"text": " ".join(row["text"].split())[:60], "labels": {}}
+            )
             conflict["labels"].setdefault(row["label"], []).append(row["id"])
     return list(found.values())
 
 
-def near_duplicates(pool_path: Path, chosen: np.ndarray) -> list[tuple[int, tuple[str, str], np.ndarray]]:
-    """Rows of test and validation whose text nearly stands in train: Jaccard similarity of runs of three words (Broder 1997)
-    of at least `ALIKE`; none is missed.
+def near_duplicates(
+    pool_path: Path, chosen: np.ndarray
+) -> list[tuple[int, tuple[str, str], np.ndarray]]:
+    """Rows of test and validation whose text nearly stands in train: Jaccard similarity of runs of
+    three words (Broder 1997) of at least `ALIKE`; none is missed.
 
     Returns
     -------
-    list : the row's number; its id and that of the train row most alike; the numbers of all train rows that are alike
+    list : the row's number; its id and that of the train row most alike; the numbers of all train
+        rows that are alike
     """
     counter = HashingVectorizer(
-        ngram_range=(3, 3), token_pattern=TOKEN, n_features=1 << 22, binary=True, norm=None, alternate_sign=False
+        ngram_range=(3, 3),
+        token_pattern=TOKEN,
+        n_features=1 << 22,
+        binary=True,
+        norm=None,
+        alternate_sign=False,
     )
     ids, numbers, runs = {}, {}, {}
     for name, mine in (("train", chosen == 0), ("others", chosen > 0)):
@@ -473,11 +582,18 @@ def near_duplicates(pool_path: Path, chosen: np.ndarray) -> list[tuple[int, tupl
         runs[name] = counter.transform(texts()) if mine.any() else None
     if runs["train"] is None or runs["others"] is None:
         return []
-    frequency = sum(np.bincount(matrix.indices, minlength=matrix.shape[1]) for matrix in runs.values())
-    rarest, sizes = {of: rarest_runs(runs[of], frequency) for of in runs}, {of: runs[of].getnnz(axis=1) for of in runs}
+    frequency = sum(
+        np.bincount(matrix.indices, minlength=matrix.shape[1]) for matrix in runs.values()
+    )
+    rarest, sizes = (
+        {of: rarest_runs(runs[of], frequency) for of in runs},
+        {of: runs[of].getnnz(axis=1) for of in runs},
+    )
     transposed, found = rarest["train"].T.tocsr(), []
     for begin in progress(
-        range(0, len(numbers["others"]), CHUNK), desc="looking for near-duplicates", unit=f" x {CHUNK} rows"
+        range(0, len(numbers["others"]), CHUNK),
+        desc="looking for near-duplicates",
+        unit=f" x {CHUNK} rows",
     ):
         one, other = (rarest["others"][begin : begin + CHUNK] @ transposed).nonzero()
         one += begin
@@ -493,9 +609,10 @@ def near_duplicates(pool_path: Path, chosen: np.ndarray) -> list[tuple[int, tupl
 
 
 def rarest_runs(runs, frequency: np.ndarray):
-    """Of each row of a CSR matrix the rarest runs, so many that two rows which are alike share at least one of them: all but
-    the commonest ceil(ALIKE n) - 1 of n (the prefix filter of Chaudhuri et al. 2006; Bayardo et al. 2007). What stands in
-    every text, a signature or a notice, then costs nothing."""
+    """Of each row of a CSR matrix the rarest runs, so many that two rows which are alike share at
+    least one of them: all but the commonest ceil(ALIKE n) - 1 of n (the prefix filter of Chaudhuri
+    et al. 2006; Bayardo et al. 2007). What stands in every text, a signature or a notice, then
+    costs nothing."""
     sizes = runs.getnnz(axis=1)
     kept = sizes - np.ceil(ALIKE * sizes).astype(int) + 1
     row = np.repeat(np.arange(len(sizes)), sizes)
@@ -515,16 +632,26 @@ def draw_decoder_rows(pool: Pool, chosen: np.ndarray, experiment: Experiment) ->
     return mask
 
 
-def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder: PromptEncoder, card: dict) -> None:
-    """Copy the pool's lines to their splits, and the decoder's rows also in LLaMA-Factory's Alpaca form."""
+def write_rows(
+    pool_path, chosen, decoder_rows, experiment: Experiment, encoder: PromptEncoder, card: dict
+) -> None:
+    """Copy the pool's lines to their splits, and the decoder's rows also in LLaMA-Factory's Alpaca
+    form."""
     answers = dict(zip(experiment.labels, map(encoder.answer_text, encoder.options), strict=True))
     shortened = neutralised = 0
     with ExitStack() as stack:
-        files = [stack.enter_context(atomic_open(experiment.data_folder / f"{split}.jsonl")) for split in SPLITS]
+        files = [
+            stack.enter_context(atomic_open(experiment.data_folder / f"{split}.jsonl"))
+            for split in SPLITS
+        ]
         decoder = stack.enter_context(atomic_open(experiment.data_folder / "decoder_train.jsonl"))
-        alpaca = jsonlines.Writer(stack.enter_context(atomic_open(experiment.data_folder / "sft_train.jsonl")))
+        alpaca = jsonlines.Writer(
+            stack.enter_context(atomic_open(experiment.data_folder / "sft_train.jsonl"))
+        )
         pool = stack.enter_context(open(pool_path, encoding="utf-8", newline="\n"))
-        for number, line in enumerate(progress(pool, total=len(chosen), desc="writing", unit=" rows")):
+        for number, line in enumerate(
+            progress(pool, total=len(chosen), desc="writing", unit=" rows")
+        ):
             if chosen[number] == UNUSED:
                 continue
             files[chosen[number]].write(line)
@@ -534,7 +661,13 @@ def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder:
                 clean, fitted = encoder.neutralise(row["text"]), encoder.fit(row["text"])
                 neutralised += clean != row["text"]
                 shortened += len(fitted) < len(clean)
-                alpaca.write({"instruction": encoder.fill(fitted), "input": "", "output": answers[row["label"]]})
+                alpaca.write(
+                    {
+                        "instruction": encoder.fill(fitted),
+                        "input": "",
+                        "output": answers[row["label"]],
+                    }
+                )
     card["shared"] = {
         "rows": int(decoder_rows.sum()),
         "cut_to_cutoff_len": shortened,
@@ -543,8 +676,8 @@ def write_rows(pool_path, chosen, decoder_rows, experiment: Experiment, encoder:
 
 
 def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
-    """Percentiles of the texts' lengths in tokens, under the decoder's and the encoder's tokenizer, on sampled rows; and
-    `prompt`, how many tokens frame a text."""
+    """Percentiles of the texts' lengths in tokens, under the decoder's and the encoder's tokenizer,
+    on sampled rows; and `prompt`, how many tokens frame a text."""
     from transformers import AutoTokenizer
 
     rng, sample = random.Random(experiment.seed), []
@@ -557,13 +690,17 @@ def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
     bert = AutoTokenizer.from_pretrained(experiment.encoder.folder, trust_remote_code=False)
     result = {"rows_sampled": len(sample), "prompt": len(encoder.encode(""))}
     for name, tokenizer in (("decoder", encoder.tokenizer), ("encoder", bert)):
-        lengths = [len(ids) for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]]
+        lengths = [
+            len(ids)
+            for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
         result[name] = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 99, 100)}
     return result
 
 
 def dataset_info(experiment: Experiment) -> dict:
-    """LLaMA-Factory's registry: the Alpaca file under the name that its YAML asks for, a teacher's thoughts beside it."""
+    """LLaMA-Factory's registry: the Alpaca file under the name that its YAML asks for, a teacher's
+    thoughts beside it."""
     columns = {"prompt": "instruction", "query": "input", "response": "output"}
     files = dict.fromkeys(experiment.sft_arguments()["dataset"].split(","), "sft_train.jsonl")
     if experiment.distill:
@@ -575,15 +712,32 @@ def summary(card: dict) -> list[str]:
     """The data card in a few lines for the terminal."""
     rows, shared = card["rows"], card["shared"]
     lines = [
-        f"rows: {rows['read']} read; {rows['train']} train, {rows['validation']} validation, {rows['test']} test;"
+        f"rows: {rows['read']} read; {rows['train']} train, {rows['validation']} "
+        f"validation, {rows['test']} test;"
         f" {shared['rows']} of train for the decoder"
     ]
     lines += [f"dropped: {n} ({reason})" for reason, n in card["dropped"].items() if n]
     lines += [f"duplicates in {split}: {n}" for split, n in card["duplicates"].items() if n]
-    lines += [f"texts that stand with different labels: {card['conflicts']['texts']}"] if card["conflicts"]["texts"] else []
-    lines += [f"{split} texts that stand in train too: {n}" for split, n in card["shared_with_train"].items() if n]
-    lines += [f"{split} texts nearly in train: {len(pairs)}" for split, pairs in card["near_duplicates"].items() if pairs]
-    lines += [f"texts cut to fit cutoff_len: {shared['cut_to_cutoff_len']}"] if shared["cut_to_cutoff_len"] else []
+    lines += (
+        [f"texts that stand with different labels: {card['conflicts']['texts']}"]
+        if card["conflicts"]["texts"]
+        else []
+    )
+    lines += [
+        f"{split} texts that stand in train too: {n}"
+        for split, n in card["shared_with_train"].items()
+        if n
+    ]
+    lines += [
+        f"{split} texts nearly in train: {len(pairs)}"
+        for split, pairs in card["near_duplicates"].items()
+        if pairs
+    ]
+    lines += (
+        [f"texts cut to fit cutoff_len: {shared['cut_to_cutoff_len']}"]
+        if shared["cut_to_cutoff_len"]
+        else []
+    )
     return lines
 
 

@@ -1,10 +1,12 @@
-"""What the product is made of, with licenses: packages of both environments, models, data; an SBOM (CycloneDX) of each.
+"""What the product is made of, with licenses: packages of both environments, models, data; an SBOM
+(CycloneDX) of each.
 
     python -m prep.licenses
 
-sbom/train.cdx.json holds .venv's packages and the models and data that the experiments name, sbom/serve.cdx.json those of
-.venv-serve where that is built; sbom/LICENSES.md lists both by license. cyclonedx-py, in an environment of its own, reads
-the packages and checks what is written against CycloneDX's schema.
+sbom/train.cdx.json holds .venv's packages and the models and data that the experiments name,
+sbom/serve.cdx.json those of .venv-serve where that is built; sbom/LICENSES.md lists both by
+license. cyclonedx-py, in an environment of its own, reads the packages and checks what is written
+against CycloneDX's schema.
 """
 
 import json
@@ -49,7 +51,9 @@ def main() -> None:
             path.unlink(missing_ok=True)
             print(f"{environment} is not built: not listed")
             continue
-        bom = json.loads(call("cyclonedx-py", "environment", environment / "bin/python", "--output-reproducible"))
+        bom = json.loads(
+            call("cyclonedx-py", "environment", environment / "bin/python", "--output-reproducible")
+        )
         packages = [with_said_license(part, environment) for part in bom["components"]]
         groups = {f"packages of {environment}": packages}
         if name == "train":
@@ -58,7 +62,9 @@ def main() -> None:
         call("python", "-c", VALIDATE, stdin=json.dumps(bom))
         write_json(path, bom)
         print(f"{path}: {len(bom['components'])} components")
-        lines += [line for title, components in groups.items() for line in listed(title, components)]
+        lines += [
+            line for title, components in groups.items() for line in listed(title, components)
+        ]
     with atomic_open(FOLDER / "LICENSES.md") as file:
         file.write("\n".join(lines))
     print("\n".join(lines))
@@ -73,15 +79,20 @@ def call(program: str, *arguments: Any, stdin: str = "") -> str:
     """
     if not (TOOLS / program).exists():
         raise LetterheadError(f"{TOOLS / program}: not there; run: make licenses")
-    finished = subprocess.run([TOOLS / program, *map(str, arguments)], input=stdin, capture_output=True, text=True)
+    finished = subprocess.run(
+        [TOOLS / program, *map(str, arguments)], input=stdin, capture_output=True, text=True
+    )
     if finished.returncode:
         reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise LetterheadError(f"{program}: no SBOM ({reason}); remove .venv-sbom, and run: make licenses")
+        raise LetterheadError(
+            f"{program}: no SBOM ({reason}); remove .venv-sbom, and run: make licenses"
+        )
     return finished.stdout
 
 
 def with_said_license(component: dict, environment: Path) -> dict:
-    """A package with the license that its metadata say in free text, of which cyclonedx-py knows nothing."""
+    """A package with the license that its metadata say in free text, of which cyclonedx-py knows
+    nothing."""
     if component.get("licenses"):
         return component
     folders = [str(part) for part in environment.glob("lib/python*/site-packages")]
@@ -98,23 +109,32 @@ def license_of(component: dict) -> str:
         for part in component.get("licenses", [])
     ]
     known = [part for part in license_name if not part.startswith("License :: ")]
-    return " / ".join(sorted(set(known or [part.rpartition(" :: ")[2] for part in license_name]))) or NOT_DECLARED
+    return (
+        " / ".join(sorted(set(known or [part.rpartition(" :: ")[2] for part in license_name])))
+        or NOT_DECLARED
+    )
 
 
 def listed(title: str, components: list[dict]) -> list[str]:
     """Markdown: the components by license, those that declare none at the end."""
     by: dict[str, list[str]] = {}
     for part in components:
-        by.setdefault(license_of(part), []).append(" ".join(filter(None, [part["name"], part.get("version")])))
+        by.setdefault(license_of(part), []).append(
+            " ".join(filter(None, [part["name"], part.get("version")]))
+        )
     lines = [f"## {title} ({len(components)})", ""]
-    for license_name, names in sorted(by.items(), key=lambda item: (item[0] == NOT_DECLARED, -len(item[1]), item[0])):
-        lines.append(f"- **{license_name}** ({len(names)}): {', '.join(sorted(names, key=str.lower))}")
+    for license_name, names in sorted(
+        by.items(), key=lambda item: (item[0] == NOT_DECLARED, -len(item[1]), item[0])
+    ):
+        lines.append(
+            f"- **{license_name}** ({len(names)}): {', '.join(sorted(names, key=str.lower))}"
+        )
     return [*lines, ""]
 
 
 def named_by_experiments() -> Iterator[dict]:
-    """A component for each model and data set that the experiments name, and Qwen's vocabulary, once each, with its license
-    and the packages' sha256."""
+    """A component for each model and data set that the experiments name, and Qwen's vocabulary,
+    once each, with its license and the packages' sha256."""
     yield component("data", QWEN_VOCABULARY, "Apache 2.0")
     seen = set()
     for path in sorted(Path("experiments").glob("*.yaml")):
@@ -133,15 +153,27 @@ def named_by_experiments() -> Iterator[dict]:
 def component(kind: str, source: Model, license_name: str | None) -> dict:
     """A model or data set as CycloneDX describes one; `source` as an experiment names it."""
     parts = [*source.parts, source.whole] if isinstance(source, Parts) else [source]
-    name, _, revision = (source.whole if isinstance(source, Parts) else source).partition("#")[0].partition("@")
-    hashes = [{"alg": "SHA-256", "content": part} for part in parts for part in re.findall(r"#sha256=([0-9a-f]{64})", part)]
+    name, _, revision = (
+        (source.whole if isinstance(source, Parts) else source).partition("#")[0].partition("@")
+    )
+    hashes = [
+        {"alg": "SHA-256", "content": part}
+        for part in parts
+        for part in re.findall(r"#sha256=([0-9a-f]{64})", part)
+    ]
     entry: dict[str, Any] = {"type": kind, "bom-ref": f"{kind}:{name}", "name": name}
     if revision:
         entry["version"] = revision
     if hashes:
         entry["hashes"] = hashes
     if license_name:
-        entry["licenses"] = [{"license": {"id": SPDX[license_name]} if license_name in SPDX else {"name": license_name}}]
+        entry["licenses"] = [
+            {
+                "license": {"id": SPDX[license_name]}
+                if license_name in SPDX
+                else {"name": license_name}
+            }
+        ]
     return entry
 
 

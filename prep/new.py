@@ -1,4 +1,5 @@
-"""Write an experiment for a data set: which columns, which labels, letters or names, how many rows and epochs, and why.
+"""Write an experiment for a data set: which columns, which labels, letters or names, how many rows
+and epochs, and why.
 
     python -m prep.new --data reviews.csv
 
@@ -26,7 +27,14 @@ from letterhead.config.models import Head
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models.prompt import WORD, keep_words
 from letterhead.plan.time import stage_bytes, stage_seconds
-from letterhead.rows.sources import RawRow, column_names, every_column, lacks, local_files, open_source
+from letterhead.rows.sources import (
+    RawRow,
+    column_names,
+    every_column,
+    lacks,
+    local_files,
+    open_source,
+)
 from letterhead.runs.stage import minutes, telling
 from prep import data
 
@@ -63,26 +71,35 @@ TEXT_NAMES = (
     *("正文", "内容", "文本", "评论", "文章", "句子", "描述", "摘要"),
 )
 TITLE_NAMES = ("title", "headline", "subject", "heading", "标题", "题目")
-# More classes than this are not told apart by a few hundred rows a class, and are hardly meant as classes.
+# More classes than this are not told apart by a few hundred rows a class, and are hardly meant as
+# classes.
 MOST_CLASSES = 150
 RARE = 10  # a class with fewer rows can't be in train, validation and test
 FEWEST = 4  # rows a class to train on
 HAN = re.compile(r"[\u3400-\u9fff]")
-CODE = re.compile(r"[-+]?[A-Za-z]?\d+(\.\d+)?")  # 1, -1, 2.0, C03: a number for a class, not its name
+CODE = re.compile(
+    r"[-+]?[A-Za-z]?\d+(\.\d+)?"
+)  # 1, -1, 2.0, C03: a number for a class, not its name
 IMBALANCED = 3
 SHOWN = 20
 NAME_IN_WORDS = 8  # nobody calls a column so
 SEVERAL = re.compile(r"[|;,]\s*")
-# Optimizer steps at least (of the LLM while MOST_EPOCHS allow them): with fewer SmolLM2 had not learnt the demo's five
-# classes, nor in a hundred fourteen others.
+# Optimizer steps at least (of the LLM while MOST_EPOCHS allow them): with fewer SmolLM2 had not
+# learnt the demo's five classes, nor in a hundred fourteen others.
 DECODER_STEPS, STEPS_A_CLASS, ENCODER_STEPS = 100, 20, 200
 HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
 FEW_ROWS, BATCH = 400, 4  # for the LLM
 UTF_8, GUESSED_BYTES = ["utf-8"], 1 << 18
-WINDOWS_SIGNS = (0x80, 0x85, *range(0x91, 0x98), 0x99)  # Windows-1252: €, …, quotes, bullet, dashes, ™
+WINDOWS_SIGNS = (
+    0x80,
+    0x85,
+    *range(0x91, 0x98),
+    0x99,
+)  # Windows-1252: €, …, quotes, bullet, dashes, ™
 ENGLISH = {
-    "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name larger ones",
+    "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name "
+    "larger ones",
     "rate": 2e-4,
     "encoder_rate": 2e-4,
     "config": "llamafactory_configs/smollm2_135m_full_sft.yaml",
@@ -91,7 +108,8 @@ ENGLISH = {
     "prompt": {},
 }
 CHINESE = {
-    "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which knows few characters of it (TF-IDF is fairer)",
+    "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which knows few "
+    "characters of it (TF-IDF is fairer)",
     "rate": 2e-5,
     "encoder_rate": 5e-5,
     "config": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
@@ -99,14 +117,16 @@ CHINESE = {
     "encoder": {"model": "experiments/models/mpnet_base.yaml", "license": "apache-2.0"},
     "prompt": {
         "answer_prefix": "",
-        "template": "请从选项中选出下面文字的类别。\n\n文字：\n{text}\n\n问题：它属于哪一类？\n{options}\n\n答案：",
+        "template": "请从选项中选出下面文字的类别。\n\n文字：\n{text}\n\n"
+        "问题：它属于哪一类？\n{options}\n\n答案：",
     },
 }
 
 
 @dataclass
 class Column:
-    """What is known of a column: its values' number, how many are distinct, their mean length, how many are in words."""
+    """What is known of a column: its values' number, how many are distinct, their mean length, how
+    many are in words."""
 
     name: str
     values: Counter = field(default_factory=Counter)
@@ -140,9 +160,16 @@ class Column:
 
     @property
     def could_be_text(self) -> bool:
-        least = 5 if self.is_title or any(HAN.search(value) for value in list(self.values)[:20]) else 15
+        least = (
+            5 if self.is_title or any(HAN.search(value) for value in list(self.values)[:20]) else 15
+        )
         in_words = self.in_words > (self.n - self.empty) / 2
-        return self.strings and in_words and self.mean_length > least and len(self.values) > self.n / 10
+        return (
+            self.strings
+            and in_words
+            and self.mean_length > least
+            and len(self.values) > self.n / 10
+        )
 
     @property
     def is_title(self) -> bool:
@@ -150,38 +177,49 @@ class Column:
 
 
 def main(path: str, text: str = "", label: str = "") -> None:
-    """Read a data set, write its experiment, and say what was chosen and why; then make its rows, and say how long it takes.
+    """Read a data set, write its experiment, and say what was chosen and why; then make its rows,
+    and say how long it takes.
 
     Parameters
     ----------
-    text, label : columns of the text (several with commas between) and of the label; where empty they are guessed
+    text, label : columns of the text (several with commas between) and of the label; where empty
+        they are guessed
 
     Raises
     ------
-    LetterheadError : no such data, no column for a text or a label, or an experiment of that name is there
+    LetterheadError : no such data, no column for a text or a label, or an experiment of that name
+        is there
     """
     source = Path(path.rstrip("/"))
     stem = source.parent.name if source.stem == "{split}" else source.stem.replace("{split}", "")
     name = re.sub(r"\W+", "_", stem).strip("_") or "mine"
     target = Path("experiments") / f"{name}.yaml"
     if target.exists():
-        raise LetterheadError(f"{target}: is there already and is not overwritten; edit it, delete it, or rename {source}")
+        raise LetterheadError(
+            f"{target}: is there already and is not overwritten; edit it, delete it, or "
+            f"rename {source}"
+        )
     reasons: list[str] = []
     encoding = guess_encoding(path)
     if encoding != UTF_8:
         reasons.append(
-            f"encoding: not UTF-8 but {encoding[1]}, as it seems, by which it says {strange_part(path, encoding[1])!r}; "
+            f"encoding: not UTF-8 but {encoding[1]}, as it seems, by which it says "
+            f"{strange_part(path, encoding[1])!r}; "
             "where that is wrong, name another in data.encoding"
         )
     names = column_names(path, encoding)
     if not names and (text or label):
         raise LetterheadError(f"{path}: a folder has no columns; leave TEXT and LABEL out")
-    columns = choose_columns(path, encoding, names, text, label, reasons) if names else ("text", "label")
+    columns = (
+        choose_columns(path, encoding, names, text, label, reasons) if names else ("text", "label")
+    )
     values = as_yaml(decide(name, path, encoding, *columns, reasons), path)
     print("\n".join(reasons), flush=True)
     with atomic_open(target) as file:
         file.write("# Written by `make new`, which chose as follows. Edit what you know better.\n")
-        file.writelines(f"# - {' '.join(line.split())}\n" for line in reasons)  # no label ends a comment
+        file.writelines(
+            f"# - {' '.join(line.split())}\n" for line in reasons
+        )  # no label ends a comment
         file.write(values)
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     experiment = load_experiment(name)
@@ -213,10 +251,13 @@ def as_yaml(values: dict[str, Any], path: str) -> str:
         text = OmegaConf.to_yaml(OmegaConf.create(values))
         again = OmegaConf.to_container(OmegaConf.create(text))
     except OmegaConfBaseException as error:
-        raise LetterheadError(f"{path}: a label or column can't be written to YAML ({error}); rename it") from None
+        raise LetterheadError(
+            f"{path}: a label or column can't be written to YAML ({error}); rename it"
+        ) from None
     if again != values:
         raise LetterheadError(
-            f"{path}: a label or column is read from YAML as something else; rename what looks like ${{…}}"
+            f"{path}: a label or column is read from YAML as something else; rename what "
+            f"looks like ${{…}}"
         )
     return text
 
@@ -227,33 +268,45 @@ def read_rows(data_section: Data) -> list[RawRow]:
 
 
 def guess_encoding(path: str) -> list[str]:
-    """The encodings of a source's files on this disk: UTF-8, and, where one is not, what charset-normalizer takes it for."""
+    """The encodings of a source's files on this disk: UTF-8, and, where one is not, what
+    charset-normalizer takes it for."""
     for file in local_files(path):
         if file.suffix.lower() == ".parquet":
             continue
         with open(file, "rb") as opened:
             head = opened.read(GUESSED_BYTES)
         try:
-            codecs.getincrementaldecoder("utf-8")().decode(head)  # which forgives a character that is cut at the end
+            codecs.getincrementaldecoder("utf-8")().decode(
+                head
+            )  # which forgives a character that is cut at the end
         except UnicodeDecodeError:
             if is_windows_1252(head):
                 return [*UTF_8, "cp1252"]
             found = charset_normalizer.from_bytes(head).best()
             if found is None:
-                raise LetterheadError(f"{file}: its encoding can't be guessed; save it as UTF-8") from None
+                raise LetterheadError(
+                    f"{file}: its encoding can't be guessed; save it as UTF-8"
+                ) from None
             chinese = found.encoding in ("gb2312", "gbk", "hz", "cp936")
             return [*UTF_8, "gb18030" if chinese else found.encoding]
     return UTF_8
 
 
 def is_windows_1252(head: bytes) -> bool:
-    """Whether what is not ASCII is what Windows writes in the west: curly quotes and dashes beside ASCII, and single letters
-    with accents. (A few such bytes are too little for a guess by frequency, which takes them for a code page of DOS.)"""
+    """Whether what is not ASCII is what Windows writes in the west: curly quotes and dashes beside
+    ASCII, and single letters with accents. (A few such bytes are too little for a guess by
+    frequency, which takes them for a code page of DOS.)"""
     strange = [match.start() for match in re.finditer(rb"[\x80-\xff]", head)]
-    beside_ascii = [at for at in strange if head[at - 1 : at] < b"\x80" and head[at + 1 : at + 2] < b"\x80"]
+    beside_ascii = [
+        at for at in strange if head[at - 1 : at] < b"\x80" and head[at + 1 : at + 2] < b"\x80"
+    ]
     signs = [at for at in strange if head[at] in WINDOWS_SIGNS]
     letters = [at for at in strange if head[at] >= 0xC0]
-    known = len(signs) + len(letters) + sum(head[at] in (0xA0, 0xA3, 0xA7, 0xA9, 0xAE, 0xB0) for at in strange)
+    known = (
+        len(signs)
+        + len(letters)
+        + sum(head[at] in (0xA0, 0xA3, 0xA7, 0xA9, 0xAE, 0xB0) for at in strange)
+    )
     return bool(signs) and known == len(strange) and len(beside_ascii) >= 0.8 * len(strange)
 
 
@@ -269,17 +322,29 @@ def strange_part(path: str, encoding: str) -> str:
 def choose_columns(
     path: str, encoding: list[str], names: list[str], text: str, label: str, reasons: list[str]
 ) -> tuple[str | list[str], str]:
-    """The column, or columns, of the text and the label's, where they are not given; why goes to `said`.
+    """The column, or columns, of the text and the label's, where they are not given; why goes to
+    `said`.
 
     Raises
     ------
     LetterheadError : no column of that name, none that looks like a label, or like a text
     """
-    text_columns = [name.strip() for name in text.split(",")] if text and text not in names else [text] if text else []
+    text_columns = (
+        [name.strip() for name in text.split(",")]
+        if text and text not in names
+        else [text]
+        if text
+        else []
+    )
     for variable, names_given in (("TEXT", text_columns), ("LABEL", [label] if label else [])):
         if missing := [name for name in names_given if name not in names]:
-            raise LetterheadError(f"{variable}={','.join(names_given)}: {lacks(missing[0], names).rpartition('; set ')[0]}")
-    rows = [row.text for row in read_rows(every_column(path, encoding)) if row.text and not row.fault]
+            raise LetterheadError(
+                f"{variable}={','.join(names_given)}: "
+                f"{lacks(missing[0], names).rpartition('; set ')[0]}"
+            )
+    rows = [
+        row.text for row in read_rows(every_column(path, encoding)) if row.text and not row.fault
+    ]
     if not rows:
         raise LetterheadError(f"{path}: has no rows below its header")
     columns = [Column(column) for column in names]
@@ -288,41 +353,57 @@ def choose_columns(
             column.add(value)
     require_names(path, columns)
     known = ", ".join(
-        f"{column.name} ({len(column.values)} distinct, {column.mean_length:.0f} characters)" for column in columns
+        f"{column.name} ({len(column.values)} distinct, {column.mean_length:.0f} characters)"
+        for column in columns
     )
-    labels = [column for column in columns if column.could_be_label and column.name not in text_columns]
+    labels = [
+        column for column in columns if column.could_be_label and column.name not in text_columns
+    ]
     labels.sort(key=lambda column: (rank(column.name, LABEL_NAMES), len(column.values)))
     if not label and not labels:
         raise LetterheadError(
-            f"{path}: no column looks like a label (few distinct short values) among {known}; name one: LABEL=column"
+            f"{path}: no column looks like a label (few distinct short values) among "
+            f"{known}; name one: LABEL=column"
         )
     chosen = next(column for column in columns if column.name == label) if label else labels[0]
     if label and len(chosen.values) > chosen.n / 2:
-        raise LetterheadError(f"LABEL={label}: {len(chosen.values):,} different values in {chosen.n:,} rows are no classes")
+        raise LetterheadError(
+            f"LABEL={label}: {len(chosen.values):,} different values in {chosen.n:,} rows "
+            f"are no classes"
+        )
     same = [
-        column for column in columns if column is chosen or alike(rows, names, chosen.name, column.name)
+        column
+        for column in columns
+        if column is chosen or alike(rows, names, chosen.name, column.name)
     ]  # they would tell the label
     spelled = [column for column in same if column is not chosen and not column.is_codes]
     if label:
         reasons.append(f"label: column {label!r}, as you say")
     elif chosen.is_codes and spelled:
-        reasons.append(f"label: column {spelled[0].name!r}, which names what {chosen.name!r} numbers")
+        reasons.append(
+            f"label: column {spelled[0].name!r}, which names what {chosen.name!r} numbers"
+        )
         chosen = spelled[0]
     else:
         reasons.append(
-            f"label: column {chosen.name!r}{others([column for column in labels if column not in same], 'LABEL')}"
+            f"label: column "
+            f"{chosen.name!r}{others([column for column in labels if column not in same], 'LABEL')}"
         )
     if text_columns:
         reasons.append(f"text: {' and '.join(map(repr, text_columns))}, as you say")
         return text_columns if len(text_columns) > 1 else text_columns[0], chosen.name
     texts = [column for column in columns if column not in same and column.could_be_text]
     if not texts:
-        raise LetterheadError(f"{path}: no column looks like a text among {known}; name one: TEXT=column")
+        raise LetterheadError(
+            f"{path}: no column looks like a text among {known}; name one: TEXT=column"
+        )
     texts.sort(key=lambda column: (rank(column.name, TEXT_NAMES), -column.mean_length))
     body, titles = texts[0], [column for column in texts[1:] if column.is_title][:1]
     rest = others([column for column in texts[1:] if column not in titles], "TEXT")
     if titles:
-        reasons.append(f"text: columns {titles[0].name!r} and {body.name!r}, joined by a line break{rest}")
+        reasons.append(
+            f"text: columns {titles[0].name!r} and {body.name!r}, joined by a line break{rest}"
+        )
         return [titles[0].name, body.name], chosen.name
     reasons.append(f"text: column {body.name!r}{rest}")
     return body.name, chosen.name
@@ -344,21 +425,31 @@ def require_names(path: str, columns: list[Column]) -> None:
         else:
             continue
         raise LetterheadError(
-            f"{path}: its first line looks like a row, not like the names of columns ({why}), and would be lost; put a line "
+            f"{path}: its first line looks like a row, not like the names of columns "
+            f"({why}), and would be lost; put a line "
             "with names before it, such as text,label"
         )
 
 
 def others(columns: list[Column], variable: str) -> str:
     """What else could have been chosen, in words."""
-    return f" (it could be {', '.join(repr(column.name) for column in columns)}, too: {variable}=…)" if columns else ""
+    return (
+        f" (it could be {', '.join(repr(column.name) for column in columns)}, too: {variable}=…)"
+        if columns
+        else ""
+    )
 
 
 def rank(name: str, known: tuple[str, ...]) -> int:
-    """The place of a column's name among known ones; `label_name`, `newsLabel` and 新闻类别 are labels too."""
+    """The place of a column's name among known ones; `label_name`, `newsLabel` and 新闻类别 are
+    labels too."""
     words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     return next(
-        (i for i, known_name in enumerate(known) if known_name in words or (HAN.search(known_name) and known_name in name)),
+        (
+            i
+            for i, known_name in enumerate(known)
+            if known_name in words or (HAN.search(known_name) and known_name in name)
+        ),
         len(known),
     )
 
@@ -373,20 +464,31 @@ def alike(rows: list[list[Any]], names: list[str], one: str, other: str) -> bool
 def decide(
     name: str, path: str, encoding: list[str], text: str | list[str], label: str, reasons: list[str]
 ) -> dict[str, Any]:
-    """The experiment's values for the size and kind of its data; what was chosen, and why, goes to `said`."""
+    """The experiment's values for the size and kind of its data; what was chosen, and why, goes to
+    `said`."""
     columns: dict[str, Any] = {"text": text, "label": label}
     if isinstance(text, list):
         columns["empty_parts"] = True
     rows = read_rows(Data(source=path, encoding=encoding, columns=columns, labels=["a", "b"]))
-    whole = [row for row in rows if not row.fault and isinstance(row.text, str) and row.text.strip()]
+    whole = [
+        row for row in rows if not row.fault and isinstance(row.text, str) and row.text.strip()
+    ]
     whole = [row for row in whole if row.label is not None and str(row.label).strip()]
     words = sorted(len(WORD.findall(row.text)) for row in whole) or [0]
     chinese = sum(bool(HAN.search(row.text)) for row in whole) > len(whole) / 2
     cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS else None
-    several = next((row for row in whole if isinstance(row.label, list | tuple | dict | set) or in_brackets(row)), None)
+    several = next(
+        (
+            row
+            for row in whole
+            if isinstance(row.label, list | tuple | dict | set) or in_brackets(row)
+        ),
+        None,
+    )
     if several:
         raise LetterheadError(
-            f"{several.place}: the label {several.label!r} holds several (multi-label), which Letterhead does not do; keep "
+            f"{several.place}: the label {several.label!r} holds several (multi-label), "
+            f"which Letterhead does not do; keep "
             "one label a row, or name another column: LABEL=column"
         )
     merged = one_spelling(Counter(str(row.label).strip() for row in whole))
@@ -395,26 +497,39 @@ def decide(
     first_rows = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}
     distinct = [row for text, row in first_rows.items() if text not in conflicts]
     labels = Counter(merged[str(row.label).strip()] for row in distinct)
-    listed = ", ".join(f"{label} {n:,}" for label, n in labels.most_common(SHOWN)) + (" …" if len(labels) > SHOWN else "")
+    listed = ", ".join(f"{label} {n:,}" for label, n in labels.most_common(SHOWN)) + (
+        " …" if len(labels) > SHOWN else ""
+    )
     kept = sorted(label for label, n in labels.items() if n >= RARE)
     if len(kept) < 2:
-        raise LetterheadError(f"{path}: fewer than two labels have {RARE} rows or more ({listed or 'no row is whole'})")
+        raise LetterheadError(
+            f"{path}: fewer than two labels have {RARE} rows or more "
+            f"({listed or 'no row is whole'})"
+        )
     reasons.append(f"labels: {len(labels)}, with different texts: {listed}")
-    joined = [label for label in labels if len(parts := SEVERAL.split(label)) > 1 and set(parts) & set(labels)]
+    joined = [
+        label
+        for label in labels
+        if len(parts := SEVERAL.split(label)) > 1 and set(parts) & set(labels)
+    ]
     if joined:
         reasons.append(
-            f"labels such as {joined[0]!r} look like several at once (multi-label), which Letterhead does not do: each is a "
+            f"labels such as {joined[0]!r} look like several at once (multi-label), which "
+            f"Letterhead does not do: each is a "
             "class of its own here; keep one label a row if they are not"
         )
     if all(CODE.fullmatch(label) for label in kept):
         reasons.append(
-            "the labels are numbers: names would tell the LLM what they mean; write them in data.labels as a map: labels: "
+            "the labels are numbers: names would tell the LLM what they mean; write them "
+            "in data.labels as a map: labels: "
             f"{{{kept[0]!r}: its name, {kept[1]!r}: its name …}}"
         )
     values: dict[str, Any] = {"source": path, "columns": columns, "labels": kept}
     if encoding != UTF_8:
         values["encoding"] = encoding
-    other_spellings = {one: name for one, name in sorted(merged.items()) if name in kept and name != one}
+    other_spellings = {
+        one: name for one, name in sorted(merged.items()) if name in kept and name != one
+    }
     rare = sorted(one for one, name in merged.items() if name not in kept)
     if rare or other_spellings:
         values["labels"] = {label: label for label in kept} | other_spellings | dict.fromkeys(rare)
@@ -422,10 +537,15 @@ def decide(
         pairs = ", ".join(f"{one!r} as {name!r}" for one, name in other_spellings.items())
         reasons.append(f"labels that differ in capitals or spaces alone are one class: {pairs}")
     if rare:
-        reasons.append(f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}")
+        reasons.append(
+            f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}"
+        )
     if missing := len(rows) - len(whole):
         values["bad_rows"] = "drop"
-        reasons.append(f"{missing:,} of {len(rows):,} rows lack a text or a label or are broken: left out (bad_rows: drop)")
+        reasons.append(
+            f"{missing:,} of {len(rows):,} rows lack a text or a label or are broken: left "
+            f"out (bad_rows: drop)"
+        )
     if conflicts:
         values["conflicts"] = "drop"
         text, two = next(iter(conflicts.items()))
@@ -435,27 +555,45 @@ def decide(
         )
     counts = [labels[label] for label in kept]
     if max(counts) > IMBALANCED * min(counts):
-        reasons.append("the labels are imbalanced: macro F1 counts every class alike, accuracy does not")
-    in_split = Counter(row.id.partition(":")[0] for row in distinct if merged[str(row.label).strip()] in kept)
+        reasons.append(
+            "the labels are imbalanced: macro F1 counts every class alike, accuracy does not"
+        )
+    in_split = Counter(
+        row.id.partition(":")[0] for row in distinct if merged[str(row.label).strip()] in kept
+    )
     n, own = in_split["train"], set(in_split) - {"train"}
     drawn = {"validation": min(300, n // 8), "test": min(1000, n // 5)}
     values["rows"] = {
-        split: number if split not in own else None if split == "test" else min(number, in_split[split])
+        split: number
+        if split not in own
+        else None
+        if split == "test"
+        else min(number, in_split[split])
         for split, number in drawn.items()
     }
     train = n - sum(number for split, number in drawn.items() if split not in own)
     if train < FEWEST * len(kept):
-        raise LetterheadError(f"{path}: {n} different texts are too few for {len(kept)} labels; label more")
-    shares = [f"{number} of them for {split}" for split, number in drawn.items() if split not in own]
+        raise LetterheadError(
+            f"{path}: {n} different texts are too few for {len(kept)} labels; label more"
+        )
+    shares = [
+        f"{number} of them for {split}" for split, number in drawn.items() if split not in own
+    ]
     kept_splits = [f"the file's own {split} rows" for split in sorted(own)]
-    reasons.append(f"rows: {n:,} different texts; {', '.join([*shares, *kept_splits])}; each label in its proportion")
+    reasons.append(
+        f"rows: {n:,} different texts; {', '.join([*shares, *kept_splits])}; each label "
+        f"in its proportion"
+    )
     letters = len(kept) <= len(LETTERS)
     reason = "each label has one" if letters else "there are more labels than letters"
     reasons.append(f"options: {'letters' if letters else 'names'}, since {reason}")
     if cut:
         values["max_words"] = cut
         unit = "characters" if chinese else "words"
-        reasons.append(f"texts: the first {cut} {unit} (half have more than {words[len(words) // 2]}), for time")
+        reasons.append(
+            f"texts: the first {cut} {unit} (half have more than {words[len(words) // 2]}), "
+            f"for time"
+        )
     models = CHINESE if chinese else ENGLISH
     shared = min(FEW_ROWS, train)
     steps = max(DECODER_STEPS, STEPS_A_CLASS * min(len(kept), len(LETTERS)))
@@ -471,7 +609,8 @@ def decide(
     reasons.append(f"models: {models['why']}")
     reasons.append(
         f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
-        f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same, BERT {on_shared:.3g} times"
+        f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same, "
+        f"BERT {on_shared:.3g} times"
         + (f", and once more on all {train:,}, BERT {on_all:.3g} times" if train > shared else "")
         + f", so that it makes {ENCODER_STEPS} steps at least"
     )
@@ -513,14 +652,22 @@ def conflicting(rows: list[RawRow], cut: int | None, merged: dict[str, str]) -> 
     """Texts that stand with different labels, each with these."""
     labels_of: dict[str, set[str]] = {}
     for row in rows:
-        labels_of.setdefault(keep_words(row.text, cut).strip(), set()).add(merged[str(row.label).strip()])
+        labels_of.setdefault(keep_words(row.text, cut).strip(), set()).add(
+            merged[str(row.label).strip()]
+        )
     return {text: labels for text, labels in labels_of.items() if len(labels) > 1}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="a CSV, TSV, JSONL or Parquet file, or a folder")
-    parser.add_argument("--text", default="", help="the column of the text, or several, with commas between; guessed")
+    parser.add_argument(
+        "--data", required=True, help="a CSV, TSV, JSONL or Parquet file, or a folder"
+    )
+    parser.add_argument(
+        "--text",
+        default="",
+        help="the column of the text, or several, with commas between; guessed",
+    )
     parser.add_argument("--label", default="", help="the column of the label; guessed")
     arguments = parser.parse_args()
     with telling():

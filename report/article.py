@@ -1,6 +1,8 @@
-"""The published experiment that experiments/ag_news.yaml repeats: its figures, and where it contradicts itself.
+"""The published experiment that experiments/ag_news.yaml repeats: its figures, and where it
+contradicts itself.
 
-Qwen3-0.6B against BERT on AG News, 2025-05-22, one RTX 3090 (24 GB); F1 is the best of its checkpoints on the test set.
+Qwen3-0.6B against BERT on AG News, 2025-05-22, one RTX 3090 (24 GB); F1 is the best of its
+checkpoints on the test set.
 """
 
 from letterhead.config.experiment import Experiment
@@ -24,16 +26,19 @@ RPS = {
 }
 SLIPS = (
     "BERT's best F1 is 0.946 in its table (step 3,948) and 0.945 in its text and conclusion.",
-    "Its conclusion ranks the time SFT > BERT > linear head; its table says SFT (1.5 h) > linear head (0.86 h) > BERT "
+    "Its conclusion ranks the time SFT > BERT > linear head; its table says SFT "
+    "(1.5 h) > linear head (0.86 h) > BERT "
     "(0.58 h).",
-    "It calls BERT badly overfitted after two epochs; its table shows a test loss of 0.169 near the end of epoch two, 0.172 "
+    "It calls BERT badly overfitted after two epochs; its table shows a test loss "
+    "of 0.169 near the end of epoch two, 0.172 "
     "at the end of epoch three, and an F1 that rises from 0.9445 to 0.9452 in between.",
     "It chooses every checkpoint on the test set and gives no test of significance.",
 )
 
 
 def is_the_articles(experiment: Experiment) -> bool:
-    """Whether an experiment has the article's data and models, so that its figures may stand beside ours."""
+    """Whether an experiment has the article's data and models, so that its figures may stand beside
+    ours."""
     named = (
         experiment.data.source.partition("@")[0],
         *map(source_name, (experiment.decoder.model, experiment.encoder.model)),

@@ -1,4 +1,5 @@
-"""Write runs/EXPERIMENT/report/: report.html, which opens from disk and asks the network for nothing, REPORT.md, pictures.
+"""Write runs/EXPERIMENT/report/: report.html, which opens from disk and asks the network for
+nothing, REPORT.md, pictures.
 
 python -m report.build --experiment quick
 """
@@ -16,7 +17,16 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import source_name
 from letterhead.files import atomic_open, escape_markdown, read_json, read_jsonl, sha256_file
 from letterhead.models import checkpoints, tfidf
-from letterhead.pipeline import BERT, METHODS, REPORT, SFT, SHORT_TITLES, Stage, record_of, stages_of
+from letterhead.pipeline import (
+    BERT,
+    METHODS,
+    REPORT,
+    SFT,
+    SHORT_TITLES,
+    Stage,
+    record_of,
+    stages_of,
+)
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run
 from letterhead.stats import metrics, verdict
@@ -27,12 +37,16 @@ HERE = Path(__file__).parent
 SHOWN_ROWS = 15
 SHOWN_CHARACTERS = 400
 WHAT_A_PICTURE_SHOWS = {
-    "ranking": "Macro F1 on the test rows with 95 % intervals: the trained methods, and, on an axis of its own, zero-shot",
+    "ranking": "Macro F1 on the test rows with 95 % intervals: the trained methods, and, on "
+    "an axis of its own, zero-shot",
     "f1": "Macro F1 on test and validation rows against training step",
-    "losses": "Cross-entropy against training step, logarithmic: training, and on test rows (for SFT the option's own)",
+    "losses": "Cross-entropy against training step, logarithmic: training, and on test rows "
+    "(for SFT the option's own)",
     "confusion": "Confusion matrices: rows are the true classes, columns the predicted ones",
-    "reliability": "How often a prediction is right against how sure the method was; points as large as their share of rows",
-    "service": "Requests per second of closed loops; latency of open loops against the rate (broken off where it misses "
+    "reliability": "How often a prediction is right against how sure the method was; points as "
+    "large as their share of rows",
+    "service": "Requests per second of closed loops; latency of open loops against the rate "
+    "(broken off where it misses "
     "the objective, the dashed line)",
 }
 DECODES = {
@@ -47,8 +61,12 @@ ENGINES = {"sklearn": "scikit-learn", "hf": "HF", "vllm": "vLLM"}
 def shown(experiment: Experiment) -> dict[str, Any]:
     """What the report shows besides the decision, and what it is made with."""
     return {
-        "records": {stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)},
-        "sources": {path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()},
+        "records": {
+            stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)
+        },
+        "sources": {
+            path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()
+        },
         "config": experiment.model_dump(mode="json"),
         "bench": results.read_bench(experiment),
     }
@@ -62,21 +80,40 @@ def shown_stages(experiment: Experiment) -> list[Stage]:
 def main(experiment: Experiment) -> None:
     stage = StageRun(experiment, REPORT)
     bench = results.read_bench(experiment)
-    paths = {name: stage.folder / f"{name}.png" for name in WHAT_A_PICTURE_SHOWS if bench or name != "service"}
+    paths = {
+        name: stage.folder / f"{name}.png"
+        for name in WHAT_A_PICTURE_SHOWS
+        if bench or name != "service"
+    }
     page, text = stage.folder / "report.html", stage.folder / "REPORT.md"
     if stage.is_current():
         stage.tell_current()
     else:
         stage.start()
         decided = read_json(experiment.results_folder / "decision.json")
-        comparison = read_json(experiment.results_folder / "comparison.json") | decided | {"best": decided["ship"]}
+        comparison = (
+            read_json(experiment.results_folder / "comparison.json")
+            | decided
+            | {"best": decided["ship"]}
+        )
         draw(experiment, comparison, paths)
         if bench:
             in_service = {served(row): row for row in bench["rows"]}
-            pictures.draw_service(paths["service"], caption_of(experiment), in_service, bench["objective_ms"])
-        context = gather(experiment, comparison) | {"bench": bench, "served": served, "article_rps": article.RPS}
-        images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
-        for path, template, more in ((page, "report.html.jinja", {"images": images}), (text, "report.md.jinja", {})):
+            pictures.draw_service(
+                paths["service"], caption_of(experiment), in_service, bench["objective_ms"]
+            )
+        context = gather(experiment, comparison) | {
+            "bench": bench,
+            "served": served,
+            "article_rps": article.RPS,
+        }
+        images = {
+            name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()
+        }
+        for path, template, more in (
+            (page, "report.html.jinja", {"images": images}),
+            (text, "report.md.jinja", {}),
+        ):
             with atomic_open(path) as file:
                 file.write(environment().get_template(template).render(context | more))
         stage.finish([page, text, *paths.values()], f"{page} and REPORT.md beside it")
@@ -89,7 +126,8 @@ def served(row: dict) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """Templates; whatever stands in the data is escaped, in HTML by Jinja, in Markdown by the filter `md`."""
+    """Templates; whatever stands in the data is escaped, in HTML by Jinja, in Markdown by the
+    filter `md`."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.jinja",), default=False),
@@ -134,13 +172,19 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
     ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     by_name, trained = (
         dict(ranked),
-        [name for name, entry in ranked if METHODS[entry["method"]].is_trained and METHODS[entry["method"]].loader],
+        [
+            name
+            for name, entry in ranked
+            if METHODS[entry["method"]].is_trained and METHODS[entry["method"]].loader
+        ],
     )
     return {
         "experiment": experiment,
         "model_source": source_name(experiment.decoder.model),
         "n_test": max(entry["n"] for entry in by_name.values()),
-        "apart": [entry for _, entry in ranked if entry["f1_macro_without_near_duplicates"] is not None],
+        "apart": [
+            entry for _, entry in ranked if entry["f1_macro_without_near_duplicates"] is not None
+        ],
         "ranked": ranked,
         "titles": {name: entry["title"] for name, entry in ranked},
         "comparison": comparison,
@@ -150,8 +194,12 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         **hard_rows(experiment, trained),
         "shown": SHOWN_ROWS,
         "card": read_json(experiment.data_folder / "data_card.json"),
-        "config": yaml.safe_dump(experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False),
-        "stages": {stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)},
+        "config": yaml.safe_dump(
+            experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False
+        ),
+        "stages": {
+            stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)
+        },
         "pictures": WHAT_A_PICTURE_SHOWS,
         "tfidf_settings": len(tfidf.MODEL["C"]),
     }
@@ -160,42 +208,67 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
 def history(experiment: Experiment, method: str, split: str) -> dict[int, dict]:
     """A method's results on a split, by step."""
     found = (read_json(path) for path in experiment.results_folder.glob(f"{method}@*.json"))
-    return {result["step"]: result for result in sorted(found, key=lambda r: r["step"]) if result["split"] == split}
+    return {
+        result["step"]: result
+        for result in sorted(found, key=lambda r: r["step"])
+        if result["split"] == split
+    }
 
 
 def overfitting(experiment: Experiment) -> str:
-    """Whether BERT overfits after two epochs, as the article says it does: test loss, and a paired test of F1, in words."""
+    """Whether BERT overfits after two epochs, as the article says it does: test loss, and a paired
+    test of F1, in words."""
     rows = read_json(experiment.data_folder / "data_card.json")["shared"]["rows"]
-    test, epochs = history(experiment, BERT.name, "test"), experiment.encoder.head.on(rows).num_train_epochs
+    test, epochs = (
+        history(experiment, BERT.name, "test"),
+        experiment.encoder.head.on(rows).num_train_epochs,
+    )
     lowest, last = min(test, key=lambda step: test[step]["eval_loss"]), max(test)
     per_epoch = last / epochs
     after = min(test, key=lambda step: abs(step - 2 * per_epoch))
     words = (
-        f"BERT's test loss is lowest, {test[lowest]['eval_loss']:.3f}, at step {lowest} (epoch {lowest / per_epoch:.1f}), "
+        f"BERT's test loss is lowest, {test[lowest]['eval_loss']:.3f}, at step {lowest} "
+        f"(epoch {lowest / per_epoch:.1f}), "
         f"and {test[last]['eval_loss']:.3f} at the end (step {last}, epoch {epochs:g})."
     )
     if after == last:
-        return words + " It was not evaluated past two epochs, so the article's claim is not put to the test."
+        return (
+            words + " It was not evaluated past two epochs, so the article's claim is not put to "
+            "the test."
+        )
     truth, predicted = results.class_numbers(experiment, results.read_rows(experiment, "test")), []
     for step in (last, after):
         lines = results.read_predictions(experiment, f"{BERT.name}@{step}", "test")
         predicted.append(np.array([experiment.labels.index(line["prediction"]) for line in lines]))
-    change = metrics.f1_loss(truth, *(answers[None] for answers in reversed(predicted)), len(experiment.labels))
+    change = metrics.f1_loss(
+        truth, *(answers[None] for answers in reversed(predicted)), len(experiment.labels)
+    )
     low, high = change.interval(0.025)
     loss = test[last]["eval_loss"] - test[after]["eval_loss"]
     words += (
-        f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss changes by {loss:+.3f} and macro F1 "
-        f"by {verdict.signed(change.value, 4)} (95 % interval {verdict.signed(low, 4)} to {verdict.signed(high, 4)}): "
+        f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss "
+        f"changes by {loss:+.3f} and macro F1 "
+        f"by {verdict.signed(change.value, 4)} (95 % interval {verdict.signed(low, 4)} "
+        f"to {verdict.signed(high, 4)}): "
     )
     if high < 0:
         return words + "it overfits after two epochs, as the article says."
     sure = "the model grows too sure, but " if loss > 0 else ""
-    return words + sure + ("its predictions get better." if low > 0 else "no difference in its predictions can be shown.")
+    return (
+        words
+        + sure
+        + (
+            "its predictions get better."
+            if low > 0
+            else "no difference in its predictions can be shown."
+        )
+    )
 
 
 def hard_rows(experiment: Experiment, names: list[str]) -> dict[str, dict]:
-    """Test rows that every named method gets wrong, and rows where they disagree (the most evenly split first): how many
-    there are, and the first of them. The files are read side by side, a row at a time."""
+    """Test rows that every named method gets wrong, and rows where they disagree (the most evenly
+    split first): how many there are, and the first of them. The files are read side by side, a row
+    at a time."""
     found = {"wrong": {"n": 0, "rows": []}, "split": {"n": 0, "rows": []}}
     files = [read_jsonl(results.result_files(experiment, name, "test")[1]) for name in names]
     for number, lines in enumerate(zip(*files, strict=True)):
@@ -210,13 +283,23 @@ def hard_rows(experiment: Experiment, names: list[str]) -> dict[str, dict]:
             }
             kept = found[kind]
             kept["n"] += 1
-            kept["rows"].append((place, number, {"id": lines[0]["id"], "label": lines[0]["label"], "answers": answers}))
+            kept["rows"].append(
+                (
+                    place,
+                    number,
+                    {"id": lines[0]["id"], "label": lines[0]["label"], "answers": answers},
+                )
+            )
             if len(kept["rows"]) > 4 * SHOWN_ROWS:
                 kept["rows"] = sorted(kept["rows"], key=itemgetter(0, 1))[:SHOWN_ROWS]
     for kept in found.values():
         kept["rows"] = [row for *_, row in sorted(kept["rows"], key=itemgetter(0, 1))[:SHOWN_ROWS]]
     shown = {row["id"] for kept in found.values() for row in kept["rows"]}
-    text = {row["id"]: row["text"] for row in results.read_rows(experiment, "test") if row["id"] in shown}
+    text = {
+        row["id"]: row["text"]
+        for row in results.read_rows(experiment, "test")
+        if row["id"] in shown
+    }
     for row in (row for kept in found.values() for row in kept["rows"]):
         row["text"] = text[row["id"]]
     return found
@@ -228,8 +311,13 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
     caption = caption_of(experiment)
     methods = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     entries = [entry for _, entry in methods]
-    by_rows = sorted(entries, key=lambda entry: -entry["n"])  # a sample of the test rows does not lead
-    groups = [[entry for entry in by_rows if verdict.is_trained(entry) == trained] for trained in (True, False)]
+    by_rows = sorted(
+        entries, key=lambda entry: -entry["n"]
+    )  # a sample of the test rows does not lead
+    groups = [
+        [entry for entry in by_rows if verdict.is_trained(entry) == trained]
+        for trained in (True, False)
+    ]
     pictures.draw_ranking(paths["ranking"], caption, groups)
     f1, losses = {}, {}
     for entry in (entry for entry in entries if METHODS[entry["method"]].has_steps):
@@ -241,7 +329,11 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
             if steps
         }
         test = {step: result for step, result in by_split["test"].items() if step}
-        log = [line for line in checkpoints.log_history(METHODS[method].checkpoints(experiment)) if "loss" in line]
+        log = [
+            line
+            for line in checkpoints.log_history(METHODS[method].checkpoints(experiment))
+            if "loss" in line
+        ]
         is_answer = METHODS[method] is SFT
         own = "the option's own (test)" if is_answer else "test"
         losses[title] = {

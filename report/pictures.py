@@ -1,4 +1,5 @@
-"""The report's pictures: ranking with intervals, F1 and losses against step, confusion matrices, reliability."""
+"""The report's pictures: ranking with intervals, F1 and losses against step, confusion matrices,
+reliability."""
 
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from letterhead.stats.figures import plt, save
 from letterhead.stats.metrics import ECE_BINS
 
 # Labels may be Chinese; of these the ones that the machine has stand behind matplotlib's own font.
-HAN_FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei", "PingFang SC"}
+HAN_FONTS = {
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "SimHei",
+    "PingFang SC",
+}
 MATRIX_LABELS = 20
 
 
@@ -30,7 +38,11 @@ def draw_ranking(path: Path, caption: str, groups: list[list[dict]]) -> None:
     groups = [methods for methods in groups if methods]
     heights = [0.5 * len(methods) + 0.6 for methods in groups]
     figure, panels = plt.subplots(
-        len(groups), figsize=(7.5, sum(heights)), layout="constrained", height_ratios=heights, squeeze=False
+        len(groups),
+        figsize=(7.5, sum(heights)),
+        layout="constrained",
+        height_ratios=heights,
+        squeeze=False,
     )
     for axes, methods in zip(panels[:, 0], groups, strict=True):
         for y, entry in enumerate(reversed(methods)):
@@ -40,12 +52,21 @@ def draw_ranking(path: Path, caption: str, groups: list[list[dict]]) -> None:
             if len(each := [training["f1_macro"] for training in entry["trainings"]]) > 1:
                 axes.plot(each, [y - 0.25] * len(each), "|", color="#1b3a63")
             axes.annotate(
-                f"{entry['f1_macro']:.3f}", (entry["f1_macro"], y), (0, 8), textcoords="offset points", ha="center", size=8
+                f"{entry['f1_macro']:.3f}",
+                (entry["f1_macro"], y),
+                (0, 8),
+                textcoords="offset points",
+                ha="center",
+                size=8,
             )
         learnt = [
-            f"{rows:,} training rows" if (rows := m["cost"]["train_rows"]) else "no training" for m in reversed(methods)
+            f"{rows:,} training rows" if (rows := m["cost"]["train_rows"]) else "no training"
+            for m in reversed(methods)
         ]
-        names = [f"{m['title']}\n{rows}, {m['n']:,} test rows" for m, rows in zip(reversed(methods), learnt, strict=True)]
+        names = [
+            f"{m['title']}\n{rows}, {m['n']:,} test rows"
+            for m, rows in zip(reversed(methods), learnt, strict=True)
+        ]
         axes.set_yticks(range(len(methods)), names, fontsize=8)
         axes.set(ylim=(-0.6, len(methods) - 0.2))
         axes.grid(axis="x", alpha=0.3)
@@ -54,7 +75,11 @@ def draw_ranking(path: Path, caption: str, groups: list[list[dict]]) -> None:
 
 
 def draw_curves(
-    path: Path, caption: str, panels: dict[str, dict[str, tuple[list, list]]], ylabel: str, log: bool = False
+    path: Path,
+    caption: str,
+    panels: dict[str, dict[str, tuple[list, list]]],
+    ylabel: str,
+    log: bool = False,
 ) -> None:
     """One panel a method, its lines against step.
 
@@ -63,11 +88,18 @@ def draw_curves(
     panels : title → line's name → (steps, values)
     """
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", sharey=True, squeeze=False
+        1,
+        len(panels),
+        figsize=(4 * len(panels), 3.4),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
     )
     for axes, (title, lines) in zip(grid[0], panels.items(), strict=True):
         for name, (steps, values) in lines.items():
-            axes.plot(steps, values, marker="o" if len(steps) < 25 else None, markersize=3.5, label=name)
+            axes.plot(
+                steps, values, marker="o" if len(steps) < 25 else None, markersize=3.5, label=name
+            )
         axes.set(title=title, xlabel="training step", yscale="log" if log else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -76,7 +108,8 @@ def draw_curves(
 
 
 def draw_confusions(path: Path, caption: str, methods: list[dict], labels: list[str]) -> None:
-    """One confusion matrix a method, rows true, shares of the true class; the last column may be `no answer`."""
+    """One confusion matrix a method, rows true, shares of the true class; the last column may be
+    `no answer`."""
     columns = min(3, len(methods))
     lines = -(-len(methods) // columns)
     size = 2.6 + min(len(labels), MATRIX_LABELS) * 0.12
@@ -96,40 +129,73 @@ def draw_confusions(path: Path, caption: str, methods: list[dict], labels: list[
             axes.set_yticks(range(len(labels)), written, fontsize=7)
         if len(labels) <= 10:
             for (i, j), n in np.ndenumerate(counts):
-                axes.text(j, i, n, ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.5 else "black")
+                axes.text(
+                    j,
+                    i,
+                    n,
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if share[i, j] > 0.5 else "black",
+                )
         axes.set_xlabel("predicted", fontsize=7)
         axes.set_ylabel("true", fontsize=7)
     save(figure, path, caption)
 
 
-def draw_reliability(path: Path, caption: str, methods: dict[str, tuple[np.ndarray, np.ndarray, float, float]]) -> None:
-    """Accuracy against confidence in equal-width bins; the area of a point is the share of rows in its bin.
+def draw_reliability(
+    path: Path, caption: str, methods: dict[str, tuple[np.ndarray, np.ndarray, float, float]]
+) -> None:
+    """Accuracy against confidence in equal-width bins; the area of a point is the share of rows in
+    its bin.
 
     Parameters
     ----------
-    methods : title → (confidence of the prediction, whether it was right, ECE, what a perfectly calibrated one would show)
+    methods : title → (confidence of the prediction, whether it was right, ECE, what a perfectly
+        calibrated one would show)
     """
     figure, axes = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
     axes.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
     for title, (confidence, right, ece, floor) in methods.items():
-        accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=ECE_BINS, strategy="uniform")
+        accuracy, mean_confidence = calibration_curve(
+            right, confidence, n_bins=ECE_BINS, strategy="uniform"
+        )
         rows = np.histogram(confidence, bins=ECE_BINS, range=(0, 1))[0]
-        (line,) = axes.plot(mean_confidence, accuracy, linewidth=0.8, label=f"{title}, ECE {ece:.3f} (floor {floor:.3f})")
-        axes.scatter(mean_confidence, accuracy, s=4 + 150 * rows[rows > 0] / rows.sum(), color=line.get_color(), alpha=0.8)
-    axes.set(xlabel="confidence (highest probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02))
+        (line,) = axes.plot(
+            mean_confidence,
+            accuracy,
+            linewidth=0.8,
+            label=f"{title}, ECE {ece:.3f} (floor {floor:.3f})",
+        )
+        axes.scatter(
+            mean_confidence,
+            accuracy,
+            s=4 + 150 * rows[rows > 0] / rows.sum(),
+            color=line.get_color(),
+            alpha=0.8,
+        )
+    axes.set(
+        xlabel="confidence (highest probability)",
+        ylabel="accuracy",
+        xlim=(0, 1.02),
+        ylim=(-0.02, 1.02),
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, path, caption)
 
 
 def draw_service(path: Path, caption: str, rows: dict[str, dict], objective_ms: float) -> None:
-    """Throughput of the closed loops, and the latency of the open ones against the rate at which requests arrive.
+    """Throughput of the closed loops, and the latency of the open ones against the rate at which
+    requests arrive.
 
     Parameters
     ----------
     rows : title → row of the bench
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.36 * len(rows) + 2.4), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 0.36 * len(rows) + 2.4), layout="constrained"
+    )
     clients = list(next(iter(rows.values()))["closed"])
     height = 0.8 / len(clients)
     for number, n in enumerate(clients):
@@ -145,10 +211,22 @@ def draw_service(path: Path, caption: str, rows: dict[str, dict], objective_ms: 
         if row["open"]:
             loops = sorted(row["open"], key=lambda loop: loop["rate"])
             rates = [loop["rate"] for loop in loops]
-            (line,) = right.plot(rates, [loop["p99_ms"] for loop in loops], marker="o", markersize=4, label=title)
-            right.plot(rates, [loop["p50_ms"] for loop in loops], ":", marker=".", markersize=4, color=line.get_color())
+            (line,) = right.plot(
+                rates, [loop["p99_ms"] for loop in loops], marker="o", markersize=4, label=title
+            )
+            right.plot(
+                rates,
+                [loop["p50_ms"] for loop in loops],
+                ":",
+                marker=".",
+                markersize=4,
+                color=line.get_color(),
+            )
     right.axhline(objective_ms, linestyle="--", color="grey", linewidth=1)
-    right.set(xlabel="requests per second that arrive (Poisson)", ylabel="latency, ms: p99 (line), p50 (dots)")
+    right.set(
+        xlabel="requests per second that arrive (Poisson)",
+        ylabel="latency, ms: p99 (line), p50 (dots)",
+    )
     right.set(xscale="log", yscale="log")
     right.grid(alpha=0.3)
     if right.get_lines()[1:]:

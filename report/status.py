@@ -1,4 +1,5 @@
-"""Which stages of an experiment are done, which are stale, how long each took or will take, and what runs next.
+"""Which stages of an experiment are done, which are stale, how long each took or will take, and
+what runs next.
 
 python -m report.status --experiment quick
 """
@@ -34,15 +35,25 @@ def main(experiment: Experiment) -> None:
     if not to_do:
         print(f"all done: {experiment.run_folder}/report/report.html")
         return
-    again = [name for training in experiment.trainings()[1:] for name in to_do_again(training, states[DATA.name], seconds)]
+    again = [
+        name
+        for training in experiment.trainings()[1:]
+        for name in to_do_again(training, states[DATA.name], seconds)
+    ]
     left = sum(seconds.get(name, 0.0) for name in [*to_do, *again])
-    seeds = f", further seeds among them ({', '.join(map(str, experiment.seeds[1:]))})" if again else ""
+    seeds = (
+        f", further seeds among them ({', '.join(map(str, experiment.seeds[1:]))})" if again else ""
+    )
     how_long = f", {minutes(left)}{seeds}" if seconds else ""
-    print(f"next: {to_do[0]}; make report EXP={experiment.name} makes what is missing{how_long}", flush=True)
+    print(
+        f"next: {to_do[0]}; make report EXP={experiment.name} makes what is missing{how_long}",
+        flush=True,
+    )
 
 
 def usual_stages(experiment: Experiment) -> list[Stage]:
-    """The stages of an experiment whose rows are not made yet: those that hang on nothing but its keys."""
+    """The stages of an experiment whose rows are not made yet: those that hang on nothing but its
+    keys."""
     return [stage for stage in STAGES.values() if stage.when is pipeline.always]
 
 
@@ -67,8 +78,12 @@ def state(experiment: Experiment, stage: Stage, before: dict[str, str]) -> str:
         return "running"
     record = read_record(folder)
     if not record:
-        return "begun, goes on" if any((folder / "checkpoints").glob("checkpoint-*")) else "not made"
-    stale = [name for name in pipeline.stage_needs(stage, experiment) if before.get(name, DONE) != DONE]
+        return (
+            "begun, goes on" if any((folder / "checkpoints").glob("checkpoint-*")) else "not made"
+        )
+    stale = [
+        name for name in pipeline.stage_needs(stage, experiment) if before.get(name, DONE) != DONE
+    ]
     if stale:
         return f"stale, since {stale[0]} is {before[stale[0]].partition(',')[0]}"
     models = (experiment.decoder, experiment.encoder)

@@ -1,10 +1,10 @@
-"""Write a checkpoint as a model of its own, with a model card; an SFT checkpoint is folded into a classifier: a letter is a
-head.
+"""Write a checkpoint as a model of its own, with a model card; an SFT checkpoint is folded into a
+classifier: a letter is a head.
 
     python -m serve.export --experiment quick --model sft@80
 
-Anything that takes a sequence classifier serves what is written to runs/EXPERIMENT/export/NAME. For an SFT checkpoint
-letterhead_export.json in it says how the fold was checked.
+Anything that takes a sequence classifier serves what is written to runs/EXPERIMENT/export/NAME. For
+an SFT checkpoint letterhead_export.json in it says how the fold was checked.
 """
 
 import shutil
@@ -21,7 +21,13 @@ from letterhead.runs.stage import run
 from letterhead.serving.model_card import write_card
 
 # What a checkpoint holds for a training that goes on, and nobody who uses it needs
-TRAINING_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
+TRAINING_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state*.pth",
+    "trainer_state.json",
+    "training_args.bin",
+)
 
 READ_TEXT = """
 import re
@@ -34,9 +40,10 @@ def as_trained(text):
     \"\"\"The text as training cut it{cut_words}, strings that are control tokens broken up.\"\"\"
     words = [word.end() for word in WORD.finditer(text)]
     text = text[: words[{words} - 1]] if {words} and len(words) > {words} else text
-    names = {{token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1}}
-    control = "|".join(sorted(map(re.escape, names{more_names}), key=len, reverse=True))
-    return re.sub(control, lambda found: found[0][0] + " " + found[0][1:], text.strip()) if control else text.strip()
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    names = {{name for name in added if len(name.strip()) > 1}}{more_names}
+    control = "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "(?!)"
+    return re.sub(control, lambda found: found[0][0] + " " + found[0][1:], text.strip())
 
 """
 CALL_TEXT = """
@@ -51,14 +58,17 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
 question = {question!r}.replace("{{text}}", as_trained({text!r}))
 messages = [{{"role": "user", "content": question}}]
-inputs = tokenizer.apply_chat_template(messages, enable_thinking=False, return_tensors="pt", return_dict=True)
+inputs = tokenizer.apply_chat_template(
+    messages, enable_thinking=False, return_tensors="pt", return_dict=True
+)
 print(model.config.id2label, model(**inputs).logits.softmax(-1))
 """
 CALL_IDS = """
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from letterhead.experiment import load_experiment  # run in Letterhead's folder, with its environment
+# Run in Letterhead's folder, with its environment.
+from letterhead.config.experiment import load_experiment
 from letterhead.models.prompt import load_prompt_encoder
 
 encoder = load_prompt_encoder(load_experiment("{folder}/experiment.yaml"))
@@ -75,7 +85,8 @@ def main(experiment: Experiment, model: str) -> None:
 
 
 def export(experiment: Experiment, name: str) -> tuple[Path, str]:
-    """Write a method's checkpoint, by its full name, with its card to runs/<experiment>/export/NAME; a second process waits.
+    """Write a method's checkpoint, by its full name, with its card to
+    runs/<experiment>/export/NAME; a second process waits.
 
     Returns
     -------
@@ -97,7 +108,9 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
     if not method.reads_prompt:
         folder = export_head(experiment, name)
         how = "the checkpoint without its trainer's files"
-        write_card(experiment, name, folder, *head_call(experiment, name, folder), "text-classification")
+        write_card(
+            experiment, name, folder, *head_call(experiment, name, folder), "text-classification"
+        )
         return folder, how
     from letterhead.models.folding import export_folded, write_tokenizer
 
@@ -107,48 +120,71 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
     else:
         folder, facts = export_folded(experiment, name)
         how = (
-            f"{facts['architecture']}, logits within {facts['largest_difference']:.2g} of the decoder's, the same "
+            f"{facts['architecture']}, logits within {facts['largest_difference']:.2g} of "
+            f"the decoder's, the same "
             f"answer on {facts['same_predictions']} of {facts['rows_checked']} rows"
         )
     checked = facts["rows_checked"]
-    by_chat, by_text = facts["rows_whose_chat_template_gives_the_ids"], facts["rows_whose_prompt_works_as_text"]
+    by_chat, by_text = (
+        facts["rows_whose_chat_template_gives_the_ids"],
+        facts["rows_whose_prompt_works_as_text"],
+    )
     ways = (
-        f"the chat template gives the ids of training on {by_chat} of {checked} rows, the prompt sent as text on {by_text}"
+        f"the chat template gives the ids of training on {by_chat} of {checked} rows, "
+        f"the prompt sent as text on {by_text}"
     )
     # A raw text is no prompt, which the tag text-classification would promise.
-    write_card(experiment, name, folder, *prompt_call(experiment, folder, ways, 2 * by_chat > checked), None)
+    write_card(
+        experiment,
+        name,
+        folder,
+        *prompt_call(experiment, folder, ways, 2 * by_chat > checked),
+        None,
+    )
     return folder, f"{how}; {ways}"
 
 
 def head_call(experiment: Experiment, name: str, folder: Path) -> tuple[str, str]:
     """What an exported head reads, in Markdown, and lines of Python that call it."""
     length, max_words = method_of(name).head(experiment).max_length, experiment.data.max_words
-    asked = f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} tokens."
+    asked = (
+        f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} tokens."
+    )
     call = read_text("from transformers import pipeline", max_words, "")
     return asked, call + CALL_TEXT.format(folder=str(folder), length=length, text=EXAMPLE)
 
 
-def prompt_call(experiment: Experiment, folder: Path, ways: str, chat_gives_ids: bool) -> tuple[str, str]:
-    """What an exported model reads that was trained on the prompt, in Markdown with one prompt filled in, and lines of
-    Python that call it.
+def prompt_call(
+    experiment: Experiment, folder: Path, ways: str, chat_gives_ids: bool
+) -> tuple[str, str]:
+    """What an exported model reads that was trained on the prompt, in Markdown with one prompt
+    filled in, and lines of Python that call it.
 
     Parameters
     ----------
     ways : on how many rows which way of asking gives the ids of training, in words
-    chat_gives_ids : whether the chat template does (texts that hold placeholders of LLaMA-Factory's, such as {{idx}}, apart)
+    chat_gives_ids : whether the chat template does (texts that hold placeholders of
+        LLaMA-Factory's, such as {{idx}}, apart)
     """
     encoder = load_prompt_encoder(experiment)
-    prompt = encoder.tokenizer.decode(encoder.encode_before_option(EXAMPLE), clean_up_tokenization_spaces=False)
+    prompt = encoder.tokenizer.decode(
+        encoder.encode_before_option(EXAMPLE), clean_up_tokenization_spaces=False
+    )
     asked = (
-        "It reads a prompt through its think block, not a raw text, and its classes are the options of that prompt. As in "
-        f"training the text is {cut_in_words(experiment.data.max_words)}, and so long that the prompt has at most "
-        f"{encoder.cutoff_len} tokens. On test rows {ways}. A whole prompt:\n\n{textwrap.indent(prompt, '    ')}"
+        "It reads a prompt through its think block, not a raw text, and its classes "
+        "are the options of that prompt. As in "
+        f"training the text is {cut_in_words(experiment.data.max_words)}, and so long "
+        f"that the prompt has at most "
+        f"{encoder.cutoff_len} tokens. On test rows {ways}. A whole "
+        f"prompt:\n\n{textwrap.indent(prompt, '    ')}"
     )
     if not chat_gives_ids:
         return asked, CALL_IDS.format(folder=folder, text=EXAMPLE)
     imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
     call = read_text(imports, experiment.data.max_words, f" | {set(THINK)!r}")
-    return asked, call + CALL_PROMPT.format(folder=str(folder), question=encoder.fill("{text}"), text=EXAMPLE)
+    return asked, call + CALL_PROMPT.format(
+        folder=str(folder), question=encoder.fill("{text}"), text=EXAMPLE
+    )
 
 
 def cut_in_words(max_words: int | None) -> str:
@@ -162,13 +198,20 @@ def read_text(imports: str, max_words: int | None, more_names: str) -> str:
     """Lines of Python that do to a text what training did."""
     cut_words = f" (its first {max_words} words)" if max_words else ""
     return READ_TEXT.format(
-        imports=imports, word=WORD.pattern, words=max_words or 0, cut_words=cut_words, more_names=more_names
+        imports=imports,
+        word=WORD.pattern,
+        words=max_words or 0,
+        cut_words=cut_words,
+        more_names=more_names,
     )
 
 
-def export_head(experiment: Experiment, name: str, write_tokenizer: Callable[..., dict] | None = None) -> Path:
-    """Copy a sequence classifier's checkpoint without what only a training needs; returns the folder. One that reads the
-    prompt gets its tokenizer by `write_tokenizer`, whose facts are written beside it.
+def export_head(
+    experiment: Experiment, name: str, write_tokenizer: Callable[..., dict] | None = None
+) -> Path:
+    """Copy a sequence classifier's checkpoint without what only a training needs; returns the
+    folder. One that reads the prompt gets its tokenizer by `write_tokenizer`, whose facts are
+    written beside it.
 
     Raises
     ------
@@ -178,7 +221,9 @@ def export_head(experiment: Experiment, name: str, write_tokenizer: Callable[...
     if name.endswith("@0"):
         raise LetterheadError(f"{name}: is the untrained model; choose a step that was trained")
     with atomic_folder(target) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_FILES))
+        shutil.copytree(
+            source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_FILES)
+        )
         if write_tokenizer:
             write_json(folder / ON_PROMPT, write_tokenizer(experiment, folder))
     return target

@@ -1,8 +1,10 @@
-"""A page on 127.0.0.1 on which all trained methods answer side by side; a file of texts can be dropped in to be labelled.
+"""A page on 127.0.0.1 on which all trained methods answer side by side; a file of texts can be
+dropped in to be labelled.
 
     python -m serve.page --experiment quick --port 8000
 
-Nothing leaves the machine: no analytics, no font or script from elsewhere (the browser is told to ask nobody else).
+Nothing leaves the machine: no analytics, no font or script from elsewhere (the browser is told to
+ask nobody else).
 """
 
 import html
@@ -24,7 +26,8 @@ from serve import predict
 
 HOST = "127.0.0.1"
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"
 )
 SHOWN_CLASSES = 8
@@ -40,7 +43,9 @@ def main(experiment: Experiment, port: str) -> None:
         try:
             probe.bind((HOST, int(port)))
         except OSError as error:
-            raise LetterheadError(f"PORT={port}: {error.strerror}; choose another: make try PORT=8001") from None
+            raise LetterheadError(
+                f"PORT={port}: {error.strerror}; choose another: make try PORT=8001"
+            ) from None
     import uvicorn
 
     with TemporaryDirectory(prefix="letterhead-") as files:
@@ -51,7 +56,8 @@ def main(experiment: Experiment, port: str) -> None:
 
 
 def trained_methods(experiment: Experiment) -> dict[str, str]:
-    """Full name → title of the methods that the comparison holds and whose models are there, the best first.
+    """Full name → title of the methods that the comparison holds and whose models are there, the
+    best first.
 
     Raises
     ------
@@ -59,17 +65,26 @@ def trained_methods(experiment: Experiment) -> dict[str, str]:
     """
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None:
-        raise LetterheadError(f"{experiment.results_folder}: nothing is trained yet; run: make report EXP={experiment.name}")
+        raise LetterheadError(
+            f"{experiment.results_folder}: nothing is trained yet; run: make report "
+            f"EXP={experiment.name}"
+        )
     decided = read_json(experiment.results_folder / "decision.json") or {}
     ranked = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     found = {}
     for name, entry in ranked:
         method = METHODS[entry["method"]]
-        if method.is_trained and method.loader and (not method.model or _has_model(experiment, name)):
+        if (
+            method.is_trained
+            and method.loader
+            and (not method.model or _has_model(experiment, name))
+        ):
             best = ", to be shipped" if name == decided.get("ship") else ""
             found[name] = f"{entry['title']} (macro F1 {entry['f1_macro']:.3f}{best})"
     if not found:
-        raise LetterheadError(f"{experiment.run_folder}: no model is there; run: make report EXP={experiment.name}")
+        raise LetterheadError(
+            f"{experiment.run_folder}: no model is there; run: make report EXP={experiment.name}"
+        )
     return found
 
 
@@ -81,8 +96,11 @@ def _has_model(experiment: Experiment, name: str) -> bool:
         return False
 
 
-def answer(experiment: Experiment, classifiers: dict[str, Classifier], text: str) -> list[tuple[dict[str, float], float]]:
-    """Each method's probabilities, label → share, and the milliseconds that it took for this one text.
+def answer(
+    experiment: Experiment, classifiers: dict[str, Classifier], text: str
+) -> list[tuple[dict[str, float], float]]:
+    """Each method's probabilities, label → share, and the milliseconds that it took for this one
+    text.
 
     Raises
     ------
@@ -96,7 +114,9 @@ def answer(experiment: Experiment, classifiers: dict[str, Classifier], text: str
         start = time.perf_counter()
         probabilities = classify([cut])[0]
         milliseconds = 1000 * (time.perf_counter() - start)
-        answers.append((dict(zip(experiment.labels, map(float, probabilities), strict=True)), milliseconds))
+        answers.append(
+            (dict(zip(experiment.labels, map(float, probabilities), strict=True)), milliseconds)
+        )
     return answers
 
 
@@ -104,7 +124,9 @@ def prompt_of(experiment: Experiment, encoder, text: str) -> tuple[str, str]:
     """What the LLM reads, and the token ids that carry the answer, one option a line."""
     cut = keep_words(text, experiment.data.max_words).strip()
     lines = []
-    for option, label, answer_ids in zip(encoder.options, experiment.labels, encoder.answers, strict=True):
+    for option, label, answer_ids in zip(
+        encoder.options, experiment.labels, encoder.answers, strict=True
+    ):
         spelled = answer_ids.ids[answer_ids.start : answer_ids.stop]
         same = "" if option == label else f" = {label}"
         lines.append(f"{option}{same}: {' '.join(map(str, spelled))}")
@@ -118,12 +140,17 @@ def put_together(experiment: Experiment) -> str:
     columns = experiment.data.columns
     if columns.text == columns.parts[0]:
         return ""
-    how = f"as {columns.text}" if isinstance(columns.text, str) else f"{', '.join(columns.parts)}, each from a new line"
+    how = (
+        f"as {columns.text}"
+        if isinstance(columns.text, str)
+        else f"{', '.join(columns.parts)}, each from a new line"
+    )
     return f"; write it {how}"
 
 
 def build(experiment: Experiment, files: Path):
-    """The page as an ASGI application, all models loaded; files that it labels lie in the folder `files`."""
+    """The page as an ASGI application, all models loaded; files that it labels lie in the folder
+    `files`."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*Gradio 6.0")
     import gradio as gr
     from fastapi import FastAPI
@@ -140,7 +167,10 @@ def build(experiment: Experiment, files: Path):
             answers = answer(experiment, classifiers, text)
         except LetterheadError as error:
             raise gr.Error(str(error)) from None
-        taken = [f"{title}: **{ms:.0f} ms**" for (_, ms), title in zip(answers, titles.values(), strict=True)]
+        taken = [
+            f"{title}: **{ms:.0f} ms**"
+            for (_, ms), title in zip(answers, titles.values(), strict=True)
+        ]
         return [*taken, *(shares for shares, _ in answers), *prompt_of(experiment, encoder, text)]
 
     def label_file(source: str | None, name: str) -> str:
@@ -149,16 +179,24 @@ def build(experiment: Experiment, files: Path):
         target = files / f"{Path(source).stem}.labelled.csv"
         try:
             predict.main(experiment, source, str(target), name)
-        except LetterheadError as error:  # the page shows messages as HTML, and a header is somebody's text
+        except (
+            LetterheadError
+        ) as error:  # the page shows messages as HTML, and a header is somebody's text
             raise gr.Error(html.escape(str(error).replace(source, Path(source).name))) from None
         return str(target)
 
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    of_page = {"title": f"Letterhead: {experiment.name}", "theme": theme, "css": "footer {display: none !important}"}
+    of_page = {
+        "title": f"Letterhead: {experiment.name}",
+        "theme": theme,
+        "css": "footer {display: none !important}",
+    }
     with gr.Blocks(**of_page, analytics_enabled=False) as page:
         gr.Markdown(f"# A letter or a head? {experiment.name}")
         text = gr.Textbox(
-            lines=5, label=f"A text ({experiment.title}){put_together(experiment)}", placeholder="Type or paste a text"
+            lines=5,
+            label=f"A text ({experiment.title}){put_together(experiment)}",
+            placeholder="Type or paste a text",
         )
         button = gr.Button("Label it", variant="primary")
         named, bars = [], []
@@ -167,18 +205,35 @@ def build(experiment: Experiment, files: Path):
                 for title in list(titles.values())[begin : begin + 3]:
                     with gr.Column(min_width=240):
                         named.append(gr.Markdown(title))
-                        bars.append(gr.Label(show_label=False, num_top_classes=min(SHOWN_CLASSES, len(experiment.labels))))
-        with gr.Accordion("What the LLM reads, and the token ids that carry its answer", open=False):
+                        bars.append(
+                            gr.Label(
+                                show_label=False,
+                                num_top_classes=min(SHOWN_CLASSES, len(experiment.labels)),
+                            )
+                        )
+        with gr.Accordion(
+            "What the LLM reads, and the token ids that carry its answer", open=False
+        ):
             read = gr.Textbox(label="prompt, control tokens included", lines=8, interactive=False)
             ids = gr.Textbox(
-                label="option: token ids", lines=min(SHOWN_CLASSES, len(experiment.labels)) + 1, interactive=False
+                label="option: token ids",
+                lines=min(SHOWN_CLASSES, len(experiment.labels)) + 1,
+                interactive=False,
             )
         if examples:
             gr.Examples([[example] for example in examples], inputs=text, label="test rows")
         with gr.Accordion("Label a file", open=False):
             parts = ", ".join(experiment.data.columns.parts)
-            dropped = gr.File(label=f"{', '.join(READERS)}; with the column {parts}", file_types=[*READERS], type="filepath")
-            method = gr.Dropdown([(title, name) for name, title in titles.items()], value=next(iter(titles)), label="method")
+            dropped = gr.File(
+                label=f"{', '.join(READERS)}; with the column {parts}",
+                file_types=[*READERS],
+                type="filepath",
+            )
+            method = gr.Dropdown(
+                [(title, name) for name, title in titles.items()],
+                value=next(iter(titles)),
+                label="method",
+            )
             labelled = gr.File(label="labelled")
             gr.Button("Label the file").click(label_file, [dropped, method], labelled)
         button.click(label, text, [*named, *bars, read, ids])

@@ -1,10 +1,11 @@
-"""Give every row of a file a label and probabilities; rows stream, order is kept, a killed run goes on.
+"""Give every row of a file a label and probabilities; rows stream, order is kept, a killed run goes
+on.
 
     python -m serve.predict --experiment quick --in rows.csv --out labelled.csv --model best
 
-Rows go through in chunks of a fixed size; while a GPU is at one, the next is read and tokenised. A chunk that is done is in
-OUT.part, and OUT.part.json says how far that file holds; so a run that was killed goes on behind it and ends with the
-bytes it would have written undisturbed.
+Rows go through in chunks of a fixed size; while a GPU is at one, the next is read and tokenised. A
+chunk that is done is in OUT.part, and OUT.part.json says how far that file holds; so a run that was
+killed goes on behind it and ends with the bytes it would have written undisturbed.
 """
 
 import csv
@@ -23,9 +24,24 @@ import numpy as np
 from filelock import lock_descriptor
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import LetterheadError, exclusive, model_identity, read_json, sha256_file, sha256_json, write_json
+from letterhead.files import (
+    LetterheadError,
+    exclusive,
+    model_identity,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from letterhead.models.checkpoints import require_model
-from letterhead.models.classifier import CHUNK, Classifier, in_parts, load_classifier, model_folder, named_method
+from letterhead.models.classifier import (
+    CHUNK,
+    Classifier,
+    in_parts,
+    load_classifier,
+    model_folder,
+    named_method,
+)
 from letterhead.models.precision import precision
 from letterhead.models.prompt import keep_words
 from letterhead.pipeline import DATA, METHODS, outputs
@@ -61,20 +77,31 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             "method": name,
             "model": model_identity(folder) if folder else outputs(DATA, experiment),
             "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
-            "device": [device_name(), precision(experiment.decoder.dtype, folder) if folder else None, process_count()],
+            "device": [
+                device_name(),
+                precision(experiment.decoder.dtype, folder) if folder else None,
+                process_count(),
+            ],
         }
     )
     with ExitStack() as stack:
         stack.enter_context(alone(target))
         done = read_json(progress_file)
-        if not (done and done["inputs"] == inputs and part.is_file() and part.stat().st_size >= done["bytes"]):
+        if not (
+            done
+            and done["inputs"] == inputs
+            and part.is_file()
+            and part.stat().st_size >= done["bytes"]
+        ):
             done = {"inputs": inputs, "rows": 0, "without": 0, "bytes": 0}
         if done["rows"]:
             print(f"{part}: goes on behind row {done['rows']:,}")
         workers = stack.enter_context(Workers(process_count(), load_classifier, experiment, name))
         workers.load()
         file = stack.enter_context(open(part, "ab"))
-        bar = stack.enter_context(progress(desc=f"predicting with {name}", unit=" rows", initial=done["rows"]))
+        bar = stack.enter_context(
+            progress(desc=f"predicting with {name}", unit=" rows", initial=done["rows"])
+        )
         file.truncate(done["bytes"])
         if not done["rows"]:
             columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
@@ -82,13 +109,19 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         rows = islice(table, done["rows"], None)
         chunks = iter(lambda: list(islice(rows, CHUNK * workers.n)), [])
         classify = in_parts(workers)
-        # On a CPU tokenising would take from the model's cores, and torch is slower in any thread but the first.
+        # On a CPU tokenising would take from the model's cores, and torch is slower in any thread
+        # but the first.
         overlap = workers.n == 1 and device_name() != "cpu"
         for chunk, probabilities in (
-            ahead(classify, chunks) if overlap else (labelled(classify, part_of_rows) for part_of_rows in chunks)
+            ahead(classify, chunks)
+            if overlap
+            else (labelled(classify, part_of_rows) for part_of_rows in chunks)
         ):
             found, nothing = iter(probabilities), [""] * (1 + len(experiment.labels))
-            lines = [[*fields, *(of_row(experiment, next(found)) if text else nothing)] for fields, text in chunk]
+            lines = [
+                [*fields, *(of_row(experiment, next(found)) if text else nothing)]
+                for fields, text in chunk
+            ]
             done["without"] += sum(not text for _, text in chunk)
             file.write(as_csv(lines))
             file.flush()
@@ -110,7 +143,10 @@ def is_fitted(name: str) -> bool:
 
 def of_row(experiment: Experiment, probabilities: np.ndarray) -> list[str]:
     """The label, and each label's probability."""
-    return [experiment.labels[int(probabilities.argmax())], *(f"{value:.{DIGITS}f}" for value in probabilities)]
+    return [
+        experiment.labels[int(probabilities.argmax())],
+        *(f"{value:.{DIGITS}f}" for value in probabilities),
+    ]
 
 
 @contextmanager
@@ -126,8 +162,14 @@ def alone(target: Path) -> Iterator[None]:
     with open(path, "w") as lock:
         is_mine = lock_descriptor(lock.fileno(), blocking=False)
         # Its holder may have just ended and removed it.
-        if not is_mine or not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
-            raise LetterheadError(f"{target}: another process is writing it; wait for it, or name another OUT")
+        if (
+            not is_mine
+            or not path.exists()
+            or not os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+        ):
+            raise LetterheadError(
+                f"{target}: another process is writing it; wait for it, or name another OUT"
+            )
         try:
             yield
         finally:
@@ -141,7 +183,8 @@ def labelled(classify: Classifier, chunk: list) -> tuple[list, np.ndarray]:
 
 
 def ahead(classify: Classifier, chunks: Iterator[list]) -> Iterator[tuple[list, np.ndarray]]:
-    """Each chunk labelled, in order, two at work at once. What is before a chunk that can't be read still comes."""
+    """Each chunk labelled, in order, two at work at once. What is before a chunk that can't be read
+    still comes."""
     waiting, broken = deque(), None
     with ThreadPoolExecutor(2) as pool:
         while True:
@@ -165,29 +208,38 @@ def as_csv(lines: list[list[str]]) -> bytes:
     return text.getvalue().encode(errors="replace")
 
 
-def read_table(path: Path, experiment: Experiment) -> tuple[list[str], Iterator[tuple[list[str], str]]]:
-    """The columns of a file, and each row's fields and text, as training reads it; the text is empty for a row that training
-    leaves out: a blank one, and, where the experiment drops bad rows, one without a text or with a wrong number of fields.
+def read_table(
+    path: Path, experiment: Experiment
+) -> tuple[list[str], Iterator[tuple[list[str], str]]]:
+    """The columns of a file, and each row's fields and text, as training reads it; the text is
+    empty for a row that training leaves out: a blank one, and, where the experiment drops bad rows,
+    one without a text or with a wrong number of fields.
 
     Raises
     ------
-    LetterheadError : no such file, or not one column that the text needs; a row that cannot be read, or that has no text and
-        may not be dropped, names file and row
+    LetterheadError : no such file, or not one column that the text needs; a row that cannot be
+        read, or that has no text and may not be dropped, names file and row
     """
     if not path.is_file():
         raise LetterheadError(f"{path}: no such file; say IN=file.csv")
     data = experiment.data
     skipped = data.skip_lines if path.suffix == Path(data.source.partition("#")[0]).suffix else 0
     if skipped:
-        print(f"{path}: {skipped} lines below the header are left out, as in training (data.skip_lines)")
+        print(
+            f"{path}: {skipped} lines below the header are left out, as in training "
+            f"(data.skip_lines)"
+        )
     every = every_column(str(path), data.encoding, skipped)
     header = every.columns.parts
     at = [column_at(path, header, name) for name in data.columns.parts]
     return header, read_rows(open_source(every).splits["train"], experiment, at, len(header))
 
 
-def read_rows(rows: Iterator[RawRow], experiment: Experiment, at: list[int], width: int) -> Iterator[tuple[list[str], str]]:
-    """Each row's fields, so many as `width`, and its text (see `read_table`), whose parts stand at `at`."""
+def read_rows(
+    rows: Iterator[RawRow], experiment: Experiment, at: list[int], width: int
+) -> Iterator[tuple[list[str], str]]:
+    """Each row's fields, so many as `width`, and its text (see `read_table`), whose parts stand at
+    `at`."""
     columns = experiment.data.columns
     for row in rows:
         values, text = row.text or [], ""
@@ -200,12 +252,15 @@ def read_rows(rows: Iterator[RawRow], experiment: Experiment, at: list[int], wid
         except (LetterheadError, ValueError) as error:
             if experiment.data.bad_rows == "stop":
                 problem = error if isinstance(error, LetterheadError) else f"{row.place}: {error}"
-                raise LetterheadError(f"{problem} (or leave its answer empty: data.bad_rows: drop)") from None
+                raise LetterheadError(
+                    f"{problem} (or leave its answer empty: data.bad_rows: drop)"
+                ) from None
         yield [as_field(value) for value in islice(chain(values, repeat("")), width)], text
 
 
 def as_field(value: Any) -> str:
-    """A value as a field of a CSV file: what JSON knows as JSON writes it, a time or a decimal number as Python does."""
+    """A value as a field of a CSV file: what JSON knows as JSON writes it, a time or a decimal
+    number as Python does."""
     if value is None:
         return ""
     known = isinstance(value, bool | int | float | list | dict)

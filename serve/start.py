@@ -2,7 +2,8 @@
 
     python -m serve.start --experiment quick --model sft@80 --port 8000
 
-sft generates; bert, linear_head, sft_options and folded (which `make export` makes too) classify; each may name its @STEP.
+sft generates; bert, linear_head, sft_options and folded (which `make export` makes too) classify;
+each may name its @STEP.
 """
 
 import time
@@ -28,16 +29,27 @@ def main(experiment: Experiment, model: str, port: str) -> None:
     name, folder, runner, length = served(experiment, model)
     log = experiment.run_folder / "serve" / f"{name}.log"
     print(f"loading {folder}; vLLM's log is {log}", flush=True)
-    dtype, memory = precision(experiment.decoder.dtype, folder), experiment.serve.gpu_memory_utilization
+    dtype, memory = (
+        precision(experiment.decoder.dtype, folder),
+        experiment.serve.gpu_memory_utilization,
+    )
     tokenizer = None
-    if runner == "generate":  # chats get the prompt of training, where the model's own template may add a system prompt
+    if (
+        runner == "generate"
+    ):  # chats get the prompt of training, where the model's own template may add a system prompt
         from letterhead.models.folding import write_tokenizer
 
         tokenizer = experiment.run_folder / "serve" / "tokenizer"
         write_tokenizer(experiment, tokenizer)
-    with VllmServer(folder, runner, length, log, int(port), dtype, memory, process_count(), tokenizer) as server:
+    with VllmServer(
+        folder, runner, length, log, int(port), dtype, memory, process_count(), tokenizer
+    ) as server:
         route = "/v1/completions" if runner == "generate" else "/classify"
-        print(f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} s); Ctrl-C ends it", flush=True)
+        print(
+            f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} "
+            f"s); Ctrl-C ends it",
+            flush=True,
+        )
         with suppress(KeyboardInterrupt):
             while True:
                 server.require_alive()
@@ -61,7 +73,9 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
     method = METHODS.get(name.partition("@")[0])
     if method is None or not method.runner:
         known = ", ".join(one.name for one in METHODS.values() if one.runner)
-        raise LetterheadError(f"{name}: vLLM serves {known} and {FOLDED_MODEL}; choose one with MODEL=")
+        raise LetterheadError(
+            f"{name}: vLLM serves {known} and {FOLDED_MODEL}; choose one with MODEL="
+        )
     length = cutoff if method.reads_prompt else method.head(experiment).max_length
     return name, model_folder(experiment, name), method.runner, length
 
@@ -70,5 +84,8 @@ if __name__ == "__main__":
     run(
         main,
         __doc__.splitlines()[0],
-        options={"model": "sft, bert, linear_head, sft_options or folded, with @STEP", "port": "of 127.0.0.1"},
+        options={
+            "model": "sft, bert, linear_head, sft_options or folded, with @STEP",
+            "port": "of 127.0.0.1",
+        },
     )

@@ -1,4 +1,5 @@
-"""Train every method once more for each further seed of an experiment; nothing where there is one seed.
+"""Train every method once more for each further seed of an experiment; nothing where there is one
+seed.
 
 python -m study.seeds --experiment quick
 """

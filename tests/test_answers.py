@@ -1,4 +1,5 @@
-"""Written answers: the last declared option, a bare letter only where it stands alone, none where several are named."""
+"""Written answers: the last declared option, a bare letter only where it stands alone, none where
+several are named."""
 
 import json
 from pathlib import Path
@@ -9,12 +10,25 @@ from letterhead.models.answers import named_option, read_answer
 from letterhead.stats.metrics import NO_ANSWER
 
 # Each line of the table: which options, the one that is named ("-": none), the reply.
-TABLE = [json.loads(line) for line in Path(__file__).with_name("written_replies.jsonl").read_text("utf-8").splitlines()]
+TABLE = [
+    json.loads(line)
+    for line in Path(__file__).with_name("written_replies.jsonl").read_text("utf-8").splitlines()
+]
 OPTIONS = {
     "news": ("ABCD", ["World", "Sports", "Business", "Science/Technology"]),
     "nine": (
         "ABCDEFGHI",
-        ["Politics", "Economy", "Sports", "Culture", "Health", "Travel", "Science", "Weather", "Education"],
+        [
+            "Politics",
+            "Economy",
+            "Sports",
+            "Culture",
+            "Health",
+            "Travel",
+            "Science",
+            "Weather",
+            "Education",
+        ],
     ),
     "mood": (None, ["positive", "negative", "neutral"]),
     "zh": ("ABCD", ["国际", "体育", "财经", "科技"]),
@@ -28,7 +42,9 @@ def test_written_replies_are_read_as_a_person_reads_them(kind):
     options = list(letters or labels)
     replies = [(reply, expected) for of, expected, reply in TABLE if of == kind]
     found = {reply: read_answer(reply, True, options, labels)[0] for reply, _ in replies}
-    named = {reply: "-" if option == NO_ANSWER else options[option] for reply, option in found.items()}
+    named = {
+        reply: "-" if option == NO_ANSWER else options[option] for reply, option in found.items()
+    }
     assert named == dict(replies) and len(replies) > 20
 
 
@@ -57,5 +73,11 @@ def test_labels_that_are_others_letters_are_no_answer():
 
 
 def test_what_stands_behind_the_last_thought_is_read():
-    assert read_answer("<think>A</think> B? <think>no</think> C", True, ["A", "B", "C"]) == (2, "answered")
-    assert read_answer("<think>A</think> World", True, ["A", "B"], ["World", "Sports"]) == (0, "answered")
+    assert read_answer("<think>A</think> B? <think>no</think> C", True, ["A", "B", "C"]) == (
+        2,
+        "answered",
+    )
+    assert read_answer("<think>A</think> World", True, ["A", "B"], ["World", "Sports"]) == (
+        0,
+        "answered",
+    )

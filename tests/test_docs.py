@@ -31,7 +31,9 @@ def test_every_link_resolves(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_target_that_is_named_is_there(page):
-    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     known = set(re.findall(r"^  ([a-z-]+) ", listed, re.MULTILINE))
     code = " ".join(re.findall(r"```.*?```|`[^`\n]+`", page.read_text(), re.DOTALL))
     named = re.findall(r"\bmake ([a-z][a-z-]+)", code)

@@ -1,9 +1,9 @@
-"""Every stage, end to end, and disturbed in every way that we can think of and run again: its files are those of an
-undisturbed run.
+"""Every stage, end to end, and disturbed in every way that we can think of and run again: its files
+are those of an undisturbed run.
 
-The tests kill each stage once; `make drill` twenty times, adds the other faults, prints the counts, and keeps them in
-runs/drill.json. A stage runs in a process that is forked where the libraries are imported already, so that a kill and a
-second run take seconds.
+The tests kill each stage once; `make drill` twenty times, adds the other faults, prints the counts,
+and keeps them in runs/drill.json. A stage runs in a process that is forked where the libraries are
+imported already, so that a kill and a second run take seconds.
 """
 
 import collections
@@ -40,8 +40,17 @@ from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
 
 # Stages that only `make drill` kills → whose code they run
-SEEN_ELSEWHERE = {"tfidf-all": "tfidf", "bert-all": "bert", "sft-options": "linear-head", "rank": "eval-ckpts"}
-STAGES = {name: [module, *told] for name, (module, told) in MAKERS.items() if name not in UNUSUAL - SEEN_ELSEWHERE.keys()}
+SEEN_ELSEWHERE = {
+    "tfidf-all": "tfidf",
+    "bert-all": "bert",
+    "sft-options": "linear-head",
+    "rank": "eval-ckpts",
+}
+STAGES = {
+    name: [module, *told]
+    for name, (module, told) in MAKERS.items()
+    if name not in UNUSUAL - SEEN_ELSEWHERE.keys()
+}
 LABELLED = ["serve.predict", "--in", "rows.csv", "--out", "labelled.csv", "--model", "sft"]
 STAGES |= {"rank": ["eval.rank"], "export": ["serve.export", "--model", "sft"], "predict": LABELLED}
 # Of times and places, which differ from run to run
@@ -51,7 +60,10 @@ ONLY_THERE = {".log", ".png", ".pt", ".pth", ".bin", ".html"}
 PATIENCE_S = 300
 LARGE = 2 << 30
 MISSING = "missing"
-KILL, FUTURE = "kill -9 at a random moment", "SIGINT and SIGHUP ignored, killed half-way, all times in the future"
+KILL, FUTURE = (
+    "kill -9 at a random moment",
+    "SIGINT and SIGHUP ignored, killed half-way, all times in the future",
+)
 NOT_LOOKED_AT = (
     "tfevents",
     "trainer_log.jsonl",
@@ -72,7 +84,8 @@ PRELOADED = [
 
 
 def begin(place: str, output, told: list[str], limit: int | None, ignored: tuple[int, ...]) -> None:
-    """A stage, in a process group of its own; what it says goes down a pipe, which no limit and no full disk can stop."""
+    """A stage, in a process group of its own; what it says goes down a pipe, which no limit and no
+    full disk can stop."""
     os.setsid()
     os.chdir(place)
     os.environ["PYTHONPATH"] = str(ROOT)
@@ -122,9 +135,13 @@ def forked():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
 
-    def start(place: Path, stage: str, limit: int | None = None, ignored: tuple[int, ...] = ()) -> Started:
+    def start(
+        place: Path, stage: str, limit: int | None = None, ignored: tuple[int, ...] = ()
+    ) -> Started:
         output, given = context.Pipe(duplex=False)
-        process = context.Process(target=begin, args=(str(place), given, STAGES[stage], limit, ignored))
+        process = context.Process(
+            target=begin, args=(str(place), given, STAGES[stage], limit, ignored)
+        )
         process.start()
         given.close()
         return Started(process, output)
@@ -135,16 +152,28 @@ def forked():
 def without_times(value):
     """JSON without what differs from run to run."""
     if isinstance(value, dict):
-        return {key: without_times(of) for key, of in value.items() if not any(part in key for part in FLEETING)}
+        return {
+            key: without_times(of)
+            for key, of in value.items()
+            if not any(part in key for part in FLEETING)
+        }
     return [without_times(of) for of in value] if isinstance(value, list) else value
 
 
 def made(place: Path) -> dict:
     """What lies in a place, by path, without what tells times."""
     found = {}
-    for path in sorted(path for of in ("data", "runs", "labelled.csv") for path in [place / of, *(place / of).rglob("*")]):
+    for path in sorted(
+        path
+        for of in ("data", "runs", "labelled.csv")
+        for path in [place / of, *(place / of).rglob("*")]
+    ):
         name = str(path.relative_to(place))
-        if not path.is_file() or path.name == ".lock" or any(part in name for part in (*NOT_LOOKED_AT, "broken-", ".old/")):
+        if (
+            not path.is_file()
+            or path.name == ".lock"
+            or any(part in name for part in (*NOT_LOOKED_AT, "broken-", ".old/"))
+        ):
             continue
         if path.suffix in ONLY_THERE:
             found[name] = path.stat().st_size > 0
@@ -153,9 +182,17 @@ def made(place: Path) -> dict:
             outputs = [of for of in record["outputs"] if Path(of).suffix not in ONLY_THERE]
             found[name] = without_times(record | {"outputs": sorted(outputs)})
         elif path.suffix == ".jsonl":
-            found[name] = [without_times(json.loads(line)) for line in path.read_text().rstrip("\n").split("\n") if line]
+            found[name] = [
+                without_times(json.loads(line))
+                for line in path.read_text().rstrip("\n").split("\n")
+                if line
+            ]
         else:
-            found[name] = without_times(json.loads(path.read_text())) if path.suffix == ".json" else sha256_file(path)
+            found[name] = (
+                without_times(json.loads(path.read_text()))
+                if path.suffix == ".json"
+                else sha256_file(path)
+            )
     return found
 
 
@@ -165,29 +202,51 @@ def prepared(fetched, tiny_models) -> None:
     often = {"learning_rate": 1e-3, "max_length": 128}
     # Evaluated every 7 steps and logged every 2: neither divides the other, nor the epoch of 6.
     head = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "eval_steps": 0.38}
-    plain = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_steps": 0.25}
+    plain = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "eval_steps": 0.25,
+    }
     experiment_maker(fetched, tiny_models)(
         "rows.csv",
         LABELS,
-        sft={"per_device_train_batch_size": 8, "logging_steps": 1, "save_steps": 4, "learning_rate": 1e-3},
+        sft={
+            "per_device_train_batch_size": 8,
+            "logging_steps": 1,
+            "save_steps": 4,
+            "learning_rate": 1e-3,
+        },
         data={"rows": {"validation": 20, "test": 20}},
-        decoder_keys={"train_rows": 48, "head": head | often, "sft_options": head | {"learning_rate": 1e-3}},
-        encoder_keys={"model": str(tiny_models["bert"]), "head": plain | often | {"group_by_length": False}},
+        decoder_keys={
+            "train_rows": 48,
+            "head": head | often,
+            "sft_options": head | {"learning_rate": 1e-3},
+        },
+        encoder_keys={
+            "model": str(tiny_models["bert"]),
+            "head": plain | often | {"group_by_length": False},
+        },
         eval={"thinking": {"rows": 4, "tokens": 4, "batch": 2}},
     )
 
 
 def size(place: Path) -> int:
     """The bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(
+        path.stat().st_size for path in place.rglob("*") if path.is_file() and not path.is_symlink()
+    )
 
 
 @contextlib.contextmanager
 def small_disk(place: Path, room: int):
-    """Put a place on a file system with so many bytes of room; gives what makes more, or None where none can be mounted."""
+    """Put a place on a file system with so many bytes of room; gives what makes more, or None where
+    none can be mounted."""
 
     def mount(*options: str) -> bool:
-        return not subprocess.run(["mount", "-t", "tmpfs", *options, place], capture_output=True).returncode
+        return not subprocess.run(
+            ["mount", "-t", "tmpfs", *options, place], capture_output=True
+        ).returncode
 
     def resize(size: int) -> None:
         assert mount("-o", f"remount,size={size}")
@@ -224,7 +283,11 @@ class Drill:
     def run_short_of_room(self, place: Path, stage: str, **how) -> None:
         """Run a stage that may end for want of room, and then says so in its last line."""
         code, said = self.run(place, stage, **how)
-        told = code == 1 and said.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in said
+        told = (
+            code == 1
+            and said.strip().splitlines()[-1].startswith("error: ")
+            and "Traceback" not in said
+        )
         assert code == 0 or told, (stage, said[-3000:])
 
     def start(self, place: Path, stage: str, **how) -> Started:
@@ -245,17 +308,22 @@ class Drill:
         shutil.copytree(work, self.before["end"], symlinks=True)
 
     def place(self, stage: str, behind: bool = False) -> Path:
-        """A fresh copy of what was there before a stage began, or behind it; `end` is behind the last."""
+        """A fresh copy of what was there before a stage began, or behind it; `end` is behind the
+        last."""
         order, work = [*STAGES, "end"], self.folder / "work"
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(self.before[order[order.index(stage) + behind]], work, symlinks=True)
         return work
 
     def cut(self, work: Path, stage: str, chance: random.Random) -> None:
-        """Cut in half one of the files that a stage made: one that it lists, or the weights of its last checkpoint."""
+        """Cut in half one of the files that a stage made: one that it lists, or the weights of its
+        last checkpoint."""
         outputs = [work / of for of in read_json(work / f"runs/mine/{stage}/stage.json")["outputs"]]
-        if checkpoints := sorted((work / f"runs/mine/{stage}/checkpoints").glob("checkpoint-*"), key=step_of):
-            # One before the last, which nothing goes on from, is set aside and told, not trained again.
+        if checkpoints := sorted(
+            (work / f"runs/mine/{stage}/checkpoints").glob("checkpoint-*"), key=step_of
+        ):
+            # One before the last, which nothing goes on from, is set aside and told, not trained
+            # again.
             outputs = [of for of in outputs if step_of(of.parent) in (-1, step_of(checkpoints[-1]))]
             outputs += [of for of in checkpoints[-1].iterdir() if of.suffix == ".safetensors"]
         cut = chance.choice(outputs)
@@ -267,9 +335,15 @@ class Drill:
         assert code == 0, (stage, fault, said[-3000:])
         found, expected = made(work), self.after[stage]
         differing = {
-            name for name in found.keys() | expected.keys() if found.get(name, MISSING) != expected.get(name, MISSING)
+            name
+            for name in found.keys() | expected.keys()
+            if found.get(name, MISSING) != expected.get(name, MISSING)
         }
-        assert not differing, (stage, fault, {name: (found.get(name), expected.get(name)) for name in sorted(differing)[:4]})
+        assert not differing, (
+            stage,
+            fault,
+            {name: (found.get(name), expected.get(name)) for name in sorted(differing)[:4]},
+        )
         self.survived[fault] += 1
 
 
@@ -283,19 +357,26 @@ def drill(request, fetched, tiny_models, forked, tmp_path_factory):
     found = Drill(work.parent, forked)
     found.undisturbed(work)
     yield found
-    lines = [f"{fault}: {n} injected, {found.survived[fault]} survived" for fault, n in found.injected.items()]
+    lines = [
+        f"{fault}: {n} injected, {found.survived[fault]} survived"
+        for fault, n in found.injected.items()
+    ]
     lost = sum(found.injected.values()) - sum(found.survived.values())
     print("\n".join(["", *lines, f"lost: {lost}"]))
     if request.config.getoption("all_faults"):
         counts = {"injected": found.injected, "survived": found.survived, "lost": lost}
-        write_json(ROOT / "runs/drill.json", counts | {"device": device_name(), "machine": machine()})
+        write_json(
+            ROOT / "runs/drill.json", counts | {"device": device_name(), "machine": machine()}
+        )
 
 
 @pytest.mark.parametrize(
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device", "disk"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
         Exception("No space left on device (os error 28)"),  # tokenizers'
     ],
 )
@@ -309,21 +390,37 @@ def test_a_full_disk_is_told_and_other_faults_are_not_hidden(error, capsys):
     time.sleep(0.5)
     told = capsys.readouterr().err
     assert "File too large" not in told and "Input/output error" in told
-    with pytest.raises(SystemExit, match="error: disk: No space left on device; make room and run again"), telling():
+    with (
+        pytest.raises(
+            SystemExit, match="error: disk: No space left on device; make room and run again"
+        ),
+        telling(),
+    ):
         raise error
     for error in (
         PermissionError(errno.EACCES, "Permission denied", "out.csv"),
         IsADirectoryError(errno.EISDIR, "", "out.csv"),
     ):
-        with pytest.raises(SystemExit, match="error: out.csv: .*; mend that and run again"), telling():
+        with (
+            pytest.raises(SystemExit, match="error: out.csv: .*; mend that and run again"),
+            telling(),
+        ):
             raise error
-    for torchs in ("PytorchStreamWriter failed writing file data/0: file write failed", "unexpected pos 3916608 vs 3916496"):
-        with pytest.raises(SystemExit, match="error: disk: a checkpoint could not be written whole"), telling():
+    for torchs in (
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+        "unexpected pos 3916608 vs 3916496",
+    ):
+        with (
+            pytest.raises(SystemExit, match="error: disk: a checkpoint could not be written whole"),
+            telling(),
+        ):
             raise RuntimeError(f"[enforce fail at inline_container.cc:664] . {torchs}")
     bar = tqdm(total=2)
     with pytest.raises(SystemExit), telling():
         raise error
-    assert bar.disable and capsys.readouterr().err.endswith("\n")  # the message has a line of its own
+    assert bar.disable and capsys.readouterr().err.endswith(
+        "\n"
+    )  # the message has a line of its own
     with pytest.raises(RuntimeError, match="a fault of ours"), telling():
         raise RuntimeError("a fault of ours")
     with pytest.raises(SafetensorError, match="header too large"), telling():
@@ -336,11 +433,23 @@ def test_stages_end_to_end(drill, monkeypatch):
 
     # The result files are the design's.
     result = read_json("runs/mine/results/sft@6.json")
-    keys = "experiment method step seed split n accuracy precision_macro recall_macro f1_macro per_class f1_macro_ci95 ece "
-    keys += "train_loss eval_loss seconds rows_per_second tokens device dtype model inputs_sha256 versions"
-    assert set(keys.split()) <= set(result) and (result["step"], result["split"], result["n"]) == (6, "test", 20)
+    keys = (
+        "experiment method step seed split n accuracy precision_macro recall_macro "
+        "f1_macro per_class f1_macro_ci95 ece "
+    )
+    keys += (
+        "train_loss eval_loss seconds rows_per_second tokens device dtype model "
+        "inputs_sha256 versions"
+    )
+    assert set(keys.split()) <= set(result) and (result["step"], result["split"], result["n"]) == (
+        6,
+        "test",
+        20,
+    )
     predictions = list(read_jsonl("runs/mine/results/sft@6.predictions.jsonl"))
-    assert [p["id"] for p in predictions] == [row["id"] for row in read_jsonl("data/mine/test.jsonl")]
+    assert [p["id"] for p in predictions] == [
+        row["id"] for row in read_jsonl("data/mine/test.jsonl")
+    ]
     for p in predictions:
         assert set(p) == {"id", "label", "prediction", "probabilities", "perplexity"}
         assert abs(sum(p["probabilities"].values()) - 1) < 1e-9
@@ -348,12 +457,20 @@ def test_stages_end_to_end(drill, monkeypatch):
     assert result["accuracy"] == sum(p["label"] == p["prediction"] for p in predictions) / 20
     table = Path("runs/mine/results/sft_checkpoints.md")
     assert [f"| {step} |" in table.read_text() for step in (0, 4, 6)] == [True] * 3
-    optimizers = sorted(str(p.parent.name) for p in Path("runs/mine/sft/checkpoints").glob("*/optimizer.pt"))
+    optimizers = sorted(
+        str(p.parent.name) for p in Path("runs/mine/sft/checkpoints").glob("*/optimizer.pt")
+    )
     assert optimizers == ["checkpoint-6"]
     assert "How sure?" in Path("runs/mine/report/report.html").read_text()
-    # The best checkpoint on validation and the last are kept, and their results are among those of every evaluation.
-    by_step = {step: read_result(experiment, f"linear_head@{step}", "validation") for step in (7, 14, 18)}
-    kept = {int(path.name.split("-")[1]) for path in Path("runs/mine/linear-head/checkpoints").glob("checkpoint-*")}
+    # The best checkpoint on validation and the last are kept, and their results are among those of
+    # every evaluation.
+    by_step = {
+        step: read_result(experiment, f"linear_head@{step}", "validation") for step in (7, 14, 18)
+    }
+    kept = {
+        int(path.name.split("-")[1])
+        for path in Path("runs/mine/linear-head/checkpoints").glob("checkpoint-*")
+    }
     assert kept == {best_step(by_step), 18}
     state = read_json("runs/mine/linear-head/checkpoints/checkpoint-18/trainer_state.json")
     logged = {line["step"]: line["loss"] for line in state["log_history"] if "loss" in line}
@@ -361,11 +478,16 @@ def test_stages_end_to_end(drill, monkeypatch):
     assert abs(read_result(experiment, "linear_head@14", "test")["train_loss"] - mean) < 1e-6
 
     # What a model learnt to read is kept with it.
-    assert all(read_json(f"runs/mine/{stage}/stage.json")["reading"] == experiment.reading for stage in ("sft", "bert"))
+    assert all(
+        read_json(f"runs/mine/{stage}/stage.json")["reading"] == experiment.reading
+        for stage in ("sft", "bert")
+    )
 
     # Nothing is done again.
     def times() -> dict:
-        files = [path for of in ("data", "runs") for path in Path(of).rglob("*") if path.name != ".lock"]
+        files = [
+            path for of in ("data", "runs") for path in Path(of).rglob("*") if path.name != ".lock"
+        ]
         return {path: path.stat().st_mtime_ns for path in files}
 
     written = times()
@@ -398,7 +520,10 @@ def test_stages_end_to_end(drill, monkeypatch):
     config = Path("sft.yaml").read_text()
     Path("sft.yaml").write_text(config.replace("learning_rate: 0.001", "learning_rate: 0.002"))
     assert drill.run(work, "sft")[0] == 0
-    assert Path("runs/mine/sft/checkpoints.old/checkpoint-6").exists() and sha256_file(weights) != before
+    assert (
+        Path("runs/mine/sft/checkpoints.old/checkpoint-6").exists()
+        and sha256_file(weights) != before
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -455,5 +580,8 @@ def test_a_disturbed_stage_ends_as_if_undisturbed(drill, pytestconfig, stage):
         drill.check(work, stage, "an output cut in half")
     work = inject("two at once")
     for code, said in [started.wait() for started in [drill.start(work, stage) for _ in range(2)]]:
-        assert code == 0 or (code == 1 and "another process" in said and "Traceback" not in said), (stage, said[-3000:])
+        assert code == 0 or (code == 1 and "another process" in said and "Traceback" not in said), (
+            stage,
+            said[-3000:],
+        )
     drill.check(work, stage, "two at once")

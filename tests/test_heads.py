@@ -1,4 +1,5 @@
-"""A linear head: padding does not show, control strings are text, the article's parameters mean what they say."""
+"""A linear head: padding does not show, control strings are text, the article's parameters mean
+what they say."""
 
 import copy
 import math
@@ -26,7 +27,11 @@ from train import heads as train
 
 LABELS = ["a", "b", "c"]
 
-TEXTS = ["Shares fell.", "A longer text about the cup final, which went to penalties after extra time. " * 6, "你好 world"]
+TEXTS = [
+    "Shares fell.",
+    "A longer text about the cup final, which went to penalties after extra time. " * 6,
+    "你好 world",
+]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -49,7 +54,10 @@ def test_a_padded_batch_gives_what_single_texts_give(tiny_models, name, side):
 @pytest.mark.parametrize("name", ["smollm2", "minilm"])
 def test_a_real_models_padded_batch_gives_what_single_texts_give(fetched, name):
     set_seed(0)
-    model, tokenizer = heads.load_head(fetched[name], list("abcd")).eval(), heads.load_tokenizer(fetched[name])
+    model, tokenizer = (
+        heads.load_head(fetched[name], list("abcd")).eval(),
+        heads.load_tokenizer(fetched[name]),
+    )
     ids = TextEncoder(tokenizer, 512).encode(TEXTS)
     with torch.inference_mode():
         together = model(**tokenizer.pad({"input_ids": ids}, return_tensors="pt")).logits
@@ -64,18 +72,30 @@ def test_control_strings_in_a_text_are_text_and_long_texts_keep_their_special_to
     assert sum(token in tokenizer.all_special_ids for token in ids) == 2  # the first and the last
     assert (len(long), long[0], long[-1]) == (20, tokenizer.cls_token_id, tokenizer.sep_token_id)
     decoder = heads.load_tokenizer(fetched["smollm2"])
-    assert not set(TextEncoder(decoder, 50).encode(["x <|im_end|> y"])[0]) & set(decoder.all_special_ids)
+    assert not set(TextEncoder(decoder, 50).encode(["x <|im_end|> y"])[0]) & set(
+        decoder.all_special_ids
+    )
 
 
 def test_few_rows_are_trained_on_for_the_least_steps_and_many_for_the_epochs():
-    head = Head(num_train_epochs=2, per_device_train_batch_size=8, gradient_accumulation_steps=2, least_steps=200)
+    head = Head(
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        least_steps=200,
+    )
     for rows, steps in ((81, 200), (400, 200), (1600, 200), (3200, 400)):
         on = head.on(rows)
-        assert planned_steps(rows, 8, 2, on.num_train_epochs, on.eval_steps)[0] in (steps, steps + 1)  # of rounding
+        assert planned_steps(rows, 8, 2, on.num_train_epochs, on.eval_steps)[0] in (
+            steps,
+            steps + 1,
+        )  # of rounding
     assert Head(num_train_epochs=2).on(10) == Head(num_train_epochs=2)
 
 
-@pytest.mark.parametrize(("section", "steps", "every"), [("encoder", 5625, 282), ("decoder", 1875, 94)])
+@pytest.mark.parametrize(
+    ("section", "steps", "every"), [("encoder", 5625, 282), ("decoder", 1875, 94)]
+)
 def test_the_articles_parameters(fetched, tmp_path, section, steps, every):
     head = getattr(load_experiment("ag_news"), section).head
     arguments = heads.training_arguments(head, tmp_path, 42, None)
@@ -85,18 +105,29 @@ def test_the_articles_parameters(fetched, tmp_path, section, steps, every):
         arguments.per_device_eval_batch_size,
     )
     assert batch == ((64, 1, 256) if section == "encoder" else (8, 8, 16))
-    assert (arguments.learning_rate, arguments.lr_scheduler_type, arguments.weight_decay) == (1e-5, "cosine", 1e-6)
+    assert (arguments.learning_rate, arguments.lr_scheduler_type, arguments.weight_decay) == (
+        1e-5,
+        "cosine",
+        1e-6,
+    )
     assert arguments.adam_beta2 == 0.999  # HF's own
     assert arguments.num_train_epochs == (3 if section == "encoder" else 1)
     assert arguments.get_warmup_steps(steps) == 0 and arguments.train_sampling_strategy == "random"
     assert head.max_length == 512  # 510 tokens and BERT's two specials
-    rows = Dataset.from_dict({"input_ids": [[1]] * 120_000, "labels": [0] * 120_000, "length": [1] * 120_000})
-    model, tokenizer = heads.load_head(fetched["minilm"], list("abcd")), heads.load_tokenizer(fetched["minilm"])
+    rows = Dataset.from_dict(
+        {"input_ids": [[1]] * 120_000, "labels": [0] * 120_000, "length": [1] * 120_000}
+    )
+    model, tokenizer = (
+        heads.load_head(fetched["minilm"], list("abcd")),
+        heads.load_tokenizer(fetched["minilm"]),
+    )
     trainer = heads.HeadTrainer(model, arguments, tokenizer, rows, {"test": rows})
     *_, max_steps = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
     assert max_steps == steps
     found = steps_of(arguments, max_steps, "should_evaluate")
-    assert found == [*range(every, steps, every), steps] and len(found) == 20  # the article's 19, and the last step
+    assert (
+        found == [*range(every, steps, every), steps] and len(found) == 20
+    )  # the article's 19, and the last step
 
 
 def test_groups_of_like_length_are_drawn_from_seed_and_epoch():
@@ -115,7 +146,9 @@ def test_groups_of_like_length_are_drawn_from_seed_and_epoch():
 
 def test_a_text_length_that_a_model_has_no_positions_for_is_an_error(fetched):
     heads.require_length(fetched["minilm"], 512, "encoder.head")
-    with pytest.raises(LetterheadError, match=r"encoder.head.max_length is 513, but .* has 512 positions; lower it"):
+    with pytest.raises(
+        LetterheadError, match=r"encoder.head.max_length is 513, but .* has 512 positions; lower it"
+    ):
         heads.require_length(fetched["minilm"], 513, "encoder.head")
 
 
@@ -133,30 +166,43 @@ def test_predictions_come_back_in_the_rows_order_whatever_the_batches(fetched, t
 
     arguments = heads.training_arguments(Head(per_device_eval_batch_size=4), tmp_path, 0, None)
     arguments.report_to = []
-    trainer = heads.HeadTrainer(copy.deepcopy(model), arguments, tokenizer, data, {"test": data}, note)
+    trainer = heads.HeadTrainer(
+        copy.deepcopy(model), arguments, tokenizer, data, {"test": data}, note
+    )
     metrics = trainer.evaluate()
     logits, tokens = seen["test"]
     assert math.isclose(metrics["eval_test_mean"], logits.mean(), rel_tol=1e-6)
     lengths = sorted(data["length"], reverse=True)
     assert tokens == sum(len(lengths[i : i + 4]) * lengths[i] for i in range(0, 23, 4))
     with torch.inference_mode():
-        alone = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in data["input_ids"]])
+        alone = torch.cat(
+            [model(input_ids=torch.tensor([ids])).logits for ids in data["input_ids"]]
+        )
     assert np.abs(alone.numpy() - logits).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["bert", "smollm2"])
-def test_a_packed_copy_evaluates_as_the_trainer_does_and_leaves_the_model_alone(tiny_models, tmp_path, name):
+def test_a_packed_copy_evaluates_as_the_trainer_does_and_leaves_the_model_alone(
+    tiny_models, tmp_path, name
+):
     set_seed(0)
-    model, tokenizer = heads.load_head(tiny_models[name], list("abcd")), heads.load_tokenizer(tiny_models[name])
+    model, tokenizer = (
+        heads.load_head(tiny_models[name], list("abcd")),
+        heads.load_tokenizer(tiny_models[name]),
+    )
     before, data = copy.deepcopy(model.state_dict()), random_rows(30)
     arguments = heads.training_arguments(Head(per_device_eval_batch_size=4), tmp_path, 0, None)
     trainer = heads.HeadTrainer(model, arguments, tokenizer, data, {"test": data})
     packed = trainer._evaluate_packed("test", "eval_test")
     loader = trainer.get_eval_dataloader("test")
-    theirs = Trainer.evaluation_loop(trainer, loader, "", prediction_loss_only=False, metric_key_prefix="eval_test")
+    theirs = Trainer.evaluation_loop(
+        trainer, loader, "", prediction_loss_only=False, metric_key_prefix="eval_test"
+    )
     assert np.abs(packed.predictions - theirs.predictions).max() < 1e-4
     assert (packed.label_ids == theirs.label_ids).all()
-    assert math.isclose(packed.metrics["eval_test_loss"], theirs.metrics["eval_test_loss"], rel_tol=1e-4)
+    assert math.isclose(
+        packed.metrics["eval_test_loss"], theirs.metrics["eval_test_loss"], rel_tol=1e-4
+    )
     after = model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -169,41 +215,67 @@ def test_accumulated_batches_train_as_one_batch_does(tiny_models, tmp_path, name
     def train(batch: int, accumulation: int) -> tuple[list[tuple], dict[str, torch.Tensor]]:
         set_seed(0)
         model = heads.load_head(tiny_models[name], list("abcd"))
-        for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        for dropout in (
+            module for module in model.modules() if isinstance(module, torch.nn.Dropout)
+        ):
             dropout.p = 0.0
-        head = Head(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=1)
+        head = Head(
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            num_train_epochs=1,
+        )
         arguments = heads.training_arguments(head, tmp_path, 0, None)
         arguments.eval_strategy = arguments.save_strategy = "no"
         arguments.logging_steps, arguments.report_to = 1, []
         trainer = heads.HeadTrainer(model, arguments, heads.load_tokenizer(tiny_models[name]), data)
         trainer.train()
-        log = [(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "grad_norm" in line]
+        log = [
+            (line["loss"], line["grad_norm"])
+            for line in trainer.state.log_history
+            if "grad_norm" in line
+        ]
         return log, model.state_dict()
 
     (split, split_weights), (whole, whole_weights) = train(8, 8), train(64, 1)
     assert len(split) == len(whole) == 3
     assert np.allclose(split, whole, rtol=1e-4), (split, whole)
     assert 1 < whole[0][0] < 4  # cross-entropy of four classes, untrained
-    assert all(torch.allclose(split_weights[key], whole_weights[key], atol=1e-5) for key in whole_weights)
+    assert all(
+        torch.allclose(split_weights[key], whole_weights[key], atol=1e-5) for key in whole_weights
+    )
 
 
 def random_rows(n: int) -> Dataset:
     """Rows of random ids and classes of four."""
     generator = np.random.default_rng(0)
-    ids = [generator.integers(1000, 3000, size=size).tolist() for size in generator.integers(5, 40, size=n)]
+    ids = [
+        generator.integers(1000, 3000, size=size).tolist()
+        for size in generator.integers(5, 40, size=n)
+    ]
     labels = generator.integers(0, 4, size=n).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(one) for one in ids]})
+    return Dataset.from_dict(
+        {"input_ids": ids, "labels": labels, "length": [len(one) for one in ids]}
+    )
 
 
 @pytest.mark.parametrize(
-    "losses", [None, [0.9, 0.5, 0.6, 0.7, 0.4, 0.8, 0.8, 0.9, 0.8, 0.7]], ids=["no validation", "validation"]
+    "losses",
+    [None, [0.9, 0.5, 0.6, 0.7, 0.4, 0.8, 0.8, 0.9, 0.8, 0.7]],
+    ids=["no validation", "validation"],
 )
-def test_only_the_best_the_last_and_now_and_then_one_is_saved_and_saving_is_clocked(tiny_models, tmp_path, losses):
+def test_only_the_best_the_last_and_now_and_then_one_is_saved_and_saving_is_clocked(
+    tiny_models, tmp_path, losses
+):
     data, seen, saved = random_rows(80), iter(losses or []), []
     head = Head(per_device_train_batch_size=8, num_train_epochs=1, eval_steps=0.1)
-    arguments = heads.training_arguments(head, tmp_path, 0, "validation_log_loss" if losses else None)
+    arguments = heads.training_arguments(
+        head, tmp_path, 0, "validation_log_loss" if losses else None
+    )
     arguments.report_to = []
-    model, tokenizer = heads.load_head(tiny_models["bert"], list("abcd")), heads.load_tokenizer(tiny_models["bert"])
+    model, tokenizer = (
+        heads.load_head(tiny_models["bert"], list("abcd")),
+        heads.load_tokenizer(tiny_models["bert"]),
+    )
 
     def note(split, *_):
         return {"log_loss": next(seen)} if losses else {}
@@ -212,39 +284,67 @@ def test_only_the_best_the_last_and_now_and_then_one_is_saved_and_saving_is_cloc
         def on_save(self, args, state, control, **kwargs):
             saved.append((state.global_step, trainer.saving_seconds))
 
-    trainer = heads.HeadTrainer(model, arguments, tokenizer, data, {"validation" if losses else "test": data}, note)
+    trainer = heads.HeadTrainer(
+        model, arguments, tokenizer, data, {"validation" if losses else "test": data}, note
+    )
     trainer.add_callback(Slow())
     trainer.train()
     assert [step for step, _ in saved] == ([1, 2, 4, 5, 8, 10] if losses else [4, 8, 10])
     assert 0 < saved[0][1] < saved[-1][1]
     kept = {path.name: (path / "optimizer.pt").exists() for path in tmp_path.glob("checkpoint-*")}
     assert kept == (
-        {"checkpoint-5": False, "checkpoint-10": True} if losses else {"checkpoint-8": False, "checkpoint-10": True}
+        {"checkpoint-5": False, "checkpoint-10": True}
+        if losses
+        else {"checkpoint-8": False, "checkpoint-10": True}
     )
 
 
-def test_the_loss_over_the_options_starts_from_sfts_scores_and_is_predicted_as_it_is_evaluated(make_experiment):
+def test_the_loss_over_the_options_starts_from_sfts_scores_and_is_predicted_as_it_is_evaluated(
+    make_experiment,
+):
     write_csv("rows.csv", [(f"text {i} of {LABELS[i % 3]} news", LABELS[i % 3]) for i in range(60)])
-    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "eval_steps": 0.5, "learning_rate": 1e-2}
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "eval_steps": 0.5,
+        "learning_rate": 1e-2,
+    }
     rows = {"validation": 12, "test": 12}
-    experiment = make_experiment("rows.csv", LABELS, data={"rows": rows}, decoder_keys={"sft_options": settings})
+    experiment = make_experiment(
+        "rows.csv", LABELS, data={"rows": rows}, decoder_keys={"sft_options": settings}
+    )
     data.main(experiment)
     encoder = load_prompt_encoder(experiment)
     texts = [row["text"] for row in results.read_rows(experiment, "test")]
     options = OptionEncoder(encoder)
-    untrained = heads.classify(load_folded(experiment, encoder).eval(), encoder.tokenizer, options.encode(texts), batch=5)
+    untrained = heads.classify(
+        load_folded(experiment, encoder).eval(), encoder.tokenizer, options.encode(texts), batch=5
+    )
     decoder = load_decoder(experiment.decoder.folder, "float32")
-    scores = score_options(decoder, [encoder.encode(text) for text in texts], encoder.answers, False, 2048)
+    scores = score_options(
+        decoder, [encoder.encode(text) for text in texts], encoder.answers, False, 2048
+    )
     assert np.abs(untrained - scores.probabilities("mean")).max() < 1e-4
     train.main(experiment, "sft_options")
     found = results.read_result(experiment, "sft_options@10", "test")
     lines = results.read_predictions(experiment, "sft_options@10", "test")
     predicted = load_classifier(experiment, "sft_options@10")(texts)
-    assert np.abs(predicted - [[line["probabilities"][label] for label in LABELS] for line in lines]).max() < 1e-4
+    assert (
+        np.abs(
+            predicted - [[line["probabilities"][label] for label in LABELS] for line in lines]
+        ).max()
+        < 1e-4
+    )
     assert np.abs(predicted - untrained).max() > 0.01
-    assert found["train_loss"] < results.read_result(experiment, "sft_options@5", "test")["train_loss"]
+    assert (
+        found["train_loss"] < results.read_result(experiment, "sft_options@5", "test")["train_loss"]
+    )
     again = read_json(experiment.run_folder / "sft-options" / "stage.json")
     train.main(experiment, "sft_options")
     assert again == read_json(experiment.run_folder / "sft-options" / "stage.json")
-    with pytest.raises(LetterheadError, match="decoder.sft_options: only single letters have a score each"):
-        make_experiment("rows.csv", LABELS, prompt={"options": "names"}, decoder_keys={"sft_options": {}})
+    with pytest.raises(
+        LetterheadError, match="decoder.sft_options: only single letters have a score each"
+    ):
+        make_experiment(
+            "rows.csv", LABELS, prompt={"options": "names"}, decoder_keys={"sft_options": {}}
+        )

@@ -1,4 +1,5 @@
-"""The house: stages and methods are listed once, each shelf uses those below it, and what is derived follows by itself."""
+"""The house: stages and methods are listed once, each shelf uses those below it, and what is
+derived follows by itself."""
 
 import ast
 import os
@@ -26,7 +27,17 @@ from tests.conftest import ROOT
 from tests.test_data import write_csv
 
 # Each shelf of the library, and how high it stands; it uses those that stand no higher.
-SHELVES = {"files": 0, "config": 1, "pipeline": 2, "stats": 2, "runs": 3, "models": 4, "rows": 5, "plan": 5, "serving": 5}
+SHELVES = {
+    "files": 0,
+    "config": 1,
+    "pipeline": 2,
+    "stats": 2,
+    "runs": 3,
+    "models": 4,
+    "rows": 5,
+    "plan": 5,
+    "serving": 5,
+}
 STAGE_FOLDERS = ("prep", "train", "eval", "bench", "serve", "report", "study")
 # Keys that decide no result, and why
 DECIDE_NOTHING = {
@@ -49,7 +60,10 @@ def sources() -> dict[str, ast.Module]:
     folders = ("letterhead", *STAGE_FOLDERS)
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8")) for path in files
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(
+            path.read_text(encoding="utf-8")
+        )
+        for path in files
     }
 
 
@@ -74,7 +88,11 @@ def test_names_of_stages_and_methods_are_written_in_the_pipeline_alone():
         if isinstance(node, ast.Constant) and node.value in names
     }
     # `data` and `report` are folders and sections as well, `rank` and `sft` keys of an experiment
-    kept = {place for place in found if not re.match(r"(prep|report|letterhead\.config|bench\.peers)\.", place)}
+    kept = {
+        place
+        for place in found
+        if not re.match(r"(prep|report|letterhead\.config|bench\.peers)\.", place)
+    }
     assert len(found) <= LITERALS and len(kept) <= LITERALS, sorted(found)
 
 
@@ -99,7 +117,9 @@ def test_no_modules_import_each_other_in_a_circle():
     trees = sources()
     graph = {}
     for module, tree in trees.items():
-        top_level = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        top_level = ast.Module(
+            [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []
+        )
         graph[module] = imported(top_level, set(trees)) - {module}
     done: set[str] = set()
 
@@ -117,7 +137,9 @@ def test_no_modules_import_each_other_in_a_circle():
 def makefile() -> dict[str, tuple[list[str], str]]:
     """Target → prerequisites and recipe."""
     text = (ROOT / "Makefile").read_text()
-    found = re.findall(r"^([a-z][\w-]*):([^#=\n]*)(?:##[^\n]*)?\n((?:\t[^\n]*\n)*)", text, re.MULTILINE)
+    found = re.findall(
+        r"^([a-z][\w-]*):([^#=\n]*)(?:##[^\n]*)?\n((?:\t[^\n]*\n)*)", text, re.MULTILINE
+    )
     return {target: (prerequisites.split(), recipe) for target, prerequisites, recipe in found}
 
 
@@ -138,7 +160,9 @@ def test_the_makefiles_targets_and_prerequisites_are_those_of_the_stages():
     for stage in STAGES.values():
         command = f"{stage.module} {stage.argument} $(STAGE)".replace("  ", " ")
         assert command in targets[stage.make_target][1], stage.name
-        needs = {need.stage for need in stage.needs} or ({*scored} - {None} if stage is pipeline.COMPARE else set())
+        needs = {need.stage for need in stage.needs} or (
+            {*scored} - {None} if stage is pipeline.COMPARE else set()
+        )
         needed = {STAGES[name].make_target for name in needs}
         assert needed - {stage.make_target} <= before(stage.make_target), stage.name
         # Nothing is made for a stage that it, or what it needs, does not read.
@@ -154,9 +178,13 @@ def leaves(section: type[Section], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         kinds = [field.annotation, *typing.get_args(field.annotation)]
-        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        inner = next(
+            (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None
+        )
         is_model = name == "model"  # of text, or of parts
-        keys += [f"{prefix}{name}"] if inner is None or is_model else leaves(inner, f"{prefix}{name}.")
+        keys += (
+            [f"{prefix}{name}"] if inner is None or is_model else leaves(inner, f"{prefix}{name}.")
+        )
     return keys
 
 
@@ -177,7 +205,10 @@ def test_every_key_of_an_experiment_decides_a_stage_or_is_said_to_decide_nothing
     assert not open_keys
 
 
-@pytest.mark.parametrize("key", ["decoder.dtype=bfloat16", "encoder.head.learning_rate=0.3", "compare.margin=0.2", "seed=7"])
+@pytest.mark.parametrize(
+    "key",
+    ["decoder.dtype=bfloat16", "encoder.head.learning_rate=0.3", "compare.margin=0.2", "seed=7"],
+)
 def test_another_key_makes_stale_what_hangs_on_it(make_experiment, key):
     from letterhead.config.experiment import load_experiment
     from prep import data
@@ -190,7 +221,8 @@ def test_another_key_makes_stale_what_hangs_on_it(make_experiment, key):
     changed = {
         name
         for name in ("sft", "bert", "linear-head", "tfidf", "decide")
-        if pipeline.inputs_sha256(STAGES[name], experiment) != pipeline.inputs_sha256(STAGES[name], other)
+        if pipeline.inputs_sha256(STAGES[name], experiment)
+        != pipeline.inputs_sha256(STAGES[name], other)
     }
     assert (
         changed
@@ -206,7 +238,9 @@ def test_another_key_makes_stale_what_hangs_on_it(make_experiment, key):
 def test_inputs_are_computed_without_a_trace_and_name_what_is_not_made(make_experiment):
     write_csv("rows.csv", [("a", "x"), ("b", "y")] * 20)
     experiment = make_experiment("rows.csv", ["x", "y"])
-    with pytest.raises(LetterheadError, match="runs/mine/data: not made yet; run: make data EXP=mine"):
+    with pytest.raises(
+        LetterheadError, match="runs/mine/data: not made yet; run: make data EXP=mine"
+    ):
         pipeline.inputs(STAGES["bert"], experiment)
     pipeline.inputs(pipeline.DATA, experiment)
     assert not Path("runs").exists() and not Path("data").exists()
@@ -222,10 +256,22 @@ def load_first_class(experiment: Experiment, name: str):
     return lambda texts: np.tile(shares, (len(texts), 1))
 
 
-def test_a_method_that_is_registered_is_compared_decided_shown_and_predicted_with(make_experiment, monkeypatch, capsys):
-    stage = Stage("first-class", "answer with the first class", "tests.none", needs=(Need("data", ("test.jsonl",)),))
+def test_a_method_that_is_registered_is_compared_decided_shown_and_predicted_with(
+    make_experiment, monkeypatch, capsys
+):
+    stage = Stage(
+        "first-class",
+        "answer with the first class",
+        "tests.none",
+        needs=(Need("data", ("test.jsonl",)),),
+    )
     method = Method(
-        "first_class", "The first class", stage.name, stage.name, pipeline.SHARED, loader="tests.test_house:load_first_class"
+        "first_class",
+        "The first class",
+        stage.name,
+        stage.name,
+        pipeline.SHARED,
+        loader="tests.test_house:load_first_class",
     )
     monkeypatch.setitem(STAGES, stage.name, stage)
     monkeypatch.setitem(METHODS, method.name, method)
@@ -253,7 +299,14 @@ def test_a_method_that_is_registered_is_compared_decided_shown_and_predicted_wit
 def test_what_make_starts_is_offline_before_a_library_is_imported_but_for_what_fetches():
     recipes = (ROOT / "Makefile").read_text()
     online = set(re.findall(r"\$\(ONLINE\) ([\w.]+)", recipes))
-    assert online == {"prep.new", "prep.data", "prep.preflight", "serve.predict", "prep.licenses", "letterhead.runs.devices"}
+    assert online == {
+        "prep.new",
+        "prep.data",
+        "prep.preflight",
+        "serve.predict",
+        "prep.licenses",
+        "letterhead.runs.devices",
+    }
     prefix = re.search(r"^RUN = (.*) \$\(ONLINE\)$", recipes, re.MULTILINE)[1]
     settings = dict(pair.split("=") for pair in prefix.split())
     code = "import train.heads_worker, huggingface_hub.constants as hub, datasets.config as sets\n"
@@ -261,12 +314,17 @@ def test_what_make_starts_is_offline_before_a_library_is_imported_but_for_what_f
     bare = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     for environment, expected in ((bare | settings, "True True"), (bare, "False False")):
         ended = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=environment | {"PYTHONPATH": str(ROOT)},
         )
         assert ended.stdout.strip() == expected, ended.stderr
 
 
-def test_a_lost_result_of_a_head_costs_a_scoring_and_a_pruned_checkpoint_leaves_a_gap(make_experiment, tiny_models, capsys):
+def test_a_lost_result_of_a_head_costs_a_scoring_and_a_pruned_checkpoint_leaves_a_gap(
+    make_experiment, tiny_models, capsys
+):
     from prep import data
     from train import heads, heads_worker
 
@@ -274,14 +332,23 @@ def test_a_lost_result_of_a_head_costs_a_scoring_and_a_pruned_checkpoint_leaves_
     write_csv("rows.csv", [(f"text {i} of {labels[i % 3]} news", labels[i % 3]) for i in range(60)])
     head = {"per_device_train_batch_size": 8, "eval_steps": 0.25, "num_train_epochs": 2}
     encoder = {"model": str(tiny_models["bert"]), "head": head}
-    experiment = make_experiment("rows.csv", labels, data={"rows": {"validation": 8, "test": 8}}, encoder_keys=encoder)
+    experiment = make_experiment(
+        "rows.csv", labels, data={"rows": {"validation": 8, "test": 8}}, encoder_keys=encoder
+    )
     data.main(experiment)
     heads.main(experiment, "bert")
     folder = METHODS["bert"].checkpoints(experiment)
     kept = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
-    steps = sorted(result["step"] for path in experiment.results_folder.glob("bert@*.json") if (result := read_json(path)))
+    steps = sorted(
+        result["step"]
+        for path in experiment.results_folder.glob("bert@*.json")
+        if (result := read_json(path))
+    )
     pruned = min(set(steps) - set(kept))
-    files = {step: results.result_files(experiment, f"bert@{step}", "test") for step in (kept[-1], pruned)}
+    files = {
+        step: results.result_files(experiment, f"bert@{step}", "test")
+        for step in (kept[-1], pruned)
+    }
     before = files[kept[-1]][1].read_bytes()
     weights = {path: path.read_bytes() for path in folder.glob("*/model.safetensors")}
     for both in files.values():
@@ -290,6 +357,12 @@ def test_a_lost_result_of_a_head_costs_a_scoring_and_a_pruned_checkpoint_leaves_
     heads.main(experiment, "bert")
     assert files[kept[-1]][1].read_bytes() == before and not files[pruned][0].exists()
     assert {path: path.read_bytes() for path in folder.glob("*/model.safetensors")} == weights
-    assert f"step {pruned} on test rows is gone, and so is its checkpoint; a gap is left" in capsys.readouterr().out
-    assert f"| {pruned} | not scored: no whole checkpoint" in (experiment.results_folder / "bert_checkpoints.md").read_text()
+    assert (
+        f"step {pruned} on test rows is gone, and so is its checkpoint; a gap is left"
+        in capsys.readouterr().out
+    )
+    assert (
+        f"| {pruned} | not scored: no whole checkpoint"
+        in (experiment.results_folder / "bert_checkpoints.md").read_text()
+    )
     assert heads_worker.CLOCK in {path.name for path in folder.parent.iterdir()}

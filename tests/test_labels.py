@@ -1,4 +1,5 @@
-"""The label of a row is the one that its file gave, whatever the form, the numbering and the split."""
+"""The label of a row is the one that its file gave, whatever the form, the numbering and the
+split."""
 
 import csv
 import json
@@ -27,13 +28,19 @@ NAMES = ["World", "Sports", "Business", "Sci/Tech"]
 
 def read_labels(experiment) -> dict[str, str]:
     """The text of every row of all splits → its label."""
-    rows = [row for split in ("train", "validation", "test") for row in results.read_rows(experiment, split)]
+    rows = [
+        row
+        for split in ("train", "validation", "test")
+        for row in results.read_rows(experiment, split)
+    ]
     return {row["text"]: row["label"] for row in rows}
 
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("bad_rows", ["stop", "drop"])
-def test_numbers_count_from_0_or_from_1_as_the_whole_file_says(make_experiment, capsys, first, bad_rows):
+def test_numbers_count_from_0_or_from_1_as_the_whole_file_says(
+    make_experiment, capsys, first, bad_rows
+):
     write_csv("rows.csv", [(f"text {i}", first + i % 4) for i in range(60)])
     experiment = make_experiment("rows.csv", NAMES, data={"bad_rows": bad_rows})
     data.main(experiment)
@@ -47,14 +54,17 @@ def test_numbers_count_from_0_or_from_1_as_the_whole_file_says(make_experiment, 
     [
         (
             [0, 1, 2, 3, 4],
-            r"rows.csv, row 5 \(line 6\): label 4, .*neither from 0 nor from 1; write a map: labels: {0: World",
+            r"rows.csv, row 5 \(line 6\): label 4, .*neither from 0 nor from 1; write a "
+            r"map: labels: {0: World",
         ),
         ([1, 2, 3, 4, 99], "label 99, and labels from 1 to 99 number the 4 names"),
         ([1, 2, 3], "the source writes 1, 2, 3, which may count from 0 or from 1; write a map"),
     ],
 )
 @pytest.mark.parametrize("bad_rows", ["stop", "drop"])
-def test_numbers_that_fit_neither_way_or_both_are_refused(make_experiment, numbers, message, bad_rows):
+def test_numbers_that_fit_neither_way_or_both_are_refused(
+    make_experiment, numbers, message, bad_rows
+):
     write_csv("rows.csv", [(f"text {i}", number) for i, number in enumerate(numbers * 12)])
     experiment = make_experiment("rows.csv", NAMES, data={"bad_rows": bad_rows})
     with pytest.raises(LetterheadError, match=message):
@@ -63,8 +73,13 @@ def test_numbers_that_fit_neither_way_or_both_are_refused(make_experiment, numbe
 
 def test_a_hubs_class_label_counts_from_0_whatever_is_missing():
     of = Data(source="hf:a/b", labels=NAMES)
-    rows = [data.RawRow("train:1", "a row", "a text", 1), data.RawRow("train:2", "a row", "a text", 2)]
-    assert data.first_label_number(Source({"train": iter(rows)}, {}, numbers_from_zero=True), of) == 0
+    rows = [
+        data.RawRow("train:1", "a row", "a text", 1),
+        data.RawRow("train:2", "a row", "a text", 2),
+    ]
+    assert (
+        data.first_label_number(Source({"train": iter(rows)}, {}, numbers_from_zero=True), of) == 0
+    )
 
 
 def write_form(form: str, rows: list[tuple[str, object]]) -> str:
@@ -73,9 +88,13 @@ def write_form(form: str, rows: list[tuple[str, object]]) -> str:
     if form == "csv":
         write_csv(path, rows)
     elif form == "tsv":
-        Path(path).write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+        Path(path).write_text(
+            "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows)
+        )
     elif form == "jsonl":
-        Path(path).write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+        Path(path).write_text(
+            "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+        )
     elif form == "parquet":
         columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
@@ -94,14 +113,17 @@ def write_form(form: str, rows: list[tuple[str, object]]) -> str:
 def test_training_predict_and_page_have_the_label_that_the_file_gave(
     make_experiment, form, numbering, order, classes, seed, published
 ):
-    """Each text holds a word that stands in the texts of its class alone, so that TF-IDF answers with what it was taught."""
+    """Each text holds a word that stands in the texts of its class alone, so that TF-IDF answers
+    with what it was taught."""
     order = order[:classes]
     truth = {f"item {i} kind{i % classes} about kind{i % classes}": i % classes for i in range(80)}
     start = 1 if "1" in numbering else 0
     in_file = {name: name.lower() if numbering == "map of names" else name for name in order}
     given_labels: list | dict = order
     if numbering.startswith("map"):
-        in_file = in_file if "names" in numbering else {name: 7 * i + 3 for i, name in enumerate(order)}
+        in_file = (
+            in_file if "names" in numbering else {name: 7 * i + 3 for i, name in enumerate(order)}
+        )
         given_labels = {in_file[name]: name for name in reversed(order)}
     elif numbering != "names":
         in_file = {name: i + start for i, name in enumerate(order)}
@@ -112,9 +134,13 @@ def test_training_predict_and_page_have_the_label_that_the_file_gave(
         source = f"{{split}}.{form}"
     else:
         source = write_form(form, rows)
-    experiment = make_experiment(source, given_labels, data={"seed": seed, "rows": {"validation": 8, "test": 20}})
+    experiment = make_experiment(
+        source, given_labels, data={"seed": seed, "rows": {"validation": 8, "test": 20}}
+    )
     data.main(experiment)
-    assert {text: order.index(label) for text, label in read_labels(experiment).items()}.items() <= truth.items()
+    assert {
+        text: order.index(label) for text, label in read_labels(experiment).items()
+    }.items() <= truth.items()
     tfidf.main(experiment, "tfidf")
     assert results.read_result(experiment, "tfidf", "test")["accuracy"] == 1.0
     write_csv("in.csv", [(text, "") for text in truth])
@@ -122,55 +148,99 @@ def test_training_predict_and_page_have_the_label_that_the_file_gave(
     answers = {row["text"]: row for row in csv.DictReader(open("out.csv"))}
     for text, number in truth.items():
         row = answers[text]
-        assert row["prediction"] == order[number] == max(experiment.labels, key=lambda name: float(row[f"p({name})"]))
+        assert (
+            row["prediction"]
+            == order[number]
+            == max(experiment.labels, key=lambda name: float(row[f"p({name})"]))
+        )
     classify = {"tfidf": load_classifier(experiment, "tfidf")}
     for text in list(truth)[:classes]:
         [(shares, _)] = page.answer(experiment, classify, text)
         assert max(shares, key=shares.get) == order[truth[text]]
     card = read_json("data/mine/data_card.json")
-    counted = {name: sum(label == name for label in read_labels(experiment).values()) for name in order}
-    assert counted == {name: sum(card["label_counts"][split][name] for split in card["label_counts"]) for name in order}
+    counted = {
+        name: sum(label == name for label in read_labels(experiment).values()) for name in order
+    }
+    assert counted == {
+        name: sum(card["label_counts"][split][name] for split in card["label_counts"])
+        for name in order
+    }
 
 
 def conflicted(n: int = 60) -> list[tuple[str, str]]:
     rows = [(f"text {i}", NAMES[i % 4]) for i in range(n)]
-    return [*rows, ("twice", "World"), ("twice", "Sports"), ("thrice", "World"), ("thrice", "Sports"), ("thrice", "Sports")]
+    return [
+        *rows,
+        ("twice", "World"),
+        ("twice", "Sports"),
+        ("thrice", "World"),
+        ("thrice", "Sports"),
+        ("thrice", "Sports"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("policy", "kept"),
-    [("drop", []), ("majority", [("thrice", "Sports")]), ("keep", [("thrice", "World"), ("twice", "World")])],
+    [
+        ("drop", []),
+        ("majority", [("thrice", "Sports")]),
+        ("keep", [("thrice", "World"), ("twice", "World")]),
+    ],
 )
 def test_texts_with_different_labels_are_listed_and_settled(make_experiment, capsys, policy, kept):
     write_csv("rows.csv", conflicted())
     experiment = make_experiment("rows.csv", NAMES, data={"conflicts": policy})
     data.main(experiment)
-    assert sorted(item for item in read_labels(experiment).items() if item[0] in ("twice", "thrice")) == kept
+    assert (
+        sorted(item for item in read_labels(experiment).items() if item[0] in ("twice", "thrice"))
+        == kept
+    )
     conflicts = read_json("data/mine/data_card.json")["conflicts"]
     assert (conflicts["texts"], conflicts["rows"]) == (2, 5)
-    assert conflicts["listed"][0] == {"text": "twice", "labels": {"World": ["train:61"], "Sports": ["train:62"]}}
+    assert conflicts["listed"][0] == {
+        "text": "twice",
+        "labels": {"World": ["train:61"], "Sports": ["train:62"]},
+    }
     said = capsys.readouterr().out
-    assert "2 texts stand with different labels, for example “twice” is World (train:61) and Sports (train:62)" in said
+    assert (
+        "2 texts stand with different labels, for example “twice” is World (train:61) "
+        "and Sports (train:62)" in said
+    )
 
 
 def test_conflicts_may_stop_the_run_and_published_test_rows_stay(make_experiment):
     write_csv("rows.csv", conflicted())
-    with pytest.raises(LetterheadError, match="rows.csv: 2 texts stand with different labels.*data.conflicts: drop"):
+    with pytest.raises(
+        LetterheadError, match="rows.csv: 2 texts stand with different labels.*data.conflicts: drop"
+    ):
         data.main(make_experiment("rows.csv", NAMES, data={"conflicts": "stop"}))
     write_csv("train.csv", [(f"text {i}", NAMES[i % 4]) for i in range(60)])
     write_csv(
-        "test.csv", [("text 0", "Sports"), ("same", "World"), ("same", "Sports"), *[(f"t {i}", "World") for i in range(9)]]
+        "test.csv",
+        [
+            ("text 0", "Sports"),
+            ("same", "World"),
+            ("same", "Sports"),
+            *[(f"t {i}", "World") for i in range(9)],
+        ],
     )
-    experiment = make_experiment("{split}.csv", NAMES, data={"conflicts": "stop", "rows": {"validation": 4}})
+    experiment = make_experiment(
+        "{split}.csv", NAMES, data={"conflicts": "stop", "rows": {"validation": 4}}
+    )
     data.main(experiment)
     card = read_json("data/mine/data_card.json")
     assert (
-        card["rows"]["test"] == 12 and card["conflicts"]["texts"] == 2 and not card["dropped"]["text with different labels"]
+        card["rows"]["test"] == 12
+        and card["conflicts"]["texts"] == 2
+        and not card["dropped"]["text with different labels"]
     )
 
 
 def test_names_that_differ_in_capitals_alone_are_refused_with_the_map_that_merges_them():
-    with pytest.raises(ValueError, match=re.escape("write a map with one name for both (Sports: Sports, sports: Sports)")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("write a map with one name for both (Sports: Sports, sports: Sports)"),
+    ):
         Data(source="a.csv", labels=["World", "Sports", "sports"])
     Data(source="a.csv", labels={"Sports": "Sports", "sports": "Sports", "World": "World"})
 
@@ -179,22 +249,32 @@ def test_a_label_of_several_is_told(workplace):
     Path("rows.jsonl").write_text('{"text": "a text", "label": ["World", "Sports"]}\n')
     of = Data(source="rows.jsonl", labels=NAMES)
     [row] = open_source(of).splits["train"]
-    with pytest.raises(LetterheadError, match="row 1: the label is a list .*classes exclude each other"):
+    with pytest.raises(
+        LetterheadError, match="row 1: the label is a list .*classes exclude each other"
+    ):
         data.label_name(row, of.labels)
 
 
 def test_new_merges_spellings_tells_numbers_and_conflicts(written, capsys):  # noqa: F811
-    rows = [(f"{i} {words(i, 9)}", ["Sports", "sports", " World "][i % 3] if i % 9 else "Sports") for i in range(300)]
+    rows = [
+        (f"{i} {words(i, 9)}", ["Sports", "sports", " World "][i % 3] if i % 9 else "Sports")
+        for i in range(300)
+    ]
     write_csv("case.csv", [*rows, *((words(1, 9), label) for label in ("Sports", "World"))])
     experiment = written("case.csv")
     assert experiment.data.labels == {"Sports": "Sports", "World": "World", "sports": "Sports"}
     assert experiment.data.conflicts == "drop"
     said = capsys.readouterr().out
     assert "differ in capitals or spaces alone are one class: 'sports' as 'Sports'" in said
-    assert "1 texts stand with different labels, for example “word7" in said and "as Sports and World" in said
+    assert (
+        "1 texts stand with different labels, for example “word7" in said
+        and "as Sports and World" in said
+    )
     write_csv("numbers.csv", [(f"{i} {words(i, 9)}", 1 + i % 2) for i in range(100)])
     assert written("numbers.csv").labels == ["1", "2"]
-    assert "the labels are numbers: names would tell the LLM what they mean" in capsys.readouterr().out
+    assert (
+        "the labels are numbers: names would tell the LLM what they mean" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("several", ["a|b", "['a', 'b']", '["a", "b"]'])
@@ -202,27 +282,42 @@ def test_new_says_that_labels_look_like_several(written, capsys, several):  # no
     write_csv("multi.csv", [(f"{i} {words(i, 9)}", ["a", "b", several][i % 3]) for i in range(120)])
     if several == "a|b":
         written("multi.csv")
-        assert "labels such as 'a|b' look like several at once (multi-label)" in capsys.readouterr().out
+        assert (
+            "labels such as 'a|b' look like several at once (multi-label)"
+            in capsys.readouterr().out
+        )
         return
-    with pytest.raises(LetterheadError, match=r"row 3 \(line 4\): the label .* holds several \(multi-label\)"):
+    with pytest.raises(
+        LetterheadError, match=r"row 3 \(line 4\): the label .* holds several \(multi-label\)"
+    ):
         written("multi.csv")
 
 
 def test_new_says_that_lists_of_labels_are_several(written):  # noqa: F811
-    rows = [{"text": f"{i} {words(i, 9)}", "label": ["a"] if i % 2 else ["b", "a"]} for i in range(120)]
+    rows = [
+        {"text": f"{i} {words(i, 9)}", "label": ["a"] if i % 2 else ["b", "a"]} for i in range(120)
+    ]
     Path("lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(LetterheadError, match=r"the label \['b', 'a'\] holds several \(multi-label\)"):
+    with pytest.raises(
+        LetterheadError, match=r"the label \['b', 'a'\] holds several \(multi-label\)"
+    ):
         written("lists.jsonl")
 
 
 @pytest.mark.parametrize(
-    "first", [("3", "Wall St. Bears"), ("World", "Wall St."), ("x", "a text of more than eight words is a row")]
+    "first",
+    [
+        ("3", "Wall St. Bears"),
+        ("World", "Wall St."),
+        ("x", "a text of more than eight words is a row"),
+    ],
 )
 def test_new_keeps_the_first_row_of_a_file_without_names(written, first):  # noqa: F811
     rows = [(first[0] if i % 2 else "b", f"{i} {words(i, 9)}") for i in range(100)]
     write_csv("bare.csv", rows, header=first)
     with pytest.raises(
-        LetterheadError, match="bare.csv: its first line looks like a row, .*put a line with names before it"
+        LetterheadError,
+        match="bare.csv: its first line looks like a row, .*put a line with names before it",
     ):
         written("bare.csv")
 

@@ -38,16 +38,25 @@ def test_figures_equal_the_references():
         figures = classification_figures(truth, list("abcde"), seed, probabilities)
         assert figures["accuracy"] == accuracy_score(truth, predicted)
         assert abs(figures["f1_macro"] - f1_score(truth, predicted, average="macro")) < 1e-12
-        assert abs(figures["precision_macro"] - precision_score(truth, predicted, average="macro")) < 1e-12
-        assert abs(figures["recall_macro"] - recall_score(truth, predicted, average="macro")) < 1e-12
+        assert (
+            abs(figures["precision_macro"] - precision_score(truth, predicted, average="macro"))
+            < 1e-12
+        )
+        assert (
+            abs(figures["recall_macro"] - recall_score(truth, predicted, average="macro")) < 1e-12
+        )
         assert abs(figures["log_loss"] - log_loss(truth, probabilities)) < 1e-9
         reference = MulticlassCalibrationError(num_classes=5, n_bins=15, norm="l1")
-        assert abs(figures["ece"] - reference(torch.tensor(probabilities), torch.tensor(truth)).item()) < 1e-6
+        assert (
+            abs(figures["ece"] - reference(torch.tensor(probabilities), torch.tensor(truth)).item())
+            < 1e-6
+        )
         assert abs(figures["ece"] - plain_ece(truth, probabilities)) < 1e-6
 
 
 def plain_ece(truth: np.ndarray, probabilities: np.ndarray) -> float:
-    """Expected calibration error in 15 equal-width bins, from its definition (Naeini et al. 2015)."""
+    """Expected calibration error in 15 equal-width bins, from its definition (Naeini et al.
+    2015)."""
     confidence, right, error = probabilities.max(1), probabilities.argmax(1) == truth, 0.0
     for low in np.arange(15) / 15:
         inside = (confidence > low) & (confidence <= low + 1 / 15)
@@ -65,12 +74,15 @@ def test_a_certain_prediction_falls_into_the_last_bin_of_the_calibration_error()
 
 
 def test_macro_figures_are_means_over_the_classes_that_have_rows():
-    """One stray answer that names a class without a row would else cost 1 / classes of the score."""
+    """One stray answer that names a class without a row would else cost 1 / classes of the
+    score."""
     truth, predicted = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 1, 1, 2, 3])
     figures = classification_figures(truth, list("abcde"), 0, predicted=predicted)
     assert figures["f1_macro"] == f1_score(truth, predicted, labels=[0, 1, 2], average="macro")
     assert figures["f1_macro"] > f1_score(truth, predicted, average="macro")
-    assert figures["recall_macro"] == recall_score(truth, predicted, labels=[0, 1, 2], average="macro")
+    assert figures["recall_macro"] == recall_score(
+        truth, predicted, labels=[0, 1, 2], average="macro"
+    )
 
 
 def test_rows_without_an_answer_are_wrong_and_no_class_of_their_own():
@@ -82,11 +94,15 @@ def test_rows_without_an_answer_are_wrong_and_no_class_of_their_own():
     assert abs(figures["f1_macro"] - f1_score(truth, predicted, **options)) < 1e-12
     assert abs(figures["recall_macro"] - recall_score(truth, predicted, **options)) < 1e-12
     assert np.array(figures["confusion"]).shape == (4, 5) and np.sum(figures["confusion"]) == 300
-    assert figures["ece"] is None and figures["f1_macro_ci95"][0] < figures["f1_macro"] < figures["f1_macro_ci95"][1]
+    assert (
+        figures["ece"] is None
+        and figures["f1_macro_ci95"][0] < figures["f1_macro"] < figures["f1_macro_ci95"][1]
+    )
 
 
 def pair(seed: int, n: int, classes: int):
-    """Truth and two sets of predictions that share most of their errors; some rows have no answer."""
+    """Truth and two sets of predictions that share most of their errors; some rows have no
+    answer."""
     truth, strong = drawn(seed, n, classes, skill=1.0)
     _, other = drawn(seed + 1, n, classes, skill=0.0)
     a, b = strong.argmax(1), np.where(np.arange(n) % 3, strong.argmax(1), other.argmax(1))
@@ -103,11 +119,20 @@ def test_standard_errors_are_those_of_scipys_bootstrap_over_rows():
         return f1_score(truth[rows], a[rows], **options) - f1_score(truth[rows], b[rows], **options)
 
     rows = (np.arange(800),)
-    reference = bootstrap(rows, lost, n_resamples=1500, rng=np.random.default_rng(0), vectorized=False, method="basic")
+    reference = bootstrap(
+        rows, lost, n_resamples=1500, rng=np.random.default_rng(0), vectorized=False, method="basic"
+    )
     found = f1_loss(truth, b[None], a[None], 3)
-    assert abs(found.se / reference.standard_error - 1) < 0.08 and abs(found.value - lost(rows[0])) < 2e-3
-    one = bootstrap(rows, lambda rows: f1_score(truth[rows.astype(int)], a[rows.astype(int)], **options), n_resamples=1500,
-                    rng=np.random.default_rng(0), vectorized=False, method="basic")  # fmt: skip
+    assert (
+        abs(found.se / reference.standard_error - 1) < 0.08
+        and abs(found.value - lost(rows[0])) < 2e-3
+    )
+
+    def f1_of(rows):
+        return f1_score(truth[rows.astype(int)], a[rows.astype(int)], **options)
+
+    rng = np.random.default_rng(0)
+    one = bootstrap(rows, f1_of, n_resamples=1500, rng=rng, vectorized=False, method="basic")
     assert abs(macro_f1(truth, a[None], 3).se / one.standard_error - 1) < 0.08
     assert found.p < 0.01 and f1_loss(truth, a[None], a[None], 3).p == 1
 
@@ -121,7 +146,9 @@ def test_nothing_has_an_interval_of_no_width():
         assert np.abs(found - wilson).max() < 0.0015
     low, high = f1_loss(truth, truth[None], truth[None], 4).interval(0.025)
     assert -0.02 < low < -0.002 and 0.002 < high < 0.02
-    assert classification_figures(truth, list("abcd"), 0, predicted=truth)["f1_macro_ci95"][1] == 1.0
+    assert (
+        classification_figures(truth, list("abcd"), 0, predicted=truth)["f1_macro_ci95"][1] == 1.0
+    )
 
 
 def test_trainings_add_their_spread_to_the_error_of_the_rows():
@@ -129,7 +156,8 @@ def test_trainings_add_their_spread_to_the_error_of_the_rows():
     rng = np.random.default_rng(0)
     truth = np.arange(40_000) % 2
     a, b = (
-        [np.where(rng.random(40_000) < share, truth, 1 - truth) for share in of] for of in ((0.9, 0.93, 0.96), (0.8, 0.9))
+        [np.where(rng.random(40_000) < share, truth, 1 - truth) for share in of]
+        for of in ((0.9, 0.93, 0.96), (0.8, 0.9))
     )
     found = f1_loss(truth, np.array(b), np.array(a), 2)
     values = [[f1_score(truth, one, average="macro") for one in of] for of in (a, b)]
@@ -155,7 +183,9 @@ def test_a_temperature_is_found_where_confidence_is_wrong_and_only_there():
         found = temperature(truth[:400], wrong[:400], seed=0)
         base = temperature(truth[:400], calibrated[:400], seed=0) or 1.0
         assert abs(found * at / base - 1) < 0.25
-        assert log_loss(truth[400:], tempered(wrong, found)[400:]) < log_loss(truth[400:], wrong[400:])
+        assert log_loss(truth[400:], tempered(wrong, found)[400:]) < log_loss(
+            truth[400:], wrong[400:]
+        )
         assert (wrong.argmax(1) == tempered(wrong, found).argmax(1)).all()
     best = tempered(calibrated, temperature(truth, calibrated, seed=0) or 1.0)
     assert temperature(truth[:300], best[:300], seed=1) is None
@@ -189,7 +219,8 @@ R8 = np.array([1596, 253, 2840, 41, 190, 206, 108, 251]) / 5485  # the mix of it
     ],
 )
 def test_the_interval_covers_in_simulation(mix, right, n, band):
-    """The share of 1,000 simulated test sets whose interval holds the true macro F1; `pytest -s` prints it."""
+    """The share of 1,000 simulated test sets whose interval holds the true macro F1; `pytest -s`
+    prints it."""
     rng, classes = np.random.default_rng(0), len(mix)
     shares = np.full((classes, classes), (1 - right) / (classes - 1))
     np.fill_diagonal(shares, right)

@@ -1,4 +1,5 @@
-"""make new: from a file to an experiment that loads, with the right columns and labels, and a reason for each choice."""
+"""make new: from a file to an experiment that loads, with the right columns and labels, and a
+reason for each choice."""
 
 import json
 from pathlib import Path
@@ -41,11 +42,17 @@ def words(i: int, n: int) -> str:
 
 def test_two_texts_an_id_a_numbered_label_and_its_names(place, capsys):
     header, kinds = ("id", "subject", "body", "kind_id", "kind"), ["low"] * 8 + ["high", "urgent"]
-    rows = [(i, f"Subject {i}", "" if i == 5 else words(i, 90), max(0, i % 10 - 7), kinds[i % 10]) for i in range(300)]
+    rows = [
+        (i, f"Subject {i}", "" if i == 5 else words(i, 90), max(0, i % 10 - 7), kinds[i % 10])
+        for i in range(300)
+    ]
     write_csv("tickets.csv", [*rows, (300, "No kind", "at all, but words enough", "", "")], header)
     new.main("tickets.csv")
     experiment = load_experiment("tickets")
-    assert experiment.data.columns.text == ["subject", "body"] and experiment.data.columns.label == "kind"
+    assert (
+        experiment.data.columns.text == ["subject", "body"]
+        and experiment.data.columns.label == "kind"
+    )
     assert experiment.labels == ["high", "low", "urgent"] and experiment.prompt.options == "letters"
     assert experiment.data.max_words == new.MAX_WORDS and experiment.data.bad_rows == "drop"
     card = read_json("data/tickets/data_card.json")
@@ -56,10 +63,17 @@ def test_two_texts_an_id_a_numbered_label_and_its_names(place, capsys):
     )
     said = capsys.readouterr().out
     assert "GB of disk at the most on this machine" in said
-    for reason in ("which names what 'kind_id' numbers", "imbalanced", "1 of 301 rows lack", "low 240"):
+    for reason in (
+        "which names what 'kind_id' numbers",
+        "imbalanced",
+        "1 of 301 rows lack",
+        "low 240",
+    ):
         assert reason in said and reason in Path("experiments/tickets.yaml").read_text()
     before = Path("experiments/tickets.yaml").read_bytes()
-    with pytest.raises(LetterheadError, match=r"experiments/tickets.yaml: is there already and is not overwritten"):
+    with pytest.raises(
+        LetterheadError, match=r"experiments/tickets.yaml: is there already and is not overwritten"
+    ):
         new.main("tickets.csv")
     assert Path("experiments/tickets.yaml").read_bytes() == before
 
@@ -84,9 +98,15 @@ def test_chinese_texts_get_models_that_read_them(written):
         ("kind", "content"),
     )
     experiment = written("zh.csv")
-    assert experiment.decoder.folder.name.startswith("Qwen2.5") and "{text}" in experiment.prompt.template
+    assert (
+        experiment.decoder.folder.name.startswith("Qwen2.5")
+        and "{text}" in experiment.prompt.template
+    )
     assert experiment.data.columns.text == "content" and experiment.prompt.answer_prefix == ""
-    assert experiment.data.max_words == 64 and experiment.sft_arguments()["per_device_train_batch_size"] == 4
+    assert (
+        experiment.data.max_words == 64
+        and experiment.sft_arguments()["per_device_train_batch_size"] == 4
+    )
 
 
 def test_a_folder_names_its_labels_and_few_rows_are_trained_on_longer(written):
@@ -96,15 +116,25 @@ def test_a_folder_names_its_labels_and_few_rows_are_trained_on_longer(written):
         path.write_text(f"{i} {words(i, 12)}")
     experiment = written("mails/")
     assert experiment.labels == ["ham", "spam"] and experiment.data.columns.text == "text"
-    assert experiment.sft_arguments()["num_train_epochs"] == 5  # of 81 rows, 4 a step: at least a hundred steps
+    assert (
+        experiment.sft_arguments()["num_train_epochs"] == 5
+    )  # of 81 rows, 4 a step: at least a hundred steps
 
 
 @pytest.mark.parametrize(
     ("header", "row", "message"),
     [
-        ("id,price", lambda i: (i, i * 1.5), "no column looks like a label .* among id .100 distinct"),
+        (
+            "id,price",
+            lambda i: (i, i * 1.5),
+            "no column looks like a label .* among id .100 distinct",
+        ),
         ("price,label", lambda i: (i * 1.5, "ab"[i % 2]), "no column looks like a text"),
-        ("text,label", lambda i: (f"{i} {words(i, 9)}", "a" if i else "b"), "fewer than two labels have 10 rows"),
+        (
+            "text,label",
+            lambda i: (f"{i} {words(i, 9)}", "a" if i else "b"),
+            "fewer than two labels have 10 rows",
+        ),
     ],
 )
 def test_data_that_cannot_be_guessed_are_refused_with_what_was_seen(written, header, row, message):
@@ -117,13 +147,18 @@ def test_data_that_cannot_be_guessed_are_refused_with_what_was_seen(written, hea
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029"])
 def test_no_label_writes_keys_of_its_own(written, end):
     hostile = f"x{end}distill: {{endpoint: 'https://127.0.0.1:1/v1', model: m}}{end}#"
-    rows = [(f"{i} {words(i, 9)}", ["a", "b", hostile][min(i % 40, 2) if i % 40 < 3 else i % 2]) for i in range(400)]
+    rows = [
+        (f"{i} {words(i, 9)}", ["a", "b", hostile][min(i % 40, 2) if i % 40 < 3 else i % 2])
+        for i in range(400)
+    ]
     write_csv("labels.csv", rows)
     experiment = written("labels.csv")
     assert experiment.distill is None and {"a", "b"} <= set(experiment.labels)
 
 
-@pytest.mark.parametrize("labels", [("1e1", "2e2"), ("yes", "no"), ("0x1F", "1_000"), ("null", "~"), ("12:30", "@at")])
+@pytest.mark.parametrize(
+    "labels", [("1e1", "2e2"), ("yes", "no"), ("0x1F", "1_000"), ("null", "~"), ("12:30", "@at")]
+)
 def test_labels_that_yaml_reads_otherwise_stay_what_they_are(written, labels):
     write_csv("odd.csv", [(f"{i} {words(i, 9)}", labels[i % 2]) for i in range(100)])
     assert set(written("odd.csv").labels) == set(labels)
@@ -134,34 +169,52 @@ def test_blank_lines_that_a_spreadsheet_left_and_columns_of_one_name_change_noth
     write_csv("clean.csv", rows, ["text", "kind", "", ""])
     write_csv("blank.csv", [*rows, *[("",) * 4] * 5000], ["text", "kind", "", ""])
     clean, blank = (written(f"{name}.csv").data for name in ("clean", "blank"))
-    assert clean.columns.label == "kind" and blank == clean.model_copy(update={"source": "blank.csv"})
+    assert clean.columns.label == "kind" and blank == clean.model_copy(
+        update={"source": "blank.csv"}
+    )
 
 
 def test_what_would_tell_the_label_is_no_text_and_a_users_name_neither(written):
     kinds = ["cancel the order", "where is my parcel", "talk to a person"]
-    rows = [(i % 3, kinds[i % 3], f"user number {i % 90}", f"{i} {words(i, 9)}") for i in range(300)]
+    rows = [
+        (i % 3, kinds[i % 3], f"user number {i % 90}", f"{i} {words(i, 9)}") for i in range(300)
+    ]
     write_csv("intents.csv", rows, ("intent", "intent_title", "user_name", "utterance"))
     experiment = written("intents.csv")
-    assert experiment.data.columns.text == "utterance" and experiment.data.columns.label == "intent_title"
+    assert (
+        experiment.data.columns.text == "utterance"
+        and experiment.data.columns.label == "intent_title"
+    )
 
 
 def test_what_else_could_be_meant_is_told_and_the_user_may_say_it(written, capsys):
     header = ("overall", "verified", "reviewText", "summary", "id")
-    rows = [(i % 5, i % 2, f"{i} {words(i, 30)}", f"{i} {words(i, 5)}", f"{i:036x}") for i in range(300)]
+    rows = [
+        (i % 5, i % 2, f"{i} {words(i, 30)}", f"{i} {words(i, 5)}", f"{i:036x}") for i in range(300)
+    ]
     write_csv("amazon.csv", rows, header)
     experiment = written("amazon.csv")
-    assert (experiment.data.columns.text, experiment.data.columns.label) == ("reviewText", "overall")
+    assert (experiment.data.columns.text, experiment.data.columns.label) == (
+        "reviewText",
+        "overall",
+    )
     said = capsys.readouterr().out
     assert "'overall' (it could be 'verified', too: LABEL=…)" in said
     assert "'reviewText' (it could be 'summary', too: TEXT=…)" in said
     Path("experiments/amazon.yaml").unlink()
     experiment = written("amazon.csv", text="summary, reviewText", label="verified")
-    assert experiment.data.columns.text == ["summary", "reviewText"] and experiment.data.columns.label == "verified"
+    assert (
+        experiment.data.columns.text == ["summary", "reviewText"]
+        and experiment.data.columns.label == "verified"
+    )
     Path("experiments/amazon.yaml").unlink()
     for told, message in (
         ({"label": "stars"}, "LABEL=stars: no column 'stars'"),
         ({"text": "id,body"}, "TEXT=id,body: no .*'body'"),
-        ({"label": "reviewText"}, "LABEL=reviewText: 300 different values in 300 rows are no classes"),
+        (
+            {"label": "reviewText"},
+            "LABEL=reviewText: 300 different values in 300 rows are no classes",
+        ),
     ):
         with pytest.raises(LetterheadError, match=message):
             written("amazon.csv", **told)
@@ -171,7 +224,10 @@ def test_what_else_could_be_meant_is_told_and_the_user_may_say_it(written, capsy
 
 
 def test_an_id_of_many_characters_is_no_text_and_codes_have_names(written):
-    rows = [(f"{i:036x}", f"say {i} {words(i, 2)}", f"C0{i % 3}", f"kind of {i % 3}") for i in range(200)]
+    rows = [
+        (f"{i:036x}", f"say {i} {words(i, 2)}", f"C0{i % 3}", f"kind of {i % 3}")
+        for i in range(200)
+    ]
     write_csv("short.csv", rows, ("id", "utterance", "intent", "intent_name"))
     columns = written("short.csv").data.columns
     assert (columns.text, columns.label) == ("utterance", "intent_name")
@@ -180,20 +236,36 @@ def test_an_id_of_many_characters_is_no_text_and_codes_have_names(written):
 def test_a_file_of_a_chinese_spreadsheet_is_read(written):
     header = ("编号", "标题", "正文", "来源", "类别")
     rows = [
-        (i, f"第{i}条新闻", f"今天第{i}次说到" + "足球比赛很好看" * 3, "报纸", ["体育", "财经", "国际"][i % 3])
+        (
+            i,
+            f"第{i}条新闻",
+            f"今天第{i}次说到" + "足球比赛很好看" * 3,
+            "报纸",
+            ["体育", "财经", "国际"][i % 3],
+        )
         for i in range(150)
     ]
     lines = [",".join(map(str, row)) for row in (header, *rows)]
     Path("新闻.csv").write_bytes("\r\n".join(lines).encode("gb18030"))
     experiment = written("新闻.csv")
-    assert experiment.data.encoding == ["utf-8", "gb18030"] and experiment.labels == ["体育", "国际", "财经"]
-    assert experiment.data.columns.text == ["标题", "正文"] and experiment.data.columns.label == "类别"
+    assert experiment.data.encoding == ["utf-8", "gb18030"] and experiment.labels == [
+        "体育",
+        "国际",
+        "财经",
+    ]
+    assert (
+        experiment.data.columns.text == ["标题", "正文"] and experiment.data.columns.label == "类别"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("semicolons.csv", "text;label\na b;x\n", "its columns are separated by semicolons; save it with commas"),
+        (
+            "semicolons.csv",
+            "text;label\na b;x\n",
+            "its columns are separated by semicolons; save it with commas",
+        ),
         ("tabs.csv", "text\tlabel\na b\tx\n", "its columns are separated by tabs; call it .tsv"),
         ("quote.csv", '"text" ,label\na,b\n', "quote.csv, header: a broken quote or field"),
     ],
@@ -206,18 +278,30 @@ def test_a_header_that_cannot_be_read_tells_the_mend(written, name, content, mes
 
 def test_published_splits_stay_and_a_label_that_stands_only_twice_is_left_out(written, capsys):
     rows = [(f"{i} {words(i, 9)}", "ab"[i % 2]) for i in range(900)]
-    for split, of in (("train", [*rows[:700], (rows[0][0], "odd")]), ("val", rows[700:730]), ("test", rows[730:])):
+    for split, of in (
+        ("train", [*rows[:700], (rows[0][0], "odd")]),
+        ("val", rows[700:730]),
+        ("test", rows[730:]),
+    ):
         write_csv(f"r/{split}.csv", of)
     new.main("r/{split}.csv")
     experiment = load_experiment("r")
     assert experiment.data.rows.validation == 30 and experiment.data.rows.test is None
-    assert experiment.data.labels["odd"] is None and "the file's own test rows" in capsys.readouterr().out
+    assert (
+        experiment.data.labels["odd"] is None
+        and "the file's own test rows" in capsys.readouterr().out
+    )
 
 
 def test_a_tab_separated_header_and_optional_keys_are_read_as_the_rows_are(written):
-    Path("quoted.tsv").write_text('"text"\t"label"\n' + "".join(f"{i} {words(i, 9)}\t{'ab'[i % 2]}\n" for i in range(90)))
+    Path("quoted.tsv").write_text(
+        '"text"\t"label"\n' + "".join(f"{i} {words(i, 9)}\t{'ab'[i % 2]}\n" for i in range(90))
+    )
     assert written("quoted.tsv").data.columns.text == '"text"'
-    objects = [{"text": f"{i} {words(i, 9)}", "label": "ab"[i % 2]} | ({"note": "n"} if i == 0 else {}) for i in range(90)]
+    objects = [
+        {"text": f"{i} {words(i, 9)}", "label": "ab"[i % 2]} | ({"note": "n"} if i == 0 else {})
+        for i in range(90)
+    ]
     Path("optional.jsonl").write_text("".join(json.dumps(of) + "\n" for of in objects))
     assert written("optional.jsonl").data.columns.text == "text"
     titled = [of | ({"title": f"Title {i}"} if i % 2 else {}) for i, of in enumerate(objects)]

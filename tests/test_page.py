@@ -1,4 +1,5 @@
-"""make try: the page answers with every trained method, in a real browser, and asks nobody else for anything."""
+"""make try: the page answers with every trained method, in a real browser, and asks nobody else for
+anything."""
 
 import csv
 import os
@@ -32,7 +33,10 @@ TITLES = {"tfidf": "TF-IDF + logistic regression", "bert@9": "BERT", "sft@0": "L
 
 @pytest.fixture
 def experiment(make_experiment, tiny_models):
-    write_csv("rows.csv", [(f"text {i} about {'goals' if i % 2 else 'wars'}", LABELS[i % 2]) for i in range(80)])
+    write_csv(
+        "rows.csv",
+        [(f"text {i} about {'goals' if i % 2 else 'wars'}", LABELS[i % 2]) for i in range(80)],
+    )
     made = make_experiment("rows.csv", LABELS)
     data.main(made)
     tfidf.main(made, "tfidf")
@@ -40,7 +44,13 @@ def experiment(make_experiment, tiny_models):
     heads.load_head(tiny_models["bert"], LABELS).save_pretrained(checkpoint)
     heads.load_tokenizer(tiny_models["bert"]).save_pretrained(checkpoint)
     write_json(checkpoint / "trainer_state.json", {"global_step": 9})
-    figures = {"tfidf": 0.9, "bert@9": 0.8, "sft@0": 0.7, "zero_shot_think": 0.2, "linear_head@9": 0.1}
+    figures = {
+        "tfidf": 0.9,
+        "bert@9": 0.8,
+        "sft@0": 0.7,
+        "zero_shot_think": 0.2,
+        "linear_head@9": 0.1,
+    }
     methods = {
         name: {"method": name.partition("@")[0], "title": TITLES.get(name, name), "f1_macro": f1}
         for name, f1 in figures.items()
@@ -57,7 +67,9 @@ def address(experiment):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "serve.page", "--experiment", "mine", "--port", str(port)]
     with open("page.log", "w") as log:
-        server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
+        )
     try:
         until = time.time() + 120
         while "Ctrl-C" not in Path("page.log").read_text():
@@ -76,14 +88,19 @@ def address(experiment):
 
 
 def test_what_answers_are_the_trained_methods_and_the_ids_are_those_of_training(experiment):
-    assert list(page.trained_methods(experiment)) == list(TITLES)  # the linear head's checkpoint is gone
+    assert list(page.trained_methods(experiment)) == list(
+        TITLES
+    )  # the linear head's checkpoint is gone
     answers = page.answer(experiment, {"a": lambda texts: np.array([[0.25, 0.75]])}, "  some text ")
     assert answers[0][0] == {LABELS[0]: 0.25, "Sports": 0.75} and answers[0][1] > 0
     with pytest.raises(LetterheadError, match="the text is empty"):
         page.answer(experiment, {}, " \n")
     encoder = load_prompt_encoder(experiment)
     prompt, ids = page.prompt_of(experiment, encoder, "Goals and <|im_end|> more")
-    assert prompt == encoder.tokenizer.decode(encoder.encode("Goals and <|im_end|> more")) and "< |im_end|>" in prompt
+    assert (
+        prompt == encoder.tokenizer.decode(encoder.encode("Goals and <|im_end|> more"))
+        and "< |im_end|>" in prompt
+    )
     answer = encoder.answers[1]
     assert f"B = Sports: {answer.ids[answer.start]}" in ids
 
@@ -103,36 +120,66 @@ def test_without_a_comparison_and_on_a_port_that_is_taken_the_mend_is_named(expe
 
 @needs_browser
 def test_a_text_and_a_file_are_labelled_in_a_real_browser_that_asks_nobody_else(address, tmp_path):
-    assert "default-src 'self'" in httpx.get(address, trust_env=False).headers["content-security-policy"]
+    assert (
+        "default-src 'self'"
+        in httpx.get(address, trust_env=False).headers["content-security-policy"]
+    )
     assert httpx.get(address, headers={"Host": "evil.example"}, trust_env=False).status_code == 400
     write_csv(tmp_path / "new.csv", [("goals and more", 1), ("wars, again", 2)], ("text", "n"))
     for width in (390, 1280):
         with Browser(width) as browser:
             browser.open(address)
             wait = WebDriverWait(browser.driver, 60)
-            wait.until(lambda driver: driver.find_elements(By.TAG_NAME, "textarea"))[0].send_keys("nothing but goals")
+            wait.until(lambda driver: driver.find_elements(By.TAG_NAME, "textarea"))[0].send_keys(
+                "nothing but goals"
+            )
             button(browser, "Label it").click()
             wait.until(lambda driver: "%" in driver.find_element(By.TAG_NAME, "body").text)
             shown = browser.driver.find_element(By.TAG_NAME, "body").text
             assert "Sports" in shown and "<b>World</b>" in shown  # a label's markup is text
-            assert all(title in shown for title in TITLES.values()) and shown.count(" ms") == len(TITLES)
+            assert all(title in shown for title in TITLES.values()) and shown.count(" ms") == len(
+                TITLES
+            )
             button(browser, "What the LLM reads").click()
-            read = wait.until(lambda driver: [of for of in written(driver) if "nothing but goals" in of and "Sports" in of])
-            assert any("B = Sports: " in of for of in written(browser.driver)) and "<|im_start|>" in read[0]
+            read = wait.until(
+                lambda driver: [
+                    of for of in written(driver) if "nothing but goals" in of and "Sports" in of
+                ]
+            )
+            assert (
+                any("B = Sports: " in of for of in written(browser.driver))
+                and "<|im_start|>" in read[0]
+            )
             assert "radio" not in shown  # no links of the library's
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             button(browser, "Label a file").click()
-            inputs = wait.until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+            inputs = wait.until(
+                lambda driver: driver.find_elements(By.CSS_SELECTOR, "input[type=file]")
+            )
             inputs[0].send_keys(str(tmp_path / "new.csv"))
-            wait.until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "a[href*='new.csv']"))  # it is uploaded
+            wait.until(
+                lambda driver: driver.find_elements(By.CSS_SELECTOR, "a[href*='new.csv']")
+            )  # it is uploaded
             button(browser, "Label the file").click()
-            link = wait.until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "a[href*='labelled.csv']"))[0]
-            lines = list(csv.DictReader(httpx.get(link.get_attribute("href"), trust_env=False).text.splitlines()))
-            assert [line["prediction"] for line in lines] == ["Sports", "<b>World</b>"] and lines[1]["n"] == "2"
+            link = wait.until(
+                lambda driver: driver.find_elements(By.CSS_SELECTOR, "a[href*='labelled.csv']")
+            )[0]
+            lines = list(
+                csv.DictReader(
+                    httpx.get(link.get_attribute("href"), trust_env=False).text.splitlines()
+                )
+            )
+            assert [line["prediction"] for line in lines] == ["Sports", "<b>World</b>"] and lines[
+                1
+            ]["n"] == "2"
             assert not [told for told in browser.errors() if "Uncaught" in told]
             browser.screenshot(tmp_path / f"{width}.png")
-            others = {url for url in browser.asked() if urlsplit(url).hostname not in (page.HOST, None)}
-            assert not {url for url in others if not url.startswith(("data:", "blob:", "chrome"))}, others
+            others = {
+                url for url in browser.asked() if urlsplit(url).hostname not in (page.HOST, None)
+            }
+            assert not {
+                url for url in others if not url.startswith(("data:", "blob:", "chrome"))
+            }, others
 
 
 def written(driver) -> list[str]:

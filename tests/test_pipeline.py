@@ -1,4 +1,5 @@
-"""The stages in processes of their own: on Chinese headlines, and trained by two processes at once."""
+"""The stages in processes of their own: on Chinese headlines, and trained by two processes at
+once."""
 
 import csv
 import os
@@ -26,13 +27,18 @@ STAGES = {
     "linear-head": ["train.heads", "linear_head"],
 }
 # What says that a training is in the midst of its work
-MIDST = {"sft": "runs/mine/sft/checkpoints/checkpoint-*/trainer_state.json", "bert": "runs/mine/results/bert@*.json"}
+MIDST = {
+    "sft": "runs/mine/sft/checkpoints/checkpoint-*/trainer_state.json",
+    "bert": "runs/mine/results/bert@*.json",
+}
 
 
 def start(stage: str, **variables: str) -> subprocess.Popen:
     log = open(f"{stage}.log", "a")
     command = [sys.executable, "-m", *STAGES[stage], "--experiment", "mine"]
-    return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)} | variables)
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    )
 
 
 def finish(stage: str, **variables: str) -> None:
@@ -46,7 +52,8 @@ def remove(stage: str) -> None:
 
 
 @pytest.mark.skipif(
-    not (ROOT / "../shared/data/toutiao/train.csv").exists(), reason="no ../shared/data/toutiao beside the repository"
+    not (ROOT / "../shared/data/toutiao/train.csv").exists(),
+    reason="no ../shared/data/toutiao beside the repository",
 )
 def test_chinese_headlines_with_fourteen_classes(make_experiment):
     from prep import data
@@ -64,27 +71,40 @@ def test_chinese_headlines_with_fourteen_classes(make_experiment):
     card = read_json("data/mine/data_card.json")
     assert card["rows"]["read"] == 4999 + 997 + 998 and card["rows"]["test"] == 300
     trained = {row["text"].strip() for row in read["train"]}
-    assert card["shared_with_train"]["test"] == sum(row["text"].strip() in trained for row in read["test"]) == 38
+    assert (
+        card["shared_with_train"]["test"]
+        == sum(row["text"].strip() in trained for row in read["test"])
+        == 38
+    )
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_and_die_with_their_parent(make_experiment, tiny_models, tmp_path):
+def test_two_processes_train_as_one_does_and_die_with_their_parent(
+    make_experiment, tiny_models, tmp_path
+):
     write_csv("rows.csv", nasty_rows(140))
     for folder in tiny_models.values():  # dropout draws other numbers in each process
         shutil.copytree(folder, Path("models") / folder.name)
     bert = Path("models") / tiny_models["bert"].name
     config = read_json(bert / "config.json")
-    write_json(bert / "config.json", config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    write_json(
+        bert / "config.json",
+        config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    )
     step = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     head = {"num_train_epochs": 2, "eval_steps": 0.25, "learning_rate": 1e-3, **step}
     make_experiment(
         "rows.csv",
         LABELS,
         sft={"logging_steps": 1, "save_steps": 4, "learning_rate": 1e-3, **step},
-        # Whole steps: with two processes a last one that is not full is filled with rows of the epoch's beginning.
+        # Whole steps: with two processes a last one that is not full is filled with rows of the
+        # epoch's beginning.
         data={"rows": {"train": 96, "validation": 16, "test": 21}},
         decoder_keys={"train_rows": 96, "head": head},
-        encoder_keys={"model": str(bert), "head": head | {"group_by_length": False, "gradient_accumulation_steps": 1}},
+        encoder_keys={
+            "model": str(bert),
+            "head": head | {"group_by_length": False, "gradient_accumulation_steps": 1},
+        },
     )
     finish("data")
     trained = {}
@@ -92,11 +112,17 @@ def test_two_processes_train_as_one_does_and_die_with_their_parent(make_experime
         for stage in ("sft", "bert", "linear-head"):
             finish(stage, NPROC=str(n))
             folder = Path(f"runs/mine/{stage}/checkpoints")
-            last = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+            last = sorted(
+                folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+            )
             log = read_json(last[-1] / "trainer_state.json")["log_history"]
             trained[stage, n] = {
                 "saved": [path.name for path in last],
-                "losses": [(line["step"], line["loss"], line["grad_norm"]) for line in log if "loss" in line],
+                "losses": [
+                    (line["step"], line["loss"], line["grad_norm"])
+                    for line in log
+                    if "loss" in line
+                ],
                 "weights": load_file(last[-1] / "model.safetensors"),
                 "f1": [line["eval_test_f1_macro"] for line in log if "eval_test_f1_macro" in line],
             }
@@ -105,13 +131,22 @@ def test_two_processes_train_as_one_does_and_die_with_their_parent(make_experime
             shutil.copytree("runs/by-1/data", "runs/mine/data")
     for stage in ("sft", "bert", "linear-head"):
         one, two = trained[stage, 1], trained[stage, 2]
-        print(f"{stage}: saved {two['saved']}; (step, loss, gradient norm) of one process and of two:")
+        print(
+            f"{stage}: saved {two['saved']}; (step, loss, gradient norm) of one process and of two:"
+        )
         print(*zip(one["losses"], two["losses"], strict=True), sep="\n")
         assert one["saved"] == two["saved"] and one["f1"] == two["f1"]
-        assert np.allclose(one["losses"], two["losses"], rtol=1e-4), (stage, one["losses"], two["losses"])
+        assert np.allclose(one["losses"], two["losses"], rtol=1e-4), (
+            stage,
+            one["losses"],
+            two["losses"],
+        )
         for name, weight in one["weights"].items():
             assert torch.allclose(weight, two["weights"][name], atol=1e-5), (stage, name)
-    predictions = [list(read_jsonl(f"runs/{run}/results/linear_head@24.predictions.jsonl")) for run in ("by-1", "mine")]
+    predictions = [
+        list(read_jsonl(f"runs/{run}/results/linear_head@24.predictions.jsonl"))
+        for run in ("by-1", "mine")
+    ]
     assert [p["prediction"] for p in predictions[0]] == [p["prediction"] for p in predictions[1]]
 
     # Too many processes, and processes that outlive nobody.
@@ -128,7 +163,9 @@ def test_two_processes_train_as_one_does_and_die_with_their_parent(make_experime
         started = psutil.Process(process.pid).children(recursive=True)
         assert (
             sum(
-                "train.sft_worker" in " ".join(p.cmdline()) or "train.heads_worker" in " ".join(p.cmdline()) for p in started
+                "train.sft_worker" in " ".join(p.cmdline())
+                or "train.heads_worker" in " ".join(p.cmdline())
+                for p in started
             )
             >= 3
         )

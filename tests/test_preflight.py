@@ -1,4 +1,5 @@
-"""Before a run: the estimate of memory against measured peaks, disk, and what the preflight says of a machine."""
+"""Before a run: the estimate of memory against measured peaks, disk, and what the preflight says of
+a machine."""
 
 import json
 import os
@@ -34,15 +35,28 @@ from tests.test_data import Hub, write_csv
 from tests.test_prompt import LABELS, nasty_rows
 
 # What is trained: architecture and shape, how, and the rows of a batch and their tokens.
-SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_hidden_layers": 8}
+SMALL = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 8,
+}
 SHAPES = {
-    "llama, SFT": ("llama", {**SMALL, "num_key_value_heads": 3}, {"kind": "sft", "batch": 8, "length": 200}),
+    "llama, SFT": (
+        "llama",
+        {**SMALL, "num_key_value_heads": 3},
+        {"kind": "sft", "batch": 8, "length": 200},
+    ),
     "qwen3, SFT, checkpointing": (
         "qwen3",
         {**SMALL, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 12},
         {"kind": "sft", "batch": 4, "length": 300, "checkpointing": True},
     ),
-    "bert, head": ("bert", {**SMALL, "num_hidden_layers": 12}, {"kind": "head", "batch": 24, "length": 128}),
+    "bert, head": (
+        "bert",
+        {**SMALL, "num_hidden_layers": 12},
+        {"kind": "head", "batch": 24, "length": 128},
+    ),
     "qwen3, head": (
         "qwen3",
         {**SMALL, "num_key_value_heads": 2, "head_dim": 64},
@@ -58,9 +72,14 @@ CLASSES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(fetched, workplace, qwen3_tokenizer, name):
+def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(
+    fetched, workplace, qwen3_tokenizer, name
+):
     kind, shape, how = SHAPES[name]
-    tokenizers = {"qwen3": lambda: qwen3_tokenizer, "llama": lambda: AutoTokenizer.from_pretrained(fetched["smollm2"])}
+    tokenizers = {
+        "qwen3": lambda: qwen3_tokenizer,
+        "llama": lambda: AutoTokenizer.from_pretrained(fetched["smollm2"]),
+    }
     tokenizer = tokenizers.get(kind, lambda: AutoTokenizer.from_pretrained(fetched["minilm"]))()
     config, model = CLASSES[kind]
     more = {} if kind == "bert" else {"tie_word_embeddings": True}
@@ -69,23 +88,39 @@ def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(fetched, 
     how = {"half": False, "checkpointing": False, "model": "model", "words": how["length"]} | how
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     # What is freed goes back at once.
-    environment["GLIBC_TUNABLES"] = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536"
+    environment["GLIBC_TUNABLES"] = (
+        "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536"
+    )
     command = [sys.executable, "-m", "tests.peak", json.dumps(how)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    measured = next(json.loads(line)["peak"] for line in finished.stdout.splitlines() if line.startswith('{"peak"'))
+    measured = next(
+        json.loads(line)["peak"]
+        for line in finished.stdout.splitlines()
+        if line.startswith('{"peak"')
+    )
     classes = None if how["kind"] == "sft" else 2
-    said = needs.training_memory(Path("model"), how["batch"], how["length"], how["half"], classes, how["checkpointing"])
-    print(f"\n{name}: measured {measured / checkpoints.GIB:.2f} GiB, estimated {said}, ratio {said.total / measured:.2f}")
+    said = needs.training_memory(
+        Path("model"), how["batch"], how["length"], how["half"], classes, how["checkpointing"]
+    )
+    print(
+        f"\n{name}: measured {measured / checkpoints.GIB:.2f} GiB, estimated {said}, "
+        f"ratio {said.total / measured:.2f}"
+    )
     assert said.total == pytest.approx(measured, rel=0.2)
 
 
 @pytest.mark.parametrize("classes", [None, 4], ids=["SFT, checkpointing", "head"])
 def test_the_estimate_in_bfloat16_is_within_a_fifth_of_what_torch_tracks(workplace, classes):
-    # A CPU without bfloat16 takes minutes and scratch memory for it, so torch's own tracker counts tensors without storage.
-    batch = 64 if classes else 8  # activations must be most of a head's peak, or this could not fail on them
+    # A CPU without bfloat16 takes minutes and scratch memory for it, so torch's own tracker counts
+    # tensors without storage.
+    batch = (
+        64 if classes else 8
+    )  # activations must be most of a head's peak, or this could not fail on them
     shape = {**SMALL, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 3}
-    config = Qwen3Config(vocab_size=60_000, tie_word_embeddings=True, **shape, architectures=["Qwen3ForCausalLM"])
+    config = Qwen3Config(
+        vocab_size=60_000, tie_word_embeddings=True, **shape, architectures=["Qwen3ForCausalLM"]
+    )
     config.save_pretrained("model")
     with FakeTensorMode():
         if classes:
@@ -102,22 +137,36 @@ def test_the_estimate_in_bfloat16_is_within_a_fifth_of_what_torch_tracks(workpla
         with tracker:
             for _ in range(2):
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = model(input_ids=ids, attention_mask=ids, labels=labels, use_cache=False).loss
+                    loss = model(
+                        input_ids=ids, attention_mask=ids, labels=labels, use_cache=False
+                    ).loss
                 loss.backward()
-                optimizer.step(), optimizer.zero_grad(set_to_none=False)  # a gradient stays, as between accumulated batches
+                (
+                    optimizer.step(),
+                    optimizer.zero_grad(set_to_none=False),
+                )  # a gradient stays, as between accumulated batches
                 tracker.reset_mod_stats()
         tracked = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     said = needs.training_memory(Path("model"), batch, 120, True, classes, not classes)
     ratio = said.total / tracked
-    print(f"\nbfloat16, {classes} classes: tracked {tracked / checkpoints.GIB:.2f} GiB, estimated {said}, ratio {ratio:.2f}")
+    print(
+        f"\nbfloat16, {classes} classes: tracked {tracked / checkpoints.GIB:.2f} GiB, "
+        f"estimated {said}, ratio {ratio:.2f}"
+    )
     assert said.total == pytest.approx(tracked, rel=0.2)
 
 
 def test_parameters_are_those_of_the_model_tied_ones_once(tiny_models):
     for name in ("smollm2", "qwen3"):
-        model = CLASSES["llama" if name == "smollm2" else name][1].from_pretrained(tiny_models[name])
-        assert needs.parameter_count(tiny_models[name]) == sum(p.numel() for p in model.parameters())
-        assert checkpoints.stored_parameters(tiny_models[name]) == needs.parameter_count(tiny_models[name])
+        model = CLASSES["llama" if name == "smollm2" else name][1].from_pretrained(
+            tiny_models[name]
+        )
+        assert needs.parameter_count(tiny_models[name]) == sum(
+            p.numel() for p in model.parameters()
+        )
+        assert checkpoints.stored_parameters(tiny_models[name]) == needs.parameter_count(
+            tiny_models[name]
+        )
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -135,10 +184,15 @@ def lock(workplace):
 
 def test_an_experiment_that_fits_is_a_go_before_and_after_its_rows_are_made(make_experiment, lock):
     write_csv("rows.csv", nasty_rows(140))
-    rows, options = {"train": 96, "validation": 10, "test": 20}, {"sft_options": {"num_train_epochs": 1}}
+    rows, options = (
+        {"train": 96, "validation": 10, "test": 20},
+        {"sft_options": {"num_train_epochs": 1}},
+    )
     experiment = make_experiment("rows.csv", LABELS, data={"rows": rows}, decoder_keys=options)
     before = preflight()
-    assert before.returncode == 0 and before.stdout.rstrip().endswith("GO"), before.stdout + before.stderr
+    assert before.returncode == 0 and before.stdout.rstrip().endswith("GO"), (
+        before.stdout + before.stderr
+    )
     assert "ok  steps:        not known before the rows are made" in before.stdout
     data.main(experiment)
     after = preflight()
@@ -146,7 +200,8 @@ def test_an_experiment_that_fits_is_a_go_before_and_after_its_rows_are_made(make
     for told in (
         "ok  device:       CPU",
         f"ok  labels:       all {len(LABELS)} have training rows",
-        "ok  steps:        SFT 24, saved at 5, 10, 15, 20, 24; BERT 9, evaluated every 2; linear head 18",
+        "ok  steps:        SFT 24, saved at 5, 10, 15, 20, 24; BERT 9, evaluated every "
+        "2; linear head 18",
         "SFT on the options 6, evaluated every 2",
         "sft-options 0.",
         "SFT on the options 0.",
@@ -169,7 +224,8 @@ def test_what_is_missing_is_a_no_with_its_mend_and_the_exit_code_says_so(make_ex
     told = preflight(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
     assert told.returncode == 1
     for line in (
-        "no  device:       no GPU, and the YAML says bf16; take a machine with a GPU, or (slow) SET=",
+        "no  device:       no GPU, and the YAML says bf16; take a machine with a GPU, "
+        "or (slow) SET=",
         "no  models:       hf:me/bert: no hub answers at http://127.0.0.1:9",
         "no  labels:       none of the 140 training rows is of Weather; check data.labels",
         "no  memory:       the encoder's configuration can't be had; mend `models` first",
@@ -184,19 +240,40 @@ class ModelHub(Hub):
     def answer(self, body: bool):
         if not self.path.startswith("/api/models/me/bert") or "/tree/" in self.path:
             return super().answer(body)
-        siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
-        info = {"id": "me/bert", "sha": self.COMMIT, "siblings": siblings, "private": False, "tags": []}
-        self.send(json.dumps(info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}).encode(), body)
+        siblings = [
+            {"rfilename": name, "size": len(content)} for name, content in self.files.items()
+        ]
+        info = {
+            "id": "me/bert",
+            "sha": self.COMMIT,
+            "siblings": siblings,
+            "private": False,
+            "tags": [],
+        }
+        self.send(
+            json.dumps(
+                info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
+            ).encode(),
+            body,
+        )
 
 
-def test_a_model_at_the_hub_is_looked_at_and_not_fetched(make_experiment, tiny_models, lock, monkeypatch):
+def test_a_model_at_the_hub_is_looked_at_and_not_fetched(
+    make_experiment, tiny_models, lock, monkeypatch
+):
     files = {path.name: path.read_bytes() for path in tiny_models["bert"].iterdir()}
     monkeypatch.setattr(ModelHub, "files", files)
     write_csv("rows.csv", nasty_rows(140))
-    make_experiment("rows.csv", LABELS, encoder_keys={"model": "hf:me/bert", "head": {"max_length": 128}})
+    make_experiment(
+        "rows.csv", LABELS, encoder_keys={"model": "hf:me/bert", "head": {"max_length": 128}}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
+    online = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": "hub",
+    }
     told = preflight(**online)
     assert told.returncode == 0, told.stdout + told.stderr
     size = len(files["model.safetensors"])
@@ -205,26 +282,40 @@ def test_a_model_at_the_hub_is_looked_at_and_not_fetched(make_experiment, tiny_m
     del files["model.safetensors"]
     told = preflight(**online)
     server.shutdown()
-    assert told.returncode == 1 and "no  models:       hf:me/bert: holds no safetensors file" in told.stdout
+    assert (
+        told.returncode == 1
+        and "no  models:       hf:me/bert: holds no safetensors file" in told.stdout
+    )
 
 
 def test_a_model_whose_download_breaks_off_is_fetched_again(tiny_models, workplace, monkeypatch):
-    folder, files = Path("model/bert"), {path.name: path.read_bytes() for path in tiny_models["bert"].iterdir()}
+    folder, files = (
+        Path("model/bert"),
+        {path.name: path.read_bytes() for path in tiny_models["bert"].iterdir()},
+    )
     monkeypatch.setattr(ModelHub, "files", files)
     monkeypatch.setattr(ModelHub, "dies", True)
     server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
+    online = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": "hub",
+    }
     code = "from pathlib import Path\nfrom letterhead.runs.stage import telling\n"
     code += "from letterhead.rows.fetch import fetch_model\n"
     code += f"with telling(): fetch_model('hf:me/bert', Path({str(folder)!r}))"
 
     def fetched() -> subprocess.CompletedProcess:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"} | online
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
 
     broken = fetched()
-    assert broken.returncode == 1 and "error: hf:me/bert: cannot be fetched" in broken.stderr, broken.stderr
+    assert broken.returncode == 1 and "error: hf:me/bert: cannot be fetched" in broken.stderr, (
+        broken.stderr
+    )
     assert "Traceback" not in broken.stderr and not folder.exists()
     monkeypatch.setattr(ModelHub, "dies", False)
     assert (whole := fetched()).returncode == 0, whole.stderr
@@ -240,26 +331,40 @@ def test_a_model_whose_download_breaks_off_is_fetched_again(tiny_models, workpla
     server.shutdown()
 
 
-def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(make_experiment, workplace):
+def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(
+    make_experiment, workplace
+):
     write_csv("rows.csv", nasty_rows(20))
-    Qwen3Config(vocab_size=151_936, **SMALL, architectures=["Qwen3ForCausalLM"]).save_pretrained("big")
+    Qwen3Config(vocab_size=151_936, **SMALL, architectures=["Qwen3ForCausalLM"]).save_pretrained(
+        "big"
+    )
     make_experiment("rows.csv", LABELS, decoder_folder=Path("big"), encoder_keys={"model": "big"})
     step = "per_device_train_batch_size=12 decoder.sft.overrides.gradient_accumulation_steps=8"
-    experiment = load_experiment("mine", f"decoder.sft.overrides.{step} decoder.sft.overrides.cutoff_len=2048")
+    experiment = load_experiment(
+        "mine", f"decoder.sft.overrides.{step} decoder.sft.overrides.cutoff_len=2048"
+    )
     with pytest.raises(
-        prep.preflight.No, match=r"SFT: SET=\"decoder.sft.overrides.per_device_train_batch_size=(\d+)"
+        prep.preflight.No,
+        match=r"SFT: SET=\"decoder.sft.overrides.per_device_train_batch_size=(\d+)",
     ) as told:
         prep.preflight.memory(prep.preflight.Plan(experiment, workplace))
     fits = int(str(told.value).rsplit("SFT: SET=", 1)[1].split("batch_size=")[1].split()[0])
     assert f"decoder.sft.overrides.gradient_accumulation_steps={96 // fits}" in str(told.value)
-    whole = needs.training_memory(Path("big"), fits, 2048, False, None, False).total + needs.CUDA_OVERHEAD
+    whole = (
+        needs.training_memory(Path("big"), fits, 2048, False, None, False).total
+        + needs.CUDA_OVERHEAD
+    )
     assert fits in (1, 2, 3, 4, 6) and whole <= 24 << 30
 
 
-def test_the_trial_times_twenty_steps_and_leaves_nothing_behind(make_experiment, tmp_path, monkeypatch):
+def test_the_trial_times_twenty_steps_and_leaves_nothing_behind(
+    make_experiment, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     write_csv("rows.csv", nasty_rows(140))
-    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"train": 96, "validation": 10, "test": 20}})
+    experiment = make_experiment(
+        "rows.csv", LABELS, data={"rows": {"train": 96, "validation": 10, "test": 20}}
+    )
     data.main(experiment)
     assert 0 < prep.preflight.trial(experiment, tmp_path / "trial") < 30
     assert not Path("runs/mine/sft").exists()

@@ -1,6 +1,8 @@
-"""What strangers write, by property: whatever the bytes, a row, or an error that names the mend; no traceback, no half file.
+"""What strangers write, by property: whatever the bytes, a row, or an error that names the mend; no
+traceback, no half file.
 
-200 cases each; `--hypothesis-profile=thorough --hypothesis-show-statistics` tries 5,000 and counts them.
+200 cases each; `--hypothesis-profile=thorough --hypothesis-show-statistics` tries 5,000 and counts
+them.
 """
 
 import asyncio
@@ -35,14 +37,36 @@ from prep.data import label_name
 from serve import predict
 
 ODD = st.sampled_from(
-    ['"', ",", "\n", "\r\n", "\t", "\0", "\ufeff", "\u2028", "{", "}", "[", "null", "NaN", "1e999", "é", "🏆"]
+    [
+        '"',
+        ",",
+        "\n",
+        "\r\n",
+        "\t",
+        "\0",
+        "\ufeff",
+        "\u2028",
+        "{",
+        "}",
+        "[",
+        "null",
+        "NaN",
+        "1e999",
+        "é",
+        "🏆",
+    ]
 )
-PIECES = st.lists(st.one_of(ODD, st.text(max_size=8), st.sampled_from(["text", "label", "World", "Sports"])), max_size=30)
+PIECES = st.lists(
+    st.one_of(ODD, st.text(max_size=8), st.sampled_from(["text", "label", "World", "Sports"])),
+    max_size=30,
+)
 WRITTEN = PIECES.map("".join).map(lambda text: text.encode("utf-8", "surrogatepass"))
 BYTES = st.one_of(st.binary(max_size=200), WRITTEN)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
@@ -75,12 +99,20 @@ def damaged(whole: bytes):
         return bytes(content)
 
     return st.builds(
-        damage, st.integers(0, 1 << 20), st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=6)
+        damage,
+        st.integers(0, 1 << 20),
+        st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=6),
     )
 
 
 HEADERS = st.sampled_from(
-    [b"", b"text,label\n", b"text\tlabel\n", b'{"text": "a", "label": "World"}\n', b"\xef\xbb\xbftext,label\r\n"]
+    [
+        b"",
+        b"text,label\n",
+        b"text\tlabel\n",
+        b'{"text": "a", "label": "World"}\n',
+        b"\xef\xbb\xbftext,label\r\n",
+    ]
 )
 
 
@@ -94,18 +126,27 @@ def test_any_bytes_are_rows_or_an_error_that_is_told(head, tail, suffix, text):
     Path(f"rows{suffix}").write_bytes(head + tail)
     with told():
         for row in read(f"rows{suffix}", text):
-            assert row.place.startswith(f"rows{suffix}") and (row.fault or row.label is not None or suffix == ".jsonl")
+            assert row.place.startswith(f"rows{suffix}") and (
+                row.fault or row.label is not None or suffix == ".jsonl"
+            )
     with told():
         column_names(f"rows{suffix}", ["utf-8"])
 
 
 def read(source: str, text="text") -> list:
-    data = Data(source=source, labels=["World", "Sports"], columns={"text": text}, encoding=["utf-8", "latin-1"])
+    data = Data(
+        source=source,
+        labels=["World", "Sports"],
+        columns={"text": text},
+        encoding=["utf-8", "latin-1"],
+    )
     return [row for rows in open_source(data).splits.values() for row in rows]
 
 
 def parquet() -> bytes:
-    table = pyarrow.table({"text": [f"text {i}" for i in range(40)], "label": ["World", "Sports"] * 20})
+    table = pyarrow.table(
+        {"text": [f"text {i}" for i in range(40)], "label": ["World", "Sports"] * 20}
+    )
     stream = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, stream)
     return stream.getvalue().to_pybytes()
@@ -122,7 +163,11 @@ def test_a_damaged_parquet_file_is_told(content):
 
 @given(
     st.dictionaries(
-        st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=20),
+        st.text(
+            st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]),
+            min_size=1,
+            max_size=20,
+        ),
         BYTES,
         max_size=4,
     )
@@ -179,7 +224,11 @@ def configs(place):
     Path("experiments").mkdir()
 
 
-@given(st.one_of(BYTES, JSON.map(lambda value: json.dumps(value).encode()), damaged(EXPERIMENT.encode())))
+@given(
+    st.one_of(
+        BYTES, JSON.map(lambda value: json.dumps(value).encode()), damaged(EXPERIMENT.encode())
+    )
+)
 @example(b"a: !!python/object/apply:os.system ['touch evil']")
 @example(b"a: ${oc.env:HOME}")
 @example(b"data: {source: a.csv, labels: &a [*a, x]}")
@@ -228,11 +277,17 @@ def test_any_file_to_be_labelled_is_rows_or_an_error_that_is_told(kind, head, ta
     with told():
         header, rows = predict.read_table(path, experiment)
         for fields, text in rows:
-            assert len(fields) == len(header) and (text.strip() or not any(fields))  # a blank row keeps its place
+            assert len(fields) == len(header) and (
+                text.strip() or not any(fields)
+            )  # a blank row keeps its place
 
 
 NAMES = (
-    st.lists(st.sampled_from(["..", ".", "", "a", "thing", "b.txt", "/", "~", "C:", "\\..\\x"]), min_size=1, max_size=5)
+    st.lists(
+        st.sampled_from(["..", ".", "", "a", "thing", "b.txt", "/", "~", "C:", "\\..\\x"]),
+        min_size=1,
+        max_size=5,
+    )
     .map("/".join)
     .filter(bool)
 )
@@ -251,7 +306,10 @@ def test_no_name_in_an_archive_leads_out_of_the_folder(names):
     with told():
         fetch._extract(Path("archive/whole.zip"), "thing", Path("archive/in/side/target"))
     written = {path for path in Path("archive").rglob("*") if path.is_file()}
-    assert all(path.is_relative_to("archive/in/side/target") for path in written - {Path("archive/whole.zip")})
+    assert all(
+        path.is_relative_to("archive/in/side/target")
+        for path in written - {Path("archive/whole.zip")}
+    )
 
 
 @given(
@@ -262,13 +320,15 @@ def test_no_name_in_an_archive_leads_out_of_the_folder(names):
                 "choices": st.lists(
                     st.fixed_dictionaries(
                         {
-                            "message": JSON | st.fixed_dictionaries({"content": JSON, "reasoning": JSON}),
+                            "message": JSON
+                            | st.fixed_dictionaries({"content": JSON, "reasoning": JSON}),
                             "finish_reason": JSON,
                         }
                     ),
                     max_size=2,
                 ),
-                "usage": JSON | st.fixed_dictionaries({"prompt_tokens": JSON, "completion_tokens": JSON}),
+                "usage": JSON
+                | st.fixed_dictionaries({"prompt_tokens": JSON, "completion_tokens": JSON}),
             }
         ),
     )
@@ -279,7 +339,9 @@ def test_a_teachers_reply_is_whole_or_no_completion(reply):
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return  # asked again
     assert isinstance(found, Reply) and all(isinstance(part, str) for part in found.parts())
-    assert isinstance(found.prompt_tokens, int | None) and isinstance(found.reply_tokens, int | None)
+    assert isinstance(found.prompt_tokens, int | None) and isinstance(
+        found.reply_tokens, int | None
+    )
 
 
 class Replies:
@@ -305,7 +367,11 @@ ROUTES = {
 @given(st.sampled_from(sorted(ROUTES)), st.data())
 def test_a_services_reply_is_read_or_told(name, draw):
     make, whole = ROUTES[name]
-    content = draw.draw(st.one_of(BYTES, JSON.map(lambda of: json.dumps(of).encode()), damaged(json.dumps(whole).encode())))
+    content = draw.draw(
+        st.one_of(
+            BYTES, JSON.map(lambda of: json.dumps(of).encode()), damaged(json.dumps(whole).encode())
+        )
+    )
     route = make([Answer([5, 9], 0, 1), Answer([6, 9], 0, 1)])
     server = SimpleNamespace(url="http://127.0.0.1:1", log="vllm.log")
     with told():
@@ -325,7 +391,9 @@ CONTROLS = (
     "A",
     "\n",
 )
-LABEL = st.lists(st.one_of(st.sampled_from(CONTROLS), st.text(max_size=6)), min_size=1, max_size=4).map("".join)
+LABEL = st.lists(
+    st.one_of(st.sampled_from(CONTROLS), st.text(max_size=6)), min_size=1, max_size=4
+).map("".join)
 
 
 @given(
@@ -335,11 +403,17 @@ LABEL = st.lists(st.one_of(st.sampled_from(CONTROLS), st.text(max_size=6)), min_
 )
 def test_no_label_and_no_text_is_a_control_token(make_encoder, labels, options, text):
     with told():
-        encoder, plain = (make_encoder(options, of) for of in (labels, [f"label {i}" for i in range(len(labels))]))
+        encoder, plain = (
+            make_encoder(options, of) for of in (labels, [f"label {i}" for i in range(len(labels))])
+        )
         pairs = [(encoder.encode(text), plain.encode("a text"))]
-        pairs += [(one.ids, other.ids) for one, other in zip(encoder.answers, plain.answers, strict=True)]
+        pairs += [
+            (one.ids, other.ids) for one, other in zip(encoder.answers, plain.answers, strict=True)
+        ]
         for one, other in pairs:
-            assert [of for of in one if of in encoder.controls] == [of for of in other if of in encoder.controls]
+            assert [of for of in one if of in encoder.controls] == [
+                of for of in other if of in encoder.controls
+            ]
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +422,9 @@ def make_encoder(qwen3_tokenizer):
 
     def make(options: str, labels: list[str]) -> PromptEncoder:
         prompt = Prompt(template="{text}\n{options}\nWhich?", options=options)
-        encoder = PromptEncoder(qwen3_tokenizer, DataArguments(template="qwen3", cutoff_len=512), prompt, labels)
+        encoder = PromptEncoder(
+            qwen3_tokenizer, DataArguments(template="qwen3", cutoff_len=512), prompt, labels
+        )
         encoder.controls = {
             *qwen3_tokenizer.all_special_ids,
             *qwen3_tokenizer.convert_tokens_to_ids(["<think>", "</think>"]),
@@ -371,7 +447,11 @@ def test_any_label_is_a_class_dropped_or_told(labels, value):
         assert found is None or found in (labels if isinstance(labels, list) else labels.values())
 
 
-@given(st.text(max_size=40), st.booleans(), st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=5, unique=True))
+@given(
+    st.text(max_size=40),
+    st.booleans(),
+    st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=5, unique=True),
+)
 def test_an_answer_names_an_option_or_none(text, ended, options):
     number, how = read_answer(text, ended, options)
     assert how in ("answered", "unfinished", "unparsed") and number < len(options)
@@ -381,7 +461,9 @@ def test_an_answer_names_an_option_or_none(text, ended, options):
 @given(
     damaged(
         b"\x40\0\0\0\0\0\0\0"
-        + json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).ljust(64).encode()
+        + json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})
+        .ljust(64)
+        .encode()
         + b"12345678"
     )
 )

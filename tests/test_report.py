@@ -1,4 +1,5 @@
-"""The comparison is right and the report can be trusted: nothing asked of the network, no markup from data, any screen."""
+"""The comparison is right and the report can be trusted: nothing asked of the network, no markup
+from data, any screen."""
 
 import html
 import re
@@ -31,7 +32,8 @@ MARKUP = [
     "<script>document.title='owned'</script>",
     "<img src='https://example.org/x.png' onerror=\"alert(1)\">",
     "</p></article><h1>owned</h1>",
-    "{{ 7 * 7 }} {% raw %} ${jndi} &lt;b&gt; | a | b |\n# owned\n- [x](javascript:alert(1)) `code` *b* ![i](https://example.org/i.png)",
+    "{{ 7 * 7 }} {% raw %} ${jndi} &lt;b&gt; | a | b |\n# owned\n- "
+    "[x](javascript:alert(1)) `code` *b* ![i](https://example.org/i.png)",
 ]
 SKILL = {
     "tfidf": 2.6,
@@ -48,18 +50,40 @@ SKILL = {
 
 def compared_and_decided() -> dict:
     """The comparison with the decision."""
-    return read_json("runs/mine/results/comparison.json") | read_json("runs/mine/results/decision.json")
+    return read_json("runs/mine/results/comparison.json") | read_json(
+        "runs/mine/results/decision.json"
+    )
 
 
-def drawn(make_experiment, validation: int, train_rows: int | None = 100, options: dict | None = None, **sections):
-    """An experiment whose data are real and full of markup, and whose predictions are drawn; compared and reported."""
-    write_csv("rows.csv", [(f"It's {i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3]) for i in range(400)])
+def drawn(
+    make_experiment,
+    validation: int,
+    train_rows: int | None = 100,
+    options: dict | None = None,
+    **sections,
+):
+    """An experiment whose data are real and full of markup, and whose predictions are drawn;
+    compared and reported."""
+    write_csv(
+        "rows.csv",
+        [
+            (f"It's {i} {MARKUP[i % len(MARKUP)]} " + "long " * (i % 7), LABELS[i % 3])
+            for i in range(400)
+        ],
+    )
     rows = {"rows": {"validation": validation, "test": 150}}
     keys = {"train_rows": train_rows, "sft_options": options}
     experiment = make_experiment("rows.csv", LABELS, data=rows, decoder_keys=keys, **sections)
     data.main(experiment)
     rng = np.random.default_rng(0)
-    made = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
+    made = {
+        "seconds": 1.0,
+        "tokens": 9000,
+        "parameters": 1000,
+        "dtype": "float32",
+        "model": "m",
+        "inputs_sha256": "0",
+    }
     methods = compared_methods(experiment)
     files = {method.stage: [] for method in methods}
 
@@ -72,17 +96,36 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
         score[np.arange(len(rows)), truth] += skill
         probabilities = np.exp(score) / np.exp(score).sum(1, keepdims=True)
         if "thinking" in more:
-            more["predicted"], probabilities = np.where(rng.random(len(rows)) < 0.2, NO_ANSWER, score.argmax(1)), None
-        results.write_result(experiment, name, split, rows, probabilities=probabilities, train_loss=0.5, **made | more)
+            more["predicted"], probabilities = (
+                np.where(rng.random(len(rows)) < 0.2, NO_ANSWER, score.argmax(1)),
+                None,
+            )
+        results.write_result(
+            experiment,
+            name,
+            split,
+            rows,
+            probabilities=probabilities,
+            train_loss=0.5,
+            **made | more,
+        )
         files[stage] += results.result_files(experiment, name, split)
 
     def train(method: Method) -> None:
         for step in (10, 20, 30) if method.has_steps else (None,):
             for split in results.SPLITS:
                 # Validation likes step 20 best, test likes step 30.
-                skill = SKILL[method.name] - (0 if step in (None, 20) else 2 if split == "validation" else -2 * (step == 30))
+                skill = SKILL[method.name] - (
+                    0 if step in (None, 20) else 2 if split == "validation" else -2 * (step == 30)
+                )
                 cost = {"parameters": 1000 if method.model or not method.is_trained else 2}
-                write(method.stage, f"{method.name}@{step}" if step else method.name, split, skill, **cost)
+                write(
+                    method.stage,
+                    f"{method.name}@{step}" if step else method.name,
+                    split,
+                    skill,
+                    **cost,
+                )
 
     for method in methods:
         if not method.thinks:
@@ -96,9 +139,18 @@ def drawn(make_experiment, validation: int, train_rows: int | None = 100, option
         "unfinished": 4,
         "unparsed": 2,
     }
-    write("zero-shot", "zero_shot_think", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
+    write(
+        "zero-shot", "zero_shot_think", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64}
+    )
     if experiment.distill:
-        write("sft-think", "sft_think@20", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
+        write(
+            "sft-think",
+            "sft_think@20",
+            "test",
+            1.0,
+            n=40,
+            thinking=thinking | {"budget_tokens": 64},
+        )
     first = experiment
     for experiment in first.trainings():
         if experiment is not first:
@@ -138,46 +190,73 @@ def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_descri
     assert len(comparison["methods"]) == 9 and len(comparison["pairs"]) == 15
     for name in ("bert@20", "linear_head@20", "sft@20"):
         entry = comparison["methods"][name]
-        validation = {s: results.read_result(compared, f"{entry['method']}@{s}", "validation") for s in (10, 20, 30)}
+        validation = {
+            s: results.read_result(compared, f"{entry['method']}@{s}", "validation")
+            for s in (10, 20, 30)
+        }
         assert entry["chosen_on"] == "validation" and results.best_step(validation) == 20
         assert min(validation, key=lambda step: validation[step]["log_loss"]) == 20
-        assert entry["best_on_test"]["step"] == 30 and entry["best_on_test"]["f1_macro"] > entry["f1_macro"]
+        assert (
+            entry["best_on_test"]["step"] == 30
+            and entry["best_on_test"]["f1_macro"] > entry["f1_macro"]
+        )
         assert entry["f1_macro"] == results.read_result(compared, name, "test")["f1_macro"]
     pairs = {(pair["a"], pair["b"]): pair for pair in comparison["pairs"]}
     assert all(pair["n"] == 150 for pair in pairs.values())
     near, far = pairs["bert@20", "linear_head@20"], pairs["tfidf", "sft@20"]
     assert "chance could do that" in near["sentence"] and "-0.000" not in near["sentence"]
-    assert far["sentence"].startswith("TF-IDF + logistic regression (190 rows) has a higher macro F1 than LLM, SFT")
+    assert far["sentence"].startswith(
+        "TF-IDF + logistic regression (190 rows) has a higher macro F1 than LLM, SFT"
+    )
     assert far["f1_p"] <= far["f1_p_holm"] < 0.05 and 0 < far["ci95"][0] < far["f1_difference"]
 
 
 def test_figures_without_near_duplicates_stand_beside_the_others(compared):
     near = {mine for mine, _ in read_json("data/mine/data_card.json")["near_duplicates"]["test"]}
-    lines = [line for line in results.read_predictions(compared, "bert@20", "test") if line["id"] not in near]
+    lines = [
+        line
+        for line in results.read_predictions(compared, "bert@20", "test")
+        if line["id"] not in near
+    ]
     assert 0 < len(lines) < 150
-    expected = metrics.f1_score([line["label"] for line in lines], [line["prediction"] for line in lines], average="macro")
+    expected = metrics.f1_score(
+        [line["label"] for line in lines], [line["prediction"] for line in lines], average="macro"
+    )
     entry = read_json("runs/mine/results/comparison.json")["methods"]["bert@20"]
     assert entry["f1_macro_without_near_duplicates"] == pytest.approx(expected)
     for name in ("report.html", "REPORT.md"):
         shown = Path("runs/mine/report", name).read_text()
-        assert f"{len(near)} test rows nearly stand in train" in shown and f"BERT {expected:.3f}" in shown
+        assert (
+            f"{len(near)} test rows nearly stand in train" in shown
+            and f"BERT {expected:.3f}" in shown
+        )
 
 
 def test_a_model_in_parts_is_named_and_thinking_on_fewer_rows_decides_nothing(make_experiment):
     teacher = {"endpoint": "http://127.0.0.1:1/v1", "model": "big"}
     experiment = drawn(make_experiment, validation=60, distill=teacher)
     comparison = compared_and_decided()
-    assert not any("thinking" in line for line in comparison["how_sure"])  # neither judged nor called too dear
-    assert comparison["methods"]["sft_think@20"]["n"] == 40 and "sft_think@20" not in comparison["candidates"]
+    assert not any(
+        "thinking" in line for line in comparison["how_sure"]
+    )  # neither judged nor called too dear
+    assert (
+        comparison["methods"]["sft_think@20"]["n"] == 40
+        and "sft_think@20" not in comparison["candidates"]
+    )
     assert not any("sft_think@20" in (pair["a"], pair["b"]) for pair in comparison["pairs"])
     parts = Parts(parts=["pypi:a==1/b"], whole=f"big.gguf#sha256={'0' * 64}")
-    build.main(experiment.model_copy(update={"decoder": experiment.decoder.model_copy(update={"model": parts})}))
+    build.main(
+        experiment.model_copy(
+            update={"decoder": experiment.decoder.model_copy(update={"model": parts})}
+        )
+    )
     assert "(read from <code>big.gguf</code>)" in Path("runs/mine/report/report.html").read_text()
     assert not article.is_the_articles(experiment)
 
 
 def test_the_last_checkpoint_is_taken_unless_validation_shows_another_to_be_better(compared):
-    """Step 20 is better by far; at a tie of losses, which noise decides, it is the last step all the same."""
+    """Step 20 is better by far; at a tie of losses, which noise decides, it is the last step all
+    the same."""
     validation = {s: results.read_result(compared, f"bert@{s}", "validation") for s in (10, 20, 30)}
     assert results.chosen_step(compared, validation) == 20
     lines = results.read_predictions(compared, "bert@20", "validation")
@@ -200,42 +279,70 @@ def test_checkpoints_that_tie_go_to_the_lower_loss():
 
 
 @pytest.mark.parametrize(
-    ("skill", "share", "told"), [(0.2, 0.9, True), (0.2, 0.5, False), (0.9, 0.9, False), (0.2, 2.0, False)]
+    ("skill", "share", "told"),
+    [(0.2, 0.9, True), (0.2, 0.5, False), (0.9, 0.9, False), (0.2, 2.0, False)],
 )
 def test_a_method_that_has_hardly_learnt_is_told(skill, share, told):
     chance = np.random.default_rng(0)
     truth = chance.choice(4, p=[0.4, 0.3, 0.2, 0.1], size=400)
     predicted = np.where(chance.random(400) < skill, truth, chance.integers(4, size=400))
     guessing = metrics.log_loss(truth, np.tile(np.bincount(truth) / 400, (400, 1)))
-    entry = {"confusion": metrics.confusion_matrix(truth, predicted).tolist(), "log_loss": share * guessing}
+    entry = {
+        "confusion": metrics.confusion_matrix(truth, predicted).tolist(),
+        "log_loss": share * guessing,
+    }
     found = verdict.hardly_learnt(entry)
-    assert bool(found) == told == (metrics.cohen_kappa_score(truth, predicted) < verdict.LITTLE and 0.7 < share < 1.4)
+    assert (
+        bool(found)
+        == told
+        == (metrics.cohen_kappa_score(truth, predicted) < verdict.LITTLE and 0.7 < share < 1.4)
+    )
     assert not found or found == pytest.approx((share * guessing, guessing))
-    silent = entry | {"confusion": [[*row, 9] for row in entry["confusion"]]}  # rows without an answer
+    silent = entry | {
+        "confusion": [[*row, 9] for row in entry["confusion"]]
+    }  # rows without an answer
     assert bool(verdict.hardly_learnt(silent)) == told
 
 
 def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(make_experiment):
-    """150 rows can't show a loss below 0.002, and the cheapest is not shipped for want of evidence against it."""
+    """150 rows can't show a loss below 0.002, and the cheapest is not shipped for want of evidence
+    against it."""
     drawn(make_experiment, validation=60, compare={"margin": 0.002})
     comparison = compared_and_decided()
     top = max(comparison["methods"], key=lambda name: comparison["methods"][name]["f1_macro"])
     assert not comparison["established"] and comparison["ship"] == comparison["top"] == top
     undecided = [of for of in comparison["candidates"].values() if of["verdict"] == "undecided"]
-    assert undecided and all(of["low"] < 0.002 < of["high"] and of["rows_if_equal"] > 150 for of in undecided)
-    page, text = (Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md"))
+    assert undecided and all(
+        of["low"] < 0.002 < of["high"] and of["rows_if_equal"] > 150 for of in undecided
+    )
+    page, text = (
+        Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md")
+    )
     for shown in (page, text):
-        assert "(not established)" in shown and "Test rows that would decide" in shown and "What would change it?" in shown
-        assert "-0.000" not in shown and f"{undecided[0]['rows_if_equal']:,} if the two are equal" in shown
+        assert (
+            "(not established)" in shown
+            and "Test rows that would decide" in shown
+            and "What would change it?" in shown
+        )
+        assert (
+            "-0.000" not in shown
+            and f"{undecided[0]['rows_if_equal']:,} if the two are equal" in shown
+        )
     assert "190 training rows" in comparison["why"]
 
 
-def test_what_is_nearly_as_good_and_cheap_is_shipped_and_the_price_of_an_error_that_would_change_it_is_told(make_experiment):
+def test_what_is_nearly_as_good_and_cheap_is_shipped_and_what_would_change_it_is_told(
+    make_experiment,
+):
     drawn(make_experiment, validation=60, compare={"margin": 0.3})
     comparison = compared_and_decided()
     shipped = comparison["candidates"][comparison["ship"]]
     assert comparison["established"] and shipped["verdict"] == "fits" and shipped["high"] < 0.3
-    cheaper = [n for n, price in comparison["prices"].items() if price < comparison["prices"][comparison["ship"]]]
+    cheaper = [
+        n
+        for n, price in comparison["prices"].items()
+        if price < comparison["prices"][comparison["ship"]]
+    ]
     assert all(comparison["candidates"][name]["verdict"] != "fits" for name in cheaper)
     hopeless = comparison["candidates"].get("zero_shot_no_think")
 
@@ -243,16 +350,24 @@ def test_what_is_nearly_as_good_and_cheap_is_shipped_and_the_price_of_an_error_t
         return [line for line in comparison["how_sure"] if verdict in line]
 
     assert hopeless is None or hopeless["verdict"] == "costs more"
-    assert any("errors in 1,000 rows fewer than" in line for line in comparison["what_would_change"])
+    assert any(
+        "errors in 1,000 rows fewer than" in line for line in comparison["what_would_change"]
+    )
     assert any(
         f"of at most {shipped['high']:.3f} against" in line
         or f"at least {-shipped['high']:.3f} of macro F1 ahead of" in line
         for line in told("is good enough")
     )
     assert hopeless is None or any("LLM zero-shot" in line for line in told("loses too much"))
-    dearer = [line for line in comparison["how_sure"] if line.startswith("Not considered, since dearer than the best: ")]
+    dearer = [
+        line
+        for line in comparison["how_sure"]
+        if line.startswith("Not considered, since dearer than the best: ")
+    ]
     absent = [
-        e["title"] for n, e in comparison["methods"].items() if e["cost"]["train_rows"] and n not in comparison["candidates"]
+        e["title"]
+        for n, e in comparison["methods"].items()
+        if e["cost"]["train_rows"] and n not in comparison["candidates"]
     ]
     assert all(title in dearer[0] for title in absent) if absent else not dearer
     assert all(" ms a test row here." in line for line in comparison["how_dear"])
@@ -264,7 +379,9 @@ def test_seeds_are_averaged_and_their_spread_is_shown(make_experiment, monkeypat
     assert (experiment.seed, experiment.data.seed) == (7, 42)
     comparison = compared_and_decided()
     entry = comparison["methods"]["bert@20"]
-    assert [training["seed"] for training in entry["trainings"]] == [7, 8, 9] and comparison["trainings"] == 3
+    assert [training["seed"] for training in entry["trainings"]] == [7, 8, 9] and comparison[
+        "trainings"
+    ] == 3
     values = [training["f1_macro"] for training in entry["trainings"]]
     assert len(set(values)) == 3 and entry["f1_macro"] == pytest.approx(np.mean(values))
     alone = results.read_result(experiment, "bert@20", "test")["f1_macro_ci95"]
@@ -272,7 +389,9 @@ def test_seeds_are_averaged_and_their_spread_is_shown(make_experiment, monkeypat
     assert low < entry["f1_macro"] < high and (low, high) != tuple(alone)
     assert len(comparison["methods"]["tfidf"]["trainings"]) == 1
     page = Path("runs/mine/report/report.html").read_text()
-    assert " ".join(f"{value:.3f}" for value in values) in page and "the mean of seeds 7, 8, 9" in page
+    assert (
+        " ".join(f"{value:.3f}" for value in values) in page and "the mean of seeds 7, 8, 9" in page
+    )
     assert "of the rows and of 3 trainings" in page
 
 
@@ -281,14 +400,18 @@ def test_results_on_other_rows_and_predictions_cut_off_are_refused(compared):
     whole = path.read_text()
     Path("runs/mine/compare/stage.json").unlink()
     path.write_text("".join(whole.splitlines(keepends=True)[:100]))
-    with pytest.raises(LetterheadError, match=r"tfidf.predictions.jsonl: 100 rows, not 150; delete it"):
+    with pytest.raises(
+        LetterheadError, match=r"tfidf.predictions.jsonl: 100 rows, not 150; delete it"
+    ):
         compare.main(compared)
     path.write_text(whole.replace('"id":"', '"id":"other-').replace('"id": "', '"id": "other-'))
     with pytest.raises(LetterheadError, match="measured on different rows"):
         compare.main(compared)
 
 
-def test_the_articles_figures_stand_beside_an_experiment_that_is_the_articles(compared, monkeypatch):
+def test_the_articles_figures_stand_beside_an_experiment_that_is_the_articles(
+    compared, monkeypatch
+):
     with monkeypatch.context() as there:
         there.chdir(ROOT)
         assert article.is_the_articles(load_experiment("ag_news"))
@@ -299,7 +422,10 @@ def test_the_articles_figures_stand_beside_an_experiment_that_is_the_articles(co
     build.main(compared)
     for name in ("report.html", "REPORT.md"):
         text = html.unescape(Path("runs/mine/report", name).read_text())
-        assert all(figure in text for figure in ("F1 0.946", "F1 0.949", "F1 0.941", "accuracy 0.790", "0.86"))
+        assert all(
+            figure in text
+            for figure in ("F1 0.946", "F1 0.949", "F1 0.941", "accuracy 0.790", "0.86")
+        )
         assert all(slip in text for slip in article.SLIPS)
 
 
@@ -313,8 +439,14 @@ def test_without_validation_rows_the_last_step_is_shown_and_the_report_says_so(m
     experiment = drawn(make_experiment, validation=0)
     methods = read_json("runs/mine/results/comparison.json")["methods"]
     assert {"bert@30", "linear_head@30", "sft@30"} <= set(methods)
-    assert methods["bert@30"]["chosen_on"] == "the last step; no validation rows" and experiment.data.rows.validation == 0
-    assert "no checkpoint could be chosen without looking at test" in Path("runs/mine/report/REPORT.md").read_text()
+    assert (
+        methods["bert@30"]["chosen_on"] == "the last step; no validation rows"
+        and experiment.data.rows.validation == 0
+    )
+    assert (
+        "no checkpoint could be chosen without looking at test"
+        in Path("runs/mine/report/REPORT.md").read_text()
+    )
 
 
 class Tags(HTMLParser):
@@ -331,13 +463,17 @@ def test_no_markup_comes_from_the_data(compared):
     page, text = (Path("runs/mine/report") / name for name in ("report.html", "REPORT.md"))
     tags = Tags(page.read_text()).found
     assert not {tag for tag, _ in tags} & {"script", "iframe", "object", "u"}
-    assert all(attributes["src"].startswith("data:image/png") for tag, attributes in tags if tag == "img")
+    assert all(
+        attributes["src"].startswith("data:image/png") for tag, attributes in tags if tag == "img"
+    )
     assert sum(tag == "h1" for tag, _ in tags) == 1 and not any("onerror" in a for _, a in tags)
     assert "&lt;script&gt;" in page.read_text() and "{{ 7 * 7 }}" in page.read_text()
     markdown = text.read_text()
     assert "<" not in markdown and "\n# owned" not in markdown and "&#" not in markdown
     images = re.findall(r"(?<!\\)!\[.*?\]\((.*?)\)", markdown)
-    assert sorted(images) == sorted(f"{name}.png" for name in build.WHAT_A_PICTURE_SHOWS if name != "service")
+    assert sorted(images) == sorted(
+        f"{name}.png" for name in build.WHAT_A_PICTURE_SHOWS if name != "service"
+    )
     assert not re.search(r"(?<!\\)\]\((?!\w+\.png\))", markdown)
 
 
@@ -348,22 +484,33 @@ def test_a_real_browser_finds_no_error_no_request_and_no_overflow(compared, tmp_
         browser.open(Path("runs/mine/report/report.html"))
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         assert browser.evaluate("document.title") == "Letterhead: mine"
-        assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
+        assert browser.evaluate(
+            "[...document.images].every(image => image.complete && image.naturalWidth > 100)"
+        )
         assert browser.evaluate("document.querySelectorAll('.row').length") > 5
         browser.screenshot(tmp_path / "shot.png")
         browser.pdf(tmp_path / "page.pdf")
-        hidden = "[...document.querySelectorAll('details > :not(summary)')].filter(e => !e.checkVisibility()).length"
+        hidden = (
+            "[...document.querySelectorAll('details > :not(summary)')].filter(e => "
+            "!e.checkVisibility()).length"
+        )
         assert browser.evaluate(hidden) == 3
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
         assert browser.evaluate(hidden) == 0  # on paper nothing can be opened
-        remote = [url for url in browser.asked() if not url.startswith(("file:", "data:", "chrome:"))]
+        remote = [
+            url for url in browser.asked() if not url.startswith(("file:", "data:", "chrome:"))
+        ]
         assert (remote, browser.errors()) == ([], [])
-    assert (tmp_path / "shot.png").stat().st_size > 50_000 and (tmp_path / "page.pdf").stat().st_size > 50_000
+    assert (tmp_path / "shot.png").stat().st_size > 50_000 and (
+        tmp_path / "page.pdf"
+    ).stat().st_size > 50_000
 
 
 @needs_browser
 def test_the_browser_test_can_fail(workplace):
-    Path("bad.html").write_text("<body style='width: 900px'><script>nonsense()</script><img src='https://127.0.0.1:1/x'>")
+    Path("bad.html").write_text(
+        "<body style='width: 900px'><script>nonsense()</script><img src='https://127.0.0.1:1/x'>"
+    )
     with Browser(390) as browser:
         browser.open(Path("bad.html"))
         assert browser.errors() and "https://127.0.0.1:1/x" in browser.asked()
@@ -374,27 +521,72 @@ def test_the_bench_prices_the_choice_and_stands_in_the_report(make_experiment):
     compared = drawn(make_experiment, validation=60, options={}, compare={"margin": 0.5})
     methods = read_json("runs/mine/results/comparison.json")["methods"]
     loop = {"rps": 2.0, "p50_ms": 400.0, "p95_ms": 700.0, "p99_ms": 900.0, "requests": 200}
-    costs = {("tfidf", "sklearn", "head"): 9.0, ("bert", "hf", "head"): 8.0, ("linear_head", "hf", "head"): 7.0}
-    costs |= {("sft", "hf", "generate"): 99.0, ("sft", "vllm", "generate"): 66.0, ("sft_folded", "vllm", "head"): 8.5}
+    costs = {
+        ("tfidf", "sklearn", "head"): 9.0,
+        ("bert", "hf", "head"): 8.0,
+        ("linear_head", "hf", "head"): 7.0,
+    }
+    costs |= {
+        ("sft", "hf", "generate"): 99.0,
+        ("sft", "vllm", "generate"): 66.0,
+        ("sft_folded", "vllm", "head"): 8.5,
+    }
     # Fast, but it answers another question: it must not lower the linear head's price.
     costs |= {("linear_head_on_prompt", "vllm", "head"): 1.0}
     rows = []
     for (method, engine, decode), cost in costs.items():
         trained = {"linear_head_on_prompt": "linear_head", "sft_folded": "sft"}.get(method, method)
-        row = {"method": method, "engine": engine, "decode": decode, "cost_per_million": cost, "load_seconds": 3.0}
-        row |= {"name": next(name for name in methods if methods[name]["method"] == trained), "rps_single": 2.0, **loop}
-        row |= {"closed": {"1": loop, "4": loop | {"rps": 6.0}}, "accuracy": 0.9, "same_as_evaluated": 1.0}
-        row |= {"peak_memory_mb": 700, "prefill_ms": 160.0, "decode_ms": None, "open": [], "rps_at_objective": None}
+        row = {
+            "method": method,
+            "engine": engine,
+            "decode": decode,
+            "cost_per_million": cost,
+            "load_seconds": 3.0,
+        }
+        row |= {
+            "name": next(name for name in methods if methods[name]["method"] == trained),
+            "rps_single": 2.0,
+            **loop,
+        }
+        row |= {
+            "closed": {"1": loop, "4": loop | {"rps": 6.0}},
+            "accuracy": 0.9,
+            "same_as_evaluated": 1.0,
+        }
+        row |= {
+            "peak_memory_mb": 700,
+            "prefill_ms": 160.0,
+            "decode_ms": None,
+            "open": [],
+            "rps_at_objective": None,
+        }
         row |= {"thought_again": None}
         if engine == "vllm":
-            row |= {"open": [loop | {"rate": 1.5, "held": True}, loop | {"rate": 1.8, "held": False, "p99_ms": 3000.0}]}
+            row |= {
+                "open": [
+                    loop | {"rate": 1.5, "held": True},
+                    loop | {"rate": 1.8, "held": False, "p99_ms": 3000.0},
+                ]
+            }
             row |= {"rps_at_objective": 1.5}
         rows.append(row)
     skipped = [{"method": "bert", "engine": "vllm", "decode": "head", "why": MARKUP[0]}]
-    bench = {"rows": rows, "skipped": skipped, "ratios": {"one token / generate (vLLM)": 2.5, "other": None}}
-    bench |= {"objective_ms": 1000, "price_per_hour": 0.1, "device": "cpu", "machine": "m", "dtype": "float32"}
+    bench = {
+        "rows": rows,
+        "skipped": skipped,
+        "ratios": {"one token / generate (vLLM)": 2.5, "other": None},
+    }
+    bench |= {
+        "objective_ms": 1000,
+        "price_per_hour": 0.1,
+        "device": "cpu",
+        "machine": "m",
+        "dtype": "float32",
+    }
     bench |= {"versions": {"vllm": "vllm-0"}, "made_from": results.bench_made_from(compared)}
-    write_json("runs/mine/results/bench_rps.json", bench | {"made_from": {}})  # of other models: not used
+    write_json(
+        "runs/mine/results/bench_rps.json", bench | {"made_from": {}}
+    )  # of other models: not used
     assert results.read_bench(compared) is None
     write_json("runs/mine/results/bench_rps.json", bench)
     decide.main(compared)
@@ -402,12 +594,19 @@ def test_the_bench_prices_the_choice_and_stands_in_the_report(make_experiment):
     comparison = compared_and_decided()
     prices = comparison["per_million_rows"]
     assert prices["sft@20"] == prices["sft_options@20"] == 8.5 and prices["linear_head@20"] == 7.0
-    assert prices["zero_shot_no_think"] == 8.5 and prices["zero_shot_think"] is None  # served as the same model after SFT is
+    assert (
+        prices["zero_shot_no_think"] == 8.5 and prices["zero_shot_think"] is None
+    )  # served as the same model after SFT is
     assert comparison["ship"] == "linear_head@20"  # of those within 0.5 the cheapest in service
     assert any("7 for a million rows in service" in line for line in comparison["how_dear"])
-    page, text = (Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md"))
+    page, text = (
+        Path("runs/mine/report", name).read_text() for name in ("report.html", "REPORT.md")
+    )
     for shown in (page, html.unescape(text)):
-        assert all(figure in shown for figure in ("60.3", "13.2", "27.1", "38.1", "SFT folded into a head, vLLM", "1.50"))
+        assert all(
+            figure in shown
+            for figure in ("60.3", "13.2", "27.1", "38.1", "SFT folded into a head, vLLM", "1.50")
+        )
     assert MARKUP[0] not in page and MARKUP[0] not in text
     table = text[text.index("| method, engine, how |") :].split("\n\n")[0].splitlines()
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1

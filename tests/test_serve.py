@@ -1,4 +1,5 @@
-"""Predict and export: the same bytes after a kill, the same answers as the evaluation, a letter folded into a head."""
+"""Predict and export: the same bytes after a kill, the same answers as the evaluation, a letter
+folded into a head."""
 
 import csv
 import fcntl
@@ -83,7 +84,11 @@ def test_predictions_keep_rows_order_and_columns(experiment, device, model, monk
     texts = [text.strip() for _, text, _ in rows]
     if model == "tfidf":
         fitted = tfidf.fit(
-            *([json.loads(line) for line in open(f"data/mine/{name}.jsonl")] for name in ("train", "validation")), 42
+            *(
+                [json.loads(line) for line in open(f"data/mine/{name}.jsonl")]
+                for name in ("train", "validation")
+            ),
+            42,
         )
         expected = fitted.predict(texts).tolist()
     else:
@@ -100,7 +105,9 @@ def test_predictions_keep_rows_order_and_columns(experiment, device, model, monk
     assert not list(Path("out").glob("*.part*"))
 
 
-def test_two_processes_predict_as_one_does_and_say_what_is_wrong_before_they_write(experiment, monkeypatch):
+def test_two_processes_predict_as_one_does_and_say_what_is_wrong_before_they_write(
+    experiment, monkeypatch
+):
     write_csv("in.csv", nasty_rows(50))
     predict.main(experiment, "in.csv", "one.csv", "sft@0")
     monkeypatch.setattr(predict, "CHUNK", 8)
@@ -119,10 +126,23 @@ def test_two_processes_predict_as_one_does_and_say_what_is_wrong_before_they_wri
 
 def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(experiment):
     write_csv("in.csv", nasty_rows(20_000))
-    command = [sys.executable, "-m", "serve.predict", "--experiment", "mine", "--in", "in.csv", "--model", "tfidf", "--out"]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.predict",
+        "--experiment",
+        "mine",
+        "--in",
+        "in.csv",
+        "--model",
+        "tfidf",
+        "--out",
+    ]
 
     def start(out: str) -> subprocess.Popen:
-        return subprocess.Popen([*command, out], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [*command, out], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+        )
 
     def done() -> int:
         return (read_json("out.csv.part.json") or {"rows": 0})["rows"]
@@ -133,12 +153,16 @@ def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(experiment):
         before, process = done(), start("out.csv")
         while process.poll() is None and done() <= before:
             time.sleep(0.002)
-        time.sleep(random.Random(seed).uniform(0, 0.04))  # about a chunk's time: anywhere in its work
+        time.sleep(
+            random.Random(seed).uniform(0, 0.04)
+        )  # about a chunk's time: anywhere in its work
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills.append(done())
     assert 0 < kills[0] < kills[1] < 20_000 and not Path("out.csv").exists()
-    with open("out.csv.part", "ab") as part:  # what a kill between the chunk and its record leaves; too short to hit
+    with open(
+        "out.csv.part", "ab"
+    ) as part:  # what a kill between the chunk and its record leaves; too short to hit
         part.write(b"a chunk that nobody recor")
     assert start("out.csv").wait(300) == 0
     assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
@@ -151,30 +175,54 @@ def test_two_predictions_into_one_file_do_not_mix(experiment):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(LetterheadError, match="out.csv: another process is writing it"):
             predict.main(experiment, "in.csv", "out.csv", "tfidf")
-        with predict.alone(Path("other.csv")), pytest.raises(LetterheadError), predict.alone(Path("other.csv")):
+        with (
+            predict.alone(Path("other.csv")),
+            pytest.raises(LetterheadError),
+            predict.alone(Path("other.csv")),
+        ):
             pass
     predict.main(experiment, "in.csv", "out.csv", "tfidf")
     assert len(read("out.csv")) == 3 and not list(Path().glob(".o*.lock"))
 
 
-def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, device, monkeypatch, capsys):
+def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(
+    experiment, device, monkeypatch, capsys
+):
     monkeypatch.setattr(predict, "CHUNK", 2)
     Path("in.csv").write_text("text\none\n\ntwo\nthree\n  \nfive\n\n")
-    with pytest.raises(LetterheadError, match=r"in.csv, row 4 \(line 6\): the text is empty; fill it in.*bad_rows: drop"):
+    with pytest.raises(
+        LetterheadError,
+        match=r"in.csv, row 4 \(line 6\): the text is empty; fill it in.*bad_rows: drop",
+    ):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
     assert read_json("out.csv.part.json")["rows"] == 2 and not Path("out.csv").exists()
-    dropping = experiment.model_copy(update={"data": experiment.data.model_copy(update={"bad_rows": "drop"})})
+    dropping = experiment.model_copy(
+        update={"data": experiment.data.model_copy(update={"bad_rows": "drop"})}
+    )
     predict.main(dropping, "in.csv", "dropped.csv", "tfidf")
-    Path("wide.csv").write_text("text,n,n\none,1,x\n,,\n\ntwo,2,y\n")  # columns of one name, and blank lines
+    Path("wide.csv").write_text(
+        "text,n,n\none,1,x\n,,\n\ntwo,2,y\n"
+    )  # columns of one name, and blank lines
     predict.main(experiment, "wide.csv", "wide.out.csv", "tfidf")
-    assert [line[:3] for line in read("wide.out.csv")[1:]] == [["one", "1", "x"], ["", "", ""], ["two", "2", "y"]]
+    assert [line[:3] for line in read("wide.out.csv")[1:]] == [
+        ["one", "1", "x"],
+        ["", "", ""],
+        ["two", "2", "y"],
+    ]
     Path("broken.csv").write_text("text,n\none,1\nmore,2,3\nless\n\nlast,4\n")
     predict.main(dropping, "broken.csv", "broken.out.csv", "tfidf")
     kept = [(line[:2], bool(line[2])) for line in read("broken.out.csv")[1:]]
-    assert kept == [(["one", "1"], True), (["more", "2"], False), (["less", ""], False), (["last", "4"], True)]
+    assert kept == [
+        (["one", "1"], True),
+        (["more", "2"], False),
+        (["less", ""], False),
+        (["last", "4"], True),
+    ]
     header, *lines = read("dropped.csv")
     assert [line[0] for line in lines] == ["one", "two", "three", "  ", "five"]
-    assert [bool(line[1]) for line in lines] == [True, True, True, False, True] and lines[3][1:] == [""] * (len(header) - 1)
+    assert [bool(line[1]) for line in lines] == [True, True, True, False, True] and lines[3][
+        1:
+    ] == [""] * (len(header) - 1)
     said = capsys.readouterr().out
     assert re.findall(r"(\w+\.\S*csv): .* (\d+) of them without a text and left empty", said) == [
         ("dropped.csv", "1"),
@@ -182,7 +230,9 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, de
         ("broken.out.csv", "2"),
     ]
     Path("in.csv").write_text("title\none\n")
-    with pytest.raises(LetterheadError, match="no column 'text'; it has title; set data.columns.text"):
+    with pytest.raises(
+        LetterheadError, match="no column 'text'; it has title; set data.columns.text"
+    ):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
     with pytest.raises(LetterheadError, match="OUT is IN"):
         predict.main(experiment, "in.csv", "./in.csv", "tfidf")
@@ -191,7 +241,9 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, de
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
     for encoding in ("latin-1", "utf-16"):
         Path("in.csv").write_bytes("text\none\ncafé\n".encode(encoding))
-        with pytest.raises(LetterheadError, match=r"in.csv, line [13]: not utf-8 .* save the file as UTF-8"):
+        with pytest.raises(
+            LetterheadError, match=r"in.csv, line [13]: not utf-8 .* save the file as UTF-8"
+        ):
             predict.main(experiment, "in.csv", "out.csv", "tfidf")
     with pytest.raises(LetterheadError, match="run: make compare EXP=mine"):
         predict.main(experiment, "rows.csv", "out.csv", "best")
@@ -202,7 +254,9 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(experiment, de
 def test_a_text_of_several_columns_is_put_together_as_in_training(experiment):
     Path("in.csv").write_text("body,n,title\nsecond,1,first\n,2,alone\n")
     columns = Columns(text=["title", "body"], empty_parts=True)
-    experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"columns": columns})})
+    experiment = experiment.model_copy(
+        update={"data": experiment.data.model_copy(update={"columns": columns})}
+    )
     _, rows = predict.read_table(Path("in.csv"), experiment)
     assert [text for _, text in rows] == ["first\nsecond", "alone"]
     columns.empty_parts = False
@@ -212,16 +266,22 @@ def test_a_text_of_several_columns_is_put_together_as_in_training(experiment):
 
 def test_every_kind_of_file_that_training_reads_is_labelled_alike(experiment):
     rows = [{"n": i, "text": f'a "quoted" text, {i}', "more": None if i else "x"} for i in range(3)]
-    write_csv("in.csv", [(of["n"], of["text"], of["more"] or "") for of in rows], ["n", "text", "more"])
+    write_csv(
+        "in.csv", [(of["n"], of["text"], of["more"] or "") for of in rows], ["n", "text", "more"]
+    )
     Path("in.tsv").write_text("".join(f"{n}\t{text}\t{more}\n" for n, text, more in read("in.csv")))
-    Path("in.jsonl").write_text("".join(json.dumps(of if of["more"] else of | {"more": None}) + "\n" for of in rows))
+    Path("in.jsonl").write_text(
+        "".join(json.dumps(of if of["more"] else of | {"more": None}) + "\n" for of in rows)
+    )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "in.parquet")
     for kind in ("csv", "tsv", "jsonl", "parquet"):
         predict.main(experiment, f"in.{kind}", f"{kind}.csv", "tfidf")
         assert Path(f"{kind}.csv").read_bytes() == Path("csv.csv").read_bytes()
     assert read("csv.csv")[1][:3] == ["0", rows[0]["text"], "x"]
     late = {"text": "b", "n": True, "late": 0.5}  # a key that only the last row has
-    Path("in.jsonl").write_text('{"text": "a", "n": [1, "\\ud800"]}\n' * 200 + json.dumps(late) + "\n")
+    Path("in.jsonl").write_text(
+        '{"text": "a", "n": [1, "\\ud800"]}\n' * 200 + json.dumps(late) + "\n"
+    )
     predict.main(experiment, "in.jsonl", "odd.csv", "tfidf")
     odd = read("odd.csv")
     found = [odd[i][:3] for i in (0, 1, -1)]
@@ -241,19 +301,30 @@ def test_every_kind_of_file_that_training_reads_is_labelled_alike(experiment):
             predict.main(experiment, name, "out.csv", "tfidf")
 
 
-def test_lines_that_training_skips_below_the_header_are_skipped_in_files_of_that_kind(experiment, capsys):
-    of_tab = experiment.data.model_copy(update={"skip_lines": 2, "source": "pypi:some==1/of.tab#sha256=0"})
+def test_lines_that_training_skips_below_the_header_are_skipped_in_files_of_that_kind(
+    experiment, capsys
+):
+    of_tab = experiment.data.model_copy(
+        update={"skip_lines": 2, "source": "pypi:some==1/of.tab#sha256=0"}
+    )
     experiment = experiment.model_copy(update={"data": of_tab})
     lines = ["text\tn", "string\tdiscrete", "meta\tclass", "one\t1"]
     Path("in.tab").write_text("".join(f"{line}\n" for line in lines))
     Path("in.tsv").write_text("".join(f"{line}\n" for line in (lines[0], *lines[3:])))
     for kind in ("tab", "tsv"):
-        assert [text for _, text in predict.read_table(Path(f"in.{kind}"), experiment)[1]] == ["one"]
-        assert ("in.tab: 2 lines below the header are left out" in capsys.readouterr().out) == (kind == "tab")
+        assert [text for _, text in predict.read_table(Path(f"in.{kind}"), experiment)[1]] == [
+            "one"
+        ]
+        assert ("in.tab: 2 lines below the header are left out" in capsys.readouterr().out) == (
+            kind == "tab"
+        )
 
 
 def test_best_is_the_comparisons_choice(experiment):
-    write_json("runs/mine/results/comparison.json", {"best": "tfidf", "methods": {"tfidf": {}, "bert@30": {}}})
+    write_json(
+        "runs/mine/results/comparison.json",
+        {"best": "tfidf", "methods": {"tfidf": {}, "bert@30": {}}},
+    )
     assert classifier.named_method(experiment, "best") == "tfidf"
     assert classifier.named_method(experiment, "bert") == "bert@30"
     with pytest.raises(LetterheadError, match="elmo: no such method"):
@@ -264,12 +335,17 @@ def test_best_is_the_comparisons_choice(experiment):
 def test_the_folded_model_is_the_sft_model(make_experiment, decoder, monkeypatch):
     monkeypatch.setattr(folding, "CHECKED_ROWS", 60)
     write_csv("rows.csv", nasty_rows(200))
-    experiment = make_experiment("rows.csv", LABELS, decoder=decoder, data={"rows": {"validation": 10, "test": 100}})
+    experiment = make_experiment(
+        "rows.csv", LABELS, decoder=decoder, data={"rows": {"validation": 10, "test": 100}}
+    )
     data.main(experiment)
     export.main(experiment, "sft@0")
     folder = Path("runs/mine/export/sft@0")
     require_model(folder)
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     encoder = load_prompt_encoder(experiment)
     texts = [json.loads(line)["text"] for line in open("data/mine/test.jsonl")]
     prompts = [encoder.encode(text) for text in texts]
@@ -277,7 +353,12 @@ def test_the_folded_model_is_the_sft_model(make_experiment, decoder, monkeypatch
     scores = score_options(decoder_model, prompts, encoder.answers, False, 4096).log_likelihood
     ids = [encoder.encode_before_option(text) for text in texts]
     with torch.inference_mode():
-        logits = torch.cat([model(**tokenizer.pad({"input_ids": [one]}, return_tensors="pt")).logits for one in ids])
+        logits = torch.cat(
+            [
+                model(**tokenizer.pad({"input_ids": [one]}, return_tensors="pt")).logits
+                for one in ids
+            ]
+        )
         batch = model(**tokenizer.pad({"input_ids": ids[:8]}, return_tensors="pt")).logits
     assert torch.allclose(batch, logits[:8], atol=1e-4)
     assert logits.argmax(1).tolist() == scores.argmax(1).tolist()
@@ -288,8 +369,12 @@ def test_the_folded_model_is_the_sft_model(make_experiment, decoder, monkeypatch
 
     assert repr(dict(enumerate(LABELS))) in said_by_the_cards_code(folder)
     facts = read_json(folder / "letterhead_export.json")
-    assert facts["same_predictions"] == facts["rows_checked"] == 60 < len(texts) and facts["largest_difference"] < 1e-4
-    # With SmolLM2's own tokenizer text would fail: its "\n\n" is one token at the end, and two where an option follows.
+    assert (
+        facts["same_predictions"] == facts["rows_checked"] == 60 < len(texts)
+        and facts["largest_difference"] < 1e-4
+    )
+    # With SmolLM2's own tokenizer text would fail: its "\n\n" is one token at the end, and two
+    # where an option follows.
     assert facts["rows_whose_prompt_works_as_text"] == 60
     odd = [text for text in texts[:60] if "{{idx}}" in text]  # which LLaMA-Factory fills in
     assert facts["rows_whose_chat_template_gives_the_ids"] == 60 - len(odd)
@@ -297,8 +382,14 @@ def test_the_folded_model_is_the_sft_model(make_experiment, decoder, monkeypatch
     for text, of_text, row in zip(texts, ids, scores, strict=True):
         asked = [{"role": "user", "content": encoder.instruction(text)}]
         if "{{idx}}" not in text:
-            assert tokenizer.apply_chat_template(asked, enable_thinking=False, return_dict=False) == of_text
-        assert classify(tokenizer.decode(of_text, clean_up_tokenization_spaces=False))[0]["label"] == LABELS[row.argmax()]
+            assert (
+                tokenizer.apply_chat_template(asked, enable_thinking=False, return_dict=False)
+                == of_text
+            )
+        assert (
+            classify(tokenizer.decode(of_text, clean_up_tokenization_spaces=False))[0]["label"]
+            == LABELS[row.argmax()]
+        )
     asked = [{"role": "user", "content": "hm"}]
     assert "think" not in tokenizer.apply_chat_template(asked, tokenize=False)  # a switch
     assert "pipeline_tag" not in (folder / "README.md").read_text()
@@ -309,17 +400,25 @@ def test_names_of_several_tokens_cannot_be_folded(make_experiment):
     keys = {"rows": {"validation": 10, "test": 20}}
     experiment = make_experiment("rows.csv", LABELS, data=keys, prompt={"options": "names"})
     data.main(experiment)
-    with pytest.raises(LetterheadError, match="only single letters can be folded; set prompt.options: letters"):
+    with pytest.raises(
+        LetterheadError, match="only single letters can be folded; set prompt.options: letters"
+    ):
         export.main(experiment, "sft@0")
     with pytest.raises(LetterheadError, match="tfidf: can't be exported; choose sft"):
         export.main(experiment, "tfidf")
 
 
 def test_an_export_carries_a_card_that_hubs_read_and_code_that_runs(experiment):
-    """A checkpoint of BERT, and what a hub reads of the figures; the card's own lines label a text."""
+    """A checkpoint of BERT, and what a hub reads of the figures; the card's own lines label a
+    text."""
     torch.manual_seed(0)
-    tiny = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    tiny.id2label, tiny.label2id = dict(enumerate(LABELS)), {label: i for i, label in enumerate(LABELS)}
+    tiny = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    tiny.id2label, tiny.label2id = (
+        dict(enumerate(LABELS)),
+        {label: i for i, label in enumerate(LABELS)},
+    )
     folder = Path("runs/mine/bert/checkpoints/checkpoint-30")
     BertForSequenceClassification(tiny).save_pretrained(folder)
     AutoTokenizer.from_pretrained(experiment.encoder.folder).save_pretrained(folder)
@@ -327,13 +426,21 @@ def test_an_export_carries_a_card_that_hubs_read_and_code_that_runs(experiment):
     torch.save({}, folder / "optimizer.pt")
     figures = {"f1_macro": 0.91234, "f1_macro_ci95": [0.88, 0.94], "accuracy": 0.9, "n": 20}
     write_json("runs/mine/results/bert@30.json", figures)
-    hostile = experiment.model_copy(update={"title": "![x](https://127.0.0.1:1/p.png) <b>bold</b>\n# A heading"})
+    hostile = experiment.model_copy(
+        update={"title": "![x](https://127.0.0.1:1/p.png) <b>bold</b>\n# A heading"}
+    )
     export.main(hostile, "bert@30")
     exported = Path("runs/mine/export/bert@30")
     assert not list(exported.glob("*.pt")) and not (exported / "trainer_state.json").exists()
     card = ModelCard.load(exported / "README.md")
-    assert card.data.pipeline_tag == "text-classification" and card.data.metrics == ["f1", "accuracy"]
-    assert [(of.metric_type, of.metric_value) for of in card.data.eval_results] == [("f1", 0.9123), ("accuracy", 0.9)]
+    assert card.data.pipeline_tag == "text-classification" and card.data.metrics == [
+        "f1",
+        "accuracy",
+    ]
+    assert [(of.metric_type, of.metric_value) for of in card.data.eval_results] == [
+        ("f1", 0.9123),
+        ("accuracy", 0.9),
+    ]
     assert "0.912 | 0.880 to 0.940 | 0.900 | 20" in card.text
     assert "![x](" not in card.text and "<b>" not in card.text and "\n# A heading" not in card.text
     assert load_experiment(str(exported / "experiment.yaml")).labels == LABELS
@@ -350,8 +457,12 @@ def test_weights_that_learnt_other_labels_texts_or_prompts_are_refused(experimen
     changes = {
         "data.labels": {"data": experiment.data.model_copy(update={"labels": LABELS[::-1]})},
         "data.max_words": {"data": experiment.data.model_copy(update={"max_words": 3})},
-        "data.columns.text": {"data": experiment.data.model_copy(update={"columns": Columns(text=["text", "more"])})},
-        "prompt": {"prompt": experiment.prompt.model_copy(update={"template": "{text}? {options}"})},
+        "data.columns.text": {
+            "data": experiment.data.model_copy(update={"columns": Columns(text=["text", "more"])})
+        },
+        "prompt": {
+            "prompt": experiment.prompt.model_copy(update={"template": "{text}? {options}"})
+        },
     }
     for key, sections in changes.items():
         changed = experiment.model_copy(update=sections)
@@ -360,7 +471,10 @@ def test_weights_that_learnt_other_labels_texts_or_prompts_are_refused(experimen
             if (name, key) == ("bert@30", "prompt"):
                 assert classifier.model_folder(changed, name).is_dir()
                 continue
-            with pytest.raises(LetterheadError, match=f"{name}: was trained with another {key} than the experiment has now"):
+            with pytest.raises(
+                LetterheadError,
+                match=f"{name}: was trained with another {key} than the experiment has now",
+            ):
                 classifier.model_folder(changed, name)
 
 
@@ -402,16 +516,33 @@ def test_an_exported_model_labels_rows_from_its_path_and_from_a_hub(experiment, 
     predict.main(experiment, "in.csv", "path.csv", str(exported))
     method, path = read("method.csv"), read("path.csv")
     assert [line[: -len(LABELS)] for line in method] == [line[: -len(LABELS)] for line in path]
-    given, again = (np.array([line[-len(LABELS) :] for line in of[1:]], float) for of in (method, path))
+    given, again = (
+        np.array([line[-len(LABELS) :] for line in of[1:]], float) for of in (method, path)
+    )
     assert np.abs(given - again).max() < 1e-4 and given.std(0).max() > 1e-3
 
     if form == "head":
         ModelHub.files = {file.name: file.read_bytes() for file in exported.iterdir()}
         server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HOME": "hf", "HF_HUB_DISABLE_XET": "1"}
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "PATH": "/usr/bin:/bin",
+            "HF_HOME": "hf",
+            "HF_HUB_DISABLE_XET": "1",
+        }
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-        command = [sys.executable, "-m", "serve.predict", "--experiment", "mine", "--in", "in.csv", "--out", "hub.csv"]
+        command = [
+            sys.executable,
+            "-m",
+            "serve.predict",
+            "--experiment",
+            "mine",
+            "--in",
+            "in.csv",
+            "--out",
+            "hub.csv",
+        ]
         command += ["--model", f"hf:me/classifier@{ModelHub.COMMIT}"]
         finished = subprocess.run(command, capture_output=True, text=True, env=environment)
         server.shutdown()
@@ -431,6 +562,8 @@ def said_by_the_cards_code(exported: Path) -> str:
     """What the lines of Python in a model card print."""
     code = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert told.returncode == 0, told.stderr
     return told.stdout

@@ -1,4 +1,5 @@
-"""Service: vLLM answers as the scorer does, its failures are told clearly, and nothing that was started stays behind."""
+"""Service: vLLM answers as the scorer does, its failures are told clearly, and nothing that was
+started stays behind."""
 
 import asyncio
 import itertools
@@ -36,7 +37,9 @@ from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
 
 SERVED_ROWS = 16
-needs_vllm = pytest.mark.skipif(not (ROOT / ".venv-serve").exists(), reason="no serving environment: make setup-serve")
+needs_vllm = pytest.mark.skipif(
+    not (ROOT / ".venv-serve").exists(), reason="no serving environment: make setup-serve"
+)
 
 
 @pytest.fixture
@@ -46,7 +49,10 @@ def served(make_experiment, fetched, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     write_csv("rows.csv", nasty_rows(120))
     experiment = make_experiment(
-        "rows.csv", LABELS, decoder_folder=fetched["smollm2"], data={"rows": {"validation": 10, "test": 20}}
+        "rows.csv",
+        LABELS,
+        decoder_folder=fetched["smollm2"],
+        data={"rows": {"validation": 10, "test": 20}},
     )
     data.main(experiment)
     return experiment
@@ -72,7 +78,9 @@ def gone(processes: list[psutil.Process], patience_s: float = 20) -> bool:
 def test_vllm_answers_as_the_scorer_does_and_outlives_its_clients(served):
     encoder, model = load_prompt_encoder(served), load_decoder(served.decoder.folder, "float32")
     texts = [text for text, _ in nasty_rows(SERVED_ROWS)]
-    scores = score_options(model, [encoder.encode(text) for text in texts], encoder.answers, False, 2048)
+    scores = score_options(
+        model, [encoder.encode(text) for text in texts], encoder.answers, False, 2048
+    )
     ids = [encoder.encode_before_option(text) for text in texts]
     with service.VllmServer(served.decoder.folder, "generate", 512, Path("vllm.log")) as server:
         started = processes_of(server.pid)
@@ -83,12 +91,22 @@ def test_vllm_answers_as_the_scorer_does_and_outlives_its_clients(served):
         before = server.phases()
         asked = [encoder.encode(text) for text in texts[:4]]
         answers = ask_all(server, service.generate_route(encoder.answers), asked)
-        assert all(answer == NO_ANSWER and p is None for answer, p in answers)  # SmolLM2 was not taught the answer
-        # Take what HF's generate writes for an answer that was taught: vLLM must write the same ids, and they are read.
+        assert all(
+            answer == NO_ANSWER and p is None for answer, p in answers
+        )  # SmolLM2 was not taught the answer
+        # Take what HF's generate writes for an answer that was taught: vLLM must write the same
+        # ids, and they are read.
         model.generation_config.eos_token_id = None
-        made = model.generate(torch.tensor([asked[0]]), max_new_tokens=40, do_sample=False)[0, len(asked[0]) :].tolist()
-        end = next(i for i in range(3, 40) if made[i] not in made[:i])  # the end token must not come before its place
-        taught = [Answer([*made[: end - 1], 0, made[end]], end - 1, end), Answer(made[: end + 1], end - 1, end)]
+        made = model.generate(torch.tensor([asked[0]]), max_new_tokens=40, do_sample=False)[
+            0, len(asked[0]) :
+        ].tolist()
+        end = next(
+            i for i in range(3, 40) if made[i] not in made[:i]
+        )  # the end token must not come before its place
+        taught = [
+            Answer([*made[: end - 1], 0, made[end]], end - 1, end),
+            Answer(made[: end + 1], end - 1, end),
+        ]
         assert ask_all(server, service.generate_route(taught), asked[:1]) == [(1, None)]
         assert all(server.phases()[phase] > before[phase] for phase in service.PHASES)
 
@@ -104,7 +122,9 @@ def test_vllm_answers_as_the_scorer_does_and_outlives_its_clients(served):
         with pytest.raises(LetterheadError, match="status 400"):
             ask_all(server, service.text_route(4), [ids[0] * 10])
         with pytest.raises(LetterheadError, match=f"port {server.port} of 127.0.0.1 is taken"):
-            service.VllmServer(served.decoder.folder, "generate", 512, Path("other.log"), port=server.port)
+            service.VllmServer(
+                served.decoder.folder, "generate", 512, Path("other.log"), port=server.port
+            )
 
         for process in started:
             process.kill()
@@ -118,10 +138,14 @@ def test_vllm_classifies_with_the_folded_model_as_the_scorer_does(served):
     folder, _ = folding.export_folded(served, "sft@0")
     encoder, model = load_prompt_encoder(served), load_decoder(served.decoder.folder, "float32")
     texts = [text for text, _ in nasty_rows(SERVED_ROWS)]
-    scores = score_options(model, [encoder.encode(text) for text in texts], encoder.answers, False, 2048)
+    scores = score_options(
+        model, [encoder.encode(text) for text in texts], encoder.answers, False, 2048
+    )
     with service.VllmServer(folder, "pooling", 512, Path("vllm.log")) as server:
         started = processes_of(server.pid)
-        told = ask_all(server, service.classify_route(), [encoder.encode_before_option(text) for text in texts])
+        told = ask_all(
+            server, service.classify_route(), [encoder.encode_before_option(text) for text in texts]
+        )
     assert gone(started)
     assert [answer for answer, _ in told] == scores.log_likelihood.argmax(1).tolist()
     assert np.abs(np.array([p for _, p in told]) - scores.probabilities("sum")).max() < 1e-4
@@ -144,23 +168,36 @@ def test_thoughts_that_vllm_generates_go_on_row_by_row_behind_a_kill(served, mon
     path.write_bytes(b"".join(lines[:3]) + lines[3][:20])
     Path("runs/mine/zero-shot/stage.json").unlink()
     asked = []
-    monkeypatch.setattr(thinking, "_ask", lambda *given, ask=thinking._ask: asked.append(given[3]) or ask(*given))
+    monkeypatch.setattr(
+        thinking, "_ask", lambda *given, ask=thinking._ask: asked.append(given[3]) or ask(*given)
+    )
     zero_shot.main(experiment)
     assert len(asked[0]) == 3  # the missing rows alone
-    again = {answer["id"]: answer["text"] for line in path.read_bytes().splitlines() for answer in json.loads(line)}
+    again = {
+        answer["id"]: answer["text"]
+        for line in path.read_bytes().splitlines()
+        for answer in json.loads(line)
+    }
     assert again == whole
 
 
 @needs_vllm
 def test_a_model_that_vllm_cannot_serve_is_told_from_one_that_does_not_fit(served, tiny_models):
     with (
-        pytest.raises(LetterheadError, match=r"(?s)vLLM ended \(exit code \d+\) on .*max_model_len"),
+        pytest.raises(
+            LetterheadError, match=r"(?s)vLLM ended \(exit code \d+\) on .*max_model_len"
+        ),
         service.VllmServer(served.decoder.folder, "generate", 10_000_000, Path("vllm.log")),
     ):
         pass
-    write_json("strange/config.json", {"architectures": ["StrangeForCausalLM"], "model_type": "llama"})
+    write_json(
+        "strange/config.json", {"architectures": ["StrangeForCausalLM"], "model_type": "llama"}
+    )
     with (
-        pytest.raises(service.NotSupported, match=r"strange: vLLM says: Model architectures \['StrangeForCausalLM'\]"),
+        pytest.raises(
+            service.NotSupported,
+            match=r"strange: vLLM says: Model architectures \['StrangeForCausalLM'\]",
+        ),
         service.VllmServer(Path("strange"), "generate", 64, Path("vllm.log")),
     ):
         pass
@@ -175,15 +212,23 @@ def test_without_a_serving_environment_the_error_names_the_target(workplace):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_guarded_command_dies_with_its_parent_and_with_its_guard(tmp_path, how, whom):
     # Parent → guard → command → the command's own children.
-    command = f"import subprocess; subprocess.Popen(['sleep', '600']); open({str(tmp_path / 'up')!r}, 'w'); input()"
-    if whom == "guard" and how == signal.SIGKILL:  # nobody is left to kill the group: the command must look after its own
+    command = (
+        f"import subprocess; subprocess.Popen(['sleep', '600']); "
+        f"open({str(tmp_path / 'up')!r}, 'w'); input()"
+    )
+    if (
+        whom == "guard" and how == signal.SIGKILL
+    ):  # nobody is left to kill the group: the command must look after its own
         command = f"open({str(tmp_path / 'up')!r}, 'w'); input()"
     parent = (
         "import subprocess, sys; from letterhead.runs.processes import guarded; "
-        f"subprocess.Popen(guarded([sys.executable, '-c', {command!r}]), stdin=subprocess.PIPE).wait()"
+        f"subprocess.Popen(guarded([sys.executable, '-c', {command!r}]), "
+        f"stdin=subprocess.PIPE).wait()"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", parent], env=environment, preexec_fn=listen_to_signals)
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], env=environment, preexec_fn=listen_to_signals
+    )
     while not (tmp_path / "up").exists():
         time.sleep(0.05)
     started = processes_of(process.pid)
@@ -195,13 +240,21 @@ def test_a_guarded_command_dies_with_its_parent_and_with_its_guard(tmp_path, how
 
 
 def listen_to_signals() -> None:
-    """As a terminal starts a process: one that is started in the background inherits that signals are ignored."""
+    """As a terminal starts a process: one that is started in the background inherits that signals
+    are ignored."""
     for how in (signal.SIGINT, signal.SIGHUP):
         signal.signal(how, signal.SIG_DFL)
 
 
 def test_a_guard_whose_parent_is_gone_already_starts_nothing_that_stays():
-    command = [sys.executable, "-m", "letterhead.runs.processes", "1", "sleep", "600"]  # as if an ancestor had taken it in
+    command = [
+        sys.executable,
+        "-m",
+        "letterhead.runs.processes",
+        "1",
+        "sleep",
+        "600",
+    ]  # as if an ancestor had taken it in
     assert subprocess.run(command, cwd=ROOT, timeout=20).returncode != 0
 
 
@@ -215,9 +268,19 @@ def test_answers_are_read_by_their_token_ids():
 
     assert [generated([7, 8, 31, 2]), generated([7, 8, 30, 2])] == [1, 0]
     assert generated([7, 8, 31]) == generated([8, 31, 2]) == generated([]) == NO_ANSWER
-    told = {"choices": [{"logprobs": {"top_logprobs": [{"token_id:31": -1.0, "token_id:30": -3.0, "token_id:4": 0.0}]}}]}
+    told = {
+        "choices": [
+            {
+                "logprobs": {
+                    "top_logprobs": [{"token_id:31": -1.0, "token_id:30": -3.0, "token_id:4": 0.0}]
+                }
+            }
+        ]
+    }
     answer, probabilities = service.one_token_route(answers).read(told)
-    assert answer == 1 and probabilities == pytest.approx(torch.tensor([-3.0, -1.0]).softmax(0).tolist())
+    assert answer == 1 and probabilities == pytest.approx(
+        torch.tensor([-3.0, -1.0]).softmax(0).tolist()
+    )
 
 
 def test_closed_loops_keep_so_many_requests_in_flight():
@@ -258,7 +321,9 @@ def test_open_loops_count_the_wait_and_break_off_when_the_objective_is_missed():
 
     slow, held = asyncio.run(loop(30, 0.5))
     assert held and slow.answers.tolist() == list(range(200))
-    assert slow.seconds == pytest.approx(200 / 30, rel=0.35)  # Poisson arrivals: 6.7 s, standard deviation 7 %
+    assert slow.seconds == pytest.approx(
+        200 / 30, rel=0.35
+    )  # Poisson arrivals: 6.7 s, standard deviation 7 %
     fast, held = asyncio.run(loop(400, 0.3))
     assert not held and len(fast.answers) < 200
     assert (fast.latencies > 0.3).sum() == 3  # 1 % of 200 may miss it, the third breaks it off
@@ -298,7 +363,9 @@ def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_p
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url, requests = f"http://127.0.0.1:{server.server_port}", [[i, 5] for i in range(12)]
-    tally = asyncio.run(bench_soak.soak(url, service.classify_route(), requests, 3.0, lambda: (100.0, 10, 4)))
+    tally = asyncio.run(
+        bench_soak.soak(url, service.classify_route(), requests, 3.0, lambda: (100.0, 10, 4))
+    )
     server.shutdown()
     found = bench_soak.figures(tally)
     assert found["requests"] > 10 and found["memory_mib"] == [100.0, 100.0]
@@ -310,8 +377,14 @@ def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_p
     assert found["bad_clients"]["no JSON: 400"] > 1 and found["bad_clients"]["leaves: left"] > 1
     bench_soak.draw_picture(tmp_path / "soak.png", "a test", tally)
     record = found | {"name": "stub", "seconds": 3, "left_running": []}
-    assert bench_soak.faults_of(record) == ([f"{found['wrong']} answers are wrong"] if wrong_every else [])
-    grown = {"memory_mib": [100.0, 120.0], "bad_clients": {"garbage: 500": 1, "no JSON: closed": 2}, "left_running": [7]}
+    assert bench_soak.faults_of(record) == (
+        [f"{found['wrong']} answers are wrong"] if wrong_every else []
+    )
+    grown = {
+        "memory_mib": [100.0, 120.0],
+        "bad_clients": {"garbage: 500": 1, "no JSON: closed": 2},
+        "left_running": [7],
+    }
     assert len(bench_soak.faults_of(record | grown)) == 4 + bool(wrong_every)
     told = bench_soak.sentence(record)
     assert f"{found['wrong']} answered wrongly" in told and "processes left: 0" in told
@@ -320,7 +393,9 @@ def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_p
 def test_a_bench_row_is_measured_once_on_texts_that_never_come_twice(make_experiment, monkeypatch):
     write_csv("rows.csv", nasty_rows(120))
     bench = {"requests": 10, "concurrency": [4, 1], "open_requests": 0}
-    experiment = make_experiment("rows.csv", LABELS, data={"rows": {"validation": 10, "test": 20}}, bench=bench)
+    experiment = make_experiment(
+        "rows.csv", LABELS, data={"rows": {"validation": 10, "test": 20}}, bench=bench
+    )
     data.main(experiment)
     assert [clients for clients, _ in rows.loops(experiment)] == [1, 4]
     for clients, drawn in rows.loops(experiment):
@@ -334,14 +409,25 @@ def test_a_bench_row_is_measured_once_on_texts_that_never_come_twice(make_experi
     done, skipped = rows.measure_rows(experiment, measured, {"sft": "sft@0"}, Path("bench"))
     assert not skipped and [row["decode"] for row in done] == ["forward", "generate"]
     forward, generate = done
-    assert forward["closed"].keys() == {"1", "4"} and forward["requests"] == 10 and forward["accuracy_requests"] == 22
+    assert (
+        forward["closed"].keys() == {"1", "4"}
+        and forward["requests"] == 10
+        and forward["accuracy_requests"] == 22
+    )
     assert forward["p50_ms"] <= forward["p95_ms"] <= forward["p99_ms"] and forward["rps_single"] > 0
-    encoder, model = load_prompt_encoder(experiment), load_decoder(experiment.decoder.folder, "float32")
+    encoder, model = (
+        load_prompt_encoder(experiment),
+        load_decoder(experiment.decoder.folder, "float32"),
+    )
     asked = [row for _, drawn in rows.loops(experiment) for row in drawn]
-    scores = score_options(model, [encoder.encode(r["text"]) for r in asked], encoder.answers, False, 2048).log_likelihood
+    scores = score_options(
+        model, [encoder.encode(r["text"]) for r in asked], encoder.answers, False, 2048
+    ).log_likelihood
     right = [LABELS[i] == row["label"] for i, row in zip(scores.argmax(1), asked, strict=True)]
     assert forward["accuracy"] == pytest.approx(np.mean(right)) and forward["unread_answers"] == 0
-    assert generate["unread_answers"] == 22 and generate["accuracy"] == 0  # random weights never write the answer
+    assert (
+        generate["unread_answers"] == 22 and generate["accuracy"] == 0
+    )  # random weights never write the answer
     assert generate["prefill_ms"] > 0 and generate["decode_ms"] > 0
 
     monkeypatch.setattr(rows, "measure", lambda *_: pytest.fail("measured again"))
@@ -353,11 +439,16 @@ def test_options_of_several_tokens_are_left_out_with_the_reason(make_experiment)
     keys = {"rows": {"validation": 10, "test": 20}}
     experiment = make_experiment("rows.csv", LABELS, data=keys, prompt={"options": "names"})
     for row in (rows.Row("sft", "vllm", "one_token"), rows.Row("sft_folded", "vllm", "head")):
-        assert "names of several tokens" in rows.measure(experiment, row, "sft@0", Path("bench"))["why"]
+        assert (
+            "names of several tokens"
+            in rows.measure(experiment, row, "sft@0", Path("bench"))["why"]
+        )
 
 
 def test_a_process_that_is_killed_is_an_error_that_says_so():
-    with pytest.raises(LetterheadError, match="kill_myself: its process was killed, most likely for want of memory"):
+    with pytest.raises(
+        LetterheadError, match="kill_myself: its process was killed, most likely for want of memory"
+    ):
         processes.call_in_a_process(kill_myself)
 
 

@@ -1,4 +1,5 @@
-"""make status and the estimates: what is done is called done, what is not is not, and asking changes nothing."""
+"""make status and the estimates: what is done is called done, what is not is not, and asking
+changes nothing."""
 
 import os
 import re
@@ -41,11 +42,18 @@ def states(experiment, capsys) -> dict[str, str]:
 def test_each_stage_is_told_as_it_is_and_nothing_is_changed_by_asking(experiment, capsys):
     before = {path: path.read_bytes() for path in Path("runs").rglob("stage.json")}
     assert states(experiment, capsys) == dict.fromkeys(
-        ("sft", "eval-ckpts", "zero-shot", "bert", "linear-head", "compare", "decide", "report"), "not made"
+        ("sft", "eval-ckpts", "zero-shot", "bert", "linear-head", "compare", "decide", "report"),
+        "not made",
     ) | {"data": "done", "tfidf": "done"}
-    other = experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_words": 2})})
+    other = experiment.model_copy(
+        update={"data": experiment.data.model_copy(update={"max_words": 2})}
+    )
     found = states(other, capsys)
-    assert found["data"] == "stale" and found["tfidf"] == "stale, since data is stale" and found["sft"] == "not made"
+    assert (
+        found["data"] == "stale"
+        and found["tfidf"] == "stale, since data is stale"
+        and found["sft"] == "not made"
+    )
     at_work = StageRun(experiment, "bert", 0)
     assert not at_work.is_current() and states(experiment, capsys)["bert"] == "running"
     at_work._lock.close()
@@ -54,8 +62,12 @@ def test_each_stage_is_told_as_it_is_and_nothing_is_changed_by_asking(experiment
     assert {path: path.read_bytes() for path in Path("runs").rglob("stage.json")} == before
 
 
-def test_a_model_that_is_gone_makes_the_data_stale_and_is_not_fetched_by_asking(experiment, capsys, monkeypatch):
-    monkeypatch.setattr(status, "is_there", lambda model, folder: folder != experiment.encoder.folder)
+def test_a_model_that_is_gone_makes_the_data_stale_and_is_not_fetched_by_asking(
+    experiment, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        status, "is_there", lambda model, folder: folder != experiment.encoder.folder
+    )
     monkeypatch.setattr("prep.data.fetch_model", lambda *_: pytest.fail("asking fetched a model"))
     assert states(experiment, capsys)["data"] == "stale"
 
@@ -72,7 +84,8 @@ def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(ex
     said = capsys.readouterr().out
     assert not Path("runs/mine/sft/stage.json").exists()
     assert (
-        "sft: teach the decoder to answer with an option: about 3 minutes" in said and "10%, about 3 minutes to go" in said
+        "sft: teach the decoder to answer with an option: about 3 minutes" in said
+        and "10%, about 3 minutes to go" in said
     )
     os.utime("runs/mine/tfidf/stage.json", (0, 0))  # it is one of before, and stale
     run.start()
@@ -86,45 +99,82 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
     card = read_json("data/mine/data_card.json")
     monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 4e11, 4e11))
     first = estimate.stage_seconds(experiment, card)
-    assert set(first) == {"sft", "eval-ckpts", "zero-shot", "tfidf", "bert", "linear-head", "compare", "decide", "report"}
+    assert set(first) == {
+        "sft",
+        "eval-ckpts",
+        "zero-shot",
+        "tfidf",
+        "bert",
+        "linear-head",
+        "compare",
+        "decide",
+        "report",
+    }
     more = card | {"shared": {"rows": 10 * card["shared"]["rows"]}}
-    trained = [of["sft"] - 2 * estimate.START_S for of in (first, estimate.stage_seconds(experiment, more))]
+    trained = [
+        of["sft"] - 2 * estimate.START_S for of in (first, estimate.stage_seconds(experiment, more))
+    ]
     assert trained[1] == pytest.approx(10 * trained[0], rel=0.05)
     monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 2e11, 2e11))
     slower = estimate.stage_seconds(experiment, card)
-    assert slower["linear-head"] - estimate.START_S == pytest.approx(2 * (first["linear-head"] - estimate.START_S))
+    assert slower["linear-head"] - estimate.START_S == pytest.approx(
+        2 * (first["linear-head"] - estimate.START_S)
+    )
 
 
 @pytest.mark.parametrize(("kept", "timed"), [(10.0, 150.0), (150.0, 10.0)])
-def test_a_rate_that_was_kept_from_a_busy_moment_does_not_stay(experiment, monkeypatch, kept, timed):
+def test_a_rate_that_was_kept_from_a_busy_moment_does_not_stay(
+    experiment, monkeypatch, kept, timed
+):
     for dtype in ("float32", "bfloat16"):
         monkeypatch.setattr("letterhead.models.precision.precision", lambda *_, of=dtype: of)
-        monkeypatch.setattr("letterhead.models.cpu.measured_rates", lambda _, of=dtype: {"float32": 1.0, of: kept})
+        monkeypatch.setattr(
+            "letterhead.models.cpu.measured_rates", lambda _, of=dtype: {"float32": 1.0, of: kept}
+        )
         monkeypatch.setattr("letterhead.models.cpu.matmul_rates", lambda *_, of=dtype: {of: timed})
         _, training, scoring = estimate.rate(experiment, experiment.encoder.folder)
-        assert (training, scoring) == (150e9 * estimate.TRAINING[dtype], 150e9 * estimate.SCORING[dtype])
+        assert (training, scoring) == (
+            150e9 * estimate.TRAINING[dtype],
+            150e9 * estimate.SCORING[dtype],
+        )
 
 
 def test_other_settings_are_said_to_replace_what_is_there(experiment, capsys):
     (experiment.results_folder).mkdir(exist_ok=True)
     capsys.readouterr()
-    data.main(experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_words": 2})}))
-    assert 'what runs/mine holds will be made anew; SET="name=mine2 …" keeps both' in capsys.readouterr().out
+    data.main(
+        experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_words": 2})})
+    )
+    assert (
+        'what runs/mine holds will be made anew; SET="name=mine2 …" keeps both'
+        in capsys.readouterr().out
+    )
 
 
 def test_further_seeds_are_in_the_estimate(experiment, capsys, monkeypatch):
-    monkeypatch.setattr(status, "stage_seconds", lambda *_: dict.fromkeys(["sft", "eval-ckpts", "bert", "report"], 60.0))
-    for seeds, message in (([], "about 4 minutes"), ([1, 2], "about 7 minutes, further seeds among them (2)")):
+    monkeypatch.setattr(
+        status,
+        "stage_seconds",
+        lambda *_: dict.fromkeys(["sft", "eval-ckpts", "bert", "report"], 60.0),
+    )
+    for seeds, message in (
+        ([], "about 4 minutes"),
+        ([1, 2], "about 7 minutes, further seeds among them (2)"),
+    ):
         status.main(experiment.model_copy(update={"seeds": seeds}))
         assert capsys.readouterr().out.rstrip().endswith(message)
     seeded = experiment.model_copy(update={"seeds": [1, 2]})
     StageRun(seeded.trainings()[1], "bert", {"rows": "others"}).finish([])
     status.main(seeded)  # made from other data
-    assert capsys.readouterr().out.rstrip().endswith("about 7 minutes, further seeds among them (2)")
+    assert (
+        capsys.readouterr().out.rstrip().endswith("about 7 minutes, further seeds among them (2)")
+    )
     monkeypatch.setattr(status, "is_current", lambda *_: True)
     monkeypatch.setattr(status.pipeline, "inputs_sha256", lambda *_: "")
     status.main(seeded)
-    assert capsys.readouterr().out.rstrip().endswith("about 6 minutes, further seeds among them (2)")
+    assert (
+        capsys.readouterr().out.rstrip().endswith("about 6 minutes, further seeds among them (2)")
+    )
 
 
 def test_before_anything_is_made_all_is_not_made(make_experiment, capsys):
@@ -148,13 +198,17 @@ def test_misspelt_variables_are_refused_with_the_right_name(said, message):
 
 
 def test_what_tools_read_from_the_environment_may_stand_on_the_command_line():
-    told = subprocess.run(["make", "-n", "help", "HF_ENDPOINT=https://a.mirror", "CUDA_VISIBLE_DEVICES="], cwd=ROOT)
+    told = subprocess.run(
+        ["make", "-n", "help", "HF_ENDPOINT=https://a.mirror", "CUDA_VISIBLE_DEVICES="], cwd=ROOT
+    )
     assert told.returncode == 0
 
 
 @pytest.mark.parametrize("named", ["smoke.yaml", "experiments/smoke.yaml"])
 def test_an_experiment_may_be_named_with_its_ending_and_folder(named):
-    shown = subprocess.run(["make", "-pn", "help", f"EXP={named}"], cwd=ROOT, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        ["make", "-pn", "help", f"EXP={named}"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     assert re.search(r"^EXP .*= smoke$", shown, re.MULTILINE)
 
 

@@ -1,4 +1,5 @@
-"""A study's cells are ordinary experiments on nested rows, done once each, and its sentences say what its table says."""
+"""A study's cells are ordinary experiments on nested rows, done once each, and its sentences say
+what its table says."""
 
 from pathlib import Path
 
@@ -20,7 +21,12 @@ from tests.conftest import ROOT
 from tests.test_data import write_csv
 
 LABELS = ["a", "b", "c"]
-STAGES = {"tfidf": ("tfidf",), "bert": ("bert",), "linear-head": ("linear-head",), "eval-ckpts": ("eval-ckpts", "sft")}
+STAGES = {
+    "tfidf": ("tfidf",),
+    "bert": ("bert",),
+    "linear-head": ("linear-head",),
+    "eval-ckpts": ("eval-ckpts", "sft"),
+}
 # The better with many rows is the worse with few.
 SKILL = {
     "bert": lambda rows: 0.01 * rows,
@@ -32,12 +38,22 @@ SKILL = {
 
 @pytest.fixture
 def studied(make_experiment, monkeypatch):
-    """An experiment, a study of it, and what `make` was asked for; its trainings are drawn, not trained."""
-    write_csv("rows.csv", [(f"text {i} of {'many ' * (i % 5)}words", LABELS[i % 3]) for i in range(500)])
+    """An experiment, a study of it, and what `make` was asked for; its trainings are drawn, not
+    trained."""
+    write_csv(
+        "rows.csv", [(f"text {i} of {'many ' * (i % 5)}words", LABELS[i % 3]) for i in range(500)]
+    )
     rows = {"validation": 30, "test": 150}
-    experiment = make_experiment("rows.csv", LABELS, data={"rows": rows}, decoder_keys={"train_rows": 60})
+    experiment = make_experiment(
+        "rows.csv", LABELS, data={"rows": rows}, decoder_keys={"train_rows": 60}
+    )
     Path("experiments/studies").mkdir()
-    keys = {"title": "How many rows?", "rows": [30, 60, None], "seeds": [1, 2], "keys": {"eval.untrained": False}}
+    keys = {
+        "title": "How many rows?",
+        "rows": [30, 60, None],
+        "seeds": [1, 2],
+        "keys": {"eval.untrained": False},
+    }
     Path("experiments/studies/curve.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     asked = []
 
@@ -47,24 +63,39 @@ def studied(make_experiment, monkeypatch):
         if len(asked) == fake.fails_at:
             raise LetterheadError("killed")
         data.main(cell)
-        (cell.run_folder / "sft" / "checkpoints").mkdir(parents=True, exist_ok=True)  # gigabytes of weights
+        (cell.run_folder / "sft" / "checkpoints").mkdir(
+            parents=True, exist_ok=True
+        )  # gigabytes of weights
         rng = np.random.default_rng([cell.seed, 1])
         n = read_json(cell.data_folder / "data_card.json")["rows"]["train"]
         for target in targets:
-            method = {"eval-ckpts": "sft", "zero-shot": "zero"}.get(target, target.replace("-", "_"))
+            method = {"eval-ckpts": "sft", "zero-shot": "zero"}.get(
+                target, target.replace("-", "_")
+            )
             names = ["zero_shot_no_think", "zero_shot_calibrated"] if method == "zero" else [method]
             files = []
             for one in names:
                 for split in results.SPLITS:
                     of = results.read_rows(cell, split)
                     score = rng.normal(size=(len(of), 3))
-                    score[np.arange(len(of)), results.class_numbers(cell, of)] += SKILL.get(one, lambda _: 0.1)(n)
+                    score[np.arange(len(of)), results.class_numbers(cell, of)] += SKILL.get(
+                        one, lambda _: 0.1
+                    )(n)
                     odds = np.exp(score)
                     step = f"{one}@10" if one in ("bert", "linear_head", "sft") else one
                     results.write_result(
-                        cell, step, split, of, probabilities=odds / odds.sum(1, keepdims=True), seconds=1.0, tokens=900,
-                        parameters={"tfidf": 3}.get(one, 1000), dtype="float32", model="m", inputs_sha256="0",
-                    )  # fmt: skip
+                        cell,
+                        step,
+                        split,
+                        of,
+                        probabilities=odds / odds.sum(1, keepdims=True),
+                        seconds=1.0,
+                        tokens=900,
+                        parameters={"tfidf": 3}.get(one, 1000),
+                        dtype="float32",
+                        model="m",
+                        inputs_sha256="0",
+                    )
                     files += results.result_files(cell, step, split)
             for stage in STAGES.get(target, (target,)):
                 StageRun(cell, stage, 0).finish(files, rows=n, scoring_seconds=1.0)
@@ -84,10 +115,17 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
     fake.fails_at = 0
     run.main(experiment, "mine", "", "curve")
     cells = [f"mine.curve.{rows}.seed{seed}" for seed in (1, 2) for rows in (30, 60, 320)]
-    assert asked == ["mine", *cells[:4], "mine", *cells[3:]]  # what was done before the failure is not done again
+    assert asked == [
+        "mine",
+        *cells[:4],
+        "mine",
+        *cells[3:],
+    ]  # what was done before the failure is not done again
     run.main(experiment, "mine", "", "curve")
     assert asked[9:] == ["mine"]
-    assert [str(path) for path in Path("runs").glob("*/*/checkpoints")] == ["runs/mine/sft/checkpoints"]
+    assert [str(path) for path in Path("runs").glob("*/*/checkpoints")] == [
+        "runs/mine/sft/checkpoints"
+    ]
 
     def ids(cell: str, split: str) -> set[str]:
         return {row["id"] for row in read_jsonl(Path("data", cell, f"{split}.jsonl"))}
@@ -95,23 +133,39 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
     for split in ("test", "validation"):
         assert all(ids(cell, split) == ids("mine", split) for cell in cells)
     for seed in (1, 2):
-        few, some, all_ = (ids(f"mine.curve.{rows}.seed{seed}", "decoder_train") for rows in (30, 60, 320))
-        assert few < some < all_ and len(few) == 30 and few == ids(f"mine.curve.30.seed{seed}", "train")
+        few, some, all_ = (
+            ids(f"mine.curve.{rows}.seed{seed}", "decoder_train") for rows in (30, 60, 320)
+        )
+        assert (
+            few < some < all_
+            and len(few) == 30
+            and few == ids(f"mine.curve.30.seed{seed}", "train")
+        )
     assert ids("mine.curve.30.seed1", "train") != ids("mine.curve.30.seed2", "train")
 
     made = read_json("runs/mine/study-curve/study.json")
     assert [point["rows"] for point in made["found"]] == [30, 60, 320]
     for point in made["found"]:
         for method in run.TRAINED:
-            of, name = point["arms"][METHODS[method].title], method if method == "tfidf" else f"{method}@10"
-            trained = [load_experiment("mine", f"name=mine.curve.{point['rows']}.seed{seed}") for seed in (1, 2)]
+            of, name = (
+                point["arms"][METHODS[method].title],
+                method if method == "tfidf" else f"{method}@10",
+            )
+            trained = [
+                load_experiment("mine", f"name=mine.curve.{point['rows']}.seed{seed}")
+                for seed in (1, 2)
+            ]
             each = [results.read_result(training, name, "test")["f1_macro"] for training in trained]
             assert of["f1_macro"] == pytest.approx(np.mean(each))
             assert of["f1_macro_ci95"][0] < of["f1_macro"] <= of["f1_macro_ci95"][1]
     best, fits, *passed = made["sentences"]
-    assert best == "Highest macro F1 (mean of 2 seeds): LLM, linear head at 30 to 60 rows, BERT at 320 rows."
+    assert (
+        best == "Highest macro F1 (mean of 2 seeds): LLM, linear head at 30 to 60 rows, BERT "
+        "at 320 rows."
+    )
     assert "less than 0.01" in fits and any(
-        one.startswith("BERT passes LLM, linear head between 60 and 320 rows (told apart at ") for one in passed
+        one.startswith("BERT passes LLM, linear head between 60 and 320 rows (told apart at ")
+        for one in passed
     )
     for point in made["found"]:
         assert len(point["leads"]) == 6
@@ -131,14 +185,21 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
 def test_few_rows_are_trained_in_no_fewer_steps(studied):
     experiment, *_ = studied
     few, many = (run.keys_for_rows(experiment, rows, 60) for rows in (15, 320))
-    for key in ("decoder.head.num_train_epochs", "encoder.head.num_train_epochs", "decoder.sft.overrides.num_train_epochs"):
+    for key in (
+        "decoder.head.num_train_epochs",
+        "encoder.head.num_train_epochs",
+        "decoder.sft.overrides.num_train_epochs",
+    ):
         assert few[key] == 4 * many[key]
     assert many["encoder.head.num_train_epochs"] == experiment.encoder.head.num_train_epochs
 
 
 def test_a_study_may_vary_any_keys(studied):
     experiment, asked, _ = studied
-    cells = {"gently": {"decoder.head.learning_rate": 1e-5}, "boldly": {"decoder.head.learning_rate": 1e-3}}
+    cells = {
+        "gently": {"decoder.head.learning_rate": 1e-5},
+        "boldly": {"decoder.head.learning_rate": 1e-3},
+    }
     keys = {"title": "Which rate?", "cells": cells, "seeds": [3], "methods": ["linear_head"]}
     Path("experiments/studies/rate.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     run.main(experiment, "mine", "bench.training_rows=64", "rate")
@@ -154,7 +215,11 @@ def test_a_study_may_vary_any_keys(studied):
 
 def test_a_wrong_key_of_the_last_cell_is_told_before_the_first_is_made(studied):
     experiment, asked, _ = studied
-    keys = {"title": "Wrong?", "cells": {"a": {}, "b": {"compare.margn": 0.1}}, "methods": ["tfidf"]}
+    keys = {
+        "title": "Wrong?",
+        "cells": {"a": {}, "b": {"compare.margn": 0.1}},
+        "methods": ["tfidf"],
+    }
     Path("experiments/studies/wrong.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     with pytest.raises(LetterheadError, match="compare.margn: unknown key; did you mean margin"):
         run.main(experiment, "mine", "", "wrong")
@@ -164,8 +229,12 @@ def test_a_wrong_key_of_the_last_cell_is_told_before_the_first_is_made(studied):
 def test_a_picture_names_the_models_of_all_cells(studied):
     experiment, *_ = studied
     other = experiment.model_copy(update={"encoder": Encoder(model="model/other")})
-    assert "; seeds 1, 2" in caption_of(experiment, [1, 2]) and " and " not in caption_of(experiment, [1])
-    assert f"BERT: {experiment.encoder.folder.name} and other; seed 1" in caption_of(experiment, [1], [experiment, other])
+    assert "; seeds 1, 2" in caption_of(experiment, [1, 2]) and " and " not in caption_of(
+        experiment, [1]
+    )
+    assert f"BERT: {experiment.encoder.folder.name} and other; seed 1" in caption_of(
+        experiment, [1], [experiment, other]
+    )
 
 
 def test_a_cell_is_done_again_where_what_it_learnt_from_is_another(studied):
@@ -185,7 +254,9 @@ def test_a_cell_is_done_again_where_what_it_learnt_from_is_another(studied):
         write_jsonl("margins.jsonl", [{"id": of, "margin": sign * i} for i, of in enumerate(ids)])
         run.main(experiment, "mine", "", "hard")
         assert asked.count("mine.hard.hard.30.seed1") == cells
-        drawn = {row["id"] for row in read_jsonl("data/mine.hard.hard.30.seed1/decoder_train.jsonl")}
+        drawn = {
+            row["id"] for row in read_jsonl("data/mine.hard.hard.30.seed1/decoder_train.jsonl")
+        }
         assert len(drawn) == 30 and (drawn < set(ids[:100])) == (sign == 1)
 
 
@@ -195,7 +266,11 @@ def test_what_is_untrained_is_drawn_beside_the_arms_unless_far_from_them_or_an_a
     trained = {"f1_macro": 0.9, "f1_macro_ci95": [0.85, 0.95], "trainings": [{"f1_macro": 0.9}]}
     untrained = {"zero_shot_no_think": 0.1, "zero_shot_calibrated": 0.8}
     for methods, drawn, told in (
-        (["sft"], ["LLM zero-shot, contextual calibration"], "LLM zero-shot, option perplexity: 0.100, not drawn"),
+        (
+            ["sft"],
+            ["LLM zero-shot, contextual calibration"],
+            "LLM zero-shot, option perplexity: 0.100, not drawn",
+        ),
         (["sft", *untrained], [], None),
     ):
         study = run.Study(title="Which?", cells={"one": {}, "other": {}}, methods=methods)
@@ -213,22 +288,36 @@ def test_a_study_may_vary_rows_and_keys_and_each_cell_its_methods(studied):
     keys["cells"] = {"fast": {}, "slow": {"decoder.head.learning_rate": 1e-5, "methods": ["bert"]}}
     Path("experiments/studies/both.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     run.main(experiment, "mine", "", "both")
-    assert asked[1:5] == [f"mine.both.{cell}.{rows}.seed1" for rows in (30, 60) for cell in ("fast", "slow")]
+    assert asked[1:5] == [
+        f"mine.both.{cell}.{rows}.seed1" for rows in (30, 60) for cell in ("fast", "slow")
+    ]
     made = read_json("runs/mine/study-both/study.json")
     arms = ["fast: LLM, linear head", "fast: BERT", "slow: BERT"]
     assert [set(point["arms"]) for point in made["found"]] == [set(arms), set(arms)]
-    assert made["sentences"][-1].startswith("slow: BERT against fast: ") and " at 30, " in made["sentences"][-1]
+    assert (
+        made["sentences"][-1].startswith("slow: BERT against fast: ")
+        and " at 30, " in made["sentences"][-1]
+    )
     assert Path("runs/mine/study-both/study.png").stat().st_size > 20_000
-    keys = {"title": "Untrained?", "seeds": [1], "cells": {"letters": {}}, "methods": ["zero_shot_no_think", "bert"]}
+    keys = {
+        "title": "Untrained?",
+        "seeds": [1],
+        "cells": {"letters": {}},
+        "methods": ["zero_shot_no_think", "bert"],
+    }
     Path("experiments/studies/zero.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     run.main(experiment, "mine", "", "zero")
     (point,) = read_json("runs/mine/study-zero/study.json")["found"]
     assert set(point["arms"]) == {"letters: LLM zero-shot, option perplexity", "letters: BERT"}
-    assert run.lead_of(point, "letters: BERT", "letters: LLM zero-shot, option perplexity")[1]  # told apart
+    assert run.lead_of(point, "letters: BERT", "letters: LLM zero-shot, option perplexity")[
+        1
+    ]  # told apart
 
 
 def test_a_study_that_is_wrong_is_refused(studied):
-    with pytest.raises(LetterheadError, match=r"studies/none.yaml: no such study; choose one of curve"):
+    with pytest.raises(
+        LetterheadError, match=r"studies/none.yaml: no such study; choose one of curve"
+    ):
         run.load_study("none")
     for keys, message in (
         ({}, "name rows, or cells, or both"),
@@ -258,17 +347,25 @@ def test_make_is_told_the_cell_alone_whatever_the_outer_make_was_told(make_exper
         make("mine", said, ["none"])
 
 
-@pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "experiments/studies").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "study", sorted(path.stem for path in (ROOT / "experiments/studies").glob("*.yaml"))
+)
 def test_every_cell_of_a_shipped_study_is_a_valid_experiment(monkeypatch, study):
     monkeypatch.chdir(ROOT)
-    name = {"hard_rows": "ag_news_base", "think_block": "ag_news_base", "text_length": "newsgroups20"}.get(study, "quick")
+    name = {
+        "hard_rows": "ag_news_base",
+        "think_block": "ag_news_base",
+        "text_length": "newsgroups20",
+    }.get(study, "quick")
     teacher = "'distill={endpoint: http://127.0.0.1:8000/v1, model: big}'"
     overrides = teacher if study in ("think_distill", "grpo") else ""
     experiment, of = load_experiment(name, overrides), run.load_study(study)
     for cell in of.all_cells:
         at = (50 if of.rows else None, cell, 5)
         made = load_experiment(name, run.said_of(of, study, experiment, name, overrides, at, 400))
-        assert made.name == ".".join([name, study, *([cell] if cell else []), *(["50"] if of.rows else []), "seed5"])
+        assert made.name == ".".join(
+            [name, study, *([cell] if cell else []), *(["50"] if of.rows else []), "seed5"]
+        )
         assert made.seed == 5 and made.data.seed == experiment.data.seed
         assert not made.distill or made.distill.of == name
         assert "sft_options" not in of.methods_of(cell) or made.decoder.sft_options
@@ -287,8 +384,12 @@ def test_the_user_is_heard_over_the_study_and_the_cell_over_the_user(studied):
         run.load_study("which"),
         "decoder.sft_options.learning_rate=0.3 encoder.head.num_train_epochs=4 name=x seed=8",
     )
-    made = load_experiment("mine", run.said_of(study, "which", experiment, "mine", mine, (30, "mine", 1), 60))
+    made = load_experiment(
+        "mine", run.said_of(study, "which", experiment, "mine", mine, (30, "mine", 1), 60)
+    )
     assert (made.name, made.seed) == ("mine.which.mine.30.seed1", 1)
     assert made.decoder.sft_options.learning_rate == 0.3 and made.encoder.head.learning_rate == 1e-5
-    assert made.decoder.sft_options.num_train_epochs == 4  # twice the study's, since there are half as many rows
+    assert (
+        made.decoder.sft_options.num_train_epochs == 4
+    )  # twice the study's, since there are half as many rows
     assert made.encoder.head.num_train_epochs == 9

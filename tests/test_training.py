@@ -1,4 +1,5 @@
-"""The article's training parameters as LLaMA-Factory reads them; checkpoints whole, broken, resumed and pruned."""
+"""The article's training parameters as LLaMA-Factory reads them; checkpoints whole, broken, resumed
+and pruned."""
 
 import json
 import os
@@ -38,15 +39,37 @@ def test_the_articles_yaml_means_1250_steps_and_five_checkpoints():
     values |= {"use_cpu": True, "report_to": "none"}  # all that a machine without a GPU needs
     _, data_args, args, finetuning_args, _ = get_train_args(values)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (12, 8)
-    assert (args.learning_rate, args.num_train_epochs, args.lr_scheduler_type) == (1.2e-5, 1, "cosine")
+    assert (args.learning_rate, args.num_train_epochs, args.lr_scheduler_type) == (
+        1.2e-5,
+        1,
+        "cosine",
+    )
     assert args.bf16 and args.get_warmup_steps(1250) == 13  # 0.01 of 1,250, rounded up
-    assert (data_args.cutoff_len, data_args.template, data_args.dataset) == (512, "qwen3", ["agnews_train"])
-    assert (args.save_strategy, args.logging_strategy, args.logging_steps) == ("steps", "steps", 0.01)
-    assert data_args.preprocessing_num_workers == 8 and data_args.overwrite_cache and args.overwrite_output_dir
-    assert finetuning_args.stage == "sft" and finetuning_args.finetuning_type == "full" and finetuning_args.plot_loss
+    assert (data_args.cutoff_len, data_args.template, data_args.dataset) == (
+        512,
+        "qwen3",
+        ["agnews_train"],
+    )
+    assert (args.save_strategy, args.logging_strategy, args.logging_steps) == (
+        "steps",
+        "steps",
+        0.01,
+    )
+    assert (
+        data_args.preprocessing_num_workers == 8
+        and data_args.overwrite_cache
+        and args.overwrite_output_dir
+    )
+    assert (
+        finetuning_args.stage == "sft"
+        and finetuning_args.finetuning_type == "full"
+        and finetuning_args.plot_loss
+    )
     assert data_args.enable_thinking  # the think block is trained on, as in the article
 
-    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=TensorDataset(torch.zeros(120_000, 1)))
+    trainer = Trainer(
+        torch.nn.Linear(1, 1), args, train_dataset=TensorDataset(torch.zeros(120_000, 1))
+    )
     loader = trainer.get_train_dataloader()
     *_, max_steps = trainer.set_initial_training_values(args, loader)
     assert max_steps == 1250
@@ -78,8 +101,11 @@ def test_whole_checkpoints_are_found_by_step_and_old_optimizer_states_go(tmp_pat
     checkpoints.prune_optimizer_states(tmp_path)
     assert [(path / "optimizer.pt").exists() for path in made] == [True, False, False]
     assert checkpoints.resumable(tmp_path) == made[0]
-    # The Trainer deletes the oldest by time of change, so that a state that goes must not make its checkpoint young.
-    assert sort_checkpoints(str(tmp_path), use_mtime=True)[:3] == [str(path) for path in reversed(made)]
+    # The Trainer deletes the oldest by time of change, so that a state that goes must not make its
+    # checkpoint young.
+    assert sort_checkpoints(str(tmp_path), use_mtime=True)[:3] == [
+        str(path) for path in reversed(made)
+    ]
 
 
 def test_times_in_the_future_do_not_make_an_old_checkpoint_the_newest(tmp_path):
@@ -87,12 +113,17 @@ def test_times_in_the_future_do_not_make_an_old_checkpoint_the_newest(tmp_path):
         os.utime(write_checkpoint(tmp_path, step), (4e9 - step, 4e9 - step))
     assert checkpoints.set_aside_broken(tmp_path) == []
     last = write_checkpoint(tmp_path, 100)
-    by_age = sort_checkpoints(str(tmp_path), use_mtime=True)  # of which the Trainer deletes the first
-    assert by_age == [str(tmp_path / f"checkpoint-{step}") for step in (3, 20, 100)] and by_age[-1] == str(last)
+    by_age = sort_checkpoints(
+        str(tmp_path), use_mtime=True
+    )  # of which the Trainer deletes the first
+    assert by_age == [str(tmp_path / f"checkpoint-{step}") for step in (3, 20, 100)] and by_age[
+        -1
+    ] == str(last)
 
 
 @pytest.mark.parametrize(
-    "broken", ["model.safetensors", "optimizer.pt", "trainer_state.json", "scheduler.pt", "rng_state.pth"]
+    "broken",
+    ["model.safetensors", "optimizer.pt", "trainer_state.json", "scheduler.pt", "rng_state.pth"],
 )
 @pytest.mark.parametrize("how", ["cut in half", "missing"])
 def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_is_resumed(tmp_path, broken, how):
@@ -143,4 +174,8 @@ def test_the_clock_leaves_out_saving_and_goes_on_after_a_resume(tmp_path, decide
         return json.loads(file.read_text())["training_seconds"]
 
     assert train(0, 4) == {"2": 20.0, "4": 40.0}
-    assert train(2, 6) == {"2": 20.0, "4": 40.0, "6": 60.0}  # killed after step 4, resumed from step 2
+    assert train(2, 6) == {
+        "2": 20.0,
+        "4": 40.0,
+        "6": 60.0,
+    }  # killed after step 4, resumed from step 2

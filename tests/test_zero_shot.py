@@ -1,4 +1,5 @@
-"""Zero-shot: what an answer is read as, the thinking prompt, calibration, and going on after a kill."""
+"""Zero-shot: what an answer is read as, the thinking prompt, calibration, and going on after a
+kill."""
 
 import json
 from pathlib import Path
@@ -49,33 +50,52 @@ def test_the_option_is_read_behind_the_thought(text, ended, options, expected):
 
 
 @pytest.mark.parametrize("enable", [True, False])
-def test_the_thinking_prompt_is_the_prompt_without_no_think_and_without_a_think_block(make_experiment, enable):
-    experiment = make_experiment("rows.csv", LABELS, decoder="qwen3", sft={"enable_thinking": enable})
+def test_the_thinking_prompt_is_the_prompt_without_no_think_and_without_a_think_block(
+    make_experiment, enable
+):
+    experiment = make_experiment(
+        "rows.csv", LABELS, decoder="qwen3", sft={"enable_thinking": enable}
+    )
     encoder = load_prompt_encoder(experiment, thinking=True)
-    text = encoder.tokenizer.decode(encoder.encode("Shares fell."), clean_up_tokenization_spaces=False)
+    text = encoder.tokenizer.decode(
+        encoder.encode("Shares fell."), clean_up_tokenization_spaces=False
+    )
     plain = load_prompt_encoder(experiment).instruction("Shares fell.")
     assert plain.endswith("/no_think")  # as Qwen3's chat template writes a turn:
-    assert text == f"<|im_start|>user\n{plain.removesuffix('/no_think')}<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text
+        == f"<|im_start|>user\n{plain.removesuffix('/no_think')}<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
-def test_examples_that_do_not_fit_are_cut_and_counted_before_anything_is_trained(make_experiment, capsys):
+def test_examples_that_do_not_fit_are_cut_and_counted_before_anything_is_trained(
+    make_experiment, capsys
+):
     write_csv("rows.csv", [(f"{i} " + f"word{i} " * 200, LABELS[i % 4]) for i in range(60)])
     experiment = make_experiment("rows.csv", LABELS, **{"eval": {"examples": 3}})
     data.main(experiment)
     said = capsys.readouterr().out
-    assert "eval.examples: 3 of 3 examples and 4 of 4 test texts are cut so that a prompt has at most 512 tokens" in said
+    assert (
+        "eval.examples: 3 of 3 examples and 4 of 4 test texts are cut so that a prompt "
+        "has at most 512 tokens" in said
+    )
     encoder = load_scoring_encoder(experiment)
     for text in ("short", "long " * 4000):
         assert len(encoder.encode(text)) + max(len(answer.ids) for answer in encoder.answers) <= 512
     assert len(encoder.encode("long " * 4000)) > 460
-    with pytest.raises(LetterheadError, match="eval.examples: 40 examples leave . tokens for each text .*ask for fewer"):
+    with pytest.raises(
+        LetterheadError,
+        match="eval.examples: 40 examples leave . tokens for each text .*ask for fewer",
+    ):
         data.main(load_experiment("mine", "eval.examples=40"))
 
 
 def test_examples_are_dealt_from_the_training_rows(make_experiment):
     write_csv("rows.csv", nasty_rows(60))
     keys = {"examples": 7, "option_order": "rotated"}
-    experiment = make_experiment("rows.csv", LABELS, eval=keys, sft={"cutoff_len": 4096}, data={"max_words": 30})
+    experiment = make_experiment(
+        "rows.csv", LABELS, eval=keys, sft={"cutoff_len": 4096}, data={"max_words": 30}
+    )
     data.main(experiment)
     drawn = draw_examples(experiment)
     train = [(row["text"], row["label"]) for row in results.read_rows(experiment, "decoder_train")]
@@ -95,7 +115,9 @@ def test_examples_are_dealt_from_the_training_rows(make_experiment):
 
 def test_training_rows_are_ranked_by_the_margin_of_the_right_option(make_experiment):
     write_csv("rows.csv", nasty_rows(40))
-    experiment = make_experiment("rows.csv", LABELS, prompt={"options": "names"}, data={"max_words": 30})
+    experiment = make_experiment(
+        "rows.csv", LABELS, prompt={"options": "names"}, data={"max_words": 30}
+    )
     data.main(experiment)
     rank.main(experiment)
     ranked = {line["id"]: line["margin"] for line in read_jsonl("runs/mine/rank/margins.jsonl")}
@@ -107,7 +129,9 @@ def test_training_rows_are_ranked_by_the_margin_of_the_right_option(make_experim
         for answer in encoder.answers:  # plainly, one option at a time
             ids = encoder.encode(row["text"]) + answer.ids
             begin = len(ids) - len(answer.ids) + answer.start
-            end = len(ids) - len(answer.ids) + answer.stop + 1  # names are scored with the end of the turn
+            end = (
+                len(ids) - len(answer.ids) + answer.stop + 1
+            )  # names are scored with the end of the turn
             given = torch.tensor([ids])
             log = decoder(given).logits[0].detach().log_softmax(-1)
             found.append(float(log[range(begin - 1, end - 1), given[0, begin:end]].sum()))
@@ -117,7 +141,11 @@ def test_training_rows_are_ranked_by_the_margin_of_the_right_option(make_experim
 
 def timeless(name: str, split: str = "test") -> tuple:
     result = read_json(f"runs/mine/results/{name}{'' if split == 'test' else '.' + split}.json")
-    thought = {key: value for key, value in result.get("thinking", {}).items() if key != "times_one_forward"}
+    thought = {
+        key: value
+        for key, value in result.get("thinking", {}).items()
+        if key != "times_one_forward"
+    }
     timed = ("seconds", "rows_per_second", "thinking")
     return {key: value for key, value in result.items() if key not in timed}, thought
 
@@ -133,22 +161,31 @@ def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment, monkeypatch
     whole = {name: timeless(name) for name in names}
     test = results.read_rows(experiment, "test")
     assert whole["zero_shot_think"][0]["n"] == 7 and whole["zero_shot_think"][0]["ece"] is None
-    assert sum(whole["zero_shot_think"][1][kind] for kind in ("answered", "unfinished", "unparsed")) == 7
+    assert (
+        sum(whole["zero_shot_think"][1][kind] for kind in ("answered", "unfinished", "unparsed"))
+        == 7
+    )
     assert timeless("zero_shot_no_think", "validation")[0]["n"] == 10
 
     # sft@0 and zero_shot_no_think are one computation.
     lines = results.read_predictions(experiment, "zero_shot_no_think", "test")
-    assert lines == results.read_predictions(experiment, "sft@0", "test") and [line["id"] for line in lines] == [
-        row["id"] for row in test
-    ]
+    assert lines == results.read_predictions(experiment, "sft@0", "test") and [
+        line["id"] for line in lines
+    ] == [row["id"] for row in test]
     # Calibrated: each option's score minus its score after a text without content.
     from letterhead.models.scoring import load_decoder, score_options
 
     encoder = load_prompt_encoder(experiment)
     empty = score_options(
-        load_decoder(experiment.decoder.folder, "float32"), [encoder.encode("N/A")], encoder.answers, False, 512
+        load_decoder(experiment.decoder.folder, "float32"),
+        [encoder.encode("N/A")],
+        encoder.answers,
+        False,
+        512,
     )
-    score = np.array([[-np.log(line["perplexity"][label]) for label in LABELS] for line in lines]) + np.log(empty.perplexity)
+    score = np.array(
+        [[-np.log(line["perplexity"][label]) for label in LABELS] for line in lines]
+    ) + np.log(empty.perplexity)
     expected = np.exp(score) / np.exp(score).sum(1, keepdims=True)
     calibrated = results.read_predictions(experiment, "zero_shot_calibrated", "test")
     found = np.array([[line["probabilities"][label] for label in LABELS] for line in calibrated])
@@ -164,9 +201,12 @@ def test_the_rows_and_a_run_cut_off_while_it_thinks(make_experiment, monkeypatch
     Path("runs/mine/zero-shot/stage.json").unlink()
     zero_shot.main(experiment)
     assert {name: timeless(name) for name in names} == whole
-    assert [answer["text"] for line in answers.read_bytes().splitlines() for answer in json.loads(line)] == texts
+    assert [
+        answer["text"] for line in answers.read_bytes().splitlines() for answer in json.loads(line)
+    ] == texts
 
-    # In two processes, and in batches of another size behind a kill: what is done stays, and NPROC decides nothing.
+    # In two processes, and in batches of another size behind a kill: what is done stays, and NPROC
+    # decides nothing.
     monkeypatch.setenv("NPROC", "2")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     answers.unlink()

@@ -1,4 +1,5 @@
-"""GRPO by TRL from the chosen SFT checkpoint on, rewarded for the right option and a finished answer; resumable.
+"""GRPO by TRL from the chosen SFT checkpoint on, rewarded for the right option and a finished
+answer; resumable.
 
 python -m train.grpo --experiment quick
 """
@@ -41,7 +42,9 @@ def main(experiment: Experiment) -> None:
         rows = results.read_rows(experiment, "decoder_train")
         asked = grpo.questions(encoder, rows)
         if not len(asked):
-            raise LetterheadError("no prompt works as text, and TRL takes text alone; take another template")
+            raise LetterheadError(
+                "no prompt works as text, and TRL takes text alone; take another template"
+            )
         dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
         arguments = grpo.arguments(settings, folder, experiment.seed, dtype)
         trainer = grpo.trainer(start["model"], encoder, asked, settings, arguments)
@@ -51,11 +54,18 @@ def main(experiment: Experiment) -> None:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         log = checkpoints.log_history(folder)
         lines = {
-            reward: [list(values) for values in zip(*((one["step"], one[key]) for one in log if key in one), strict=True)]
+            reward: [
+                list(values)
+                for values in zip(
+                    *((one["step"], one[key]) for one in log if key in one), strict=True
+                )
+            ]
             for reward in REWARDS
             if (key := f"rewards/{reward}/mean")
         }
-        plot_against_step(pictures[0], f"{experiment.name}: GRPO", "mean reward of a step's answers", lines)
+        plot_against_step(
+            pictures[0], f"{experiment.name}: GRPO", "mean reward of a step's answers", lines
+        )
         last = checkpoints.whole_checkpoints(folder)[-1]
         stage.finish(
             [*sorted(last.glob("*.safetensors")), last / "trainer_state.json", *pictures],
@@ -63,13 +73,16 @@ def main(experiment: Experiment) -> None:
             left_out=len(rows) - len(asked),
             start=chosen.name,
             steps=checkpoints.step_of(last),
-            training_seconds=read_json(stage.folder / CLOCK)["training_seconds"][str(checkpoints.step_of(last))],
+            training_seconds=read_json(stage.folder / CLOCK)["training_seconds"][
+                str(checkpoints.step_of(last))
+            ],
             moved={reward: grpo.moved(log, reward) for reward in REWARDS},
             resumed_from=checkpoints.step_of(resume) if resume else 0,
         )
     for reward, by in stage.record["moved"].items():
         print(
-            f"{reward}: {by['first']:.3f} over the first quarter of the steps, {by['last']:.3f} over the last "
+            f"{reward}: {by['first']:.3f} over the first quarter of the steps, "
+            f"{by['last']:.3f} over the last "
             f"(standard error of the difference {by['standard_error']:.3f})"
         )
 

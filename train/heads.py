@@ -1,7 +1,9 @@
-"""Train BERT, or a linear head on the decoder, on the raw text with HF's Trainer; every evaluation leaves a result.
+"""Train BERT, or a linear head on the decoder, on the raw text with HF's Trainer; every evaluation
+leaves a result.
 
-`bert_all` is BERT on all of train, where the methods share fewer rows. `sft_options` is the decoder on the prompt, its head
-the vocabulary's rows of the option letters: SFT with the loss over the options alone.
+`bert_all` is BERT on all of train, where the methods share fewer rows. `sft_options` is the decoder
+on the prompt, its head the vocabulary's rows of the option letters: SFT with the loss over the
+options alone.
 
 python -m train.heads bert --experiment quick
 """
@@ -44,13 +46,18 @@ def main(experiment: Experiment, method: str) -> None:
         kept, files = collect(experiment, method, stage.inputs_sha256)
         with atomic_open(table) as file:
             file.write(results.checkpoint_table(experiment, trained.title, kept, gaps))
-        weights = [file for path in checkpoints.whole_checkpoints(folder) for file in path.glob("*.safetensors")]
+        weights = [
+            file
+            for path in checkpoints.whole_checkpoints(folder)
+            for file in path.glob("*.safetensors")
+        ]
         rows = len(results.read_rows(experiment, trained.rows))
         print(table.read_text(encoding="utf-8"))
         last = kept[max(kept)[0], "test"]
         stage.finish(
             [*files, table, *weights],
-            headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last step, {last['step']}",
+            headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last "
+            f"step, {last['step']}",
             rows=rows,
             epochs=head.on(rows).num_train_epochs,
             reading=experiment.reading,
@@ -61,7 +68,9 @@ def main(experiment: Experiment, method: str) -> None:
         )
 
 
-def train(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | None, lock: int) -> None:
+def train(
+    experiment: Experiment, method: str, inputs_sha256: str, resume: Path | None, lock: int
+) -> None:
     """Train in this process, or, where NPROC says so, in several that torchrun starts.
 
     Raises
@@ -73,14 +82,20 @@ def train(experiment: Experiment, method: str, inputs_sha256: str, resume: Path 
 
         return fit(experiment, method, inputs_sha256, resume)
     arguments = [*sys.argv[1:], "--inputs", inputs_sha256, "--resume", str(resume or "none")]
-    child = subprocess.Popen(guarded(torchrun(n, "train.heads_worker", arguments)), pass_fds=[lock, *TERMINAL.descriptors])
+    child = subprocess.Popen(
+        guarded(torchrun(n, "train.heads_worker", arguments)),
+        pass_fds=[lock, *TERMINAL.descriptors],
+    )
     try:
         child.wait()
     finally:
         child.terminate()
         child.wait()
     if child.returncode:
-        raise LetterheadError(f"{method}: a process of the training ended with exit code {child.returncode}; see above")
+        raise LetterheadError(
+            f"{method}: a process of the training ended with exit code {child.returncode}; "
+            f"see above"
+        )
 
 
 def score_again(experiment: Experiment, method: str, inputs_sha256: str) -> list[int]:
@@ -99,15 +114,25 @@ def score_again(experiment: Experiment, method: str, inputs_sha256: str) -> list
 
             score_checkpoint(experiment, method, whole[step], split, inputs_sha256)
         else:
-            print(f"{method}: the result of step {step} on {split} rows is gone, and so is its checkpoint; a gap is left")
+            print(
+                f"{method}: the result of step {step} on {split} rows is gone, and so is its "
+                f"checkpoint; a gap is left"
+            )
             gaps.add(step)
     return sorted(gaps)
 
 
-def lost_results(experiment: Experiment, method: str, checkpoint: Path, inputs_sha256: str) -> list[tuple[int, str]]:
+def lost_results(
+    experiment: Experiment, method: str, checkpoint: Path, inputs_sha256: str
+) -> list[tuple[int, str]]:
     """Step and split of what was evaluated before a checkpoint was saved and is not on disk."""
     log = read_json(checkpoint / "trainer_state.json")["log_history"]
-    evaluated = {(line["step"], key.split("_")[1]) for line in log for key in line if key.endswith("_f1_macro")}
+    evaluated = {
+        (line["step"], key.split("_")[1])
+        for line in log
+        for key in line
+        if key.endswith("_f1_macro")
+    }
     return sorted(
         (step, split)
         for step, split in evaluated
@@ -116,7 +141,8 @@ def lost_results(experiment: Experiment, method: str, checkpoint: Path, inputs_s
 
 
 def collect(experiment: Experiment, method: str, inputs_sha256: str) -> tuple[dict, list[Path]]:
-    """This training's results by (step, split), and their files; those of an earlier one are deleted."""
+    """This training's results by (step, split), and their files; those of an earlier one are
+    deleted."""
     kept, files = {}, []
     for path in experiment.results_folder.glob(f"{method}@*.json"):
         result = read_json(path)
@@ -130,7 +156,9 @@ def collect(experiment: Experiment, method: str, inputs_sha256: str) -> tuple[di
         kept[result["step"], result["split"]] = result
         files += both
     if not kept:
-        raise LetterheadError(f"{experiment.data_folder}: no test rows to evaluate on; set data.rows.test")
+        raise LetterheadError(
+            f"{experiment.data_folder}: no test rows to evaluate on; set data.rows.test"
+        )
     return dict(sorted(kept.items())), files
 
 

@@ -1,6 +1,8 @@
-"""The training of a linear head itself; every evaluation leaves a result. Started by train/heads.py, also by torchrun.
+"""The training of a linear head itself; every evaluation leaves a result. Started by
+train/heads.py, also by torchrun.
 
-python -m train.heads_worker bert --experiment quick --inputs SHA256 --resume runs/quick/bert/checkpoints/checkpoint-9
+python -m train.heads_worker bert --experiment quick --inputs SHA256 --resume
+runs/quick/bert/checkpoints/checkpoint-9
 """
 
 import os
@@ -33,13 +35,18 @@ def main(experiment: Experiment, method: str, inputs_sha256: str, resume: str) -
 
 
 def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | None) -> None:
-    """Train to the last step, from the checkpoint `resume` if there is one; of several processes the first writes."""
+    """Train to the last step, from the checkpoint `resume` if there is one; of several processes
+    the first writes."""
     from transformers import set_seed
 
     trained = METHODS[method]
     folder = trained.checkpoints(experiment)
     clock_file = folder.with_name(CLOCK)
-    source, head, key = trained.section(experiment).folder, trained.head(experiment), f"{trained.model}.{trained.settings}"
+    source, head, key = (
+        trained.section(experiment).folder,
+        trained.head(experiment),
+        f"{trained.model}.{trained.settings}",
+    )
     needed = checkpoints.head_disk(checkpoints.stored_parameters(source))
     checkpoints.require_disk(folder, needed, f"the training of {method}")
     rows = results.read_rows(experiment, trained.rows)
@@ -56,16 +63,26 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     dtype = precision(experiment.decoder.dtype, source)
     arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype)
     set_seed(experiment.seed)
-    # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so they are loaded here.
+    # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so
+    # they are loaded here.
     tokenizer = heads.load_tokenizer(source)
     encoder = row_encoder(experiment, trained, tokenizer)
     if trained.reads_prompt:
-        model = heads.load_head(resume, experiment.labels) if resume else load_folded(experiment, encoder.prompt)
+        model = (
+            heads.load_head(resume, experiment.labels)
+            if resume
+            else load_folded(experiment, encoder.prompt)
+        )
     else:
         heads.require_length(source, head.max_length, key)
         model = heads.load_head(resume or source, experiment.labels, new_head=not resume)
     sets = {
-        name: heads.encoded(rows_of_split, results.class_numbers(experiment, rows_of_split), encoder, f"encoding {name}")
+        name: heads.encoded(
+            rows_of_split,
+            results.class_numbers(experiment, rows_of_split),
+            encoder,
+            f"encoding {name}",
+        )
         for name, rows_of_split in {"train": rows, **splits}.items()
     }
     multiplied = checkpoints.parameters_per_token(model)
@@ -77,7 +94,9 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
         nonlocal evaluating
         evaluating += seconds
         step = trainer.state.global_step
-        clock[str(step)] = round(before + time.perf_counter() - begin - evaluating - trainer.saving_seconds, 1)
+        clock[str(step)] = round(
+            before + time.perf_counter() - begin - evaluating - trainer.saving_seconds, 1
+        )
         write_json(clock_file, clock)
         result = results.write_result(
             experiment,
@@ -102,7 +121,9 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 
-def score_checkpoint(experiment: Experiment, method: str, checkpoint: Path, split: str, inputs_sha256: str) -> None:
+def score_checkpoint(
+    experiment: Experiment, method: str, checkpoint: Path, split: str, inputs_sha256: str
+) -> None:
     """Score a checkpoint on a split and write the result that its evaluation in training left."""
     trained = METHODS[method]
     rows, step = results.read_rows(experiment, split), checkpoints.step_of(checkpoint)
@@ -115,7 +136,9 @@ def score_checkpoint(experiment: Experiment, method: str, checkpoint: Path, spli
     model = heads.for_inference(model, dtype)
     ids = row_encoder(experiment, trained, tokenizer).encode([row["text"] for row in rows])
     start = time.perf_counter()
-    logits = heads.class_logits(model, tokenizer, ids, head.per_device_eval_batch_size, f"scoring {split}")
+    logits = heads.class_logits(
+        model, tokenizer, ids, head.per_device_eval_batch_size, f"scoring {split}"
+    )
     results.write_result(
         experiment,
         f"{method}@{step}",
@@ -141,8 +164,12 @@ def row_encoder(experiment: Experiment, method: Method, tokenizer) -> TextEncode
 
 
 def mean_loss(log: list[dict], step: int) -> float:
-    """The training loss between the evaluation before `step` and `step`, from the Trainer's log, weighted by steps."""
-    start = max((line["step"] for line in log if "eval_test_f1_macro" in line and line["step"] < step), default=0)
+    """The training loss between the evaluation before `step` and `step`, from the Trainer's log,
+    weighted by steps."""
+    start = max(
+        (line["step"] for line in log if "eval_test_f1_macro" in line and line["step"] < step),
+        default=0,
+    )
     total, last = 0.0, start
     for line in log:
         if "loss" in line and start < line["step"] <= step:

@@ -1,4 +1,5 @@
-"""Teach the decoder to answer with an option: LLaMA-Factory's `train` on the experiment's YAML, resumable.
+"""Teach the decoder to answer with an option: LLaMA-Factory's `train` on the experiment's YAML,
+resumable.
 
 python -m train.sft --experiment quick
 """
@@ -37,18 +38,27 @@ def main(experiment: Experiment) -> None:
         train(experiment, arguments, resume, stage.lock_descriptor)
     whole = checkpoints.whole_checkpoints(folder)
     if not whole:
-        raise LetterheadError(f"{folder}: LLaMA-Factory left no whole checkpoint; set save_strategy and save_steps")
+        raise LetterheadError(
+            f"{folder}: LLaMA-Factory left no whole checkpoint; set save_strategy and save_steps"
+        )
     checkpoints.prune_optimizer_states(folder)
     state = read_json(whole[-1] / "trainer_state.json")
     clock = read_json(experiment.sft_folder / CLOCK)
     stage.finish(
-        [file for path in whole for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")],
-        headline=f"checkpoints at steps {', '.join(str(checkpoints.step_of(path)) for path in whole)}",
+        [
+            file
+            for path in whole
+            for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")
+        ],
+        headline=f"checkpoints at steps "
+        f"{', '.join(str(checkpoints.step_of(path)) for path in whole)}",
         rows=sft_rows(experiment),
         tokens=state.get("num_input_tokens_seen"),
         steps=state["global_step"],
         training_seconds=clock["training_seconds"][str(state["global_step"])],
-        dtype="bfloat16 by autocast" if (for_device(experiment) | arguments).get("bf16") else "float32",
+        dtype="bfloat16 by autocast"
+        if (for_device(experiment) | arguments).get("bf16")
+        else "float32",
         peak_gpu_memory_mb=clock["peak_gpu_memory_mb"],
         reading=experiment.reading,
         resumed_from=checkpoints.step_of(resume) if resume else 0,
@@ -56,7 +66,8 @@ def main(experiment: Experiment) -> None:
 
 
 def sft_rows(experiment: Experiment) -> int:
-    """How many rows SFT learns from: the decoder's training rows, a teacher's, or both, as `dataset` says."""
+    """How many rows SFT learns from: the decoder's training rows, a teacher's, or both, as
+    `dataset` says."""
     own = read_json(experiment.data_folder / "data_card.json")["shared"]["rows"]
     names = dataset_names(experiment)
     taught = record_of(DISTILL.name, experiment)["rows"] if "distilled" in names else 0
@@ -73,11 +84,16 @@ def finished(folder: Path) -> bool:
     whole = checkpoints.whole_checkpoints(folder)
     state = read_json(whole[-1] / "trainer_state.json") if whole else {}
     closed = [folder / "all_results.json", folder.with_name(CLOCK)]
-    return bool(whole) and state["global_step"] >= state["max_steps"] and None not in map(read_json, closed)
+    return (
+        bool(whole)
+        and state["global_step"] >= state["max_steps"]
+        and None not in map(read_json, closed)
+    )
 
 
 def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: int) -> None:
-    """Run LLaMA-Factory to its end, deleting optimizer states that a newer checkpoint makes useless.
+    """Run LLaMA-Factory to its end, deleting optimizer states that a newer checkpoint makes
+    useless.
 
     Raises
     ------
@@ -87,7 +103,8 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
 
     if arguments.get("bf16") and not arguments.get("use_cpu") and not torch.cuda.is_available():
         raise LetterheadError(
-            f"{experiment.decoder.sft.config}: bf16 needs a GPU, and none is here; run it on one, or (slow) add "
+            f"{experiment.decoder.sft.config}: bf16 needs a GPU, and none is here; run it "
+            f"on one, or (slow) add "
             'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
         )
     saves = len(sft_plan(experiment, sft_rows(experiment))[1])
@@ -99,7 +116,9 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
         more["resume_from_checkpoint"] = str(resume)
     asked = command(experiment, experiment.sft_folder / CLOCK, **more)
     print(shlex.join(asked), flush=True)
-    child = subprocess.Popen(guarded(asked), env=environment(), pass_fds=[lock, *TERMINAL.descriptors])
+    child = subprocess.Popen(
+        guarded(asked), env=environment(), pass_fds=[lock, *TERMINAL.descriptors]
+    )
     try:
         while child.poll() is None:
             time.sleep(POLL_S)
@@ -109,7 +128,9 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
         child.wait()
         raise
     if child.returncode:
-        raise LetterheadError(f"LLaMA-Factory ended with exit code {child.returncode}; its message is above")
+        raise LetterheadError(
+            f"LLaMA-Factory ended with exit code {child.returncode}; its message is above"
+        )
 
 
 if __name__ == "__main__":

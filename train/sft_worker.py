@@ -1,5 +1,5 @@
-"""LLaMA-Factory's `train` with two callbacks: a clock (training counts, saving does not), and a model that computes the same
-with less work. Started by sft/train.py, also by torchrun.
+"""LLaMA-Factory's `train` with two callbacks: a clock (training counts, saving does not), and a
+model that computes the same with less work. Started by sft/train.py, also by torchrun.
 
 python -m train.sft_worker CLOCK.json CONFIG.yaml key=value …
 """
@@ -26,21 +26,25 @@ from letterhead.runs.stage import telling
 
 
 class Clock(TrainerCallback):
-    """Writes, at each checkpoint and at the end, the seconds trained so far by step (resumed runs go on counting) and the
-    most GPU memory that this process has held."""
+    """Writes, at each checkpoint and at the end, the seconds trained so far by step (resumed runs
+    go on counting) and the most GPU memory that this process has held."""
 
     def __init__(self, path: Path):
         self._path, self._seconds = path, {}
 
     def _write(self, state) -> None:
-        self._seconds[str(state.global_step)] = round(self._before + time.perf_counter() - self._start, 1)
+        self._seconds[str(state.global_step)] = round(
+            self._before + time.perf_counter() - self._start, 1
+        )
         peak = torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_available() else None
         if state.is_world_process_zero:
             write_json(self._path, {"training_seconds": self._seconds, "peak_gpu_memory_mb": peak})
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = (read_json(self._path) or {"training_seconds": {}})["training_seconds"]
-        self._seconds = {step: seconds for step, seconds in kept.items() if int(step) <= state.global_step}
+        self._seconds = {
+            step: seconds for step, seconds in kept.items() if int(step) <= state.global_step
+        }
         self._before = self._seconds.get(str(state.global_step), 0.0)
         self._start = time.perf_counter()
 
@@ -61,11 +65,11 @@ class Clock(TrainerCallback):
 
 
 class LessWork(TrainerCallback):
-    """Projects hidden states to the vocabulary where the loss reads them: a few answer tokens of a prompt of a hundred; and
-    on a CPU has `eager` attention computed by our `matrix_products`.
+    """Projects hidden states to the vocabulary where the loss reads them: a few answer tokens of a
+    prompt of a hundred; and on a CPU has `eager` attention computed by our `matrix_products`.
 
-    LLaMA-Factory projects every position, takes the softmax of each, and multiplies most by zero. Loss and gradients are
-    the same but for rounding and the order of summation.
+    LLaMA-Factory projects every position, takes the softmax of each, and multiplies most by zero.
+    Loss and gradients are the same but for rounding and the order of summation.
     """
 
     IGNORED = -100  # HF's label of a position without loss
@@ -84,7 +88,11 @@ class LessWork(TrainerCallback):
             read = following != self.IGNORED
             logits, targets = model.get_output_embeddings()(hidden[read]), following[read]
             loss = model.loss_function(
-                logits, None, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=targets
+                logits,
+                None,
+                logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=targets,
             )
             return CausalLMOutput(loss=loss)
 
@@ -96,4 +104,6 @@ if __name__ == "__main__":
 
     use_onednn()
     with telling():
-        run_exp(callbacks=[Clock(Path(sys.argv.pop(1))), LessWork(), StopAtDivergence(), StepBar("SFT")])
+        run_exp(
+            callbacks=[Clock(Path(sys.argv.pop(1))), LessWork(), StopAtDivergence(), StepBar("SFT")]
+        )

@@ -32,7 +32,9 @@ def main(experiment: Experiment, method_name: str) -> None:
         seconds, files, scored = time.perf_counter() - start, [], 0.0
         for split in results.SPLITS:
             if rows := results.read_rows(experiment, split):
-                scored += evaluate(experiment, method_name, model, split, rows, stage.inputs_sha256)["seconds"]
+                scored += evaluate(
+                    experiment, method_name, model, split, rows, stage.inputs_sha256
+                )["seconds"]
                 files += results.result_files(experiment, method_name, split)
         result = results.read_result(experiment, method_name, "test")
         stage.finish(
@@ -45,7 +47,14 @@ def main(experiment: Experiment, method_name: str) -> None:
         )
 
 
-def evaluate(experiment: Experiment, method: str, model: Pipeline, split: str, rows: list[dict], inputs_sha256: str) -> dict:
+def evaluate(
+    experiment: Experiment,
+    method: str,
+    model: Pipeline,
+    split: str,
+    rows: list[dict],
+    inputs_sha256: str,
+) -> dict:
     """Write the result of one split."""
     start = time.perf_counter()
     probabilities, terms = tfidf.classify(model, [row["text"] for row in rows], experiment.labels)

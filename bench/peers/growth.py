@@ -1,11 +1,13 @@
-"""What growing costs: time and peak memory against rows, options, and methods × checkpoints; nothing may be quadratic.
+"""What growing costs: time and peak memory against rows, options, and methods × checkpoints;
+nothing may be quadratic.
 
     python -m bench.peers.growth --experiment quick --rows 1000000
 
-Rows are words drawn as languages use them (Zipf) and a line that all share, predictions are drawn, models tiny and random:
-what is measured is what we add to a model's own work. The experiment's own decoder scores the options, and its own encoder,
-with a random head, labels rows, held against that model alone. Each point is a process of its own, and is kept at once.
-runs/EXPERIMENT/growth/ takes growth.json, GROWTH.md and growth.png.
+Rows are words drawn as languages use them (Zipf) and a line that all share, predictions are drawn,
+models tiny and random: what is measured is what we add to a model's own work. The experiment's own
+decoder scores the options, and its own encoder, with a random head, labels rows, held against that
+model alone. Each point is a process of its own, and is kept at once. runs/EXPERIMENT/growth/ takes
+growth.json, GROWTH.md and growth.png.
 """
 
 import csv
@@ -37,21 +39,34 @@ OWN_ROWS = 20_000  # for the experiment's own encoder
 FEW_TRAINED = 2000
 CHECKPOINTS, CHECKED_ROWS = (1, 4, 16, 64), 1000
 OPTIONS, SCORED_ROWS = (4, 10, 26, 52, 100), 12
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 OWN, ALONE = "predict, own encoder", "own encoder alone"
 OWN_POINTS = ((OWN, OWN_ROWS // 10), (OWN, OWN_ROWS), (ALONE, OWN_ROWS))
 SKILL = 2.0  # of the drawn predictions
-THINKING = {"no_think_accuracy_same_rows": 0.4, "times_one_forward": 20.0, "engine": "hf", "budget_tokens": 64}
+THINKING = {
+    "no_think_accuracy_same_rows": 0.4,
+    "times_one_forward": 20.0,
+    "engine": "hf",
+    "budget_tokens": 64,
+}
 THINKING |= {"thought": 30, "begun": 32, "unfinished": 4, "unparsed": 2}
 POWERS = {"seconds": "seconds", "peak_mib": "peak memory, MiB"}
-# Runs a module and tells its seconds and peak memory. What starts it is small: a process counts what its starter held.
+# Runs a module and tells its seconds and peak memory. What starts it is small: a process counts
+# what its starter held.
 SHIM = """
 import json, resource, subprocess, sys, time
 begin = time.perf_counter()
 ended = subprocess.run([sys.executable, *sys.argv[1:]], capture_output=True, text=True)
-seconds, kibibytes = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-told = (ended.stdout + ended.stderr).strip().splitlines()[-1:]
-print(json.dumps({"code": ended.returncode, "said": told, "seconds": seconds, "peak_mib": kibibytes / 1024}))
+seconds = time.perf_counter() - begin
+kibibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+said = (ended.stdout + ended.stderr).strip().splitlines()[-1:]
+figures = {"seconds": seconds, "peak_mib": kibibytes / 1024}
+print(json.dumps({"code": ended.returncode, "said": said, **figures}))
 """
 
 
@@ -61,9 +76,13 @@ def main(experiment: Experiment, most: str) -> None:
     outputs(DATA, experiment)  # the tokenizers come from its models
     stage = StageRun(experiment, "growth", None)
     sizes = [10**power for power in range(3, len(str(int(most))))]
-    record, table, picture = (stage.folder / file for file in ("growth.json", "GROWTH.md", "growth.png"))
+    record, table, picture = (
+        stage.folder / file for file in ("growth.json", "GROWTH.md", "growth.png")
+    )
     try:
-        remove(experiment, stage.folder / "work")  # of a run that broke off: nothing may be up to date
+        remove(
+            experiment, stage.folder / "work"
+        )  # of a run that broke off: nothing may be up to date
         points = measure(experiment, stage.folder / "work", sizes, record)
     finally:
         remove(experiment, stage.folder / "work")
@@ -82,10 +101,15 @@ def remove(experiment: Experiment, place: Path) -> None:
 
 
 def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path) -> list[dict]:
-    """All points: what was measured, `n`, seconds, and peak memory in MiB; written to `record` one by one."""
+    """All points: what was measured, `n`, seconds, and peak memory in MiB; written to `record` one
+    by one."""
     decoder, encoder = tiny_models(experiment, place)
     points: list[dict] = []
-    with progress(total=4 * len(sizes) + 3 + 2 * len(CHECKPOINTS) + len(OPTIONS), desc="growth", unit=" points") as bar:
+    with progress(
+        total=4 * len(sizes) + 3 + 2 * len(CHECKPOINTS) + len(OPTIONS),
+        desc="growth",
+        unit=" points",
+    ) as bar:
 
         def keep(what: str, n: int, measured: dict) -> None:
             points.append({"of": what, "n": n, **measured})
@@ -104,14 +128,32 @@ def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path)
             call("-m", DECIDE.module, *arguments)
             add("report", rows, "-m", "report.build", *arguments)
             labelled = ["--in", place / f"rows{rows}/test.csv", "--out", place / "labelled.csv"]
-            add("predict", rows, "-m", "serve.predict", *arguments, *labelled, "--model", encoder.absolute())
+            add(
+                "predict",
+                rows,
+                "-m",
+                "serve.predict",
+                *arguments,
+                *labelled,
+                "--model",
+                encoder.absolute(),
+            )
         own = own_encoder(experiment, place)
         for rows in (OWN_ROWS // 10, OWN_ROWS):
             name = write_experiment(experiment, place, f"own{rows}", rows, decoder, encoder)
             call("-m", "prep.data", "--experiment", name)
-            arguments = ["--in", place / f"own{rows}/test.csv", "--out", place / "labelled.csv", "--model", own.absolute()]
+            arguments = [
+                "--in",
+                place / f"own{rows}/test.csv",
+                "--out",
+                place / "labelled.csv",
+                "--model",
+                own.absolute(),
+            ]
             add(OWN, rows, "-m", "serve.predict", "--experiment", name, *arguments)
-        keep(ALONE, OWN_ROWS, call_in_a_process(model_alone, own, place / f"own{OWN_ROWS}/test.csv"))
+        keep(
+            ALONE, OWN_ROWS, call_in_a_process(model_alone, own, place / f"own{OWN_ROWS}/test.csv")
+        )
         name = write_experiment(experiment, place, "checkpoints", CHECKED_ROWS, decoder, encoder)
         call("-m", "prep.data", "--experiment", name)
         for checkpoints in CHECKPOINTS:
@@ -125,9 +167,16 @@ def measure(experiment: Experiment, place: Path, sizes: list[int], record: Path)
 
 
 def tiny_models(experiment: Experiment, place: Path) -> tuple[Path, Path]:
-    """A decoder, and an encoder with a head, of random weights, with the tokenizers of the experiment's models."""
+    """A decoder, and an encoder with a head, of random weights, with the tokenizers of the
+    experiment's models."""
     import torch
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertForSequenceClassification,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     torch.manual_seed(0)
     decoder, encoder = place / "decoder", place / "encoder"
@@ -135,7 +184,10 @@ def tiny_models(experiment: Experiment, place: Path) -> tuple[Path, Path]:
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(decoder)
     tokenizer.save_pretrained(decoder)
     tokenizer = AutoTokenizer.from_pretrained(experiment.encoder.folder)
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+    names = {
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {label: i for i, label in enumerate(LABELS)},
+    }
     config = BertConfig(vocab_size=len(tokenizer), **SHAPE, **names)
     BertForSequenceClassification(config).save_pretrained(encoder)
     tokenizer.save_pretrained(encoder)
@@ -155,7 +207,8 @@ def own_encoder(experiment: Experiment, place: Path) -> Path:
 
 
 def model_alone(folder: Path, rows: Path) -> dict:
-    """Seconds and peak memory (MiB) of the bare model on the texts of a CSV file, tokenised before."""
+    """Seconds and peak memory (MiB) of the bare model on the texts of a CSV file, tokenised
+    before."""
     from letterhead.config.models import Head
     from letterhead.models import heads
     from letterhead.models.classifier import CHUNK
@@ -166,16 +219,24 @@ def model_alone(folder: Path, rows: Path) -> dict:
     model = pack(cast(heads.load_head(folder, LABELS), precision("auto", folder)).eval())
     tokenizer = heads.load_tokenizer(folder)
     with open(rows, encoding="utf-8", newline="") as file:
-        ids = TextEncoder(tokenizer, Head().max_length).encode([row["text"] for row in csv.DictReader(file)])
+        ids = TextEncoder(tokenizer, Head().max_length).encode(
+            [row["text"] for row in csv.DictReader(file)]
+        )
     heads.classify(model, tokenizer, ids[:CHUNK], Head().per_device_eval_batch_size)
     begin = time.perf_counter()
     for at in range(0, len(ids), CHUNK):
         heads.classify(model, tokenizer, ids[at : at + CHUNK], Head().per_device_eval_batch_size)
-    return {"seconds": time.perf_counter() - begin, "peak_mib": float(peak_memory()["peak_memory_mb"])}
+    return {
+        "seconds": time.perf_counter() - begin,
+        "peak_mib": float(peak_memory()["peak_memory_mb"]),
+    }
 
 
-def write_experiment(experiment: Experiment, place: Path, name: str, rows: int, decoder: Path, encoder: Path) -> str:
-    """Rows of drawn words, so many to test and a few to train, and an experiment that reads them; returns its path."""
+def write_experiment(
+    experiment: Experiment, place: Path, name: str, rows: int, decoder: Path, encoder: Path
+) -> str:
+    """Rows of drawn words, so many to test and a few to train, and an experiment that reads them;
+    returns its path."""
     folder, chance = place / name, np.random.default_rng(rows)
     folder.mkdir()
     words = np.array([f"w{i}" for i in range(50_000)])
@@ -186,16 +247,28 @@ def write_experiment(experiment: Experiment, place: Path, name: str, rows: int, 
             for at in range(0, n, 10_000):
                 drawn = words[chance.zipf(ZIPF, size=(min(10_000, n - at), WORDS)) % len(words)]
                 writer.writerows(
-                    (f"{at + i} {' '.join(row)} {SHARED}", LABELS[(at + i) % len(LABELS)]) for i, row in enumerate(drawn)
+                    (f"{at + i} {' '.join(row)} {SHARED}", LABELS[(at + i) % len(LABELS)])
+                    for i, row in enumerate(drawn)
                 )
     trained_by = place / "sft.yaml"
     trained_by.write_text(
-        json.dumps(yaml.safe_load(experiment.decoder.sft.config.read_text()) | {"model_name_or_path": str(decoder)})
+        json.dumps(
+            yaml.safe_load(experiment.decoder.sft.config.read_text())
+            | {"model_name_or_path": str(decoder)}
+        )
     )
     values = {
         "title": f"growth, {rows} rows",
-        "data": {"source": f"{folder}/{{split}}.csv", "labels": LABELS, "rows": {"validation": 300, "test": None}},
-        "decoder": {"model": str(decoder), "train_rows": 100, SFT.name: {"config": str(trained_by)}},
+        "data": {
+            "source": f"{folder}/{{split}}.csv",
+            "labels": LABELS,
+            "rows": {"validation": 300, "test": None},
+        },
+        "decoder": {
+            "model": str(decoder),
+            "train_rows": 100,
+            SFT.name: {"config": str(trained_by)},
+        },
         "encoder": {"model": str(encoder)},
         "name": f"{experiment.name}.growth.{name}",
     }
@@ -205,11 +278,18 @@ def write_experiment(experiment: Experiment, place: Path, name: str, rows: int, 
 
 
 def draw_results(experiment: Experiment, steps: list[int]) -> int:
-    """Drawn predictions of all methods, those that are trained with so many checkpoints, as their stages leave them; gives
-    the number of methods × checkpoints."""
+    """Drawn predictions of all methods, those that are trained with so many checkpoints, as their
+    stages leave them; gives the number of methods × checkpoints."""
     chance, drawn = np.random.default_rng(0), set()
     files: dict[str, list[Path]] = {}
-    facts = {"seconds": 1.0, "tokens": 9000, "parameters": 1000, "dtype": "float32", "model": "m", "inputs_sha256": "0"}
+    facts = {
+        "seconds": 1.0,
+        "tokens": 9000,
+        "parameters": 1000,
+        "dtype": "float32",
+        "model": "m",
+        "inputs_sha256": "0",
+    }
     for method in compared_methods(experiment):
         for split in ("test",) if method.thinks else results.SPLITS:
             rows = results.read_rows(experiment, split)
@@ -217,7 +297,9 @@ def draw_results(experiment: Experiment, steps: list[int]) -> int:
             for step in steps if method.has_steps else [None]:
                 name = f"{method.name}@{step}" if step else method.name
                 drawn.add(name)
-                files.setdefault(method.stage, []).extend(results.result_files(experiment, name, split))
+                files.setdefault(method.stage, []).extend(
+                    results.result_files(experiment, name, split)
+                )
                 if files[method.stage][-1].exists():
                     continue
                 score = chance.normal(size=(len(rows), len(LABELS)))
@@ -226,7 +308,9 @@ def draw_results(experiment: Experiment, steps: list[int]) -> int:
                 answers: dict[str, Any] = {"probabilities": probabilities}
                 if method.thinks:
                     answers = {"predicted": score.argmax(axis=1), "thinking": THINKING}
-                results.write_result(experiment, name, split, rows, train_loss=0.5, **answers, **facts)
+                results.write_result(
+                    experiment, name, split, rows, train_loss=0.5, **answers, **facts
+                )
     for stage, paths in files.items():
         StageRun(experiment, stage, len(steps)).finish(paths, rows=100, scoring_seconds=1.0)
     StageRun(experiment, SFT_TRAINING.name, 0).finish([], rows=100, resumed_from=0)
@@ -234,7 +318,8 @@ def draw_results(experiment: Experiment, steps: list[int]) -> int:
 
 
 def call(*arguments: Any) -> dict[str, float]:
-    """Run Python with these arguments in a process of its own; gives its seconds and its peak memory in MiB.
+    """Run Python with these arguments in a process of its own; gives its seconds and its peak
+    memory in MiB.
 
     Raises
     ------
@@ -244,13 +329,15 @@ def call(*arguments: Any) -> dict[str, float]:
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     if found["code"]:
         printed = "".join(found["said"]) or "nothing"
-        raise LetterheadError(f"{' '.join(map(str, arguments))}: exit code {found['code']}, it said: {printed}")
+        raise LetterheadError(
+            f"{' '.join(map(str, arguments))}: exit code {found['code']}, it said: {printed}"
+        )
     return {key: found[key] for key in ("seconds", "peak_mib")}
 
 
 def score_rows(experiment: Experiment, options: int) -> dict:
-    """Seconds and peak memory (MiB, the model's own with it) to score some rows with so many names as options, which the
-    prompt lists, by the experiment's own decoder."""
+    """Seconds and peak memory (MiB, the model's own with it) to score some rows with so many names
+    as options, which the prompt lists, by the experiment's own decoder."""
     from letterhead.models.prompt import load_prompt_encoder
     from letterhead.models.scoring import load_decoder, score_options
 
@@ -262,37 +349,57 @@ def score_rows(experiment: Experiment, options: int) -> dict:
     sections |= {"data": experiment.data.model_copy(update={"labels": names})}
     sections |= {"decoder": experiment.decoder.model_copy(update={SFT.name: sft})}
     asked = experiment.model_copy(update=sections)
-    encoder, model = load_prompt_encoder(asked), load_decoder(experiment.decoder.folder, experiment.decoder.dtype)
+    encoder, model = (
+        load_prompt_encoder(asked),
+        load_decoder(experiment.decoder.folder, experiment.decoder.dtype),
+    )
     prompts = [encoder.encode(f"{i} of them " * WORDS) for i in range(SCORED_ROWS)]
     score_options(model, prompts[:2], encoder.answers, True, experiment.eval.batch_tokens)
     begin = time.perf_counter()
     score_options(model, prompts, encoder.answers, True, experiment.eval.batch_tokens)
-    return {"seconds": time.perf_counter() - begin, "peak_mib": float(peak_memory()["peak_memory_mb"])}
+    return {
+        "seconds": time.perf_counter() - begin,
+        "peak_mib": float(peak_memory()["peak_memory_mb"]),
+    }
 
 
 def slope(points: list[dict], key: str) -> float:
-    """The power of n with which a figure grows between the last two points: 1 is linear, 2 quadratic."""
+    """The power of n with which a figure grows between the last two points: 1 is linear, 2
+    quadratic."""
     a, b = points[-2:]
     return math.log(b[key] / a[key]) / math.log(b["n"] / a["n"])
 
 
 def as_table(points: list[dict]) -> str:
     """The points in Markdown, with the power with which each line grows at its end."""
-    lines = ["| what | n | seconds | peak memory (MiB) | grows as n to the power |", "| :--- | ---: | ---: | ---: | :--- |"]
+    lines = [
+        "| what | n | seconds | peak memory (MiB) | grows as n to the power |",
+        "| :--- | ---: | ---: | ---: | :--- |",
+    ]
     for what in dict.fromkeys(point["of"] for point in points):
         line = [point for point in points if point["of"] == what]
         for point in line:
             powers = ""
             if point is line[-1] and len(line) > 1:
-                powers = ", ".join(f"{slope(line, key):.2f} ({name})" for key, name in POWERS.items())
-            lines.append(f"| {what} | {point['n']:,} | {point['seconds']:.2f} | {point['peak_mib']:,.0f} | {powers} |")
-    few, many, alone = (next((p for p in points if (p["of"], p["n"]) == point), None) for point in OWN_POINTS)
+                powers = ", ".join(
+                    f"{slope(line, key):.2f} ({name})" for key, name in POWERS.items()
+                )
+            lines.append(
+                f"| {what} | {point['n']:,} | {point['seconds']:.2f} | "
+                f"{point['peak_mib']:,.0f} "
+                f"| {powers} |"
+            )
+    few, many, alone = (
+        next((p for p in points if (p["of"], p["n"]) == point), None) for point in OWN_POINTS
+    )
     if alone:
         a_row = (many["seconds"] - few["seconds"]) / (many["n"] - few["n"])
         share = alone["seconds"] / alone["n"] / a_row
         lines += [
             "",
-            f"Of the time that predict takes for a further row with the experiment's encoder, that model takes {share:.0%}.",
+            f"Of the time that predict takes for a further row with the "
+            f"experiment's "
+            f"encoder, that model takes {share:.0%}.",
         ]
     return "\n".join(lines) + "\n"
 

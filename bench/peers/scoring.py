@@ -1,10 +1,12 @@
-"""Scoring speed and agreement against lm-evaluation-harness: same process, model, rows, dtype and threads.
+"""Scoring speed and agreement against lm-evaluation-harness: same process, model, rows, dtype and
+threads.
 
     python -m bench.peers.scoring --experiment ag_news_small
 
-Letters on the experiment's own test rows, and R52's 52 names, several tokens each. The two run in turn, three times or
-more, each time on another part of the rows; start-up is not timed. The peer gets the same prompts as text; where its own
-encoding of them gives other ids than training saw, that is counted and reported.
+Letters on the experiment's own test rows, and R52's 52 names, several tokens each. The two run in
+turn, three times or more, each time on another part of the rows; start-up is not timed. The peer
+gets the same prompts as text; where its own encoding of them gives other ids than training saw,
+that is counted and reported.
 """
 
 import itertools
@@ -36,14 +38,26 @@ def main(experiment: Experiment) -> None:
     from letterhead.models.scoring import load_decoder
 
     if experiment.prompt.options != "letters":
-        raise LetterheadError(f"{experiment.name} answers with names; choose an experiment with letters, names are R52's")
+        raise LetterheadError(
+            f"{experiment.name} answers with names; choose an experiment with letters, "
+            f"names are R52's"
+        )
     names = load_experiment(NAMES_EXPERIMENT)
-    sources = {"letters": (experiment, experiment.bench.scoring_rows), "names": (names, experiment.bench.scoring_names_rows)}
-    rows = {title: draw_rows(source, n, experiment.bench.scoring_runs) for title, (source, n) in sources.items()}
+    sources = {
+        "letters": (experiment, experiment.bench.scoring_rows),
+        "names": (names, experiment.bench.scoring_names_rows),
+    }
+    rows = {
+        title: draw_rows(source, n, experiment.bench.scoring_runs)
+        for title, (source, n) in sources.items()
+    }
     stage = StageRun(
         experiment,
         "bench-scoring",
-        {SFT_TRAINING.name: outputs(SFT_TRAINING, experiment), "bench": experiment.bench.model_dump()},
+        {
+            SFT_TRAINING.name: outputs(SFT_TRAINING, experiment),
+            "bench": experiment.bench.model_dump(),
+        },
     )
     folder = checkpoints.whole_checkpoints(Path(experiment.sft_arguments()["output_dir"]))[-1]
     report = {"peer": PEER, "checkpoint": str(folder), "threads": torch.get_num_threads()}
@@ -53,7 +67,10 @@ def main(experiment: Experiment) -> None:
         model, runs = load_decoder(folder, dtype), experiment.bench.scoring_runs
         for name, (source, _) in sources.items():
             title = name if dtype == "float32" else f"{name}, {dtype}"
-            report[title] = {"dtype": dtype, **compare(model, source, rows[name], runs, title, peers_model(model, folder))}
+            report[title] = {
+                "dtype": dtype,
+                **compare(model, source, rows[name], runs, title, peers_model(model, folder)),
+            }
     path = experiment.results_folder / "bench_scoring.json"
     write_json(path, report)
     stage.finish([path], device=str(model.device))
@@ -67,27 +84,37 @@ def summary(title: str, figures: dict) -> str:
     """The figures in a few lines for the terminal."""
     ratios = ", ".join(f"{ratio:.2f}" for ratio in figures["ratios"])
     return (
-        f"{title}: {figures['rows_per_second']:.2f} rows/s, {PEER} {figures['peer_rows_per_second']:.2f}; "
+        f"{title}: {figures['rows_per_second']:.2f} rows/s, {PEER} "
+        f"{figures['peer_rows_per_second']:.2f}; "
         f"ratio {figures['ratio']:.2f} (pairs {ratios})\n"
-        f"  {figures['share_of_matmul_rate']:.2f} of the matmul rate, {figures['matmul_gflops']:.0f} GFLOP/s; time goes to "
-        + ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in list(figures["profile"].items())[:4])
-        + f"\n  the same prediction on {figures['same_predictions']:.2%} of {figures['rows']} rows; ids equal on "
-        f"{figures['rows_with_equal_ids']}, there differences between options agree to {figures['max_difference']:.1e} nats"
+        f"  {figures['share_of_matmul_rate']:.2f} of the matmul rate, "
+        f"{figures['matmul_gflops']:.0f} GFLOP/s; time goes to "
+        + ", ".join(
+            f"{name.removeprefix('aten::')} {share:.0%}"
+            for name, share in list(figures["profile"].items())[:4]
+        )
+        + f"\n  the same prediction on {figures['same_predictions']:.2%} of "
+        f"{figures['rows']} rows; ids equal on "
+        f"{figures['rows_with_equal_ids']}, there differences between options agree to "
+        f"{figures['max_difference']:.1e} nats"
     )
 
 
 def draw_rows(experiment: Experiment, n: int, runs: int) -> list[dict]:
-    """Up to n test rows, in an order drawn by seed; a clear error where there are fewer than the runs need."""
+    """Up to n test rows, in an order drawn by seed; a clear error where there are fewer than the
+    runs need."""
     path = experiment.data_folder / "test.jsonl"
     rows = list(read_jsonl(path)) if path.exists() else []
     if min(len(rows), n) < runs:
-        raise LetterheadError(f"{path}: {len(rows)} rows, {runs} needed; run: make data EXP={experiment.name}")
+        raise LetterheadError(
+            f"{path}: {len(rows)} rows, {runs} needed; run: make data EXP={experiment.name}"
+        )
     return [rows[i] for i in np.random.default_rng(experiment.seed).permutation(len(rows))[:n]]
 
 
 def peers_model(model, folder: Path):
-    """The peer's model, packed like ours: in float32 ours itself; in bfloat16 one whose projection is bfloat16 too, for the
-    peer ties it to the embedding again."""
+    """The peer's model, packed like ours: in float32 ours itself; in bfloat16 one whose projection
+    is bfloat16 too, for the peer ties it to the embedding again."""
     import torch
 
     if model.dtype == torch.float32:
@@ -96,11 +123,18 @@ def peers_model(model, folder: Path):
 
     from letterhead.models.cpu import attention, pack
 
-    asked = {"dtype": model.dtype, "attn_implementation": attention(), "use_safetensors": True, "trust_remote_code": False}
+    asked = {
+        "dtype": model.dtype,
+        "attn_implementation": attention(),
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
     return pack(AutoModelForCausalLM.from_pretrained(folder, **asked).to(model.device).eval())
 
 
-def compare(model, experiment: Experiment, rows: list[dict], runs: int, title: str, of_peer=None) -> dict:
+def compare(
+    model, experiment: Experiment, rows: list[dict], runs: int, title: str, of_peer=None
+) -> dict:
     """Score rows with both, each run on its own part of them; agreement, rates and a profile.
 
     Ours is timed from texts to scores; the peer from ready requests to scores.
@@ -115,16 +149,23 @@ def compare(model, experiment: Experiment, rows: list[dict], runs: int, title: s
     prompts, n = [encoder.encode(row["text"]) for row in rows], len(rows)
     answers, with_end = encoder.answers, experiment.prompt.options == "names"
     peer = HFLM(
-        pretrained=of_peer or model, tokenizer=encoder.tokenizer, batch_size=PEER_BATCH, max_length=encoder.cutoff_len
+        pretrained=of_peer or model,
+        tokenizer=encoder.tokenizer,
+        batch_size=PEER_BATCH,
+        max_length=encoder.cutoff_len,
     )
     pairs = [[peer_pair(encoder, ids, answer, with_end) for answer in answers] for ids in prompts]
 
     def ours(begin: int, end: int) -> np.ndarray:
         part = [encoder.encode(row["text"]) for row in rows[begin:end]]
-        return score_options(model, part, answers, with_end, experiment.eval.batch_tokens).log_likelihood
+        return score_options(
+            model, part, answers, with_end, experiment.eval.batch_tokens
+        ).log_likelihood
 
     def theirs(begin: int, end: int) -> np.ndarray:
-        requests = [Instance("loglikelihood", {}, pair, 0) for row in pairs[begin:end] for pair in row]
+        requests = [
+            Instance("loglikelihood", {}, pair, 0) for row in pairs[begin:end] for pair in row
+        ]
         scores = [likelihood for likelihood, _ in peer.loglikelihood(requests, disable_tqdm=True)]
         return np.reshape(scores, (end - begin, -1))
 
@@ -136,10 +177,18 @@ def compare(model, experiment: Experiment, rows: list[dict], runs: int, title: s
             start = time.perf_counter()
             scores[score].append(score(begin, end))
             times[score].append(time.perf_counter() - start)
-        print(f"{title}, pair {number + 1} of {runs}: {times[ours][-1]:.1f} s, peer {times[theirs][-1]:.1f} s", flush=True)
+        print(
+            f"{title}, pair {number + 1} of {runs}: {times[ours][-1]:.1f} s, peer "
+            f"{times[theirs][-1]:.1f} s",
+            flush=True,
+        )
     seconds, peer_seconds = times[ours], times[theirs]
     lengths = [int(end - begin) for begin, end in parts]
-    equal = [peer_ids_are_trained(peer, encoder, ids, answer, with_end) for ids in prompts for answer in answers]
+    equal = [
+        peer_ids_are_trained(peer, encoder, ids, answer, with_end)
+        for ids in prompts
+        for answer in answers
+    ]
     return {
         "rows": n,
         "options": len(answers),
@@ -157,12 +206,15 @@ def compare(model, experiment: Experiment, rows: list[dict], runs: int, title: s
 
 
 def peer_pair(encoder, prompt: list[int], answer, with_end: bool) -> tuple[str, str]:
-    """The peer's request: context and continuation as text, split where the option's spelling begins."""
+    """The peer's request: context and continuation as text, split where the option's spelling
+    begins."""
 
     def decode(ids: list[int]) -> str:
         return encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    return decode(prompt + answer.ids[: answer.start]), decode(answer.ids[answer.start : answer.stop + with_end])
+    return decode(prompt + answer.ids[: answer.start]), decode(
+        answer.ids[answer.start : answer.stop + with_end]
+    )
 
 
 def peer_ids_are_trained(peer, encoder, prompt: list[int], answer, with_end: bool) -> bool:
@@ -171,9 +223,12 @@ def peer_ids_are_trained(peer, encoder, prompt: list[int], answer, with_end: boo
     return context + continuation == prompt + answer.ids[: answer.stop + with_end]
 
 
-def agreement(rows: list[dict], ours: np.ndarray, theirs: np.ndarray, ids_equal: np.ndarray) -> dict:
-    """How far the two agree: both of shape (rows, options), log-likelihoods in nats; tokens that all options share may
-    be counted by one and not by the other, so differences between options are compared."""
+def agreement(
+    rows: list[dict], ours: np.ndarray, theirs: np.ndarray, ids_equal: np.ndarray
+) -> dict:
+    """How far the two agree: both of shape (rows, options), log-likelihoods in nats; tokens that
+    all options share may be counted by one and not by the other, so differences between options are
+    compared."""
     apart = np.abs((ours - ours[:, :1]) - (theirs - theirs[:, :1])).max(axis=1)
     same = ours.argmax(axis=1) == theirs.argmax(axis=1)
     equal = ids_equal.all(axis=1)
@@ -183,19 +238,26 @@ def agreement(rows: list[dict], ours: np.ndarray, theirs: np.ndarray, ids_equal:
         "rows_with_equal_ids": int(equal.sum()),
         "max_difference": float(apart[equal].max()) if equal.any() else None,
         "rows_that_differ": [
-            {"id": rows[i]["id"], "margin": float(top[i, -1] - top[i, -2]), "equal_ids": bool(equal[i])}
+            {
+                "id": rows[i]["id"],
+                "margin": float(top[i, -1] - top[i, -2]),
+                "equal_ids": bool(equal[i]),
+            }
             for i in np.flatnonzero(~same)
         ],
     }
 
 
 def share_of_matmul_rate(model, work, tokens: int) -> dict:
-    """FLOPs that `work` executes (attention included) a second, over the rate of bare matrix products of the shapes of
-    the model's layers at a batch of that many tokens; measured in turn, medians of three."""
+    """FLOPs that `work` executes (attention included) a second, over the rate of bare matrix
+    products of the shapes of the model's layers at a batch of that many tokens; measured in turn,
+    medians of three."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    def attention_flops(query, key, value, *_, **__):  # torch counts the other kernels of attention, not the CPU's
+    def attention_flops(
+        query, key, value, *_, **__
+    ):  # torch counts the other kernels of attention, not the CPU's
         return sdpa_flop_count(query, key, value)
 
     def packed_flops(input, weight, *_, out_shape, **__):
@@ -222,8 +284,16 @@ def matmul_rate(model, tokens: int) -> float:
     """FLOP/s of one pass of bare matrix products: the model's linear layers, as they are."""
     import torch
 
-    linear = [m for layer in model.base_model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {m.in_features: torch.randn(tokens, m.in_features, dtype=model.dtype, device=model.device) for m in linear}
+    linear = [
+        m
+        for layer in model.base_model.layers
+        for m in layer.modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
+    inputs = {
+        m.in_features: torch.randn(tokens, m.in_features, dtype=model.dtype, device=model.device)
+        for m in linear
+    }
     with torch.inference_mode():
         for timed in (False, True):
             start = time.perf_counter()
@@ -244,7 +314,9 @@ def profile(work) -> dict[str, float]:
         work()
     events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    return {event.key: round(event.self_cpu_time_total / total, 4) for event in events[:TOP_OPERATIONS]}
+    return {
+        event.key: round(event.self_cpu_time_total / total, 4) for event in events[:TOP_OPERATIONS]
+    }
 
 
 if __name__ == "__main__":

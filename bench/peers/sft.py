@@ -1,11 +1,13 @@
-"""SFT's speed against LLaMA-Factory as it comes, and against a plain torch loop: same YAML, rows, batch and optimizer.
+"""SFT's speed against LLaMA-Factory as it comes, and against a plain torch loop: same YAML, rows,
+batch and optimizer.
 
     python -m bench.peers.sft --experiment quick
 
-Each trains `bench.sft_steps` optimizer steps in a process of its own, all of them in turn, three times or more, in an order
-that rotates. Time is the trainer's own clock, which leaves out loading and saving; the first steps of a process, in which it
-touches its memory for the first time, are left out too (on a virtual machine they can take three times as long as the
-others, whoever trains), and told apart. The loss curves say whether they train the same.
+Each trains `bench.sft_steps` optimizer steps in a process of its own, all of them in turn, three
+times or more, in an order that rotates. Time is the trainer's own clock, which leaves out loading
+and saving; the first steps of a process, in which it touches its memory for the first time, are
+left out too (on a virtual machine they can take three times as long as the others, whoever trains),
+and told apart. The loss curves say whether they train the same.
 """
 
 import statistics
@@ -42,27 +44,44 @@ def main(experiment: Experiment) -> None:
             one = measure(experiment, who, dtype == "bfloat16")
             measured[who, dtype].append(one)
             print(
-                f"run {number + 1}, {who}, {dtype}: {one['tokens_per_second']:.0f} tokens/s, {one['seconds_a_step']:.2f} s "
+                f"run {number + 1}, {who}, {dtype}: {one['tokens_per_second']:.0f} tokens/s, "
+                f"{one['seconds_a_step']:.2f} s "
                 f"a step; the first {FIRST_STEPS} took {one['first_seconds']:.1f} s"
             )
-    record = {"steps": experiment.bench.sft_steps, "machine": machine(), "device": device_name(), "versions": versions()}
+    record = {
+        "steps": experiment.bench.sft_steps,
+        "machine": machine(),
+        "device": device_name(),
+        "versions": versions(),
+    }
     record["runs"] = {f"{who}, {dtype}": runs for (who, dtype), runs in measured.items()}
     record["ratios"] = {}
     for dtype in dtypes:
-        for base, its in dict.fromkeys([(AS_IT_COMES, dtype), (PLAIN, dtype), (AS_IT_COMES, "float32")]):
+        for base, its in dict.fromkeys(
+            [(AS_IT_COMES, dtype), (PLAIN, dtype), (AS_IT_COMES, "float32")]
+        ):
             pairs = zip(measured[OURS, dtype], measured[base, its], strict=True)
-            ratios = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
+            ratios = [
+                ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs
+            ]
             title = f"{OURS}, {dtype} / {base}, {its}"
             record["ratios"][title] = {"median": statistics.median(ratios), "pairs": ratios}
-            print(f"{title}: {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+            print(
+                f"{title}: {statistics.median(ratios):.2f} "
+                f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+            )
         ours, theirs = (np.array(measured[who, dtype][0]["losses"]) for who in (OURS, AS_IT_COMES))
         record[f"largest_difference_of_losses_{dtype}"] = apart = float(np.abs(ours - theirs).max())
-        print(f"losses of {OURS} and {AS_IT_COMES}, {dtype}: at most {apart:.1e} apart over {len(ours)} steps")
+        print(
+            f"losses of {OURS} and {AS_IT_COMES}, {dtype}: at most {apart:.1e} apart over "
+            f"{len(ours)} steps"
+        )
     write_json(experiment.results_folder / "bench_sft.json", record)
 
 
 def measure(experiment: Experiment, who: str, half: bool) -> dict:
-    """Train the steps once: tokens (padding left out) a second, seconds a step, the first steps left out; each step's loss.
+    """Train the steps once: tokens (padding left out) a second, seconds a step, the first steps
+    left out; each step's loss.
 
     Raises
     ------
@@ -71,20 +90,37 @@ def measure(experiment: Experiment, who: str, half: bool) -> dict:
     if who == PLAIN:
         return call_in_a_process(plain_loop, experiment, half)
     with TemporaryDirectory() as folder:
-        more = {"output_dir": folder, "max_steps": experiment.bench.sft_steps, "save_strategy": "no", "logging_steps": 1}
+        more = {
+            "output_dir": folder,
+            "max_steps": experiment.bench.sft_steps,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        }
         more |= {"bf16": half, "report_to": "none", "plot_loss": False}
         asked, variables = command(experiment, Path(folder) / "clock.json", **more), environment()
         if who == AS_IT_COMES:
             config = str(experiment.decoder.sft.config)
-            arguments = [pair for pair in asked[asked.index(config) :] if not pair.startswith("flash_attn=")]
+            arguments = [
+                pair for pair in asked[asked.index(config) :] if not pair.startswith("flash_attn=")
+            ]
             asked = [sys.executable, "-m", "llamafactory.cli", "train", *arguments]
             variables.pop("GLIBC_TUNABLES", None)
-        ended = subprocess.run(guarded(asked), env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ended = subprocess.run(
+            guarded(asked),
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         if ended.returncode:
-            raise LetterheadError(f"{who} ended with exit code {ended.returncode}:\n{ended.stdout[-2000:]}")
+            raise LetterheadError(
+                f"{who} ended with exit code {ended.returncode}:\n{ended.stdout[-2000:]}"
+            )
         state = read_json(Path(folder) / "trainer_state.json")
     log = [line for line in state["log_history"] if "loss" in line]
-    return rates(*([line[key] for line in log] for key in ("train_runtime", "num_input_tokens_seen", "loss")))
+    return rates(
+        *([line[key] for line in log] for key in ("train_runtime", "num_input_tokens_seen", "loss"))
+    )
 
 
 def rates(seconds: list[float], tokens: list[int], losses: list[float]) -> dict:
@@ -100,7 +136,8 @@ def rates(seconds: list[float], tokens: list[int], losses: list[float]) -> dict:
 
 
 def plain_loop(experiment: Experiment, half: bool) -> dict:
-    """Forward, backward, clipping and AdamW on LLaMA-Factory's rows, as one would write it without a trainer."""
+    """Forward, backward, clipping and AdamW on LLaMA-Factory's rows, as one would write it without
+    a trainer."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -109,15 +146,21 @@ def plain_loop(experiment: Experiment, half: bool) -> dict:
     encoder, rows = load_prompt_encoder(experiment), results.read_rows(experiment, "decoder_train")
     batch, accumulation = step_of(experiment.sft_arguments())
     if accumulation != 1:
-        raise LetterheadError(f"{experiment.name}: the plain loop has no gradient accumulation; set it to 1")
+        raise LetterheadError(
+            f"{experiment.name}: the plain loop has no gradient accumulation; set it to 1"
+        )
     truth = results.class_numbers(experiment, rows)
     order = np.random.default_rng(experiment.seed).permutation(len(rows))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(experiment.decoder.folder, dtype=torch.float32, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        experiment.decoder.folder, dtype=torch.float32, use_safetensors=True
+    )
     model.to(device).train()
     arguments = experiment.sft_arguments()
     betas = (arguments.get("adam_beta1", 0.9), arguments.get("adam_beta2", 0.999))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments["learning_rate"], betas=betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=arguments["learning_rate"], betas=betas, weight_decay=0.0
+    )
     clock, tokens, losses, begin = [], [0], [], time.perf_counter()
     for step in range(experiment.bench.sft_steps):
         pairs = []
@@ -132,7 +175,9 @@ def plain_loop(experiment: Experiment, half: bool) -> dict:
             inputs["labels"][i, len(prompt) : n] = torch.tensor(answer)
         tokens.append(tokens[-1] + int(inputs["attention_mask"].sum()))
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss = model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).loss
+            loss = model(
+                **{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False
+            ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,9 +1,11 @@
-"""A service under load and abuse for minutes: are all answers right, is memory flat, are errors clear, does it end clean?
+"""A service under load and abuse for minutes: are all answers right, is memory flat, are errors
+clear, does it end clean?
 
     python -m bench.peers.soak --experiment quick --model bert
 
-Closed loops and requests that come by chance ask test rows, whose answers the fresh server gave one by one; beside them
-clients hang, leave, send garbage and bodies of 10 MB. runs/EXPERIMENT/soak/ takes soak.json and soak.png.
+Closed loops and requests that come by chance ask test rows, whose answers the fresh server gave one
+by one; beside them clients hang, leave, send garbage and bodies of 10 MB. runs/EXPERIMENT/soak/
+takes soak.json and soak.png.
 """
 
 import asyncio
@@ -33,7 +35,11 @@ from letterhead.runs.terminal import progress
 from letterhead.serving import vllm as service
 from letterhead.stats.figures import caption_of, plt, save
 
-ROWS, CLIENTS, SHARE = 64, 4, 0.25  # of a single stream's rate come by chance beside the closed loops
+ROWS, CLIENTS, SHARE = (
+    64,
+    4,
+    0.25,
+)  # of a single stream's rate come by chance beside the closed loops
 EVERY_S = 5.0  # memory is read
 BIG = 10_000_000
 HANGING_S, PATIENCE_S, ENDING_S = 10.0, 60.0, 20.0
@@ -41,7 +47,14 @@ GROWN = 1.05  # from the first quarter's memory to the last's is called growth
 NEAR = 1e-3  # probabilities of a text that is asked again may differ by so much, for another batch
 ODD = ("text", -1, None, [[]], 1e30, {"a": 1})
 # So long does each kind of client pause before it comes again
-PAUSES = {"hangs": 1.0, "leaves": 0.5, "garbage": 0.5, "no JSON": 0.5, "wrong types": 0.5, "10 MB": 20.0}
+PAUSES = {
+    "hangs": 1.0,
+    "leaves": 0.5,
+    "garbage": 0.5,
+    "no JSON": 0.5,
+    "wrong types": 0.5,
+    "10 MB": 20.0,
+}
 
 TOLD = ("garbage", "no JSON", "wrong types", "10 MB")  # are to hear what is wrong
 RIGHT, WRONG, FAILED = "right", "wrong", "failed"
@@ -49,9 +62,9 @@ RIGHT, WRONG, FAILED = "right", "wrong", "failed"
 
 @dataclass
 class Tally:
-    """What a soak saw. `answered` holds (seconds since the start, latency in seconds, RIGHT, WRONG or FAILED); `memory`
-    (seconds since the start, MiB, open files, threads); `replies` counts what kinds of bad clients got, `said` has one reply
-    of each, in words."""
+    """What a soak saw. `answered` holds (seconds since the start, latency in seconds, RIGHT, WRONG
+    or FAILED); `memory` (seconds since the start, MiB, open files, threads); `replies` counts what
+    kinds of bad clients got, `said` has one reply of each, in words."""
 
     answered: list[tuple[float, float, str]] = field(default_factory=list)
     memory: list[tuple[float, float, int, int]] = field(default_factory=list)
@@ -65,7 +78,10 @@ def main(experiment: Experiment, model: str) -> None:
     if method not in [one.name for one in (SFT, BERT, LINEAR_HEAD)]:
         raise LetterheadError(f"{name}: choose MODEL=sft, bert or linear_head")
     if method == SFT.name and experiment.prompt.options == "names":
-        raise LetterheadError(f"{name}: vLLM is asked for one token, and the options are names; choose bert or linear_head")
+        raise LetterheadError(
+            f"{name}: vLLM is asked for one token, and the options are names; choose bert "
+            f"or linear_head"
+        )
     stage = StageRun(experiment, "soak", None)
     row = Row(method, "vllm", "one_token" if method == SFT.name else "head")
     folder, route, encode = asked_of_vllm(experiment, row, name)
@@ -73,11 +89,22 @@ def main(experiment: Experiment, model: str) -> None:
     dtype, log = precision(experiment.decoder.dtype, folder), stage.folder / "vllm.log"
     runner = "generate" if method == SFT.name else "pooling"
     memory = experiment.serve.gpu_memory_utilization
-    with service.VllmServer(folder, runner, model_length(experiment, row), log, dtype=dtype, gpu_memory=memory) as server:
+    with service.VllmServer(
+        folder, runner, model_length(experiment, row), log, dtype=dtype, gpu_memory=memory
+    ) as server:
         family = psutil.Process(server.pid).children(recursive=True)
-        tally = asyncio.run(soak(server.url, route, requests, experiment.bench.soak_seconds, lambda: held(server.pid)))
+        tally = asyncio.run(
+            soak(
+                server.url, route, requests, experiment.bench.soak_seconds, lambda: held(server.pid)
+            )
+        )
     left = [process.pid for process in psutil.wait_procs(family, timeout=ENDING_S)[1]]
-    record = figures(tally) | {"name": name, "left_running": left, "device": device_name(), "machine": machine()}
+    record = figures(tally) | {
+        "name": name,
+        "left_running": left,
+        "device": device_name(),
+        "machine": machine(),
+    }
     record |= {"seconds": experiment.bench.soak_seconds, "vllm": service.vllm_version()}
     path, picture = stage.folder / "soak.json", stage.folder / "soak.png"
     write_json(path, record)
@@ -89,7 +116,8 @@ def main(experiment: Experiment, model: str) -> None:
 
 
 def held(pid: int) -> tuple[float, int, int]:
-    """What a process's children hold: MiB of resident memory (shared pages count in each), open files, threads."""
+    """What a process's children hold: MiB of resident memory (shared pages count in each), open
+    files, threads."""
     megabytes = files = threads = 0
     for process in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.Error, OSError):
@@ -110,7 +138,8 @@ async def soak(
 
     Parameters
     ----------
-    requests : token ids; each is asked once alone first, and that answer is the right one from then on
+    requests : token ids; each is asked once alone first, and that answer is the right one from then
+        on
     memory : gives MiB, open files, threads of the service
     """
     tally, chance = Tally(), np.random.default_rng(seed)
@@ -170,23 +199,32 @@ async def soak(
     return tally
 
 
-async def misbehave(kind: str, url: str, route: service.Route, ids: list[int], chance: np.random.Generator) -> str:
-    """Be a bad client once; gives what the service replied: a status and its text, `closed`, `nothing`, or `left`."""
+async def misbehave(
+    kind: str, url: str, route: service.Route, ids: list[int], chance: np.random.Generator
+) -> str:
+    """Be a bad client once; gives what the service replied: a status and its text, `closed`,
+    `nothing`, or `left`."""
     body = json.dumps(route.body(ids)).encode()
     if kind == "no JSON":
         body = bytes(chance.integers(256, size=300, dtype=np.uint8))
     elif kind == "wrong types":
         odd = ODD[chance.integers(len(ODD))]
-        body = json.dumps({**route.body(ids), **dict.fromkeys(("max_tokens", "input", "prompt"), odd)}).encode()
+        body = json.dumps(
+            {**route.body(ids), **dict.fromkeys(("max_tokens", "input", "prompt"), odd)}
+        ).encode()
     elif kind == "10 MB":
         text = "word " * (BIG // 5)
         body = json.dumps(route.body([7] * (BIG // 3) if chance.random() < 0.5 else text)).encode()
-    head = f"POST {route.path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST {route.path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: "
+        f"application/json\r\n"
+    )
     sent = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     if kind == "hangs":
         sent = sent[: len(head) + 10]
     elif kind == "garbage":
-        # A server may skip empty lines before a request and wait on: the garbage begins with a letter.
+        # A server may skip empty lines before a request and wait on: the garbage begins with a
+        # letter.
         sent = b"g" + bytes(chance.integers(256, size=500, dtype=np.uint8)) + b"\r\n\r\n"
     at = urlsplit(url)
     try:
@@ -210,19 +248,23 @@ async def misbehave(kind: str, url: str, route: service.Route, ids: list[int], c
 
 
 def figures(tally: Tally) -> dict:
-    """Answers, how many were wrong or failed, latencies and memory of the first and the last quarter, and what bad clients
-    got.
+    """Answers, how many were wrong or failed, latencies and memory of the first and the last
+    quarter, and what bad clients got.
 
     Raises
     ------
     LetterheadError : nothing was answered in one of the two
     """
     at, latency, found = (np.array(column) for column in zip(*tally.answered, strict=True))
-    when, megabytes, files, threads = (np.array(column) for column in zip(*tally.memory, strict=True))
+    when, megabytes, files, threads = (
+        np.array(column) for column in zip(*tally.memory, strict=True)
+    )
     end = when.max()
     first, last = (lambda moment: moment < end / 4), (lambda moment: moment > end * 3 / 4)
     if not (first(at).any() and last(at).any()):
-        raise LetterheadError(f"the service answered nothing in a quarter of the time; {tally.said}")
+        raise LetterheadError(
+            f"the service answered nothing in a quarter of the time; {tally.said}"
+        )
     return {
         "requests": len(at),
         "wrong": int((found == WRONG).sum()),
@@ -242,7 +284,11 @@ def faults_of(record: dict) -> list[str]:
     before, after = record["memory_mib"]
     got = {client: client.partition(": ")[::2] for client in record["bad_clients"]}
     crashed = [client for client, (_, reply) in got.items() if reply.startswith("5")]
-    silent = [client for client, (kind, reply) in got.items() if kind in TOLD and reply in ("closed", "nothing")]
+    silent = [
+        client
+        for client, (kind, reply) in got.items()
+        if kind in TOLD and reply in ("closed", "nothing")
+    ]
     faults = {
         f"{record['wrong']} answers are wrong": record["wrong"],
         f"{record['failed']} good requests failed": record["failed"],
@@ -257,10 +303,14 @@ def faults_of(record: dict) -> list[str]:
 def sentence(record: dict) -> str:
     """The soak in a few lines."""
     counts = ", ".join(f"{client} {n}" for client, n in record["bad_clients"].items())
-    memory, p99, files = ("{:.0f} and {:.0f}".format(*record[name]) for name in ("memory_mib", "p99_ms", "open_files"))
+    memory, p99, files = (
+        "{:.0f} and {:.0f}".format(*record[name]) for name in ("memory_mib", "p99_ms", "open_files")
+    )
     return (
-        f"{record['name']}, {record['seconds']} s: {record['requests']:,} requests, {record['wrong']} answered wrongly, "
-        f"{record['failed']} failed; in the first and the last quarter {memory} MiB, p99 {p99} ms, {files} open files\n"
+        f"{record['name']}, {record['seconds']} s: {record['requests']:,} requests, "
+        f"{record['wrong']} answered wrongly, "
+        f"{record['failed']} failed; in the first and the last quarter {memory} MiB, "
+        f"p99 {p99} ms, {files} open files\n"
         f"bad clients: {counts}\nprocesses left: {len(record['left_running'])}"
     )
 
@@ -270,12 +320,20 @@ def draw_picture(path: Path, caption: str, tally: Tally) -> None:
     figure, (above, below) = plt.subplots(2, figsize=(7, 5), layout="constrained", sharex=True)
     when, megabytes, *_ = zip(*tally.memory, strict=True)
     above.plot(np.array(when) / 60, megabytes)
-    above.set(ylabel="memory of the service (MiB)", ylim=(0, None), title="A service under load and bad clients")
+    above.set(
+        ylabel="memory of the service (MiB)",
+        ylim=(0, None),
+        title="A service under load and bad clients",
+    )
     at, latency, found = (np.array(column) for column in zip(*tally.answered, strict=True))
     for kind, marker in ((RIGHT, "."), (WRONG, "x"), (FAILED, "+")):
         here = found == kind
         below.plot(
-            at[here] / 60, 1000 * latency[here], marker, markersize=2 if kind == RIGHT else 6, label=f"{kind} ({here.sum()})"
+            at[here] / 60,
+            1000 * latency[here],
+            marker,
+            markersize=2 if kind == RIGHT else 6,
+            label=f"{kind} ({here.sum()})",
         )
     below.set(xlabel="minutes", ylabel="latency (ms)", yscale="log")
     below.legend()

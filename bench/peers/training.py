@@ -1,4 +1,5 @@
-"""Training throughput of BERT and of the linear head: rows grouped by length against plain, in pairs, in one process.
+"""Training throughput of BERT and of the linear head: rows grouped by length against plain, in
+pairs, in one process.
 
 python -m bench.peers.training --experiment ag_news_small
 """
@@ -20,10 +21,19 @@ WARM_UP_ROWS = 64
 
 def main(experiment: Experiment) -> None:
     rows = results.read_rows(experiment, "train")
-    drawn = np.random.default_rng(experiment.seed).permutation(len(rows))[: experiment.bench.training_rows]
+    drawn = np.random.default_rng(experiment.seed).permutation(len(rows))[
+        : experiment.bench.training_rows
+    ]
     rows = [rows[i] for i in drawn]
-    record = {"rows": len(rows), "pairs": experiment.bench.training_runs, "device": device_name(), "versions": versions()}
-    for name, section in ((method.name, method.section(experiment)) for method in (BERT, LINEAR_HEAD)):
+    record = {
+        "rows": len(rows),
+        "pairs": experiment.bench.training_runs,
+        "device": device_name(),
+        "versions": versions(),
+    }
+    for name, section in (
+        (method.name, method.section(experiment)) for method in (BERT, LINEAR_HEAD)
+    ):
         plain, grouped = [], []
         throughput(experiment, section, rows[:WARM_UP_ROWS], False)
         for pair in range(experiment.bench.training_runs):
@@ -33,7 +43,8 @@ def main(experiment: Experiment) -> None:
                 print(f"{name}, {'grouped' if group else 'plain'}: {rate:.2f} rows/s", flush=True)
         ratios = [g / p for g, p in zip(grouped, plain, strict=True)]
         record[name] = {
-            "batch": section.head.per_device_train_batch_size * section.head.gradient_accumulation_steps,
+            "batch": section.head.per_device_train_batch_size
+            * section.head.gradient_accumulation_steps,
             "plain_rows_per_second": float(np.median(plain)),
             "grouped_rows_per_second": float(np.median(grouped)),
             "ratios": ratios,
@@ -61,7 +72,9 @@ def throughput(experiment: Experiment, section, rows: list[dict], group: bool) -
         arguments = heads.training_arguments(head, folder, experiment.seed, None, dtype)
         arguments.eval_strategy = arguments.save_strategy = "no"
         arguments.report_to = []
-        trainer = heads.HeadTrainer(heads.load_head(section.folder, experiment.labels), arguments, tokenizer, train)
+        trainer = heads.HeadTrainer(
+            heads.load_head(section.folder, experiment.labels), arguments, tokenizer, train
+        )
         return trainer.train().metrics["train_samples_per_second"]
 
 

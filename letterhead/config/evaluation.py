@@ -1,4 +1,5 @@
-"""The sections `prompt`, `eval` and `compare`: what the decoder is asked, how answers are scored, what decides."""
+"""The sections `prompt`, `eval` and `compare`: what the decoder is asked, how answers are scored,
+what decides."""
 
 from typing import Annotated, Literal
 
@@ -21,14 +22,16 @@ Answer:/no_think"""
 
 
 class Prompt(Section):
-    """The question put to the decoder. `{text}` and `{options}` are filled in; the answer is the prefix and an option."""
+    """The question put to the decoder. `{text}` and `{options}` are filled in; the answer is the
+    prefix and an option."""
 
     template: str = Field(PROMPT, description="The question. {text} and {options} are filled in.")
     options: Literal["letters", "names"] = Field(
         "letters", description="What the decoder answers with: a letter, or the name of the label."
     )
     answer_prefix: str = Field(
-        "<think>\n\n</think>\n\n", description="What stands before the option in an answer that is trained."
+        "<think>\n\n</think>\n\n",
+        description="What stands before the option in an answer that is trained.",
     )
 
     @field_validator("template")
@@ -36,14 +39,20 @@ class Prompt(Section):
     def _placeholders(cls, template: str) -> str:
         for placeholder in ("{text}", "{options}"):
             if template.count(placeholder) != 1:
-                raise ValueError(f"write {placeholder} once where it belongs; it stands {template.count(placeholder)}x")
+                raise ValueError(
+                    f"write {placeholder} once where it belongs; it stands "
+                    f"{template.count(placeholder)}x"
+                )
         return template
 
 
 class Thinking(Section):
-    """Zero-shot with thinking: on how many test rows (null: all), and how many tokens an answer may have."""
+    """Zero-shot with thinking: on how many test rows (null: all), and how many tokens an answer may
+    have."""
 
-    rows: Count | None = Field(24, description="On how many test rows the decoder thinks. null takes all.")
+    rows: Count | None = Field(
+        24, description="On how many test rows the decoder thinks. null takes all."
+    )
     tokens: Count = Field(64, description="How many tokens an answer may have.")
     batch: Count = Field(24, description="How many answers HF generates at a time.")
 
@@ -54,13 +63,16 @@ class Eval(Section):
     score: Literal["mean", "sum"] = Field(
         "sum",
         description=(
-            "An option's log-likelihood (sum), or its mean over the option's tokens (mean), which is"
+            "An option's log-likelihood (sum), or its mean over the option's tokens "
+            "(mean), which is"
             " perplexity. For letters of one token the two are equal. For names the mean favours "
             "long ones."
         ),
     )
     batch_tokens: Count = Field(2048, description="How many tokens a forward pass may hold.")
-    untrained: bool = Field(True, description="Whether the decoder before training is scored, too, as step 0.")
+    untrained: bool = Field(
+        True, description="Whether the decoder before training is scored, too, as step 0."
+    )
     option_order: Literal["listed", "rotated"] = Field(
         "listed",
         description=(
@@ -75,8 +87,11 @@ class Eval(Section):
 
 
 class Compare(Section):
-    """What decides which method to ship: the loss of macro F1 that a lower price is worth, set before a test row is seen."""
+    """What decides which method to ship: the loss of macro F1 that a lower price is worth, set
+    before a test row is seen."""
 
     margin: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.01, description="The loss of macro F1 that a lower price is worth. Set it before a test row is seen."
+        0.01,
+        description="The loss of macro F1 that a lower price is worth. Set it before a test row "
+        "is seen.",
     )

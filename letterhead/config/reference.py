@@ -32,21 +32,34 @@ def tables(section: type[Section], path: str) -> list[str]:
     for name, field in section.model_fields.items():
         inner = section_of(field)
         if inner is None or name == "model" or field.description:
-            default, values = shown_default(field), ", ".join(f"`{value}`" for value in values_of(field.annotation))
-            description = " ".join(filter(None, [field.description, f"One of {values}." if values else ""]))
-            rows.append(f"| `{path}{name}` | {default} | {description.replace('|', chr(92) + '|')} |")
+            default, values = (
+                shown_default(field),
+                ", ".join(f"`{value}`" for value in values_of(field.annotation)),
+            )
+            description = " ".join(
+                filter(None, [field.description, f"One of {values}." if values else ""])
+            )
+            rows.append(
+                f"| `{path}{name}` | {default} | {description.replace('|', chr(92) + '|')} |"
+            )
         else:
             below += tables(inner, f"{path}{name}.")
     title = path.rstrip(".") or "The experiment"
     summary = " ".join((section.__doc__ or "").split())
-    table = "| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n" if rows else ""
+    table = (
+        "| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
+        if rows
+        else ""
+    )
     return [f"\n## {title}\n\n{summary}\n\n{table}", *below] if rows else below
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section that a key holds, or None."""
     kinds = [field.annotation, *get_args(field.annotation)]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+    return next(
+        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None
+    )
 
 
 def values_of(annotation: Any) -> tuple[Any, ...]:
@@ -61,9 +74,21 @@ def shown_default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or value is PydanticUndefined:
         return "`null`"
-    text = str(value).lower() if isinstance(value, bool) else str(value.value if isinstance(value, Enum) else value)
-    text = str(Path(text)) if isinstance(value, Path) else text.replace("\n", "\\n").replace("|", "\\|")
-    return f"`{text[:LONGEST_DEFAULT]}{'…' if len(text) > LONGEST_DEFAULT else ''}`" if text else "empty"
+    text = (
+        str(value).lower()
+        if isinstance(value, bool)
+        else str(value.value if isinstance(value, Enum) else value)
+    )
+    text = (
+        str(Path(text))
+        if isinstance(value, Path)
+        else text.replace("\n", "\\n").replace("|", "\\|")
+    )
+    return (
+        f"`{text[:LONGEST_DEFAULT]}{'…' if len(text) > LONGEST_DEFAULT else ''}`"
+        if text
+        else "empty"
+    )
 
 
 if __name__ == "__main__":

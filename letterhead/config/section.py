@@ -1,4 +1,5 @@
-"""What the sections of an experiment's YAML are made of: strict keys, and files that are read as plain data."""
+"""What the sections of an experiment's YAML are made of: strict keys, and files that are read as
+plain data."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,8 +1,9 @@
-"""Which option a written answer names: what a model generated, or a teacher replied, in English or Chinese.
+"""Which option a written answer names: what a model generated, or a teacher replied, in English or
+Chinese.
 
-An answer is read as one option or as none. The last declared one counts ("the answer is B", "答案：B"). A bare letter
-counts only where it stands alone, since `A` and `I` are words too. Where several are named, or one is denied ("not
-positive") and none is declared, the answer names none.
+An answer is read as one option or as none. The last declared one counts ("the answer is B",
+"答案：B"). A bare letter counts only where it stands alone, since `A` and `I` are words too. Where
+several are named, or one is denied ("not positive") and none is declared, the answer names none.
 """
 
 import re
@@ -14,11 +15,16 @@ from letterhead.stats.metrics import NO_ANSWER
 
 _OPEN = r"[\s*_`~\"'“‘(\[{<「『【《$]*"
 _CLOSE = r"[\s*_`~\"'”’)\]}>」』】》$]*"
-_LETTER = re.compile(r"(?<![A-Za-z0-9_+])(?<![A-Za-z]['’])[A-Za-z](?![A-Za-z0-9_+#])(?!['’][A-Za-z])")
+_LETTER = re.compile(
+    r"(?<![A-Za-z0-9_+])(?<![A-Za-z]['’])[A-Za-z](?![A-Za-z0-9_+#])(?!['’][A-Za-z])"
+)
 _IS = r"(?:is|was|would be|will be|should be|must be|has to be|seems to be|appears to be)"
 _IS_ZH = r"(?:应该|应当|应|就|只能|可以|似乎|最终|显然)?(?:是|为|选择|选|属于)"
 _NOT = r"(?:not|never|no|isn['’]t|neither|nor|rather)\b"
-_FILLER = r"(?:(?:the|clearly|definitely|most likely|likely|probably|therefore|thus|simply|just|indeed|obviously)\s+)*"
+_FILLER = (
+    r"(?:(?:the|clearly|definitely|most "
+    r"likely|likely|probably|therefore|thus|simply|just|indeed|obviously)\s+)*"
+)
 _NOUN = (
     r"(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:option|choice|letter|category|class|label|topic|answer)\s*:?\s*"
     r"|选项|类别|字母)?"
@@ -31,7 +37,8 @@ _STRONG = re.compile(
     rf"|\b(?:option|choice|category|class|label|topic|letter|one|fit|match|selection|pick)\b{_CLOSE}"
     rf"(?:\s+(?:here|for this (?:text|article|review|question)))?\s*(?:{_IS}\b\s*:?|[:=→]|->|=>)"
     r"|(?<!\w)(?:therefore|thus|hence|so)\s*[,:]"
-    rf"|\b(?:overall|in summary|in total|on balance)\b,?(?:\s+(?!{_NOT})[\w’']+){{0,4}}?\s*(?:{_IS}\b|[:,])"
+    rf"|\b(?:overall|in summary|in total|on "
+    rf"balance)\b,?(?:\s+(?!{_NOT})[\w’']+){{0,4}}?\s*(?:{_IS}\b|[:,])"
     rf"|\b(?:classify|label|categori[sz]e|rate|call)\b(?:\s+(?!{_NOT})[\w’']+){{1,4}}?(?:\s+as)?"
     r"|\\boxed"
     rf"|(?:答案|结论|结果|类别|分类|选项|选择|标签|答){_CLOSE}\s*(?:{_IS_ZH})?\s*[:=→]*"
@@ -45,10 +52,12 @@ _STRONG = re.compile(
 _WEAK = re.compile(
     r"(?:"
     r"\b(?:it|this|that|which|text|article|review|news|headline|message|post|passage|sentiment)\b"
-    rf"\s*(?:['’]s|{_IS}|belongs (?:to|in|under)|falls (?:under|into|in)|fits(?: best)?(?: in| into| under)?|matches)\b\s*:?"
+    rf"\s*(?:['’]s|{_IS}|belongs (?:to|in|under)|falls (?:under|into|in)|fits(?: "
+    rf"best)?(?: in| into| under)?|matches)\b\s*:?"
     r"(?:\s+(?:about|in|under|best described as|classified as|categori[sz]ed as))?"
     r"|\b(?:I|we)\b\s*(?:['’](?:d|ll|m)|would|will|am|have to|must|shall)?\s*(?:therefore\s+)?"
-    r"(?:say|choose|chose|pick|picked|select|selected|think|guess|believe|answer|go(?:ing)? (?:with|for)|vote for|"
+    r"(?:say|choose|chose|pick|picked|select|selected|think|guess|believe|answer|go(?:ing)? "
+    r"(?:with|for)|vote for|"
     r"opt for)\b\s*:?"
     r"(?:\s+(?:it['’]s|it is|that it is|for|with))?"
     r"|\b(?:choose|pick|select|go with)\b\s*:?"
@@ -64,7 +73,8 @@ _IS_RIGHT = re.compile(
     re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|nor|neither|no|nothing|without|excluding|exclude|except|unlike|cannot be|rule out|ruled out|"
+    r"(?:\b(?:not|never|nor|neither|no|nothing|without|excluding|exclude|except|unlike|cannot "
+    r"be|rule out|ruled out|"
     r"ruling out|rather than|instead of|nothing to do with)\b|n['’]t\b)"
     r"(?:\s+(?:be|being|a|an|the|about|in|really|exactly|quite|very|clearly|option|choice|category|class|label|to|of|for))*"
     rf"\s*:?{_OPEN}$"
@@ -73,7 +83,8 @@ _DENIED_BEFORE = re.compile(
 )
 _DENIED_AFTER = re.compile(
     rf"{_CLOSE}\s*(?:(?:is|are|was|seems|does|do|would|can|could|has|did)?\s*(?:not\b|n['’]t\b|cannot\b|can['’]t\b)"
-    r"|(?:is|are|was|seems|looks)\s+(?:\w+\s+)?(?:wrong|incorrect|ruled out|excluded|unlikely|out)\b)"
+    r"|(?:is|are|was|seems|looks)\s+(?:\w+\s+)?(?:wrong|incorrect|ruled "
+    r"out|excluded|unlikely|out)\b)"
     rf"|{_CLOSE}(?:选?项)?(?:是)?(?:不对|不是|错的|错误|不正确|不符合|不合适|不恰当|可以排除|被排除|排除)",
     re.IGNORECASE,
 )
@@ -88,7 +99,9 @@ _BEGIN = re.compile(rf"(?:^|[\n.!?。!?;])\s*(?:[-•>#]+\s*)?{_OPEN}$")
 _AFTER_A_FIRST_LETTER = re.compile(
     rf"{_CLOSE}(?:[.:)、,;\-–—(=]|$|\n|\s(?:because|since|as|for|{_IS}|seems|fits|matches|best)\b|\s*(?:因为|。|是|项))"
 )
-_AFTER_AN_OPTION = re.compile(rf"{_CLOSE}(?:[.,:;!?)(。、\-–—]|\s(?:because|since|as|for|or|and|but|{_IS})\b)|[^\x00-\x7f]")
+_AFTER_AN_OPTION = re.compile(
+    rf"{_CLOSE}(?:[.,:;!?)(。、\-–—]|\s(?:because|since|as|for|or|and|but|{_IS})\b)|[^\x00-\x7f]"
+)
 _WRAPPED_BEFORE = re.compile(r"[(\[{<「『【《*`\"'“‘]\s*$")
 _WRAPPED_AFTER = re.compile(r"\s*[)\]}>」』】》*`\"'”’]")
 _LAST_ON_A_LINE = re.compile(rf"{_CLOSE}[.!。]?{_CLOSE}(?=\n|$)")
@@ -112,13 +125,17 @@ class _Mention:
     denied: bool
 
 
-def read_answer(text: str, ended: bool, options: Sequence[str], labels: Sequence[str] = ()) -> tuple[int, str]:
-    """The option that a generated answer names behind its thought; of a model that did not think, in all of it.
+def read_answer(
+    text: str, ended: bool, options: Sequence[str], labels: Sequence[str] = ()
+) -> tuple[int, str]:
+    """The option that a generated answer names behind its thought; of a model that did not think,
+    in all of it.
 
     Returns
     -------
-    tuple : the option's number or NO_ANSWER; `answered`, `unfinished` (the budget, or the answer, ended before the thought
-        did) or `unparsed` (no option named, several, or one that is denied)
+    tuple : the option's number or NO_ANSWER; `answered`, `unfinished` (the budget, or the answer,
+        ended before the thought did) or `unparsed` (no option named, several, or one that is
+        denied)
     """
     _, thought, rest = text.rpartition("</think>")
     if not thought and (not ended or "<think>" in text):
@@ -141,7 +158,11 @@ def named_option(text: str, options: Sequence[str], labels: Sequence[str] = ()) 
     if lettered:
         letters = _letters(text, [option.upper() for option in options])
         if letters:
-            beside = [name for name in names if any(_BESIDE.fullmatch(text[m.stop : name.start]) for m in letters)]
+            beside = [
+                name
+                for name in names
+                if any(_BESIDE.fullmatch(text[m.stop : name.start]) for m in letters)
+            ]
             names = [*beside, *(name for name in names if name.denied and name not in beside)]
         mentions = sorted([*letters, *names], key=lambda mention: mention.start)
     else:
@@ -155,8 +176,14 @@ def _choose(text: str, mentions: list[_Mention], lettered: bool) -> int:
     declared = [mention for mention in affirmed if mention.declared == 2]
     if declared:
         last = declared[-1]
-        rivals = [other for other in affirmed if other.option != last.option and _linked(text, last, other, lettered)]
-        taken_back = [other for other in denied if other.option == last.option and other.start > last.start]
+        rivals = [
+            other
+            for other in affirmed
+            if other.option != last.option and _linked(text, last, other, lettered)
+        ]
+        taken_back = [
+            other for other in denied if other.option == last.option and other.start > last.start
+        ]
         return NO_ANSWER if rivals or taken_back else last.option
     named = {mention.option for mention in affirmed}
     if len(named) != 1 or named & {mention.option for mention in denied}:
@@ -167,22 +194,27 @@ def _choose(text: str, mentions: list[_Mention], lettered: bool) -> int:
 
 
 def _linked(text: str, one: _Mention, other: _Mention, lettered: bool) -> bool:
-    """Whether two mentions are alternatives ("B or C"), or, of letters, one is explained by the other ("B. World")."""
+    """Whether two mentions are alternatives ("B or C"), or, of letters, one is explained by the
+    other ("B. World")."""
     first, second = sorted([one, other], key=lambda mention: mention.start)
     between = text[first.stop : second.start]
-    return len(between) < _WINDOW and bool(_OR.fullmatch(between) or (lettered and _BESIDE.fullmatch(between)))
+    return len(between) < _WINDOW and bool(
+        _OR.fullmatch(between) or (lettered and _BESIDE.fullmatch(between))
+    )
 
 
 def _names(text: str, labels: Sequence[str]) -> list[_Mention]:
-    """Where a text names a label, in any case; of labels that hold each other the longest. (Edges of ASCII words only: other
-    scripts write no spaces.)"""
+    """Where a text names a label, in any case; of labels that hold each other the longest. (Edges
+    of ASCII words only: other scripts write no spaces.)"""
     plain = [_plain(label).strip() for label in labels]
     longest = sorted((i for i in range(len(plain)) if plain[i]), key=lambda i: -len(plain[i]))
     if not longest:
         return []
     pattern = "|".join(f"({re.escape(plain[i])})" for i in longest)
     found = re.finditer(rf"(?<![A-Za-z0-9_])(?:{pattern})(?![A-Za-z0-9_])", text, re.IGNORECASE)
-    return [_mention(text, match.start(), match.end(), longest[match.lastindex - 1]) for match in found]
+    return [
+        _mention(text, match.start(), match.end(), longest[match.lastindex - 1]) for match in found
+    ]
 
 
 def _letters(text: str, options: Sequence[str]) -> list[_Mention]:
@@ -190,7 +222,9 @@ def _letters(text: str, options: Sequence[str]) -> list[_Mention]:
     candidates = []
     for match in _LETTER.finditer(text):
         if match[0].upper() in options:
-            candidates.append(_mention(text, match.start(), match.end(), options.index(match[0].upper())))
+            candidates.append(
+                _mention(text, match.start(), match.end(), options.index(match[0].upper()))
+            )
     mentions = [one for one in candidates if _stands_for_an_option(text, one)]
     more = True
     while more:  # "B or C": the second letter is an option since the first is one
@@ -207,7 +241,8 @@ def _letters(text: str, options: Sequence[str]) -> list[_Mention]:
 
 
 def _around(text: str, start: int, stop: int) -> tuple[str, str]:
-    """What stands before and behind a mention, as far as it decides; a cut-off beginning starts with a word of its own."""
+    """What stands before and behind a mention, as far as it decides; a cut-off beginning starts
+    with a word of its own."""
     begin = max(0, start - _WINDOW)
     return ("…x " if begin else "") + text[begin:start], text[stop : stop + _WINDOW]
 
@@ -218,7 +253,9 @@ def _stands_for_an_option(text: str, mention: _Mention) -> bool:
     upper, at_end = letter.isupper(), bool(_LAST_ON_A_LINE.match(after))
     if _WRAPPED_BEFORE.search(before) and _WRAPPED_AFTER.match(after):
         return True
-    if after.startswith(")") or (at_end and (_BEGIN.search(before) or _BEHIND_A_MARK.search(before))):
+    if after.startswith(")") or (
+        at_end and (_BEGIN.search(before) or _BEHIND_A_MARK.search(before))
+    ):
         return True
     if _BEGIN.search(before) and _AFTER_A_FIRST_LETTER.match(after):
         if upper:
@@ -232,8 +269,8 @@ def _stands_for_an_option(text: str, mention: _Mention) -> bool:
 
 
 def _may_be_a_word(text: str, mention: _Mention) -> bool:
-    """Whether a letter may be an article or a pronoun ("the answer is a sports article"): a small letter, A and I, unless
-    the sentence ends or goes on as behind an option."""
+    """Whether a letter may be an article or a pronoun ("the answer is a sports article"): a small
+    letter, A and I, unless the sentence ends or goes on as behind an option."""
     letter = text[mention.start]
     if letter.isupper() and letter not in _WORDS:
         return False

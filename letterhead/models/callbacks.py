@@ -10,10 +10,11 @@ from letterhead.runs.terminal import progress
 
 
 class StopAtDivergence(TrainerCallback):
-    """Ends a training at the first loss, gradient or weight that is not finite, and leaves no such checkpoint.
+    """Ends a training at the first loss, gradient or weight that is not finite, and leaves no such
+    checkpoint.
 
-    Left to itself the Trainer goes on: it logs the mean of earlier losses in place of one that is not a number, and saves
-    weights that are none, with which every row gets the first class.
+    Left to itself the Trainer goes on: it logs the mean of earlier losses in place of one that is
+    not a number, and saves weights that are none, with which every row gets the first class.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -21,7 +22,8 @@ class StopAtDivergence(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        # With float16 an overflow now and then is expected: the step is left out and the loss scaled down.
+        # With float16 an overflow now and then is expected: the step is left out and the loss
+        # scaled down.
         if args.fp16 or not gradients:
             return
         norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
@@ -43,7 +45,9 @@ class StopAtDivergence(TrainerCallback):
 
     def _require_finite_weights(self, step: int, model, kwargs: dict) -> None:
         for name, parameter in model.named_parameters():
-            if parameter.numel() and not all(math.isfinite(bound) for bound in parameter.detach().aminmax()):
+            if parameter.numel() and not all(
+                math.isfinite(bound) for bound in parameter.detach().aminmax()
+            ):
                 self._stop(step, f"the weights {name} are not finite", kwargs)
 
     @staticmethod
@@ -61,7 +65,11 @@ class StepBar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         shown = state.is_world_process_zero
         self._bar = progress(
-            total=state.max_steps, initial=state.global_step, desc=self._title, unit=" steps", disable=not shown
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self._title,
+            unit=" steps",
+            disable=not shown,
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -75,6 +83,7 @@ def diverged(step: int, what: str, rate: float | None = None) -> LetterheadError
     """The error that ends a training which diverged."""
     at_rate = "" if rate is None else f" (learning rate there {rate:.3g})"
     return LetterheadError(
-        f"the training diverged at step {step}: {what}{at_rate}; lower the learning rate, or warm up longer. What was saved "
+        f"the training diverged at step {step}: {what}{at_rate}; lower the learning "
+        f"rate, or warm up longer. What was saved "
         "before is kept, nothing of this step is"
     )

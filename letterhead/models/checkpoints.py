@@ -1,7 +1,9 @@
-"""Checkpoints that the Trainer wrote: which are whole, which can be resumed from, what may be deleted.
+"""Checkpoints that the Trainer wrote: which are whole, which can be resumed from, what may be
+deleted.
 
-The Trainer resumes from the highest-numbered folder, whole or not. It writes trainer_state.json last, so a checkpoint
-is whole when that file parses, every safetensors file is as long as its own header says, and its weights are numbers.
+The Trainer resumes from the highest-numbered folder, whole or not. It writes trainer_state.json
+last, so a checkpoint is whole when that file parses, every safetensors file is as long as its own
+header says, and its weights are numbers.
 """
 
 import json
@@ -20,14 +22,19 @@ GIB = 1 << 30
 
 
 def safetensors_error(path: Path) -> str | None:
-    """Why a safetensors file is not whole, or None. The header is an 8-byte length, then JSON with byte offsets."""
+    """Why a safetensors file is not whole, or None. The header is an 8-byte length, then JSON with
+    byte offsets."""
     try:
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > path.stat().st_size:
                 return "its header is cut off"
             header = json.loads(file.read(header_bytes))
-        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+        ends = [
+            int(tensor["data_offsets"][1])
+            for name, tensor in header.items()
+            if name != "__metadata__"
+        ]
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         return f"its header does not parse ({type(error).__name__}: {error})"
     expected = 8 + header_bytes + max(ends, default=0)
@@ -43,24 +50,29 @@ def require_model(folder: Path) -> None:
     LetterheadError : no folder, no config, no safetensors, or one that is cut off
     """
     if not (folder / "config.json").is_file():
-        raise LetterheadError(f"{folder}: no checkpoint there (no config.json); train it, or name another")
+        raise LetterheadError(
+            f"{folder}: no checkpoint there (no config.json); train it, or name another"
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise LetterheadError(f"{folder}: no safetensors file; other weight formats can run code and are refused")
+        raise LetterheadError(
+            f"{folder}: no safetensors file; other weight formats can run code and are refused"
+        )
     for file in weights:
         if reason := safetensors_error(file):
             raise LetterheadError(f"{file}: cut off: {reason}; delete the folder and make it again")
 
 
 def holds_a_head(folder: Path) -> bool:
-    """Whether a model's folder holds a classifier's head, by the architecture that its config names."""
+    """Whether a model's folder holds a classifier's head, by the architecture that its config
+    names."""
     architectures = (read_json(folder / "config.json") or {}).get("architectures") or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def require_language_model(folder: Path) -> None:
-    """Make sure that a decoder's folder holds a language model: a classifier lacks the projection to the vocabulary, and
-    would be given a random one without a word.
+    """Make sure that a decoder's folder holds a language model: a classifier lacks the projection
+    to the vocabulary, and would be given a random one without a word.
 
     Raises
     ------
@@ -68,28 +80,39 @@ def require_language_model(folder: Path) -> None:
     """
     if holds_a_head(folder):
         raise LetterheadError(
-            f"{folder}: a classifier, not a language model, so it cannot answer with an option; name the model that it was "
+            f"{folder}: a classifier, not a language model, so it cannot answer with an "
+            f"option; name the model that it was "
             "made from (decoder.model)"
         )
 
 
 def parameters_per_token(model) -> int:
-    """How many parameters a token is multiplied with: all but the embeddings (and a projection tied to them)."""
+    """How many parameters a token is multiplied with: all but the embeddings (and a projection tied
+    to them)."""
     from torch.nn import Embedding
 
-    embeddings = {id(p) for m in model.modules() if isinstance(m, Embedding) for p in m.parameters()}
-    if getattr(model.config, "tie_word_embeddings", False) and (projection := model.get_output_embeddings()):
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, Embedding) for p in m.parameters()
+    }
+    if getattr(model.config, "tie_word_embeddings", False) and (
+        projection := model.get_output_embeddings()
+    ):
         embeddings |= {id(p) for p in projection.parameters()}  # in bfloat16 a float32 copy
     return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
 
 
 def model_facts(model) -> dict:
-    """What a result says of the model that it was computed with: parameters a token is multiplied with, and the dtype."""
-    return {"parameters": parameters_per_token(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    """What a result says of the model that it was computed with: parameters a token is multiplied
+    with, and the dtype."""
+    return {
+        "parameters": parameters_per_token(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def stored_parameters(folder: Path) -> int:
-    """How many numbers a model's safetensors files hold, by their headers: its parameters, tied ones once."""
+    """How many numbers a model's safetensors files hold, by their headers: its parameters, tied
+    ones once."""
     tensors = (tensor for file in folder.glob("*.safetensors") for tensor in _header(file).items())
     return sum(math.prod(tensor["shape"]) for name, tensor in tensors if name != "__metadata__")
 
@@ -111,7 +134,10 @@ def is_whole(folder: Path) -> bool:
     index = read_json(folder / "model.safetensors.index.json")
     weights = sorted(folder.glob("*.safetensors"))
     shards = set(index["weight_map"].values()) if index else set()
-    states = [*folder.glob("*.pt"), *folder.glob("*.pth")]  # of optimizer, schedule and chance: zip files
+    states = [
+        *folder.glob("*.pt"),
+        *folder.glob("*.pth"),
+    ]  # of optimizer, schedule and chance: zip files
     return (
         isinstance(state, dict)
         and state.get("global_step") == step_of(folder)
@@ -124,15 +150,18 @@ def is_whole(folder: Path) -> bool:
 
 
 def has_finite_vectors(path: Path) -> bool:
-    """Whether the vectors of a safetensors file (norms and biases: kilobytes) are numbers. A gradient that is none spreads
-    to all weights by the clipping of its norm, so these tell of the matrices, too."""
+    """Whether the vectors of a safetensors file (norms and biases: kilobytes) are numbers. A
+    gradient that is none spreads to all weights by the clipping of its norm, so these tell of the
+    matrices, too."""
     import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             vectors = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == 1]  # noqa: SIM118
-            return all(bool(torch.isfinite(file.get_tensor(name).float()).all()) for name in vectors)
+            return all(
+                bool(torch.isfinite(file.get_tensor(name).float()).all()) for name in vectors
+            )
     except (SafetensorError, OSError):
         return False
 
@@ -144,8 +173,9 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def set_aside_broken(folder: Path) -> list[Path]:
-    """Rename every checkpoint that is not whole to broken-checkpoint-N; returns the new paths. The others get times in the
-    order of their steps, all past, since by these the Trainer knows which is the oldest."""
+    """Rename every checkpoint that is not whole to broken-checkpoint-N; returns the new paths. The
+    others get times in the order of their steps, all past, since by these the Trainer knows which
+    is the oldest."""
     aside = []
     for path in sorted(folder.glob("checkpoint-*"), key=step_of):
         if step_of(path) >= 0 and not is_whole(path):
@@ -160,13 +190,17 @@ def set_aside_broken(folder: Path) -> list[Path]:
 
 def resumable(folder: Path) -> Path | None:
     """The newest whole checkpoint that still has its optimizer's state, or None."""
-    with_state = [p for p in whole_checkpoints(folder) if (p / "optimizer.pt").exists() or list(p.glob("global_step*"))]
+    with_state = [
+        p
+        for p in whole_checkpoints(folder)
+        if (p / "optimizer.pt").exists() or list(p.glob("global_step*"))
+    ]
     return with_state[-1] if with_state else None
 
 
 def prune_optimizer_states(folder: Path) -> None:
-    """Delete the optimizer's state (twice the model's size) of all checkpoints before the one to resume from; their times
-    stay, since by these the Trainer knows which is the oldest."""
+    """Delete the optimizer's state (twice the model's size) of all checkpoints before the one to
+    resume from; their times stay, since by these the Trainer knows which is the oldest."""
     newest = resumable(folder)
     for path in whole_checkpoints(folder) if newest else []:
         if step_of(path) >= step_of(newest):
@@ -180,7 +214,8 @@ def prune_optimizer_states(folder: Path) -> None:
 
 
 def keep_best_and_last(folder: Path) -> None:
-    """Delete all whole checkpoints but the last and the one that the Trainer found best, and old optimizer states."""
+    """Delete all whole checkpoints but the last and the one that the Trainer found best, and old
+    optimizer states."""
     whole = whole_checkpoints(folder)
     best = read_json(whole[-1] / "trainer_state.json").get("best_global_step")
     for path in whole[:-1]:
@@ -190,31 +225,38 @@ def keep_best_and_last(folder: Path) -> None:
 
 
 def log_history(folder: Path) -> list[dict]:
-    """What the Trainer logged up to the newest whole checkpoint: dictionaries with `step`, `loss`, …"""
+    """What the Trainer logged up to the newest whole checkpoint: dictionaries with `step`, `loss`,
+    …"""
     checkpoints = whole_checkpoints(folder)
     return read_json(checkpoints[-1] / "trainer_state.json")["log_history"] if checkpoints else []
 
 
 def sft_disk(parameters: int, saves: int) -> int:
-    """Bytes on disk at the peak of SFT: every checkpoint's float32 weights, the closing model, and two optimizer states,
-    since the old one is deleted when the new one is whole."""
+    """Bytes on disk at the peak of SFT: every checkpoint's float32 weights, the closing model, and
+    two optimizer states, since the old one is deleted when the new one is whole."""
     return parameters * FLOAT * (saves + 1) + 2 * parameters * 2 * FLOAT
 
 
 def head_disk(parameters: int) -> int:
-    """Bytes on disk at the peak of a head's training: the best, the last and the one that is being written, the last two
-    with the optimizer's state."""
+    """Bytes on disk at the peak of a head's training: the best, the last and the one that is being
+    written, the last two with the optimizer's state."""
     return parameters * FLOAT * 3 + 2 * parameters * 2 * FLOAT
 
 
 def bytes_written(folder: Path) -> int:
     """Bytes of the checkpoints in a folder."""
-    there = (file for path in folder.glob("checkpoint-*") if step_of(path) >= 0 for file in path.rglob("*"))
+    there = (
+        file
+        for path in folder.glob("checkpoint-*")
+        if step_of(path) >= 0
+        for file in path.rglob("*")
+    )
     return sum(file.stat().st_size for file in there if file.is_file())
 
 
 def require_disk(folder: Path, needed: int, what: str) -> None:
-    """Make sure that there is room for what a training will write, what it has written already counted.
+    """Make sure that there is room for what a training will write, what it has written already
+    counted.
 
     Raises
     ------
@@ -224,6 +266,7 @@ def require_disk(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(place).free + bytes_written(folder)
     if free < needed:
         raise LetterheadError(
-            f"{folder}: {what} needs {needed / GIB:.1f} GiB of disk at its peak, and {free / GIB:.1f} GiB are free; "
+            f"{folder}: {what} needs {needed / GIB:.1f} GiB of disk at its peak, and "
+            f"{free / GIB:.1f} GiB are free; "
             "free some and run again"
         )

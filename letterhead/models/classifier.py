@@ -1,4 +1,5 @@
-"""A trained method as a function from texts to probabilities: what `predict` runs and what the bench measures."""
+"""A trained method as a function from texts to probabilities: what `predict` runs and what the
+bench measures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ Classifier = Callable[[Sequence[str]], np.ndarray]
 
 
 def named_method(experiment: Experiment, name: str) -> str:
-    """The method (and step) that a name stands for: `best`, or a method without a step, is the comparison's choice.
+    """The method (and step) that a name stands for: `best`, or a method without a step, is the
+    comparison's choice.
 
     Raises
     ------
@@ -41,17 +43,23 @@ def named_method(experiment: Experiment, name: str) -> str:
     decided = read_json(experiment.results_folder / "decision.json")
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None or (name == "best" and decided is None):
-        raise LetterheadError(f"{name}: which step that is, the comparison says; run: make decide EXP={experiment.name}")
+        raise LetterheadError(
+            f"{name}: which step that is, the comparison says; run: make decide "
+            f"EXP={experiment.name}"
+        )
     if name == "best":
         return decided["ship"]
     for full in comparison["methods"]:
         if full.partition("@")[0] == name:
             return full
-    raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(comparison['methods'])}")
+    raise LetterheadError(
+        f"{name}: no such method; choose best or one of {', '.join(comparison['methods'])}"
+    )
 
 
 def is_source(name: str) -> bool:
-    """Whether a name stands for a model of its own, hf:OWNER/ID[@REVISION] or a path, such as `make export` writes."""
+    """Whether a name stands for a model of its own, hf:OWNER/ID[@REVISION] or a path, such as `make
+    export` writes."""
     return "/" in name
 
 
@@ -60,11 +68,15 @@ def model_folder(experiment: Experiment, name: str) -> Path:
 
     Raises
     ------
-    LetterheadError : no such method, its checkpoint is not there (of the heads the best and the last are kept), or it learnt
-        other labels, texts or prompts than the experiment has
+    LetterheadError : no such method, its checkpoint is not there (of the heads the best and the
+        last are kept), or it learnt other labels, texts or prompts than the experiment has
     """
     if is_source(name):
-        return Path("model/hub") / name.removeprefix("hf:").replace("/", "--") if name.startswith("hf:") else Path(name)
+        return (
+            Path("model/hub") / name.removeprefix("hf:").replace("/", "--")
+            if name.startswith("hf:")
+            else Path(name)
+        )
     method, step = METHODS.get(name.partition("@")[0]), name.partition("@")[2]
     if method is None or not method.model:
         known = ", ".join(f"{one.name}@STEP" for one in METHODS.values() if one.has_steps)
@@ -74,20 +86,25 @@ def model_folder(experiment: Experiment, name: str) -> Path:
     folder = method.checkpoints(experiment)
     kept = [str(checkpoints.step_of(path)) for path in checkpoints.whole_checkpoints(folder)]
     if step not in kept:
-        raise LetterheadError(f"{name}: no whole checkpoint; {folder} holds steps {', '.join(kept) or 'none'}")
+        raise LetterheadError(
+            f"{name}: no whole checkpoint; {folder} holds steps {', '.join(kept) or 'none'}"
+        )
     _require_same_reading(experiment, name, method)
     return folder / f"checkpoint-{step}"
 
 
 def _require_same_reading(experiment: Experiment, name: str, method: Method) -> None:
     """A model that learnt other labels or other texts would answer all the same."""
-    then = (read_json(experiment.run_folder / method.trained_by / "stage.json") or {}).get("reading", {})
+    then = (read_json(experiment.run_folder / method.trained_by / "stage.json") or {}).get(
+        "reading", {}
+    )
     now = experiment.reading
     if not method.reads_prompt:
         del now["prompt"]
     if changed := [key for key, value in now.items() if then.get(key, value) != value]:
         raise LetterheadError(
-            f"{name}: was trained with another {' and '.join(changed)} than the experiment has now; give the value of then, "
+            f"{name}: was trained with another {' and '.join(changed)} than the experiment "
+            f"has now; give the value of then, "
             f"or train anew: make report EXP={experiment.name}"
         )
 
@@ -97,8 +114,8 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
 
     Raises
     ------
-    LetterheadError : no such method or checkpoint, or one that gives no probabilities; the classifier raises it where a
-        probability is not a number
+    LetterheadError : no such method or checkpoint, or one that gives no probabilities; the
+        classifier raises it where a probability is not a number
     """
     classify = _load(experiment, name)
 
@@ -115,7 +132,10 @@ def _load(experiment: Experiment, name: str) -> Classifier:
         return _exported(experiment, model_folder(experiment, name))
     method = METHODS.get(name.partition("@")[0])
     if method is None or not method.loader:
-        raise LetterheadError(f"{name}: can't be used to predict; choose one that gives probabilities, like bert or sft")
+        raise LetterheadError(
+            f"{name}: can't be used to predict; choose one that gives probabilities, like "
+            f"bert or sft"
+        )
     return method.load()(experiment, name)
 
 
@@ -129,7 +149,9 @@ def load_tfidf_method(experiment: Experiment, name: str) -> Classifier:
 def load_head_method(experiment: Experiment, name: str) -> Classifier:
     """A checkpoint with a linear head."""
     method, folder = method_of(name), model_folder(experiment, name)
-    return _head(experiment, folder, experiment.labels, method.head(experiment), method.reads_prompt)
+    return _head(
+        experiment, folder, experiment.labels, method.head(experiment), method.reads_prompt
+    )
 
 
 def load_options_method(experiment: Experiment, name: str) -> Classifier:
@@ -156,13 +178,17 @@ def _classify(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
     return classifier(texts)
 
 
-def _head(experiment: Experiment, folder: Path, labels: Sequence[str], head: Head, on_prompt: bool) -> Classifier:
+def _head(
+    experiment: Experiment, folder: Path, labels: Sequence[str], head: Head, on_prompt: bool
+) -> Classifier:
     from letterhead.models import heads
     from letterhead.models.precision import precision
     from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 
     tokenizer = heads.load_tokenizer(folder)
-    model = heads.for_inference(heads.load_head(folder, labels), precision(experiment.decoder.dtype, folder))
+    model = heads.for_inference(
+        heads.load_head(folder, labels), precision(experiment.decoder.dtype, folder)
+    )
     encoder = TextEncoder(tokenizer, head.max_length)
     if on_prompt:
         encoder = OptionEncoder(load_prompt_encoder(experiment, folder=folder))
@@ -178,14 +204,22 @@ def _head(experiment: Experiment, folder: Path, labels: Sequence[str], head: Hea
 
 def _exported(experiment: Experiment, folder: Path) -> Classifier:
     config = read_json(folder / "config.json") or {}
-    labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda pair: int(pair[0]))]
+    labels = [
+        label
+        for _, label in sorted(config.get("id2label", {}).items(), key=lambda pair: int(pair[0]))
+    ]
     if sorted(labels) != sorted(experiment.labels):
         raise LetterheadError(
             f"{folder}: its classes are {', '.join(labels) or 'not named'}, and the experiment's "
-            f"{', '.join(experiment.labels)}; choose a model of these labels, or name them so in its config.json (id2label)"
+            f"{', '.join(experiment.labels)}; choose a model of these labels, or name them "
+            f"so in its config.json (id2label)"
         )
     on_prompt = (folder / ON_PROMPT).is_file()
-    section = experiment.encoder if config.get("max_position_embeddings", 0) < MANY_POSITIONS else experiment.decoder
+    section = (
+        experiment.encoder
+        if config.get("max_position_embeddings", 0) < MANY_POSITIONS
+        else experiment.decoder
+    )
     classify = _head(experiment, folder, labels, section.head, on_prompt)
     columns = [labels.index(label) for label in experiment.labels]
     return lambda texts: classify(texts)[:, columns]
@@ -196,12 +230,18 @@ def _options(experiment: Experiment, folder: Path) -> Classifier:
     from letterhead.models.scoring import load_decoder, score_options
 
     encoder, model = load_prompt_encoder(experiment), load_decoder(folder, experiment.decoder.dtype)
-    with_end, budget, how = experiment.prompt.options == "names", experiment.eval.batch_tokens, experiment.eval.score
+    with_end, budget, how = (
+        experiment.prompt.options == "names",
+        experiment.eval.batch_tokens,
+        experiment.eval.score,
+    )
     turn = Lock()
 
     def classify(texts: Sequence[str]) -> np.ndarray:
         prompts = [encoder.encode(text) for text in texts]
         with turn:
-            return score_options(model, prompts, encoder.answers, with_end, budget).probabilities(how)
+            return score_options(model, prompts, encoder.answers, with_end, budget).probabilities(
+                how
+            )
 
     return classify

@@ -1,13 +1,13 @@
 """What makes a CPU fast; what this one can do decides, nothing is assumed.
 
-- bfloat16 where the processor multiplies it itself (AVX512_BF16, AMX) and a measurement of the model's own shapes says that
-  it is faster: `prefers_bfloat16`;
-- oneDNN instead of MKL for float32: MKL leaves AVX-512 unused on processors that are not Intel's, oneDNN, which PyTorch
-  brings along too, does not: `use_onednn` for training, `pack` for inference;
-- attention by plain matrix products: PyTorch's fused kernel for CPUs is slower in bfloat16 on texts of a few hundred tokens,
-  in its backward pass three times: `attention`;
-- dropout by 16 random bits an element: PyTorch draws a double for each, which took a quarter of a BERT's step:
-  `quicken_dropout`.
+- bfloat16 where the processor multiplies it itself (AVX512_BF16, AMX) and a measurement of the
+  model's own shapes says that it is faster: `prefers_bfloat16`;
+- oneDNN instead of MKL for float32: MKL leaves AVX-512 unused on processors that are not Intel's,
+  oneDNN, which PyTorch brings along too, does not: `use_onednn` for training, `pack` for inference;
+- attention by plain matrix products: PyTorch's fused kernel for CPUs is slower in bfloat16 on texts
+  of a few hundred tokens, in its backward pass three times: `attention`;
+- dropout by 16 random bits an element: PyTorch draws a double for each, which took a quarter of a
+  BERT's step: `quicken_dropout`.
 
 Memory is the Makefile's: it has glibc keep what is freed, in huge pages.
 """
@@ -25,14 +25,16 @@ from transformers.masking_utils import eager_mask
 from letterhead.files import exclusive, read_json, sha256_json, write_json
 from letterhead.runs.devices import machine
 
-# What was measured on this machine, so that all stages, and a training that is resumed, decide alike.
+# What was measured on this machine, so that all stages, and a training that is resumed, decide
+# alike.
 MEASURED = Path(".cache/precision.json")
 ROWS = 1024
 SECONDS = 1.0
 
 
 def attention() -> str:
-    """The implementation of attention to load a model with: `matrix_products` on a CPU, else PyTorch's fused kernels."""
+    """The implementation of attention to load a model with: `matrix_products` on a CPU, else
+    PyTorch's fused kernels."""
     return "sdpa" if torch.cuda.is_available() else "matrix_products"
 
 
@@ -46,8 +48,9 @@ def matrix_products(
     dropout: float = 0.0,
     **_,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' `eager` computes, without copying keys and values for each query head that shares them, and with
-    the softmax's output in the dtype of the values (inside autocast too; the kernel itself computes in float32).
+    """What transformers' `eager` computes, without copying keys and values for each query head that
+    shares them, and with the softmax's output in the dtype of the values (inside autocast too; the
+    kernel itself computes in float32).
 
     Parameters
     ----------
@@ -64,10 +67,16 @@ def matrix_products(
     stacked = (rows * groups, heads // groups * length)
     with torch.autocast(query.device.type, enabled=False):
         query = (query * scaling).to(value.dtype).reshape(*stacked, width)
-        key, value = (tensor.to(value.dtype).reshape(rows * groups, seen, width) for tensor in (key, value))
+        key, value = (
+            tensor.to(value.dtype).reshape(rows * groups, seen, width) for tensor in (key, value)
+        )
         weights = torch.bmm(query, key.transpose(1, 2)).view(rows, heads, length, seen)
         if attention_mask is not None:
-            weights = weights.add_(attention_mask) if torch.is_inference_mode_enabled() else weights + attention_mask
+            weights = (
+                weights.add_(attention_mask)
+                if torch.is_inference_mode_enabled()
+                else weights + attention_mask
+            )
         weights = quick_dropout(weights.softmax(-1), dropout if module.training else 0.0)
         mixed = torch.bmm(weights.view(*stacked, seen), value).view(rows, heads, length, width)
     return mixed.transpose(1, 2).contiguous(), None
@@ -84,11 +93,14 @@ AttentionMaskInterface.register("matrix_products", _mask)
 
 
 def quick_dropout(input: torch.Tensor, p: float) -> torch.Tensor:
-    """Dropout whose noise takes 16 bits of torch's generator an element: p is rounded to a multiple of 2**-16."""
+    """Dropout whose noise takes 16 bits of torch's generator an element: p is rounded to a multiple
+    of 2**-16."""
     if not p:
         return input
     words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
-    kept = words.view(torch.int16)[: input.numel()].view(input.shape) >= round(p * (1 << 16)) - (1 << 15)
+    kept = words.view(torch.int16)[: input.numel()].view(input.shape) >= round(p * (1 << 16)) - (
+        1 << 15
+    )
     return input * kept.to(input.dtype).div_(1 - p)
 
 
@@ -100,7 +112,8 @@ class QuickDropout(nn.Dropout):
 
 
 def quicken_dropout(model: nn.Module) -> nn.Module:
-    """Have the dropout layers of a model on a CPU draw their noise by `quick_dropout`, in place; returns the model."""
+    """Have the dropout layers of a model on a CPU draw their noise by `quick_dropout`, in place;
+    returns the model."""
     if not torch.cuda.is_available():
         for module in model.modules():
             if type(module) is nn.Dropout:
@@ -111,15 +124,16 @@ def quicken_dropout(model: nn.Module) -> nn.Module:
 def use_onednn() -> None:
     """Have oneDNN multiply float32 matrices in this process, in training too.
 
-    PyTorch hands them to oneDNN only when it may round them to bfloat16, which oneDNN does with AMX and not otherwise; so
-    where AMX is everything stays as it is.
+    PyTorch hands them to oneDNN only when it may round them to bfloat16, which oneDNN does with AMX
+    and not otherwise; so where AMX is everything stays as it is.
     """
     if not torch.cuda.is_available() and not torch.cpu.get_capabilities().get("amx_tile"):
         torch.set_float32_matmul_precision("medium")
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight oneDNN has laid out for itself; it can't be trained, saved or copied.
+    """A linear layer whose weight oneDNN has laid out for itself; it can't be trained, saved or
+    copied.
 
     The operation is the one that torch.compile's Inductor puts in place of a linear layer.
     """
@@ -135,11 +149,14 @@ class PackedLinear(nn.Linear):
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """Replace the linear layers of a model on a CPU, in place, for inference; one tied to an embedding stays.
+    """Replace the linear layers of a model on a CPU, in place, for inference; one tied to an
+    embedding stays.
 
     Layers in bfloat16 are replaced where oneDNN has kernels for them. Returns the model.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
     dtypes = {torch.float32} if torch.backends.mkldnn.is_available() else set()
     if dtypes and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         dtypes.add(torch.bfloat16)
@@ -173,7 +190,8 @@ def prefers_bfloat16(folder: Path) -> bool:
 
 
 def measured_rates(folder: Path) -> dict[str, float]:
-    """dtype → GFLOP/s on matrices of a model's shapes; bfloat16 only where the processor multiplies it itself.
+    """dtype → GFLOP/s on matrices of a model's shapes; bfloat16 only where the processor multiplies
+    it itself.
 
     Measured once a machine and shape, in about a second, and kept in `MEASURED`.
     """
@@ -184,22 +202,31 @@ def measured_rates(folder: Path) -> dict[str, float]:
     with exclusive(MEASURED.with_suffix(".lock")):
         known = read_json(MEASURED) or {}
         if key not in known:
-            known[key] = {"model": str(folder), "machine": machine(), "gflops": matmul_rates(shapes, dtypes)}
+            known[key] = {
+                "model": str(folder),
+                "machine": machine(),
+                "gflops": matmul_rates(shapes, dtypes),
+            }
             write_json(MEASURED, known)
     return known[key]["gflops"]
 
 
 def linear_shapes(folder: Path) -> Counter[tuple[int, int]]:
-    """(input, output) → how many of the linear layers of a model, its projection left out, have that shape."""
+    """(input, output) → how many of the linear layers of a model, its projection left out, have
+    that shape."""
     from transformers import AutoConfig, AutoModel
 
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    return Counter((m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
+    return Counter(
+        (m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)
+    )
 
 
 @torch.inference_mode()
-def matmul_rates(shapes: Counter[tuple[int, int]], dtypes: Sequence[str], seconds: float = SECONDS) -> dict[str, float]:
+def matmul_rates(
+    shapes: Counter[tuple[int, int]], dtypes: Sequence[str], seconds: float = SECONDS
+) -> dict[str, float]:
     """dtype → GFLOP/s of oneDNN on matrices of these shapes, each as often as it is there.
 
     The dtypes run in turn, for so many seconds in all, and the fastest of each shape counts.
@@ -216,7 +243,9 @@ def matmul_rates(shapes: Counter[tuple[int, int]], dtypes: Sequence[str], second
         for name, shape, layer, rows in work:
             start = time.perf_counter()
             layer(rows)
-            best[name, shape] = min(best.get((name, shape), float("inf")), time.perf_counter() - start)
+            best[name, shape] = min(
+                best.get((name, shape), float("inf")), time.perf_counter() - start
+            )
     flops = sum(2 * ROWS * i * o * n for (i, o), n in shapes.items())
     taken = {name: sum(best[name, shape] * n for shape, n in shapes.items()) for name in dtypes}
     return {name: round(flops / seconds / 1e9, 1) for name, seconds in taken.items()}

@@ -1,7 +1,8 @@
 """A letter is a head: an SFT checkpoint folded into an ordinary sequence classifier.
 
-The score rows are the vocabulary projection's rows of the option letters, so that, given the ids of a prompt through its
-think block (PromptEncoder.encode_before_option), the logits are the letters' scores.
+The score rows are the vocabulary projection's rows of the option letters, so that, given the ids of
+a prompt through its think block (PromptEncoder.encode_before_option), the logits are the letters'
+scores.
 """
 
 import json
@@ -28,7 +29,8 @@ FORM = 2  # counted up when what is written beside the weights changes
 
 
 def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
-    """Fold a checkpoint, check it on up to 512 test rows, and write it to runs/<experiment>/export/NAME, unless it is there.
+    """Fold a checkpoint, check it on up to 512 test rows, and write it to
+    runs/<experiment>/export/NAME, unless it is there.
 
     Returns
     -------
@@ -40,7 +42,11 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
     """
     source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
     encoder = load_prompt_encoder(experiment)
-    made_from = {"model": model_identity(source), "prompt": experiment.prompt.model_dump(), "labels": experiment.labels}
+    made_from = {
+        "model": model_identity(source),
+        "prompt": experiment.prompt.model_dump(),
+        "labels": experiment.labels,
+    }
     made_from |= {"answers": [answer.ids for answer in encoder.answers], "form": FORM}
     facts = read_json(target / ON_PROMPT)
     if facts and facts["made_from"] == made_from:
@@ -54,7 +60,8 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
         off, same = compare(pack(decoder), pack(folded.to(decoder.device)), encoder, prompts)
         if off > TOLERANCE:
             raise LetterheadError(
-                f"{source}: the folded logits differ by {off:.2g} from the decoder's; this model can't be folded"
+                f"{source}: the folded logits differ by {off:.2g} from the decoder's; this "
+                f"model can't be folded"
             )
         facts = {"made_from": made_from, "largest_difference": off, "same_predictions": same}
         facts |= {"architecture": type(folded).__name__, **as_written}
@@ -63,15 +70,18 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
 
 
 def write_tokenizer(experiment: Experiment, folder: Path) -> dict[str, int]:
-    """Write the tokenizer of a model that reads the prompt to its folder, with the chat template of training.
+    """Write the tokenizer of a model that reads the prompt to its folder, with the chat template of
+    training.
 
-    `apply_chat_template` with `enable_thinking=False` then gives the prompt through its think block (a model's own template
-    may add a system prompt), and the block is encoded as in training, where the option follows it. (By itself SmolLM2's
-    vocabulary would make one token of a closing blank line that training sees as two.)
+    `apply_chat_template` with `enable_thinking=False` then gives the prompt through its think block
+    (a model's own template may add a system prompt), and the block is encoded as in training, where
+    the option follows it. (By itself SmolLM2's vocabulary would make one token of a closing blank
+    line that training sees as two.)
 
     Returns
     -------
-    dict : on how many of up to 512 test rows the chat template, and the prompt sent as text, give the ids of training
+    dict : on how many of up to 512 test rows the chat template, and the prompt sent as text, give
+        the ids of training
     """
     encoder = load_prompt_encoder(experiment)
     tokenizer, rows = encoder.tokenizer, results.read_rows(experiment, "test")[:CHECKED_ROWS]
@@ -85,24 +95,32 @@ def write_tokenizer(experiment: Experiment, folder: Path) -> dict[str, int]:
         whole = tokenizer.decode(trained[0], clean_up_tokenization_spaces=False)
         block = whole.removeprefix(question) if whole.startswith(question) else ""
     if block:
-        unthinking = "messages[-1]['role'] == 'user' and enable_thinking is defined and not enable_thinking"
-        tokenizer.chat_template += f"{{% if {unthinking} %}}{{{{ {json.dumps(block)} }}}}{{% endif %}}"
+        unthinking = (
+            "messages[-1]['role'] == 'user' and enable_thinking is defined and not enable_thinking"
+        )
+        tokenizer.chat_template += (
+            f"{{% if {unthinking} %}}{{{{ {json.dumps(block)} }}}}{{% endif %}}"
+        )
         keep_last_tokens_apart(tokenizer, block, trained[0])
     tokenizer.save_pretrained(folder)
     written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     by_chat = written.chat_template and [
-        written.apply_chat_template(messages, enable_thinking=False, return_dict=False) for messages in asked
+        written.apply_chat_template(messages, enable_thinking=False, return_dict=False)
+        for messages in asked
     ]
     return {
         "rows_checked": len(rows),
         "rows_whose_chat_template_gives_the_ids": sum(map(list.__eq__, by_chat or [], trained)),
-        "rows_whose_prompt_works_as_text": sum(written(tokenizer.decode(ids))["input_ids"] == ids for ids in trained),
+        "rows_whose_prompt_works_as_text": sum(
+            written(tokenizer.decode(ids))["input_ids"] == ids for ids in trained
+        ),
     }
 
 
 def keep_last_tokens_apart(tokenizer, text: str, ids: list[int]) -> None:
-    """Have a tokenizer encode `text`, where it ends a string, to the last of `ids`, by a split before its own pre-tokenizer;
-    one that does so by itself, or can't be made to, is left as it is."""
+    """Have a tokenizer encode `text`, where it ends a string, to the last of `ids`, by a split
+    before its own pre-tokenizer; one that does so by itself, or can't be made to, is left as it
+    is."""
     backend, own = tokenizer.backend_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer
     patterns, rest = [], ""
     for token in reversed(ids):
@@ -121,7 +139,10 @@ def keep_last_tokens_apart(tokenizer, text: str, ids: list[int]) -> None:
 
 
 def _prompts(experiment: Experiment, encoder: PromptEncoder) -> list[list[int]]:
-    return [encoder.encode_before_option(row["text"]) for row in results.read_rows(experiment, "test")[:CHECKED_ROWS]]
+    return [
+        encoder.encode_before_option(row["text"])
+        for row in results.read_rows(experiment, "test")[:CHECKED_ROWS]
+    ]
 
 
 def load_folded(experiment: Experiment, encoder: PromptEncoder):
@@ -131,7 +152,9 @@ def load_folded(experiment: Experiment, encoder: PromptEncoder):
     ------
     LetterheadError : as `fold`
     """
-    folded = fold(load_decoder(experiment.decoder.folder, "float32", packed=False), encoder, experiment.labels)
+    folded = fold(
+        load_decoder(experiment.decoder.folder, "float32", packed=False), encoder, experiment.labels
+    )
     return ready(folded)
 
 
@@ -144,9 +167,13 @@ def fold(decoder, encoder: PromptEncoder, labels: list[str]):
     """
     answers = encoder.answers
     spelled = [answer.ids[answer.start : answer.stop] for answer in answers]
-    if any(len(ids) != 1 for ids in spelled) or len({tuple(answer.ids[: answer.start]) for answer in answers}) != 1:
+    if (
+        any(len(ids) != 1 for ids in spelled)
+        or len({tuple(answer.ids[: answer.start]) for answer in answers}) != 1
+    ):
         raise LetterheadError(
-            "an option has several tokens, and only single letters can be folded; set prompt.options: letters"
+            "an option has several tokens, and only single letters can be folded; set "
+            "prompt.options: letters"
         )
     config = decoder.config.__class__.from_dict(decoder.config.to_dict())
     config.id2label = dict(enumerate(labels))
@@ -155,22 +182,29 @@ def fold(decoder, encoder: PromptEncoder, labels: list[str]):
     try:
         folded = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     except ValueError as error:
-        raise LetterheadError(f"{config.model_type}: transformers has no sequence classifier for it ({error})") from None
+        raise LetterheadError(
+            f"{config.model_type}: transformers has no sequence classifier for it ({error})"
+        ) from None
     folded.base_model.load_state_dict(decoder.base_model.state_dict())
     with torch.no_grad():
-        folded.score.weight.copy_(decoder.get_output_embeddings().weight[[ids[0] for ids in spelled]])
+        folded.score.weight.copy_(
+            decoder.get_output_embeddings().weight[[ids[0] for ids in spelled]]
+        )
     return folded.eval()
 
 
 @torch.inference_mode()
 def compare(decoder, folded, encoder: PromptEncoder, prompts: list[list[int]]) -> tuple[float, int]:
-    """The largest difference between the folded logits and the decoder's logits of the letters, and on how many prompts
-    both have the same highest."""
+    """The largest difference between the folded logits and the decoder's logits of the letters, and
+    on how many prompts both have the same highest."""
     letters = [answer.ids[answer.start] for answer in encoder.answers]
     off, same = 0.0, 0
     for ids in progress(prompts, desc="checking the fold", unit=" rows"):
         inputs = torch.tensor([ids], device=decoder.device)
-        own, other = decoder(inputs, logits_to_keep=1).logits[0, -1, letters], folded(inputs).logits[0]
+        own, other = (
+            decoder(inputs, logits_to_keep=1).logits[0, -1, letters],
+            folded(inputs).logits[0],
+        )
         off = max(off, (other - own).abs().max().item())
         same += int(own.argmax() == other.argmax())
     return off, same

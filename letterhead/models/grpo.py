@@ -18,8 +18,8 @@ from letterhead.models.prompt import PromptEncoder
 
 
 def trl():
-    """TRL, imported; 0.24 takes what transformers 5 says of a package, (False, None), for a truth, and would import what is
-    not there."""
+    """TRL, imported; 0.24 takes what transformers 5 says of a package, (False, None), for a truth,
+    and would import what is not there."""
     found = import_module("trl.import_utils")
     for name, value in list(vars(found).items()):
         if name.endswith("_available") and isinstance(value, tuple):
@@ -28,8 +28,9 @@ def trl():
 
 
 class Rewards:
-    """What an answer is worth: 1 for the right option, and 1 for one that is finished: it ended by itself, and holds, after
-    one closed thought that says something (or, where none is asked for, at most one), an option and nothing else.
+    """What an answer is worth: 1 for the right option, and 1 for one that is finished: it ended by
+    itself, and holds, after one closed thought that says something (or, where none is asked for, at
+    most one), an option and nothing else.
 
     Parameters
     ----------
@@ -41,13 +42,22 @@ class Rewards:
         self._options, self._labels, self._think = encoder.options, encoder.labels, think
         self._stop = set(encoder.template.get_stop_token_ids(encoder.tokenizer))
 
-    def right_option(self, completions: Sequence[str], completion_ids: Sequence[list[int]], option: Sequence[str], **_):
+    def right_option(
+        self,
+        completions: Sequence[str],
+        completion_ids: Sequence[list[int]],
+        option: Sequence[str],
+        **_,
+    ):
         """1 where the answer names the option, shape (answers,)."""
         read = [
             read_answer(text, self._ended(ids), self._options, self._labels)[0]
             for text, ids in self._both(completions, completion_ids)
         ]
-        return [float(number >= 0 and self._options[number] == right) for number, right in zip(read, option, strict=True)]
+        return [
+            float(number >= 0 and self._options[number] == right)
+            for number, right in zip(read, option, strict=True)
+        ]
 
     def finished(self, completions: Sequence[str], completion_ids: Sequence[list[int]], **_):
         """1 where the answer is finished, shape (answers,)."""
@@ -55,7 +65,11 @@ class Rewards:
         for text, ids in self._both(completions, completion_ids):
             thought, closed, rest = text.rpartition("</think>")
             whole = bool(closed) and thought.count("<think>") == 1 and "</think>" not in thought
-            thinks = whole and bool(thought.partition("<think>")[2].strip()) if self._think else whole or not closed
+            thinks = (
+                whole and bool(thought.partition("<think>")[2].strip())
+                if self._think
+                else whole or not closed
+            )
             found.append(float(self._ended(ids) and thinks and rest.strip() in self._options))
         return found
 
@@ -63,13 +77,15 @@ class Rewards:
         return bool(ids) and ids[-1] in self._stop
 
     @staticmethod
-    def _both(completions: Sequence[str], completion_ids: Sequence[list[int]]) -> list[tuple[str, list[int]]]:
+    def _both(
+        completions: Sequence[str], completion_ids: Sequence[list[int]]
+    ) -> list[tuple[str, list[int]]]:
         return list(zip(completions, completion_ids, strict=True))
 
 
 def questions(encoder: PromptEncoder, rows: list[dict]) -> Dataset:
-    """Prompts as text, each with its right option; TRL encodes text, so rows whose text does not give the ids of training
-    back are left out."""
+    """Prompts as text, each with its right option; TRL encodes text, so rows whose text does not
+    give the ids of training back are left out."""
     option = dict(zip(encoder.labels, encoder.options, strict=True))
     asked = []
     for row in rows:
@@ -114,7 +130,11 @@ def trainer(model: Path, encoder: PromptEncoder, asked: Dataset, settings: Grpo,
     """TRL's trainer of the model in a folder, float32 weights."""
     use_onednn()
     loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation=attention(), use_safetensors=True, trust_remote_code=False
+        model,
+        dtype=torch.float32,
+        attn_implementation=attention(),
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     loaded.warnings_issued = {}  # which trl 0.24 writes to, and transformers 5 no longer has
     rewards = Rewards(encoder, settings.think)
@@ -129,9 +149,16 @@ def trainer(model: Path, encoder: PromptEncoder, asked: Dataset, settings: Grpo,
 
 
 def moved(log: list[dict[str, Any]], reward: str) -> dict[str, float]:
-    """The mean reward over the first and the last quarter of the steps, and the standard error of their difference."""
-    values = torch.tensor([line[f"rewards/{reward}/mean"] for line in log if f"rewards/{reward}/mean" in line])
+    """The mean reward over the first and the last quarter of the steps, and the standard error of
+    their difference."""
+    values = torch.tensor(
+        [line[f"rewards/{reward}/mean"] for line in log if f"rewards/{reward}/mean" in line]
+    )
     n = max(2, len(values) // 4)
     first, last = values[:n], values[-n:]
     error = ((first.var() + last.var()) / n).sqrt()
-    return {"first": float(first.mean()), "last": float(last.mean()), "standard_error": float(error)}
+    return {
+        "first": float(first.mean()),
+        "last": float(last.mean()),
+        "standard_error": float(error),
+    }

@@ -1,7 +1,7 @@
 """A linear head on an encoder or a decoder, trained with HF's Trainer on the raw text.
 
-Weights are float32; bfloat16 is used by autocast only (a head on bfloat16 weights would not move at a learning rate of
-1e-5).
+Weights are float32; bfloat16 is used by autocast only (a head on bfloat16 weights would not move at
+a learning rate of 1e-5).
 """
 
 import copy
@@ -44,11 +44,13 @@ RESUMABLE_EVERY = 4
 
 
 def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> PreTrainedModel:
-    """Load a model with a linear head, in float32; a folder without a head gets a new one, random by torch's seed.
+    """Load a model with a linear head, in float32; a folder without a head gets a new one, random
+    by torch's seed.
 
     Parameters
     ----------
-    new_head : begin with a new head also where the folder holds one, whose classes are others, or in another order
+    new_head : begin with a new head also where the folder holds one, whose classes are others, or
+        in another order
 
     Raises
     ------
@@ -66,11 +68,16 @@ def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> Pr
         ignore_mismatched_sizes=new_head,
     )
     if new_head and holds_a_head(folder):
-        print(f"{folder}: holds a classifier's head; it is left out, and a new one for {', '.join(labels)} is trained")
+        print(
+            f"{folder}: holds a classifier's head; it is left out, and a new one for "
+            f"{', '.join(labels)} is trained"
+        )
         for name, module in model.named_children():
             if name != model.base_model_prefix:
                 for parameter in module.parameters():
-                    parameter._is_hf_initialized = False  # else transformers leaves what it has loaded
+                    parameter._is_hf_initialized = (
+                        False  # else transformers leaves what it has loaded
+                    )
                 module.apply(model._init_weights)
     # A decoder's head reads the last token that is not a padding, so it must know the padding.
     model.config.pad_token_id = load_tokenizer(folder).pad_token_id
@@ -78,8 +85,8 @@ def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> Pr
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """A float32 model with a head as the trainer wants it: attention that suits the device, the head's products in float32
-    under autocast, and dropout from few random bits."""
+    """A float32 model with a head as the trainer wants it: attention that suits the device, the
+    head's products in float32 under autocast, and dropout from few random bits."""
     use_onednn()
     model.set_attn_implementation(attention())
     return quicken_dropout(project_in_float32(model))
@@ -88,8 +95,9 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
 def load_tokenizer(folder: Path):
     """The tokenizer of a model; one without a padding token pads with the end-of-text token.
 
-    A decoder's head reads the last token that is not a padding. Where the tokenizer ends each text with the padding token,
-    that would be the one before, and a service, which reads the last token, would answer otherwise; so another token pads.
+    A decoder's head reads the last token that is not a padding. Where the tokenizer ends each text
+    with the padding token, that would be the one before, and a service, which reads the last token,
+    would answer otherwise; so another token pads.
 
     Raises
     ------
@@ -98,13 +106,16 @@ def load_tokenizer(folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    framing = set(tokenizer("a")["input_ids"]) - set(tokenizer("a", add_special_tokens=False)["input_ids"])
+    framing = set(tokenizer("a")["input_ids"]) - set(
+        tokenizer("a", add_special_tokens=False)["input_ids"]
+    )
     if tokenizer.pad_token_id in framing:
         others = [token for token in (tokenizer.unk_token, *tokenizer.all_special_tokens) if token]
         free = [token for token in others if tokenizer.convert_tokens_to_ids(token) not in framing]
         if not free:
             raise LetterheadError(
-                f"{folder}: its tokenizer ends each text with {tokenizer.pad_token!r}, which is its padding, too; "
+                f"{folder}: its tokenizer ends each text with {tokenizer.pad_token!r}, which is "
+                f"its padding, too; "
                 "give it another pad_token in tokenizer_config.json"
             )
         tokenizer.pad_token = free[0]
@@ -125,7 +136,8 @@ def encoded(rows: Sequence[dict], classes: np.ndarray, encoder: TextEncoder, tit
 def training_arguments(
     head: Head, folder: Path | str, seed: int, best: str | None, dtype: str = "float32"
 ) -> TrainingArguments:
-    """HF's arguments for a head: evaluated every `eval_steps`; of what is saved the last is kept, and the best.
+    """HF's arguments for a head: evaluated every `eval_steps`; of what is saved the last is kept,
+    and the best.
 
     Parameters
     ----------
@@ -163,28 +175,42 @@ def training_arguments(
 
 @torch.inference_mode()
 def class_logits(
-    model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int, title: str | None = None
+    model: PreTrainedModel,
+    tokenizer,
+    ids: Sequence[list[int]],
+    batch: int,
+    title: str | None = None,
 ) -> np.ndarray:
-    """Logits of the classes, float32 of shape (rows, classes), in the order of `ids`; like lengths share a batch."""
+    """Logits of the classes, float32 of shape (rows, classes), in the order of `ids`; like lengths
+    share a batch."""
     order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
     logits = np.zeros((len(ids), model.config.num_labels), np.float32)
-    with progress(total=len(ids), desc=title, unit=" rows", disable=title is None, mininterval=0.5) as bar:
+    with progress(
+        total=len(ids), desc=title, unit=" rows", disable=title is None, mininterval=0.5
+    ) as bar:
         for begin in range(0, len(order), batch):
             rows = order[begin : begin + batch]
-            inputs = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
+            inputs = tokenizer.pad(
+                {"input_ids": [ids[row] for row in rows]}, return_tensors="pt"
+            ).to(model.device)
             logits[rows] = model(**inputs).logits.float().cpu().numpy()
             bar.update(len(rows))
     return logits
 
 
 def padded_tokens(lengths: Sequence[int], batch: int) -> int:
-    """How many tokens go through a model that reads rows of these lengths in batches, longest first, padding included."""
+    """How many tokens go through a model that reads rows of these lengths in batches, longest
+    first, padding included."""
     longest_first = sorted(map(int, lengths), reverse=True)
-    return sum(longest_first[i] * len(longest_first[i : i + batch]) for i in range(0, len(longest_first), batch))
+    return sum(
+        longest_first[i] * len(longest_first[i : i + batch])
+        for i in range(0, len(longest_first), batch)
+    )
 
 
 def for_inference(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    """A float32 model with a head, in place, as it answers: cast, and on a CPU with packed layers."""
+    """A float32 model with a head, in place, as it answers: cast, and on a CPU with packed
+    layers."""
     return pack(cast(model, dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval())
 
 
@@ -193,19 +219,23 @@ def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch:
     return softmax(class_logits(model, tokenizer, ids, batch).astype(np.float64), axis=-1)
 
 
-def mean_over_rows(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Cross-entropy summed over a batch's rows, divided by the rows of the whole optimizer step, so that loss and gradients
-    do not depend on how the step is cut into batches and processes; without `num_items_in_batch` by the batch's own.
+def mean_over_rows(
+    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy summed over a batch's rows, divided by the rows of the whole optimizer step, so
+    that loss and gradients do not depend on how the step is cut into batches and processes; without
+    `num_items_in_batch` by the batch's own.
 
-    (Left to itself the Trainer would not divide by the accumulation: it takes a `forward` with **kwargs for one that does,
-    and sequence classifiers do not.)
+    (Left to itself the Trainer would not divide by the accumulation: it takes a `forward` with
+    **kwargs for one that does, and sequence classifiers do not.)
     """
     total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """HF's sampler, drawn from seed and epoch, so that a resumed training sees the rows in the order it would have."""
+    """HF's sampler, drawn from seed and epoch, so that a resumed training sees the rows in the
+    order it would have."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -217,22 +247,25 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
 
 class _LogWhatIsEvaluated(TrainerCallback):
-    """Log the loss at each evaluation: a checkpoint then holds all losses so far, and none is lost to a resume."""
+    """Log the loss at each evaluation: a checkpoint then holds all losses so far, and none is lost
+    to a resume."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_evaluate
 
 
 class HeadTrainer(Trainer):
-    """HF's Trainer for a head, evaluated on several splits (at the last step too); hands out what it evaluated.
+    """HF's Trainer for a head, evaluated on several splits (at the last step too); hands out what
+    it evaluated.
 
     Parameters
     ----------
     model, arguments, tokenizer : as for Trainer
     train : from `encoded`
     evaluated : split → data set from `encoded`
-    on_evaluated : called, in the first process, with split, logits (rows, classes) in the rows' order, seconds, and how many
-        tokens went through the model, padding included; returns the metrics of that split
+    on_evaluated : called, in the first process, with split, logits (rows, classes) in the rows'
+        order, seconds, and how many tokens went through the model, padding included; returns the
+        metrics of that split
 
     Attributes
     ----------
@@ -252,7 +285,9 @@ class HeadTrainer(Trainer):
         self._lengths = {"train": np.array(train["length"])}
         self.saving_seconds = 0.0
         self._order, self._on_evaluated, by_length = {}, on_evaluated, {}
-        for split, rows in (evaluated or {}).items():  # longest first: what does not fit in memory fails at once
+        for split, rows in (
+            evaluated or {}
+        ).items():  # longest first: what does not fit in memory fails at once
             self._lengths[split] = -np.sort(-np.array(rows["length"]))
             self._order[split] = np.argsort(-np.array(rows["length"]), kind="stable")
             by_length[split] = rows.select(self._order[split])
@@ -270,15 +305,20 @@ class HeadTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
         return EpochLengthGroupedSampler(batch, self._lengths["train"].tolist(), self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)  # they are sorted already
 
     def _determine_best_metric(self, metrics, trial):
-        """Says, too, whether this evaluation is saved: a checkpoint is three times the model's size, the optimizer's state
-        included, so one that is not the best is saved only now and then, to resume from, and at the end."""
+        """Says, too, whether this evaluation is saved: a checkpoint is three times the model's
+        size, the optimizer's state included, so one that is not the best is saved only now and
+        then, to resume from, and at the end."""
         best, state = super()._determine_best_metric(metrics, trial), self.state
         now_and_then = state.global_step // state.eval_steps % RESUMABLE_EVERY == 0
         self.control.should_save &= best or now_and_then or state.global_step == state.max_steps
@@ -297,36 +337,59 @@ class HeadTrainer(Trainer):
         if self.args.device.type == "cpu" and self.args.world_size == 1:
             output = self._evaluate_packed(split, metric_key_prefix)
         else:
-            kwargs["prediction_loss_only"] = False  # which the Trainer takes for granted without compute_metrics
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            kwargs["prediction_loss_only"] = (
+                False  # which the Trainer takes for granted without compute_metrics
+            )
+            output = super().evaluation_loop(
+                dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
             self._require_finite(output.predictions)
         seconds = time.perf_counter() - start
         logits = np.empty_like(output.predictions)
         logits[self._order[split]] = output.predictions
         tokens = padded_tokens(self._lengths[split], self.args.eval_batch_size)
-        metrics = [self._on_evaluated(split, logits, seconds, tokens) if self.is_world_process_zero() else None]
+        metrics = [
+            self._on_evaluated(split, logits, seconds, tokens)
+            if self.is_world_process_zero()
+            else None
+        ]
         (metrics,) = broadcast_object_list(metrics)  # from the first process to all
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        output.metrics.update(
+            {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        )
         return output
 
     def _require_finite(self, logits: np.ndarray) -> None:
         if not np.isfinite(logits).all():
-            raise diverged(self.state.global_step, "its logits are not finite", self._get_learning_rate())
+            raise diverged(
+                self.state.global_step, "its logits are not finite", self._get_learning_rate()
+            )
 
     def _evaluate_packed(self, split: str, prefix: str) -> EvalLoopOutput:
         """What the Trainer's loop gives, by a copy of the model that is made for inference."""
         # A copy whose parameters are views, so that only what is cast or packed takes memory.
-        views = {id(parameter): torch.nn.Parameter(parameter.detach(), False) for parameter in self.model.parameters()}
+        views = {
+            id(parameter): torch.nn.Parameter(parameter.detach(), False)
+            for parameter in self.model.parameters()
+        }
         model, rows = copy.deepcopy(self.model, views), self.eval_dataset[split]
         for wrapped in ("forward", "_original_forward"):  # accelerate's, which computes in autocast
             vars(model).pop(wrapped, None)
         model = for_inference(model, "bfloat16" if self.args.bf16 else "float32")
-        logits = class_logits(model, self.processing_class, rows["input_ids"], self.args.eval_batch_size, f"scoring {split}")
+        logits = class_logits(
+            model,
+            self.processing_class,
+            rows["input_ids"],
+            self.args.eval_batch_size,
+            f"scoring {split}",
+        )
         del model
-        gc.collect()  # modules are cycles, and the next evaluation must not find this copy still there
+        gc.collect()  # modules are cycles, and this copy must not be there at the next evaluation
         self._require_finite(logits)
         labels = np.array(rows["labels"])
-        loss = log_loss(labels, softmax(logits.astype(np.float64), axis=-1), labels=range(logits.shape[1]))
+        loss = log_loss(
+            labels, softmax(logits.astype(np.float64), axis=-1), labels=range(logits.shape[1])
+        )
         return EvalLoopOutput(logits, labels, {f"{prefix}_loss": loss}, len(labels))
 
 
@@ -339,6 +402,12 @@ def require_length(folder: Path, max_length: int, key: str) -> None:
     """
     from transformers import AutoConfig
 
-    positions = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", math.inf)
+    positions = getattr(
+        AutoConfig.from_pretrained(folder, trust_remote_code=False),
+        "max_position_embeddings",
+        math.inf,
+    )
     if max_length > positions:
-        raise LetterheadError(f"{key}.max_length is {max_length}, but {folder} has {positions} positions; lower it")
+        raise LetterheadError(
+            f"{key}.max_length is {max_length}, but {folder} has {positions} positions; lower it"
+        )

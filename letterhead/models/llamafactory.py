@@ -1,6 +1,8 @@
-"""How LLaMA-Factory is started: its arguments, in one process or, by torchrun, in several; and what a run of it will do.
+"""How LLaMA-Factory is started: its arguments, in one process or, by torchrun, in several; and what
+a run of it will do.
 
-What its YAML leaves open is filled in for the device; the YAML alone, without us, trains the same in float32.
+What its YAML leaves open is filled in for the device; the YAML alone, without us, trains the same
+in float32.
 """
 
 import json
@@ -23,7 +25,8 @@ STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
 def command(experiment: Experiment, clock: Path, **more: Any) -> list[str]:
-    """The command line that trains the experiment's decoder; NPROC processes share the rows of a step.
+    """The command line that trains the experiment's decoder; NPROC processes share the rows of a
+    step.
 
     Parameters
     ----------
@@ -38,16 +41,26 @@ def command(experiment: Experiment, clock: Path, **more: Any) -> list[str]:
     extra |= {"include_num_input_tokens_seen": "non_padding"} | more
     n = process_count()
     if n > 1:
-        extra |= dict(zip(STEP, share_batch(*step_of(experiment.sft_arguments()), n, "decoder.sft"), strict=True))
+        extra |= dict(
+            zip(
+                STEP,
+                share_batch(*step_of(experiment.sft_arguments()), n, "decoder.sft"),
+                strict=True,
+            )
+        )
     # Quoted: LLaMA-Factory reads the values as YAML, where a bare `no` is false.
     pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in extra.items()]
     arguments = [str(clock), str(experiment.decoder.sft.config), *pairs]
-    return torchrun(n, "train.sft_worker", arguments) if n > 1 else [sys.executable, "-m", "train.sft_worker", *arguments]
+    return (
+        torchrun(n, "train.sft_worker", arguments)
+        if n > 1
+        else [sys.executable, "-m", "train.sft_worker", *arguments]
+    )
 
 
 def for_device(experiment: Experiment) -> dict[str, Any]:
-    """LLaMA-Factory's keys that suit this device, of those that the YAML leaves open: the precision (`decoder.dtype`, see
-    `precision`), and on a CPU attention by plain matrix products."""
+    """LLaMA-Factory's keys that suit this device, of those that the YAML leaves open: the precision
+    (`decoder.dtype`, see `precision`), and on a CPU attention by plain matrix products."""
     arguments, keys = experiment.sft_arguments(), {}
     if not {"bf16", "fp16", "pure_bf16"} & set(arguments):
         keys["bf16"] = precision(experiment.decoder.dtype, experiment.decoder.folder) == "bfloat16"
@@ -59,7 +72,10 @@ def for_device(experiment: Experiment) -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """The variables that LLaMA-Factory is started with."""
     return (
-        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ | OFFLINE | {"LLAMAFACTORY_VERBOSITY": "WARN"}
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        | os.environ
+        | OFFLINE
+        | {"LLAMAFACTORY_VERBOSITY": "WARN"}
     )
 
 
@@ -71,10 +87,14 @@ def step_of(arguments: dict[str, Any]) -> tuple[int, int]:
 def planned_steps(
     rows: int, batch: int, accumulation: int, epochs: float, every: float, max_steps: int = -1
 ) -> tuple[int, list[int]]:
-    """How many optimizer steps HF's Trainer makes, and at which of them it saves (or evaluates) every `every` steps, or at
-    that share of all if it is below 1; the last step is among them."""
+    """How many optimizer steps HF's Trainer makes, and at which of them it saves (or evaluates)
+    every `every` steps, or at that share of all if it is below 1; the last step is among them."""
     batches = math.ceil(rows / batch)
-    steps = max_steps if max_steps > 0 else math.ceil(epochs * max(math.ceil(batches / accumulation), 1))
+    steps = (
+        max_steps
+        if max_steps > 0
+        else math.ceil(epochs * max(math.ceil(batches / accumulation), 1))
+    )
     stride = math.ceil(steps * every) if every < 1 else int(every)
     return steps, sorted({*range(stride, steps, stride), steps})
 
@@ -83,7 +103,9 @@ def sft_plan(experiment: Experiment, rows: int) -> tuple[int, list[int]]:
     """SFT's optimizer steps, and those at which it saves."""
     arguments = experiment.sft_arguments()
     epochs, max_steps = arguments.get("num_train_epochs", 3), arguments.get("max_steps", -1)
-    steps, saves = planned_steps(rows, *step_of(arguments), epochs, arguments.get("save_steps", 500), max_steps)
+    steps, saves = planned_steps(
+        rows, *step_of(arguments), epochs, arguments.get("save_steps", 500), max_steps
+    )
     strategy = arguments.get("save_strategy", "steps")
     if strategy == "epoch":
         saves = [math.ceil(steps * epoch / epochs) for epoch in range(1, math.ceil(epochs) + 1)]

@@ -1,7 +1,8 @@
 """What a model computes in, and its last projection in float32 whatever that is.
 
-A bfloat16 has 8 bits of mantissa: logits of 16 to 32 lie on a grid of 1/8, so close options tie, and a tie goes to the
-first label. The projection of the few positions that are read costs nothing in float32.
+A bfloat16 has 8 bits of mantissa: logits of 16 to 32 lie on a grid of 1/8, so close options tie,
+and a tie goes to the first label. The projection of the few positions that are read costs nothing
+in float32.
 """
 
 from pathlib import Path
@@ -15,7 +16,8 @@ from letterhead.models.cpu import prefers_bfloat16
 
 
 def precision(dtype: str, folder: Path) -> str:
-    """What `auto` stands for: bfloat16 on a GPU that has it, and on a CPU where it is faster; else float32.
+    """What `auto` stands for: bfloat16 on a GPU that has it, and on a CPU where it is faster; else
+    float32.
 
     Parameters
     ----------
@@ -29,7 +31,8 @@ def precision(dtype: str, folder: Path) -> str:
 
 
 def gpu_has_bfloat16() -> bool:
-    """Whether there is a GPU that multiplies bfloat16 itself; torch emulates it on those before Ampere."""
+    """Whether there is a GPU that multiplies bfloat16 itself; torch emulates it on those before
+    Ampere."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -40,7 +43,9 @@ class Float32Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(linear.weight.detach().float().clone())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float().clone())
+        self.bias = (
+            None if linear.bias is None else nn.Parameter(linear.bias.detach().float().clone())
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -50,19 +55,23 @@ class Float32Linear(nn.Linear):
 def project_in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """Replace a model's last projection, in place, by one in float32; returns the model.
 
-    It is the projection to the vocabulary, or of a sequence classifier the last linear layer with an output for each class.
+    It is the projection to the vocabulary, or of a sequence classifier the last linear layer with
+    an output for each class.
     """
     last = model.get_output_embeddings()
     if last is None:
         classes = model.config.num_labels
-        last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes][-1]
+        last = [
+            m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes
+        ][-1]
     name = next(name for name, module in model.named_modules() if module is last)
     model.set_submodule(name, Float32Linear(last))
     return model
 
 
 def cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    """Cast the parameters of a float32 model, in place, all but those of its last projection; returns the model.
+    """Cast the parameters of a float32 model, in place, all but those of its last projection;
+    returns the model.
 
     Buffers stay as they are: rotary frequencies in bfloat16 would turn long texts by wrong angles.
     """

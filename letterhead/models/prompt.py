@@ -1,9 +1,10 @@
 """The prompt, and the token ids that training, scoring and service all see.
 
-LLaMA-Factory's template code decides the ids: it is called here, never imitated. Two things are done to a text before
-the template is applied, the same everywhere: strings that the tokenizer would read as control tokens are broken up, and
-a text too long for `cutoff_len` is shortened. (LLaMA-Factory cuts the tail of the *prompt*: the question, the options
-and the assistant's header would go, and the article stay.)
+LLaMA-Factory's template code decides the ids: it is called here, never imitated. Two things are
+done to a text before the template is applied, the same everywhere: strings that the tokenizer would
+read as control tokens are broken up, and a text too long for `cutoff_len` is shortened.
+(LLaMA-Factory cuts the tail of the *prompt*: the question, the options and the assistant's header
+would go, and the article stay.)
 """
 
 import logging
@@ -61,8 +62,8 @@ def keep_words(text: str, words: int | None) -> str:
 
 
 def not_of_reasoning(record: logging.LogRecord) -> bool:
-    """Whether LLaMA-Factory's words are to be shown: not its advice to take a template without thinking, whose block our
-    answers begin with on purpose."""
+    """Whether LLaMA-Factory's words are to be shown: not its advice to take a template without
+    thinking, whose block our answers begin with on purpose."""
     return "_nothink" not in record.getMessage()
 
 
@@ -81,7 +82,8 @@ def _break_up(control: re.Pattern, text: str) -> str:
 class TextEncoder:
     """Turns texts into what a model with a linear head reads: the raw text, without the prompt.
 
-    Control strings are broken up; ids are cut at `max_length`, the tokenizer's special tokens counted and kept.
+    Control strings are broken up; ids are cut at `max_length`, the tokenizer's special tokens
+    counted and kept.
     """
 
     def __init__(self, tokenizer, max_length: int):
@@ -102,7 +104,8 @@ class PromptEncoder:
     tokenizer : a fast transformers tokenizer
     data_arguments : LLaMA-Factory's DataArguments, or anything with the same fields
     prompt, labels : from the experiment
-    rotate : list the options from the second on, the first last (each letter then stands for another label)
+    rotate : list the options from the second on, the first last (each letter then stands for
+        another label)
     examples : texts with their labels, asked and answered in turns before the question (few-shot)
     """
 
@@ -124,12 +127,18 @@ class PromptEncoder:
         self._control = _control_strings(tokenizer, THINK)
         names = [self.neutralise(label) for label in labels]  # a label is somebody's text, too
         listed, shown = option_texts(prompt, names), [*names[1:], names[0]] if rotate else names
-        self.options = names if prompt.options == "names" else [listed[shown.index(name)] for name in names]
+        self.options = (
+            names if prompt.options == "names" else [listed[shown.index(name)] for name in names]
+        )
         self._prefix = prompt.answer_prefix
-        self._removes_thought = isinstance(self.template, ReasoningTemplate) and self.template.enable_thinking is False
+        self._removes_thought = (
+            isinstance(self.template, ReasoningTemplate) and self.template.enable_thinking is False
+        )
         lettered = [f"{letter}. {name}" for letter, name in zip(listed, shown, strict=True)]
         lines = lettered if prompt.options == "letters" else shown
-        parts = prompt.template.split("{text}")  # before the labels are in it, which may hold {text}
+        parts = prompt.template.split(
+            "{text}"
+        )  # before the labels are in it, which may hold {text}
         self._before, self._after = (part.replace("{options}", "\n".join(lines)) for part in parts)
         self._turns: list[dict[str, str]] = []
         self.examples_cut = 0
@@ -137,8 +146,8 @@ class PromptEncoder:
             self._turns = self._ask_examples(examples)
 
     def _ask_examples(self, examples: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-        """The turns of the examples. Each text has at most its share of the room that `cutoff_len` leaves; how many were cut
-        for that is counted in `examples_cut`.
+        """The turns of the examples. Each text has at most its share of the room that `cutoff_len`
+        leaves; how many were cut for that is counted in `examples_cut`.
 
         Raises
         ------
@@ -160,13 +169,17 @@ class PromptEncoder:
         share = self._room() // (len(examples) + 1)
         if share < FEWEST_TOKENS:
             raise LetterheadError(
-                f"eval.examples: {len(examples)} examples leave {max(share, 0)} tokens for each text within cutoff_len "
-                f"{self.cutoff_len}, and {FEWEST_TOKENS} are the fewest; ask for fewer examples, or raise cutoff_len "
+                f"eval.examples: {len(examples)} examples leave {max(share, 0)} tokens for each "
+                f"text within cutoff_len "
+                f"{self.cutoff_len}, and {FEWEST_TOKENS} are the fewest; ask for fewer "
+                f"examples, or raise cutoff_len "
                 "(decoder.sft.overrides.cutoff_len)"
             )
         whole = [self.neutralise(text) for text, _ in examples]
         fitted = [self._cut(text, share) for text in whole]
-        self.examples_cut = sum(len(cut) < len(text) for cut, text in zip(fitted, whole, strict=True))
+        self.examples_cut = sum(
+            len(cut) < len(text) for cut, text in zip(fitted, whole, strict=True)
+        )
         return turns(fitted)
 
     def answer_text(self, option: str) -> str:
@@ -174,11 +187,13 @@ class PromptEncoder:
         return self._prefix + option
 
     def neutralise(self, text: str) -> str:
-        """The text with a space inside each string that the tokenizer would read as a control token."""
+        """The text with a space inside each string that the tokenizer would read as a control
+        token."""
         return _break_up(self._control, text)
 
     def fit(self, text: str) -> str:
-        """The text as it stands in the prompt: neutralised, and shortened so that prompt and answer fit `cutoff_len`."""
+        """The text as it stands in the prompt: neutralised, and shortened so that prompt and answer
+        fit `cutoff_len`."""
         return self._cut(self.neutralise(text), self._text_budget)
 
     def is_cut(self, text: str) -> bool:
@@ -187,10 +202,13 @@ class PromptEncoder:
 
     def _cut(self, text: str, tokens: int) -> str:
         """A text's first `tokens` tokens."""
-        # A byte-level tokenizer never makes more tokens than bytes, so a short ASCII text need not be counted.
+        # A byte-level tokenizer never makes more tokens than bytes, so a short ASCII text need not
+        # be counted.
         if text.isascii() and len(text) <= tokens:
             return text
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         return text if len(offsets) <= tokens else text[: offsets[tokens][0]].rstrip()
 
     def instruction(self, text: str) -> str:
@@ -210,7 +228,8 @@ class PromptEncoder:
         return self.encode_turn(instruction, self.answer_text(self.options[0]))[0]
 
     def encode_before_option(self, text: str) -> list[int]:
-        """The prompt's ids and the answer's through its think block: the next token is the option's first."""
+        """The prompt's ids and the answer's through its think block: the next token is the option's
+        first."""
         answer = self.answers[0]
         return [*self.encode(text), *answer.ids[: answer.start]]
 
@@ -220,14 +239,21 @@ class PromptEncoder:
 
         Raises
         ------
-        LetterheadError : the template writes an answer in a way that cannot be found again among its ids
+        LetterheadError : the template writes an answer in a way that cannot be found again among
+            its ids
         """
         return [self._answer(option) for option in self.options]
 
     def encode_turn(self, instruction: str, answer: str) -> tuple[list[int], list[int]]:
-        """The ids of a question, filled in, and of an answer to it, as LLaMA-Factory trains on them."""
-        messages = [*self._turns, {"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
-        # encode_multiturn, as in LLaMA-Factory's supervised processor; but for examples there is one turn.
+        """The ids of a question, filled in, and of an answer to it, as LLaMA-Factory trains on
+        them."""
+        messages = [
+            *self._turns,
+            {"role": "user", "content": instruction},
+            {"role": "assistant", "content": answer},
+        ]
+        # encode_multiturn, as in LLaMA-Factory's supervised processor; but for examples there is
+        # one turn.
         *before, (asked, answered) = self.template.encode_multiturn(self.tokenizer, messages)
         return [token for turn in before for part in turn for token in part] + asked, answered
 
@@ -239,10 +265,17 @@ class PromptEncoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, begins = encoded["input_ids"], len(text) - len(option)
         spelled = sum(end > begins for _, end in encoded["offset_mapping"])
-        lead = len(self.template.get_thought_word_ids(self.tokenizer)) if response[: len(ids)] != ids else 0
+        lead = (
+            len(self.template.get_thought_word_ids(self.tokenizer))
+            if response[: len(ids)] != ids
+            else 0
+        )
         stop = lead + len(ids)
         if response[lead:stop] != ids or stop >= len(response):
-            raise LetterheadError(f"template {self.template}: its ids for the answer {text!r} do not end in the option's")
+            raise LetterheadError(
+                f"template {self.template}: its ids for the answer {text!r} do not end in the "
+                f"option's"
+            )
         return Answer(response, stop - spelled, stop)
 
     @cached_property
@@ -251,22 +284,26 @@ class PromptEncoder:
         budget = self._room()
         if budget < 1:
             raise LetterheadError(
-                f"cutoff_len {self.cutoff_len} leaves no room for a text: the prompt without it has "
-                f"{self.cutoff_len - budget} tokens; raise cutoff_len in the LLaMA-Factory YAML, or shorten prompt.template"
+                f"cutoff_len {self.cutoff_len} leaves no room for a text: the prompt without it "
+                f"has "
+                f"{self.cutoff_len - budget} tokens; raise cutoff_len in the LLaMA-Factory "
+                f"YAML, or shorten prompt.template"
             )
         return budget
 
     def _room(self) -> int:
-        """How many tokens of `cutoff_len` are left behind the prompt without a text and the longest answer; some in reserve
-        for the seams between a text and what stands around it."""
-        fixed = len(self.encode_turn(self._before + self._after, self.answer_text(self.options[0]))[0])
+        """How many tokens of `cutoff_len` are left behind the prompt without a text and the longest
+        answer; some in reserve for the seams between a text and what stands around it."""
+        fixed = len(
+            self.encode_turn(self._before + self._after, self.answer_text(self.options[0]))[0]
+        )
         seams = SEAM * (len(self._turns) // 2 + 1)
         return self.cutoff_len - fixed - max(len(answer.ids) for answer in self.answers) - seams
 
 
 class OptionEncoder:
-    """Turns texts into what a decoder with its letters for a head reads: the prompt through the last token before the
-    option; as `TextEncoder`, from which the rest does not tell it apart."""
+    """Turns texts into what a decoder with its letters for a head reads: the prompt through the
+    last token before the option; as `TextEncoder`, from which the rest does not tell it apart."""
 
     def __init__(self, prompt: PromptEncoder):
         self.prompt = prompt
@@ -288,8 +325,8 @@ def prompt_inputs(experiment: Experiment) -> dict:
 
 
 def draw_examples(experiment: Experiment) -> list[tuple[str, str]]:
-    """`eval.examples` training rows as text and label, by seed; of each label as many as of any other, or one more, the
-    labels of every turn in an order of its own.
+    """`eval.examples` training rows as text and label, by seed; of each label as many as of any
+    other, or one more, the labels of every turn in an order of its own.
 
     Raises
     ------
@@ -297,16 +334,21 @@ def draw_examples(experiment: Experiment) -> list[tuple[str, str]]:
     """
     rows = results.read_rows(experiment, "decoder_train") if experiment.eval.examples else []
     if len(rows) < experiment.eval.examples:
-        raise LetterheadError(f"eval.examples asks for {experiment.eval.examples} rows, but train holds {len(rows)}")
+        raise LetterheadError(
+            f"eval.examples asks for {experiment.eval.examples} rows, but train holds {len(rows)}"
+        )
     rng = np.random.default_rng(experiment.seed)
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
     by_label = [[row for row in shuffled if row["label"] == label] for label in experiment.labels]
-    dealt = [turn[k] for turn in zip_longest(*by_label) for k in rng.permutation(len(turn)) if turn[k]]
+    dealt = [
+        turn[k] for turn in zip_longest(*by_label) for k in rng.permutation(len(turn)) if turn[k]
+    ]
     return [(row["text"], row["label"]) for row in dealt[: experiment.eval.examples]]
 
 
 def load_scoring_encoder(experiment: Experiment) -> PromptEncoder:
-    """The encoder of the prompts that are scored: options in the order of `eval.option_order`, behind `eval.examples`."""
+    """The encoder of the prompts that are scored: options in the order of `eval.option_order`,
+    behind `eval.examples`."""
     rotate = experiment.eval.option_order == "rotated"
     return load_prompt_encoder(experiment, rotate=rotate, examples=draw_examples(experiment))
 
@@ -314,17 +356,21 @@ def load_scoring_encoder(experiment: Experiment) -> PromptEncoder:
 def load_prompt_encoder(
     experiment: Experiment, thinking: bool = False, folder: Path | None = None, **more: Any
 ) -> PromptEncoder:
-    """The encoder for an experiment, with the tokenizer in `folder` (the decoder's by default). With `thinking` the prompt
-    leaves the model free to think: `/no_think` goes from the template's end, and no empty think block stands in it. `more`
-    is PromptEncoder's."""
+    """The encoder for an experiment, with the tokenizer in `folder` (the decoder's by default).
+    With `thinking` the prompt leaves the model free to think: `/no_think` goes from the template's
+    end, and no empty think block stands in it. `more` is PromptEncoder's."""
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
     arguments = experiment.sft_arguments()
-    known = {key: value for key, value in arguments.items() if key in DataArguments.__dataclass_fields__}
+    known = {
+        key: value for key, value in arguments.items() if key in DataArguments.__dataclass_fields__
+    }
     prompt = experiment.prompt
     if thinking:
         known["enable_thinking"] = True
         prompt = prompt.model_copy(update={"template": prompt.template.removesuffix("/no_think")})
-    tokenizer = AutoTokenizer.from_pretrained(folder or experiment.decoder.folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder or experiment.decoder.folder, trust_remote_code=False
+    )
     return PromptEncoder(tokenizer, DataArguments(**known), prompt, experiment.labels, **more)

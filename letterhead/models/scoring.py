@@ -1,12 +1,15 @@
 """Option scoring: how likely does a language model find each option as the answer to a prompt?
 
-The ids are those that LLaMA-Factory trains on (letterhead.prompt). One forward pass a row scores all options, whatever
-they are spelled like, and computes nothing that nobody reads:
+The ids are those that LLaMA-Factory trains on (letterhead.models.prompt). One forward pass a row scores
+all options, whatever they are spelled like, and computes nothing that nobody reads:
 
-- the tokens that all prompts begin with are run once, and every batch attends to their keys and values;
-- the options hang on the prompt's last token as a tree: a beginning that several names share is run once, and a mask
-  lets each branch see the prompt and its own tokens only. Letters part at once, so their tree is empty;
-- the vocabulary projection is computed at the positions that predict an option's token, and nowhere else;
+- the tokens that all prompts begin with are run once, and every batch attends to their keys and
+  values;
+- the options hang on the prompt's last token as a tree: a beginning that several names share is run
+  once, and a mask lets each branch see the prompt and its own tokens only. Letters part at once, so
+  their tree is empty;
+- the vocabulary projection is computed at the positions that predict an option's token, and nowhere
+  else;
 - rows are sorted by length and batched to a budget of tokens.
 """
 
@@ -28,7 +31,8 @@ from letterhead.runs.terminal import progress
 
 # Logits held at once: rows × positions × vocabulary; 2**26 float32 are 256 MiB.
 MAX_LOGITS = 1 << 26
-# On a GPU so few tokens are a matter of launching kernels (an estimate for 28 layers; never measured).
+# On a GPU so few tokens are a matter of launching kernels (an estimate for 28 layers; never
+# measured).
 FEW_TOKENS = 1024
 
 
@@ -36,8 +40,8 @@ FEW_TOKENS = 1024
 class OptionScores:
     """What `score_options` returns.
 
-    log_likelihood : (rows, options), the natural logarithm of each option's probability given the prompt, summed over
-        the tokens that spell it
+    log_likelihood : (rows, options), the natural logarithm of each option's probability given the
+        prompt, summed over the tokens that spell it
     token_count : (options,), how many tokens that sum runs over
     tokens : how many tokens went through the model, padding included
     """
@@ -52,7 +56,8 @@ class OptionScores:
         return np.exp(-self.log_likelihood / self.token_count)
 
     def score(self, how: str) -> np.ndarray:
-        """`mean`: minus the logarithm of the perplexity; `sum`: the log-likelihood. The best option has the highest."""
+        """`mean`: minus the logarithm of the perplexity; `sum`: the log-likelihood. The best option
+        has the highest."""
         return self.log_likelihood / self.token_count if how == "mean" else self.log_likelihood
 
     def probabilities(self, how: str) -> np.ndarray:
@@ -77,7 +82,8 @@ class OptionTree:
     Attributes
     ----------
     shared : the answer tokens that all options begin with; they follow every prompt
-    tokens, parents : the tree's nodes, those that have a child; parents[i] < i, or -1 for the prompt's last token
+    tokens, parents : the tree's nodes, those that have a child; parents[i] < i, or -1 for the
+        prompt's last token
     kept : how many of a sequence's last positions predict a token of some option
     """
 
@@ -89,8 +95,12 @@ class OptionTree:
         self.shared = spelled[0][:n]
         self.tokens: list[int] = []
         self.parents: list[int] = []
-        self._predictions: dict[tuple[int, int], int] = {}  # (kept position, predicted token) → column
-        self._columns = [[self._column(i, self.shared[start + i]) for i in range(lead)] for _ in answers]
+        self._predictions: dict[
+            tuple[int, int], int
+        ] = {}  # (kept position, predicted token) → column
+        self._columns = [
+            [self._column(i, self.shared[start + i]) for i in range(lead)] for _ in answers
+        ]
         nodes: dict[tuple[int, int], int] = {}
         for columns, ids in zip(self._columns, spelled, strict=True):
             node = -1
@@ -125,14 +135,19 @@ class OptionTree:
         return sees
 
     def log_likelihood(self, logits: torch.Tensor) -> torch.Tensor:
-        """Sum the options' tokens: logits of shape (rows, kept, vocabulary) → (rows, options), float64."""
-        position, token = (torch.tensor(part, device=logits.device) for part in zip(*self._predictions, strict=True))
+        """Sum the options' tokens: logits of shape (rows, kept, vocabulary) → (rows, options),
+        float64."""
+        position, token = (
+            torch.tensor(part, device=logits.device)
+            for part in zip(*self._predictions, strict=True)
+        )
         predicted = (logits[:, position, token] - logits.logsumexp(-1)[:, position]).double()
         return torch.stack([predicted[:, columns].sum(-1) for columns in self._columns], dim=1)
 
 
 def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedModel:
-    """Load a decoder for scoring: safetensors only, on the GPU if there is one; on a CPU with packed linear layers.
+    """Load a decoder for scoring: safetensors only, on the GPU if there is one; on a CPU with
+    packed linear layers.
 
     `dtype` is float32, bfloat16 or auto (see `precision`); the last projection is float32 in each.
 
@@ -143,9 +158,17 @@ def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedMod
     require_model(folder)
     use_onednn()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention(), use_safetensors=True, trust_remote_code=False
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attention(),
+        use_safetensors=True,
+        trust_remote_code=False,
     )
-    model = cast(model, precision(dtype, folder)).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = (
+        cast(model, precision(dtype, folder))
+        .to("cuda" if torch.cuda.is_available() else "cpu")
+        .eval()
+    )
     return pack(model) if packed else model
 
 
@@ -164,7 +187,7 @@ def score_options(
     ----------
     model : a causal language model
     prompts : token ids, through the last token before the answer
-    answers : the options (letterhead.prompt.PromptEncoder.answers)
+    answers : the options (letterhead.models.prompt.PromptEncoder.answers)
     with_end : count the end token too; for names, not for letters
     batch_tokens : how many tokens a forward pass may hold, padding included
     title : of a progress bar in rows/s, or None for none
@@ -182,11 +205,20 @@ def score_options(
     prefix = _run_prefix(model, rows[0][:n_prefix])
     result = torch.zeros(len(rows), len(answers), dtype=torch.float64)
     tokens = n_prefix
-    with progress(total=len(rows), desc=title, unit=" rows", disable=title is None, mininterval=0.5) as bar:
-        for batch in _batches([len(row) - n_prefix for row in rows], tree, batch_tokens, model.config.vocab_size):
-            inputs = _inputs([rows[i][n_prefix:] for i in batch], tree, n_prefix, model.dtype, model.device)
+    with progress(
+        total=len(rows), desc=title, unit=" rows", disable=title is None, mininterval=0.5
+    ) as bar:
+        for batch in _batches(
+            [len(row) - n_prefix for row in rows], tree, batch_tokens, model.config.vocab_size
+        ):
+            inputs = _inputs(
+                [rows[i][n_prefix:] for i in batch], tree, n_prefix, model.dtype, model.device
+            )
             logits = model(
-                **inputs, past_key_values=_expand(prefix, len(batch)), use_cache=True, logits_to_keep=tree.kept
+                **inputs,
+                past_key_values=_expand(prefix, len(batch)),
+                use_cache=True,
+                logits_to_keep=tree.kept,
             ).logits
             result[batch] = tree.log_likelihood(logits).cpu()
             tokens += inputs["input_ids"].numel()
@@ -206,12 +238,19 @@ def score_in_parts(
 
     Returns
     -------
-    tuple : the scores, rows in the order of `prompts`; the seconds that the slowest part took, loading left out
+    tuple : the scores, rows in the order of `prompts`; the seconds that the slowest part took,
+        loading left out
     """
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = [order[rank :: workers.n] for rank in range(workers.n)]
     parts_given = [
-        ([prompts[row] for row in part], answers, with_end, batch_tokens, title if rank == 0 else None)
+        (
+            [prompts[row] for row in part],
+            answers,
+            with_end,
+            batch_tokens,
+            title if rank == 0 else None,
+        )
         for rank, part in enumerate(parts)
         if part
     ]
@@ -220,7 +259,9 @@ def score_in_parts(
     for part, (scores, _) in zip(parts, scored, strict=False):
         likelihood[part] = scores.log_likelihood
     tokens = sum(scores.tokens for scores, _ in scored)
-    return OptionScores(likelihood, scored[0][0].token_count, tokens), max(seconds for _, seconds in scored)
+    return OptionScores(likelihood, scored[0][0].token_count, tokens), max(
+        seconds for _, seconds in scored
+    )
 
 
 def _timed_scores(model: PreTrainedModel, *arguments) -> tuple[OptionScores, float]:
@@ -231,7 +272,8 @@ def _timed_scores(model: PreTrainedModel, *arguments) -> tuple[OptionScores, flo
 def _two_passes_pay(device: str, lengths: list[int]) -> bool:
     """Whether the tokens that all rows begin with are worth a pass of their own.
 
-    One row shares them with none; and on a GPU a pass of few tokens takes as long as its kernels take to be launched.
+    One row shares them with none; and on a GPU a pass of few tokens takes as long as its kernels
+    take to be launched.
     """
     return len(lengths) > 1 and (device == "cpu" or sum(lengths) > FEW_TOKENS)
 
@@ -239,7 +281,10 @@ def _two_passes_pay(device: str, lengths: list[int]) -> bool:
 def _common_prefix(sequences: Sequence[list[int]]) -> int:
     """How many tokens all sequences begin with."""
     first, last = min(sequences), max(sequences)  # all others lie between these two
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
 
 
 def _run_prefix(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -247,7 +292,12 @@ def _run_prefix(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tens
     if not ids:
         return []
     cache = DynamicCache()
-    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(
+        input_ids=torch.tensor([ids], device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -258,8 +308,11 @@ def _expand(prefix: list[tuple[torch.Tensor, torch.Tensor]], rows: int) -> Dynam
     return cache
 
 
-def _batches(lengths: list[int], tree: OptionTree, batch_tokens: int, vocabulary: int) -> list[list[int]]:
-    """Row numbers, longest first (what does not fit in memory fails at once), cut into batches of the budget."""
+def _batches(
+    lengths: list[int], tree: OptionTree, batch_tokens: int, vocabulary: int
+) -> list[list[int]]:
+    """Row numbers, longest first (what does not fit in memory fails at once), cut into batches of
+    the budget."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     batches = []
     while order:
@@ -275,10 +328,10 @@ def _inputs(
 ) -> dict[str, torch.Tensor]:
     """Token ids, positions and mask of a batch.
 
-    Rows are padded on the left, so that the positions that predict stand in the same columns for all; behind them
-    stand the tree's nodes. A query sees the prefix, what precedes it in its row, and, in the tree, its ancestors; a
-    padding sees itself, since a softmax over nothing is not a number. The mask is one to be added: eager attention adds what
-    it is given.
+    Rows are padded on the left, so that the positions that predict stand in the same columns for
+    all; behind them stand the tree's nodes. A query sees the prefix, what precedes it in its row,
+    and, in the tree, its ancestors; a padding sees itself, since a softmax over nothing is not a
+    number. The mask is one to be added: eager attention adds what it is given.
     """
     length, nodes = max(len(row) for row in rows), len(tree.tokens)
     ids = torch.zeros(len(rows), length + nodes, dtype=torch.long)
@@ -294,7 +347,9 @@ def _inputs(
     sees = torch.ones(length + nodes, length + nodes, dtype=torch.bool).tril()
     sees[length:, length:] = tree.visibility()
     mask = (sees & real[:, None, :]) | torch.eye(length + nodes, dtype=torch.bool)
-    mask = torch.cat([torch.ones(len(rows), length + nodes, n_prefix, dtype=torch.bool), mask], dim=-1)
+    mask = torch.cat(
+        [torch.ones(len(rows), length + nodes, n_prefix, dtype=torch.bool), mask], dim=-1
+    )
     added = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     batch = {"input_ids": ids, "position_ids": positions, "attention_mask": added[:, None]}
     return {name: tensor.to(device) for name, tensor in batch.items()}

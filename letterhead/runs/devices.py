@@ -1,4 +1,5 @@
-"""Which devices a run uses: what torch sees decides, and one GPU is used unless NPROC=n says how many.
+"""Which devices a run uses: what torch sees decides, and one GPU is used unless NPROC=n says how
+many.
 
 python -m letterhead.runs.devices
 
@@ -19,14 +20,24 @@ from pathlib import Path
 
 from letterhead.files import LetterheadError
 
-# The oldest driver for each major version of CUDA (the CUDA Toolkit's release notes, "minor version compatibility").
+# The oldest driver for each major version of CUDA (the CUDA Toolkit's release notes, "minor version
+# compatibility").
 OLDEST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580"}
-VERSIONED = ("torch", "transformers", "llamafactory", "datasets", "tokenizers", "scikit-learn", "numpy")
+VERSIONED = (
+    "torch",
+    "transformers",
+    "llamafactory",
+    "datasets",
+    "tokenizers",
+    "scikit-learn",
+    "numpy",
+)
 DRIVER_VERSION = re.compile(r"\b(\d{3}\.[\d.]*\d)\b")
 
 
 def process_count() -> int:
-    """How many processes a stage may spread over, each with a GPU of its own if there are any: NPROC, 1 by default.
+    """How many processes a stage may spread over, each with a GPU of its own if there are any:
+    NPROC, 1 by default.
 
     Raises
     ------
@@ -34,12 +45,16 @@ def process_count() -> int:
     """
     named = os.environ.get("NPROC") or "1"
     if not named.isdecimal() or int(named) < 1:
-        raise LetterheadError(f"NPROC={named}: not a number of processes; write NPROC=2, or leave it out to use one GPU")
+        raise LetterheadError(
+            f"NPROC={named}: not a number of processes; write NPROC=2, or leave it out to "
+            f"use one GPU"
+        )
     return int(named)
 
 
 def choose_devices() -> None:
-    """Leave as many GPUs visible as NPROC says (see `narrow`), if they are there and torch can use them.
+    """Leave as many GPUs visible as NPROC says (see `narrow`), if they are there and torch can use
+    them.
 
     Raises
     ------
@@ -52,19 +67,26 @@ def choose_devices() -> None:
         import torch
 
         if 0 < torch.cuda.device_count() < n:
-            raise LetterheadError(f"NPROC={n}, but torch sees {torch.cuda.device_count()} GPUs; lower NPROC")
+            raise LetterheadError(
+                f"NPROC={n}, but torch sees {torch.cuda.device_count()} GPUs; lower NPROC"
+            )
 
 
 def narrow() -> None:
-    """Leave the first NPROC GPUs visible to this process, and to all that it starts; before CUDA is started.
+    """Leave the first NPROC GPUs visible to this process, and to all that it starts; before CUDA is
+    started.
 
-    Libraries take what they see: LLaMA-Factory would start torchrun, and the Trainer would split its batches.
+    Libraries take what they see: LLaMA-Factory would start torchrun, and the Trainer would split
+    its batches.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), process_count())
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(
+        os.environ.get("CUDA_VISIBLE_DEVICES"), process_count()
+    )
 
 
 def visible_devices(named: str | None, n: int) -> str:
-    """The first n of the devices that CUDA_VISIBLE_DEVICES names (all, if it is None); none stay none."""
+    """The first n of the devices that CUDA_VISIBLE_DEVICES names (all, if it is None); none stay
+    none."""
     return ",".join((named.split(",") if named is not None else [str(i) for i in range(n)])[:n])
 
 
@@ -75,12 +97,17 @@ def worker_environment(rank: int) -> dict[str, str]:
 
 
 def unusable_gpu() -> str | None:
-    """Why torch can't use an NVIDIA GPU that is there, with the mend; None where it can, or where there is none."""
+    """Why torch can't use an NVIDIA GPU that is there, with the mend; None where it can, or where
+    there is none."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not (driver := nvidia_driver()):
         return None
     import torch
 
-    return None if torch.cuda.is_available() else why_unusable(driver, torch.__version__, torch.version.cuda)
+    return (
+        None
+        if torch.cuda.is_available()
+        else why_unusable(driver, torch.__version__, torch.version.cuda)
+    )
 
 
 def why_unusable(driver: str, torch_version: str, cuda: str | None) -> str:
@@ -92,15 +119,20 @@ def why_unusable(driver: str, torch_version: str, cuda: str | None) -> str:
     oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
     if oldest and driver != "unknown" and int(driver.split(".")[0]) >= int(oldest.split(".")[0]):
         return (
-            f"{there}, built for CUDA {cuda}, sees none; set CUDA_VISIBLE_DEVICES to one that is there, or give this "
+            f"{there}, built for CUDA {cuda}, sees none; set CUDA_VISIBLE_DEVICES to one "
+            f"that is there, or give this "
             f"container the right to use it, {on_the_cpu}"
         )
     needs = f"CUDA {cuda}, which needs driver {oldest} or newer" if oldest else f"CUDA {cuda}"
-    return f"{there}, built for {needs}, can't use it; update the driver (nvidia-smi shows what it sees), {on_the_cpu}"
+    return (
+        f"{there}, built for {needs}, can't use it; update the driver (nvidia-smi shows "
+        f"what it sees), {on_the_cpu}"
+    )
 
 
 def nvidia_driver() -> str | None:
-    """The version of the NVIDIA driver, by the kernel module or (WSL2 has none) nvidia-smi; None where there is no GPU."""
+    """The version of the NVIDIA driver, by the kernel module or (WSL2 has none) nvidia-smi; None
+    where there is no GPU."""
     device, module = any(Path("/dev").glob("nvidia[0-9]*")), Path("/proc/driver/nvidia/version")
     if device and module.is_file():
         return _version(module.read_text())
@@ -119,7 +151,8 @@ def _version(text: str) -> str:
 
 
 def share_batch(batch: int, accumulation: int, n: int, key: str) -> tuple[int, int]:
-    """Batch and gradient accumulation of each of n processes, such that an optimizer step takes the same rows as one's.
+    """Batch and gradient accumulation of each of n processes, such that an optimizer step takes the
+    same rows as one's.
 
     The accumulation is divided first, then the batch.
 
@@ -130,26 +163,43 @@ def share_batch(batch: int, accumulation: int, n: int, key: str) -> tuple[int, i
     by_accumulation = gcd(accumulation, n)
     rest = n // by_accumulation
     if batch % rest:
-        fits = [m for m in range(1, batch * accumulation + 1) if batch % (m // gcd(accumulation, m)) == 0][:8]
+        fits = [
+            m
+            for m in range(1, batch * accumulation + 1)
+            if batch % (m // gcd(accumulation, m)) == 0
+        ][:8]
         raise LetterheadError(
-            f"NPROC={n} does not divide {key}'s step of {batch} x {accumulation} rows (batch x accumulation); "
+            f"NPROC={n} does not divide {key}'s step of {batch} x {accumulation} rows "
+            f"(batch x accumulation); "
             f"take one of {', '.join(map(str, fits))}"
         )
     return batch // rest, accumulation // by_accumulation
 
 
 def require_compiler(python: Path, environment: Mapping[str, str] = os.environ) -> None:
-    """Make sure of what Triton needs to compile its launcher when vLLM starts on a GPU: a C compiler and Python's headers.
+    """Make sure of what Triton needs to compile its launcher when vLLM starts on a GPU: a C
+    compiler and Python's headers.
 
     Raises
     ------
     LetterheadError : one of them is missing; names the package
     """
-    compiler = environment.get("CC") or shutil.which("gcc", path=environment.get("PATH")) or shutil.which("clang")
+    compiler = (
+        environment.get("CC")
+        or shutil.which("gcc", path=environment.get("PATH"))
+        or shutil.which("clang")
+    )
     if not compiler:
-        raise LetterheadError("vLLM on a GPU needs a C compiler (Triton compiles with it): install gcc, or set CC")
-    ask = "import sysconfig; print(sysconfig.get_paths()['include'], '%d.%d' % __import__('sys').version_info[:2])"
-    printed = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+        raise LetterheadError(
+            "vLLM on a GPU needs a C compiler (Triton compiles with it): install gcc, or set CC"
+        )
+    ask = (
+        "import sysconfig; print(sysconfig.get_paths()['include'], '%d.%d' % "
+        "__import__('sys').version_info[:2])"
+    )
+    printed = subprocess.run(
+        [python, "-c", ask], capture_output=True, text=True, check=True
+    ).stdout.split()
     if not (Path(printed[0]) / "Python.h").is_file():
         raise LetterheadError(
             f"vLLM on a GPU needs Python's C headers, and {printed[0]}/Python.h is missing; "
@@ -158,7 +208,8 @@ def require_compiler(python: Path, environment: Mapping[str, str] = os.environ) 
 
 
 def gpu_memory_used_mb() -> int | None:
-    """MiB in use on all NVIDIA GPUs of this machine together, whoever uses them; None where NVML does not tell."""
+    """MiB in use on all NVIDIA GPUs of this machine together, whoever uses them; None where NVML
+    does not tell."""
     import pynvml
 
     try:
@@ -171,7 +222,9 @@ def gpu_memory_used_mb() -> int | None:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that decide a figure."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONED}
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in VERSIONED
+    }
 
 
 def device_name() -> str:
@@ -184,21 +237,29 @@ def device_name() -> str:
 def machine() -> str:
     """The processor's name and how many cores there are."""
     try:
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        names = re.findall(
+            r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         names = []
     return f"{(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
 
 
 def peak_memory() -> dict[str, int]:
-    """The most memory that this process, or one of its children, has held so far; in MiB, the GPU's apart."""
+    """The most memory that this process, or one of its children, has held so far; in MiB, the GPU's
+    apart."""
     import torch
 
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, children = (
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     status = Path("/proc/self/status")  # getrusage counts what its starter held before exec, too
     if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
         own = int(peak[1])
-    peak = {"peak_memory_mb": max(own, children) // (1 if sys.platform == "linux" else 1024) // 1024}
+    peak = {
+        "peak_memory_mb": max(own, children) // (1 if sys.platform == "linux" else 1024) // 1024
+    }
     if torch.cuda.is_available():
         peak["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
     return peak

@@ -2,9 +2,10 @@
 
 python -m letterhead.runs.processes PARENT COMMAND …
 
-runs a command in a session of its own, and kills it with all its descendants when the command ends, when it is told to
-stop, or when the process PARENT dies, kill -9 included (Linux tells it). vLLM and torchrun start processes of their own,
-torchrun's in sessions of their own, so ending the one that we started is not enough.
+runs a command in a session of its own, and kills it with all its descendants when the command ends,
+when it is told to stop, or when the process PARENT dies, kill -9 included (Linux tells it). vLLM
+and torchrun start processes of their own, torchrun's in sessions of their own, so ending the one
+that we started is not enough.
 """
 
 import ctypes
@@ -28,7 +29,8 @@ from letterhead.runs.devices import worker_environment
 
 
 def die_with_parent(how: int = signal.SIGKILL) -> None:
-    """Linux: have the kernel send this process a signal when its parent dies; elsewhere nothing is done."""
+    """Linux: have the kernel send this process a signal when its parent dies; elsewhere nothing is
+    done."""
     PR_SET_PDEATHSIG = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
@@ -44,13 +46,16 @@ def torchrun(n: int, module: str, arguments: list[str]) -> list[str]:
 
 
 def begin_worker() -> None:
-    """What a process that torchrun starts does first: dies with torchrun; and, where several train on a CPU, can resume (the
-    Trainer loads the optimizer to the device `cpu:0`, a place that torch's loader does not know by itself)."""
+    """What a process that torchrun starts does first: dies with torchrun; and, where several train
+    on a CPU, can resume (the Trainer loads the optimizer to the device `cpu:0`, a place that
+    torch's loader does not know by itself)."""
     die_with_parent()
     import torch
 
     torch.serialization.register_package(
-        0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+        0,
+        lambda storage: None,
+        lambda storage, location: storage if location.startswith("cpu:") else None,
     )
 
 
@@ -60,7 +65,8 @@ def guarded(command: list[str]) -> list[str]:
 
 
 def guard(parent: int, command: list[str]) -> int:
-    """Run a command; when this, or the parent, ends for whatever reason, so does the command with all its descendants.
+    """Run a command; when this, or the parent, ends for whatever reason, so does the command with
+    all its descendants.
 
     Inheritable descriptors (a stage's lock) are passed on.
     """
@@ -68,7 +74,9 @@ def guard(parent: int, command: list[str]) -> int:
     for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(how, lambda *_: signals.append(True))
     die_with_parent(signal.SIGTERM)
-    child = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, close_fds=False)
+    child = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=die_with_parent, close_fds=False
+    )
     descendants: set[psutil.Process] = set()
     while child.poll() is None and not signals and os.getppid() == parent:
         with suppress(psutil.Error):
@@ -95,12 +103,14 @@ def call_in_a_process(work: Callable[..., Any], *arguments: Any) -> Any:
             return pool.submit(work, *arguments).result()
     except BrokenProcessPool:
         raise LetterheadError(
-            f"{work.__name__}: its process was killed, most likely for want of memory; free some and run again"
+            f"{work.__name__}: its process was killed, most likely for want of memory; free "
+            f"some and run again"
         ) from None
 
 
 class Workers:
-    """Something that is loaded in each of n processes, each with a GPU of its own, when it is first worked on in parts.
+    """Something that is loaded in each of n processes, each with a GPU of its own, when it is first
+    worked on in parts.
 
     With n = 1 it is loaded in this process. A context manager: the processes end with the block.
 
@@ -115,7 +125,10 @@ class Workers:
         threads = max(1, (os.cpu_count() or 1) // n)
         self._pools = [
             ProcessPoolExecutor(
-                1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(rank, threads, os.getpid())
+                1,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin,
+                initargs=(rank, threads, os.getpid()),
             )
             for rank in (range(n) if n > 1 else ())
         ]
@@ -134,7 +147,8 @@ class Workers:
             pool.shutdown(cancel_futures=True)
 
     def load(self) -> None:
-        """Load in all processes now, not at the first call, so that what is wrong is known before anything is written."""
+        """Load in all processes now, not at the first call, so that what is wrong is known before
+        anything is written."""
         self.map(_nothing, [()] * self.n)
 
     def map(self, work: Callable[..., Any], parts: Sequence[tuple]) -> list:
@@ -146,12 +160,16 @@ class Workers:
         """
         if not self._pools:
             return [_work(self._held, self._load, work, *part) for part in parts]
-        futures = [pool.submit(_work, None, self._load, work, *part) for pool, part in zip(self._pools, parts, strict=False)]
+        futures = [
+            pool.submit(_work, None, self._load, work, *part)
+            for pool, part in zip(self._pools, parts, strict=False)
+        ]
         try:
             return [future.result() for future in futures]
         except BrokenProcessPool:
             raise LetterheadError(
-                f"{work.__name__}: a process was killed, most likely for want of memory; free some and run again"
+                f"{work.__name__}: a process was killed, most likely for want of memory; free "
+                f"some and run again"
             ) from None
 
 

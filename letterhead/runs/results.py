@@ -1,7 +1,7 @@
 """Result files: what a method (at a step) reached on a split, and its prediction for every row.
 
-`runs/<experiment>/results/NAME.json` (test) and `NAME.validation.json`, `NAME.predictions.jsonl` beside them; NAME is a
-method, or method@step.
+`runs/<experiment>/results/NAME.json` (test) and `NAME.validation.json`, `NAME.predictions.jsonl`
+beside them; NAME is a method, or method@step.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,14 @@ import numpy as np
 
 from letterhead import pipeline
 from letterhead.config.experiment import Experiment
-from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from letterhead.files import (
+    LetterheadError,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    write_json,
+    write_jsonl,
+)
 from letterhead.runs.devices import device_name, versions
 from letterhead.stats.metrics import NO_ANSWER, classification_figures
 
@@ -22,7 +29,10 @@ SPLITS = ("test", "validation")
 def result_files(experiment: Experiment, name: str, split: str) -> tuple[Path, Path]:
     """The files of a result and of its predictions."""
     stem = name + ("" if split == "test" else f".{split}")
-    return experiment.results_folder / f"{stem}.json", experiment.results_folder / f"{stem}.predictions.jsonl"
+    return (
+        experiment.results_folder / f"{stem}.json",
+        experiment.results_folder / f"{stem}.predictions.jsonl",
+    )
 
 
 def read_rows(experiment: Experiment, name: str) -> list[dict]:
@@ -55,8 +65,12 @@ def read_predictions(experiment: Experiment, name: str, split: str) -> list[dict
 
 
 def bench_made_from(experiment: Experiment) -> dict[str, str]:
-    """What the service figures hang on: the hash of each stage's inputs that trained something, or made the rows."""
-    names = [pipeline.DATA.name, *(method.trained_by for method in pipeline.METHODS.values() if method.bench)]
+    """What the service figures hang on: the hash of each stage's inputs that trained something, or
+    made the rows."""
+    names = [
+        pipeline.DATA.name,
+        *(method.trained_by for method in pipeline.METHODS.values() if method.bench),
+    ]
     records = {name: read_json(experiment.run_folder / name / "stage.json") for name in names}
     return {name: record and record["inputs_sha256"] for name, record in records.items()}
 
@@ -72,13 +86,17 @@ def read_bench(experiment: Experiment) -> dict | None:
 
 
 def read_prices(experiment: Experiment) -> list[dict]:
-    """What a million rows cost in service, of each row of the bench that is there: its method, full name and price."""
+    """What a million rows cost in service, of each row of the bench that is there: its method, full
+    name and price."""
     bench = read_bench(experiment) or {"rows": []}
-    return [{key: row[key] for key in ("method", "name", "cost_per_million")} for row in bench["rows"]]
+    return [
+        {key: row[key] for key in ("method", "name", "cost_per_million")} for row in bench["rows"]
+    ]
 
 
 def kept_result(experiment: Experiment, name: str, split: str, inputs_sha256: str) -> dict | None:
-    """The result on disk if it was made from the same inputs and its predictions are whole, else None."""
+    """The result on disk if it was made from the same inputs and its predictions are whole, else
+    None."""
     result_file, predictions_file = result_files(experiment, name, split)
     kept = read_json(result_file)
     if not kept or kept["inputs_sha256"] != inputs_sha256 or not predictions_file.exists():
@@ -96,7 +114,8 @@ def write_result(
     perplexity: np.ndarray | None = None,
     **measured: Any,
 ) -> dict:
-    """Compute a result's figures; write its predictions, then, saying that they are whole, the result.
+    """Compute a result's figures; write its predictions, then, saying that they are whole, the
+    result.
 
     Parameters
     ----------
@@ -104,7 +123,8 @@ def write_result(
     rows : the split's rows, in the order of the arrays
     probabilities, perplexity : shape (rows, classes)
     predicted : class numbers or NO_ANSWER, shape (rows,); without them the most probable class
-    measured : seconds, tokens, parameters, dtype, model, inputs_sha256 and what else the caller knows
+    measured : seconds, tokens, parameters, dtype, model, inputs_sha256 and what else the caller
+        knows
 
     Raises
     ------
@@ -112,9 +132,14 @@ def write_result(
     """
     if probabilities is not None:
         require_finite(probabilities, f"{name}, {split} rows", measured.get("model"))
-    labels, (result_file, predictions_file) = experiment.labels, result_files(experiment, name, split)
+    labels, (result_file, predictions_file) = (
+        experiment.labels,
+        result_files(experiment, name, split),
+    )
     method, _, step = name.partition("@")
-    figures = classification_figures(class_numbers(experiment, rows), labels, experiment.seed, probabilities, predicted)
+    figures = classification_figures(
+        class_numbers(experiment, rows), labels, experiment.seed, probabilities, predicted
+    )
     result = {
         "experiment": experiment.name,
         "method": method,
@@ -135,12 +160,21 @@ def write_result(
 
     def line(i: int) -> dict:
         named = {
-            key: dict(zip(labels, values[i].tolist(), strict=True)) for key, values in columns.items() if values is not None
+            key: dict(zip(labels, values[i].tolist(), strict=True))
+            for key, values in columns.items()
+            if values is not None
         }
         prediction = None if predicted[i] == NO_ANSWER else labels[predicted[i]]
-        return {"id": rows[i]["id"], "label": rows[i]["label"], "prediction": prediction, "probabilities": None} | named
+        return {
+            "id": rows[i]["id"],
+            "label": rows[i]["label"],
+            "prediction": prediction,
+            "probabilities": None,
+        } | named
 
-    result_file.unlink(missing_ok=True)  # of other inputs: its figures are not those of these predictions
+    result_file.unlink(
+        missing_ok=True
+    )  # of other inputs: its figures are not those of these predictions
     write_jsonl(predictions_file, map(line, range(len(rows))))
     result["predictions_sha256"] = sha256_file(predictions_file)
     write_json(result_file, result)
@@ -157,13 +191,17 @@ def require_finite(probabilities: np.ndarray, what: str, model: Any) -> None:
     wrong = int((~np.isfinite(probabilities)).any(axis=-1).sum())
     if wrong:
         raise LetterheadError(
-            f"{what}: the probabilities of {wrong} of {len(probabilities)} rows are not numbers; the model has diverged "
+            f"{what}: the probabilities of {wrong} of {len(probabilities)} rows are not "
+            f"numbers; the model has diverged "
             f"or is damaged ({model}); train it anew with a lower learning rate"
         )
 
 
-def checkpoint_table(experiment: Experiment, title: str, results: dict[tuple[int, str], dict], expected: list[int]) -> str:
-    """The article's table in Markdown: one line a checkpoint, figures on test rows, validation F1 beside them.
+def checkpoint_table(
+    experiment: Experiment, title: str, results: dict[tuple[int, str], dict], expected: list[int]
+) -> str:
+    """The article's table in Markdown: one line a checkpoint, figures on test rows, validation F1
+    beside them.
 
     Parameters
     ----------
@@ -171,13 +209,18 @@ def checkpoint_table(experiment: Experiment, title: str, results: dict[tuple[int
     expected : steps that ought to be there; one without a result is named
     """
     test = {step: result for (step, split), result in results.items() if split == "test"}
-    validation = {step: result for (step, split), result in results.items() if split == "validation"}
+    validation = {
+        step: result for (step, split), result in results.items() if split == "validation"
+    }
     if not test:
-        raise LetterheadError(f"{experiment.data_folder / 'test.jsonl'}: no test rows; set data.rows.test")
+        raise LetterheadError(
+            f"{experiment.data_folder / 'test.jsonl'}: no test rows; set data.rows.test"
+        )
     own = "Option's own loss" if title.startswith("SFT") else "Test loss"
     lines = [
         f"# {experiment.name}: {title}, {next(iter(test.values()))['n']} test rows\n",
-        f"| Step | Training loss | {own} | Accuracy | Precision | Recall | F1 | 95 % interval | F1 validation |",
+        f"| Step | Training loss | {own} | Accuracy | Precision | Recall | F1 | 95 % "
+        f"interval | F1 validation |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | :---: | ---: |",
     ]
     for step in sorted({*expected} | set(test)):
@@ -185,34 +228,52 @@ def checkpoint_table(experiment: Experiment, title: str, results: dict[tuple[int
             lines.append(f"| {step} | not scored: no whole checkpoint | | | | | | | |")
             continue
         result = test[step]
-        trained = "not trained" if step == 0 else "" if result["train_loss"] is None else f"{result['train_loss']:.4f}"
+        trained = (
+            "not trained"
+            if step == 0
+            else ""
+            if result["train_loss"] is None
+            else f"{result['train_loss']:.4f}"
+        )
         low, high = result["f1_macro_ci95"]
         chosen = f"{validation[step]['f1_macro']:.4f}" if step in validation else "no rows"
-        figures = [result[key] for key in ("eval_loss", "accuracy", "precision_macro", "recall_macro", "f1_macro")]
+        figures = [
+            result[key]
+            for key in ("eval_loss", "accuracy", "precision_macro", "recall_macro", "f1_macro")
+        ]
         numbers = " | ".join(f"{value:.4f}" for value in figures)
         lines.append(f"| {step} | {trained} | {numbers} | {low:.3f} to {high:.3f} | {chosen} |")
     best = highest_f1(test)
-    lines.append(f"\nBest on test (the article's choice): step {best}, F1 {test[best]['f1_macro']:.4f}.")
+    lines.append(
+        f"\nBest on test (the article's choice): step {best}, F1 {test[best]['f1_macro']:.4f}."
+    )
     if validation:
         step = chosen_step(experiment, validation)
         lines.append(
-            f"Chosen on validation, by log loss: step {step}, F1 {test[step]['f1_macro']:.4f} on test (the honest figure)."
+            f"Chosen on validation, by log loss: step {step}, F1 "
+            f"{test[step]['f1_macro']:.4f} on test (the honest figure)."
         )
     else:
-        lines.append("No validation rows (data.rows.validation is 0): no checkpoint can be chosen without looking at test.")
+        lines.append(
+            "No validation rows (data.rows.validation is 0): no checkpoint can be chosen "
+            "without looking at test."
+        )
     return "\n".join(lines) + "\n"
 
 
 def best_step(results: dict[int, dict]) -> int:
-    """The step with the lowest log loss over the options, which has less noise than F1; of equals the earliest."""
+    """The step with the lowest log loss over the options, which has less noise than F1; of equals
+    the earliest."""
     return min(results, key=lambda step: (results[step]["log_loss"], step))
 
 
 def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
-    """The step to take of a method's training: the last, where the learning rate has come down, unless another has a lower
-    log loss on validation rows by more than a standard error of the difference on the same rows; then that one.
+    """The step to take of a method's training: the last, where the learning rate has come down,
+    unless another has a lower log loss on validation rows by more than a standard error of the
+    difference on the same rows; then that one.
 
-    (By the lowest loss alone a tie of 150 rows, 0.271 against 0.272, once chose a step that lost 0.05 of F1 on test.)
+    (By the lowest loss alone a tie of 150 rows, 0.271 against 0.272, once chose a step that lost
+    0.05 of F1 on test.)
 
     Parameters
     ----------
@@ -222,7 +283,9 @@ def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
 
     def losses(step: int) -> np.ndarray:
         lines = read_predictions(experiment, f"{validation[step]['method']}@{step}", "validation")
-        return -np.log(np.clip([line["probabilities"][line["label"]] for line in lines], 1e-12, None))
+        return -np.log(
+            np.clip([line["probabilities"][line["label"]] for line in lines], 1e-12, None)
+        )
 
     if lowest == last:
         return last
@@ -232,4 +295,7 @@ def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
 
 def highest_f1(results: dict[int, dict]) -> int:
     """The step with the highest macro F1; of equals the one with the lowest log loss."""
-    return max(results, key=lambda step: (results[step]["f1_macro"], -(results[step]["log_loss"] or 0), -step))
+    return max(
+        results,
+        key=lambda step: (results[step]["f1_macro"], -(results[step]["log_loss"] or 0), -step),
+    )

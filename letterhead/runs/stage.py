@@ -1,8 +1,8 @@
 """One stage of the pipeline: is it up to date, is it running elsewhere, and what is written of it.
 
-A stage hashes the configuration keys that it reads and the hashes of its inputs. The record that it leaves,
-`runs/<experiment>/<stage>/stage.json`, holds that hash and the sizes of the files it made; while both still hold, the
-stage has nothing to do.
+A stage hashes the configuration keys that it reads and the hashes of its inputs. The record that it
+leaves, `runs/<experiment>/<stage>/stage.json`, holds that hash and the sizes of the files it made;
+while both still hold, the stage has nothing to do.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from letterhead.pipeline import STAGES, Stage
 from letterhead.runs.devices import choose_devices, device_name, machine, peak_memory, versions
 from letterhead.runs.terminal import TERMINAL, last_lines
 
-# The transformers libraries ask the hub about a model even where its folder lies on disk. Only `make data` fetches.
+# The transformers libraries ask the hub about a model even where its folder lies on disk. Only
+# `make data` fetches.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # A killed training needs some seconds to give its memory, and the lock, back.
@@ -39,14 +40,19 @@ RECORD, LOG = "stage.json", "log.txt"
 # A full disk, a quota, and a limit on the size of files
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
-ESTIMATE = "estimate.json"  # under runs/NAME: the seconds of each stage, and those to do; `make status` leaves it
+# Under runs/NAME: the seconds of each stage, and those to do; `make status` leaves it.
+ESTIMATE = "estimate.json"
 
 
 def minutes(seconds: float) -> str:
     """Seconds as an estimate in words."""
     if seconds < 90:
         return "less than a minute" if seconds < 45 else "about a minute"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+    return (
+        f"about {seconds / 60:.0f} minutes"
+        if seconds < 5400
+        else f"about {seconds / 3600:.1f} hours"
+    )
 
 
 class StageRun:
@@ -55,7 +61,8 @@ class StageRun:
     Parameters
     ----------
     experiment : Experiment
-    stage : an entry of STAGES; or the name of a folder, for what is no stage of the pipeline (a bench, a study)
+    stage : an entry of STAGES; or the name of a folder, for what is no stage of the pipeline (a
+        bench, a study)
     inputs : whatever decides the result of what is no stage; anything JSON can hold
     """
 
@@ -63,21 +70,27 @@ class StageRun:
         self.is_listed = isinstance(stage, Stage)
         self.name = stage.name if self.is_listed else stage
         self.folder = experiment.run_folder / self.name
-        self.inputs_sha256 = pipeline.inputs_sha256(stage, experiment) if self.is_listed else sha256_json(inputs)
+        self.inputs_sha256 = (
+            pipeline.inputs_sha256(stage, experiment) if self.is_listed else sha256_json(inputs)
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # held until the stage is finished, or this process ends
+        self._lock = open(
+            self.folder / ".lock", "w"
+        )  # held until the stage is finished, or this process ends
         patience = time.time() + LOCK_PATIENCE_S
         while not lock_descriptor(self.lock_descriptor, blocking=False):
             if time.time() > patience:
                 raise LetterheadError(
-                    f"{self.folder}: another process is running this stage; wait for it, or end it, and run again"
+                    f"{self.folder}: another process is running this stage; wait for it, or end "
+                    f"it, and run again"
                 )
             time.sleep(0.2)
         self._start = time.time()
 
     @property
     def lock_descriptor(self) -> int:
-        """The lock's descriptor, for a child's `pass_fds`: a training that outlives its parent still holds the lock."""
+        """The lock's descriptor, for a child's `pass_fds`: a training that outlives its parent
+        still holds the lock."""
         return self._lock.fileno()
 
     @property
@@ -90,18 +103,21 @@ class StageRun:
         return self.record.get("inputs_sha256", self.inputs_sha256) != self.inputs_sha256
 
     def is_current(self) -> bool:
-        """Whether the last finished run had the same inputs and its files are still there, at their sizes."""
+        """Whether the last finished run had the same inputs and its files are still there, at their
+        sizes."""
         return is_current(self.record, self.inputs_sha256)
 
     def start(self) -> None:
-        """Begin the work: the record of the last run goes before its files are touched, and what is done is told."""
+        """Begin the work: the record of the last run goes before its files are touched, and what is
+        done is told."""
         (self.folder / RECORD).unlink(missing_ok=True)
         self._announce()
         if self.is_listed:
             TERMINAL.turn_aside(self.folder / LOG)
 
     def _announce(self) -> None:
-        """Say how long this stage will take, and how far `make report` is, where `make status` has estimated it."""
+        """Say how long this stage will take, and how far `make report` is, where `make status` has
+        estimated it."""
         path = self.folder.parent / ESTIMATE
         plan = read_json(path) or {"seconds": {}}
         does = f"{self.name}: {STAGES[self.name].does}" if self.is_listed else self.name
@@ -109,8 +125,15 @@ class StageRun:
             return print(does, flush=True) if self.is_listed else None
         asked = path.stat().st_mtime
         records = {name: self.folder.parent / name / RECORD for name in plan["to_do"]}
-        to_do = [name for name, file in records.items() if not file.is_file() or file.stat().st_mtime < asked]
-        left, total = (sum(plan["seconds"].get(name, 0.0) for name in names) for names in (to_do, plan["to_do"]))
+        to_do = [
+            name
+            for name, file in records.items()
+            if not file.is_file() or file.stat().st_mtime < asked
+        ]
+        left, total = (
+            sum(plan["seconds"].get(name, 0.0) for name in names)
+            for names in (to_do, plan["to_do"])
+        )
         share = 1 - left / total if total else 0.0
         bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
         takes = minutes(plan["seconds"][self.name])
@@ -124,23 +147,28 @@ class StageRun:
         return f"; {record['headline']}" if record.get("headline") else ""
 
     def begin(self, folder: Path) -> None:
-        """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as FOLDER.old."""
+        """Make sure that what lies in `folder` comes from the same inputs; else keep it aside as
+        FOLDER.old."""
         marker = self.folder / "inputs.json"
         if folder.exists() and read_json(marker) != self.inputs_sha256:
             old = folder.with_name(folder.name + ".old")
-            print(f"{folder}: made from other data or settings; kept as {old}, this stage begins anew")
+            print(
+                f"{folder}: made from other data or settings; kept as {old}, this stage begins anew"
+            )
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         write_json(marker, self.inputs_sha256)
 
     def finish(self, outputs: list[Path], headline: str = "", **figures: Any) -> dict:
-        """Write the stage's record: the files it made with sizes and hashes, the time it took, and `figures`; say in a line
-        that it is done, and what it found, `headline`."""
+        """Write the stage's record: the files it made with sizes and hashes, the time it took, and
+        `figures`; say in a line that it is done, and what it found, `headline`."""
         record = {
             "start": datetime.fromtimestamp(self._start, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self._start, 1),
             "inputs_sha256": self.inputs_sha256,
-            "outputs": {str(p): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in outputs},
+            "outputs": {
+                str(p): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in outputs
+            },
             "device": device_name(),
             "machine": machine(),
             "versions": versions(),
@@ -161,9 +189,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def is_current(record: dict[str, Any], inputs_sha256: str) -> bool:
-    """Whether a record is of a run with these inputs, and its files are still there, at their sizes."""
+    """Whether a record is of a run with these inputs, and its files are still there, at their
+    sizes."""
     return record.get("inputs_sha256") == inputs_sha256 and all(
-        Path(path).is_file() and Path(path).stat().st_size == output["bytes"] for path, output in record["outputs"].items()
+        Path(path).is_file() and Path(path).stat().st_size == output["bytes"]
+        for path, output in record["outputs"].items()
     )
 
 
@@ -184,23 +214,29 @@ def run(
     devices: Callable[[], None] = choose_devices,
     with_arguments: bool = False,
 ) -> None:
-    """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend into one message.
+    """Run a stage script: read --experiment and --set, call `main`, turn what the user can mend
+    into one message.
 
-    With `choices` the first argument is one of them, and `main` gets it after the experiment; then it gets the values of
-    `options` (name → what it is), each of which must be given. `devices` chooses the devices before anything starts them.
-    `with_arguments` hands on what --experiment and --set said, to who starts other stages.
+    With `choices` the first argument is one of them, and `main` gets it after the experiment; then
+    it gets the values of `options` (name → what it is), each of which must be given. `devices`
+    chooses the devices before anything starts them. `with_arguments` hands on what --experiment and
+    --set said, to who starts other stages.
     """
     parser = argparse.ArgumentParser(description=description)
     if choices:
         parser.add_argument("choice", choices=choices)
-    parser.add_argument("--experiment", default="quick", help="a name in experiments/, or the path of a YAML file")
+    parser.add_argument(
+        "--experiment", default="quick", help="a name in experiments/, or the path of a YAML file"
+    )
     parser.add_argument("--set", default="", help='keys to override: "data.rows.test=100 seed=1"')
     for name, meaning in (options or {}).items():
         parser.add_argument(f"--{name}", required=True, help=meaning)
     arguments = parser.parse_args()
     values = [getattr(arguments, name) for name in options or ()]
     asked = zip((options or {}).items(), values, strict=True)
-    if missing := [f"{name.upper()}=… ({meaning})" for (name, meaning), value in asked if not value]:
+    if missing := [
+        f"{name.upper()}=… ({meaning})" for (name, meaning), value in asked if not value
+    ]:
         sys.exit(f"error: say {'; '.join(missing)}")
     if os.environ.get("HF_ENDPOINT"):  # a mirror, and few mirrors speak hf-xet's protocol
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -213,14 +249,16 @@ def run(
 
 
 def told_of_thread(ended: threading.ExceptHookArgs) -> None:
-    """A thread's error as Python prints it, but for a full disk's: TensorBoard's writer hands that on to the block."""
+    """A thread's error as Python prints it, but for a full disk's: TensorBoard's writer hands that
+    on to the block."""
     if getattr(ended.exc_value, "errno", None) not in NO_ROOM:
         threading.__excepthook__(ended)
 
 
 @contextmanager
 def telling() -> Iterator[None]:
-    """End the process with one message where the block fails for a reason that the user can mend."""
+    """End the process with one message where the block fails for a reason that the user can
+    mend."""
     threading.excepthook = told_of_thread
     try:
         yield
@@ -229,13 +267,23 @@ def telling() -> Iterator[None]:
     except KeyboardInterrupt:
         end("interrupted; run again to go on from here")
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))  # those of safetensors and tokenizers are no OSErrors
+        found = re.search(
+            r"\(os error (\d+)\)", str(error)
+        )  # those of safetensors and tokenizers are no OSErrors
         number = int(found[1]) if found else getattr(error, "errno", None)
         place = getattr(error, "filename", None)
         if number in NO_ROOM:
-            why = f"{place or 'disk'}: {os.strerror(number)}; make room and run again, nothing is half-written"
-        elif re.search("PytorchStreamWriter failed|unexpected pos", str(error)):  # torch's is a RuntimeError
-            why = "disk: a checkpoint could not be written whole; make room and run again, it is not used"
+            why = (
+                f"{place or 'disk'}: {os.strerror(number)}; make room and run again, nothing "
+                f"is half-written"
+            )
+        elif re.search(
+            "PytorchStreamWriter failed|unexpected pos", str(error)
+        ):  # torch's is a RuntimeError
+            why = (
+                "disk: a checkpoint could not be written whole; make room and run again, it is "
+                "not used"
+            )
         elif place and number in CLOSED:
             why = f"{place}: {os.strerror(number)}; mend that and run again"
         else:

@@ -1,7 +1,7 @@
 """What a person sees while a stage runs: a line when it begins, a bar, a line when it ends.
 
-What our code prints and the libraries say goes to the stage's log.txt meanwhile, which an error names and quotes. `make …
-VERBOSE=1` shows all of it. Without a terminal there are no bars.
+What our code prints and the libraries say goes to the stage's log.txt meanwhile, which an error
+names and quotes. `make … VERBOSE=1` shows all of it. Without a terminal there are no bars.
 """
 
 import os
@@ -17,7 +17,8 @@ INHERITED = "LETTERHEAD_TERMINAL"
 
 
 class Terminal:
-    """The terminal of this process. Only what `make` starts turns its output aside: `is_quiet` is set by it."""
+    """The terminal of this process. Only what `make` starts turns its output aside: `is_quiet` is
+    set by it."""
 
     def __init__(self):
         self.is_quiet = False
@@ -68,7 +69,8 @@ TERMINAL = Terminal()
 
 
 def say(line: str) -> None:
-    """Print a line that a person is to see at once: to the terminal, also while output is turned aside."""
+    """Print a line that a person is to see at once: to the terminal, also while output is turned
+    aside."""
     print(line, flush=True)
     if TERMINAL.log:
         os.write(TERMINAL.descriptors[0], (line + "\n").encode(errors="replace"))
@@ -83,7 +85,11 @@ def progress(*iterable: Any, **settings: Any) -> tqdm:
 
 def last_lines(log: Path) -> str:
     """The end of a log, indented; of a bar what it came to."""
-    lines = [line.rpartition("\r")[2] for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.rpartition("\r")[2]
+        for line in log.read_text(errors="replace").splitlines()
+        if line.strip()
+    ]
     return "\n".join(f"  | {line}" for line in lines[-LAST_LINES:])
 
 

@@ -1,7 +1,9 @@
-"""A teacher at an OpenAI-compatible endpoint: asked once for every try, whatever the endpoint does in between.
+"""A teacher at an OpenAI-compatible endpoint: asked once for every try, whatever the endpoint does
+in between.
 
-A reply that does not come whole (time-out, 429, 5xx, a broken connection, no JSON) is asked for again, later and later; one
-that came is on disk before the next is awaited. A question that alone gets none, while others do, is given up.
+A reply that does not come whole (time-out, 429, 5xx, a broken connection, no JSON) is asked for
+again, later and later; one that came is on disk before the next is awaited. A question that alone
+gets none, while others do, is given up.
 """
 
 import asyncio
@@ -28,7 +30,8 @@ LONGEST_RETRY_AFTER_S = 300.0
 BUSY = (408, 409, 425, 429)
 # Refused is this question (too long, or not to the endpoint's taste), and others may do.
 REFUSED = (400, 413, 422)
-# What is asked for before the option (distill.teach.HOW); in its absence the last sentence, which "B. Sports" does not end.
+# What is asked for before the option (distill.teach.HOW); in its absence the last sentence, which
+# "B. Sports" does not end.
 MARK = re.compile(r"\**(?:answer|答案)\**\s*[:：]\**", re.IGNORECASE)
 SENTENCE_GAP = re.compile(r"(?<=[.!?])(?<!\b\w[.!?])\s+|(?<=[。！？])(?!$)|\s*\n\s*")
 
@@ -39,8 +42,9 @@ class NoReply(LetterheadError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a teacher wrote, as it came: the text, the field for its reasoning where the endpoint has one, whether it came to
-    its end, and the tokens that were paid for (None: not told); or why there is no answer."""
+    """What a teacher wrote, as it came: the text, the field for its reasoning where the endpoint
+    has one, whether it came to its end, and the tokens that were paid for (None: not told); or why
+    there is no answer."""
 
     content: str
     reasoning: str | None
@@ -50,12 +54,16 @@ class Reply:
     refused: str = ""
 
     def parts(self) -> tuple[str, str]:
-        """Thought and answer: the thought is in its own field, else in <think> and </think>, else before the answer."""
+        """Thought and answer: the thought is in its own field, else in <think> and </think>, else
+        before the answer."""
         text, thought = self.content, self.reasoning
         if thought is None:
             before, closed, rest = text.rpartition("</think>")
             if closed:
-                thought, text = before.partition("<think>")[2] if "<think>" in before else before, rest
+                thought, text = (
+                    before.partition("<think>")[2] if "<think>" in before else before,
+                    rest,
+                )
         before, answer = split_answer(text)
         return (before if thought is None else thought).strip(), answer
 
@@ -73,11 +81,14 @@ class Teacher:
         self._url = settings.endpoint.rstrip("/") + "/chat/completions"
         self._next, self._random = 0.0, random.Random(0)
 
-    async def ask_all(self, questions: Sequence[tuple[Any, str, int]]) -> AsyncIterator[tuple[Any, Reply]]:
-        """Ask questions (a key, the text, a seed), `concurrency` at once; yields key and reply as they come.
+    async def ask_all(
+        self, questions: Sequence[tuple[Any, str, int]]
+    ) -> AsyncIterator[tuple[Any, Reply]]:
+        """Ask questions (a key, the text, a seed), `concurrency` at once; yields key and reply as
+        they come.
 
-        A question that got no whole reply in ATTEMPTS attempts is held back until another is answered, which tells that it
-        is the question's fault.
+        A question that got no whole reply in ATTEMPTS attempts is held back until another is
+        answered, which tells that it is the question's fault.
 
         Raises
         ------
@@ -90,14 +101,22 @@ class Teacher:
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         # A proxy leads out of this machine; a teacher on it is not there.
         here = urlsplit(self._url).hostname in ("127.0.0.1", "::1", "localhost")
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, headers=headers, trust_env=not here) as client:
+        async with httpx.AsyncClient(
+            timeout=TIMEOUT_S, headers=headers, trust_env=not here
+        ) as client:
             try:
                 while True:
-                    while not failed and len(flying) < self._settings.concurrency and (asked := next(waiting, None)):
+                    while (
+                        not failed
+                        and len(flying) < self._settings.concurrency
+                        and (asked := next(waiting, None))
+                    ):
                         flying[asyncio.create_task(self._ask(client, *asked[1:]))] = asked[0]
                     if not flying:
                         break
-                    for task in (await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    for task in (await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))[
+                        0
+                    ]:
                         key, error = flying.pop(task), task.exception()
                         if isinstance(error, NoReply):
                             unanswered[key] = error
@@ -121,13 +140,22 @@ class Teacher:
 
     async def _ask(self, client: httpx.AsyncClient, text: str, seed: int) -> Reply:
         settings = self._settings
-        body = {"model": settings.model, "messages": [{"role": "user", "content": text}], "seed": seed}
+        body = {
+            "model": settings.model,
+            "messages": [{"role": "user", "content": text}],
+            "seed": seed,
+        }
         body |= {"max_tokens": settings.tokens, "temperature": settings.temperature}
         for attempt in range(ATTEMPTS):
             await self._keep_rate()
-            wait, reason = min(WAIT_S * 2**attempt, LONGEST_WAIT_S) * self._random.uniform(0.5, 1), ""
+            wait, reason = (
+                min(WAIT_S * 2**attempt, LONGEST_WAIT_S) * self._random.uniform(0.5, 1),
+                "",
+            )
             try:
-                async with asyncio.timeout(TIMEOUT_S):  # httpx's own is for each piece that drips in
+                async with asyncio.timeout(
+                    TIMEOUT_S
+                ):  # httpx's own is for each piece that drips in
                     reply = await client.post(self._url, json=body)
                 if reply.status_code == 200:
                     return read_reply(reply.json())
@@ -136,15 +164,25 @@ class Teacher:
                     return refusal(reason)
                 if reply.status_code < 500 and reply.status_code not in BUSY:
                     raise LetterheadError(f"{self._url}: {reason}")
-                wait = max(wait, min(seconds_told(reply.headers.get("Retry-After", "")), LONGEST_RETRY_AFTER_S))
+                wait = max(
+                    wait,
+                    min(seconds_told(reply.headers.get("Retry-After", "")), LONGEST_RETRY_AFTER_S),
+                )
             except (httpx.HTTPError, TimeoutError) as error:
                 reason = f"{type(error).__name__} {error}"
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # no JSON, or not a completion's
+            except (
+                ValueError,
+                KeyError,
+                IndexError,
+                TypeError,
+                AttributeError,
+            ) as error:  # no JSON, or not a completion's
                 reason = f"not a completion ({type(error).__name__}: {error})"
             if attempt + 1 < ATTEMPTS:
                 await asyncio.sleep(wait)
         raise NoReply(
-            f"{self._url}: no whole reply in {ATTEMPTS} attempts, the last: {reason}; what came is kept, run again to go on"
+            f"{self._url}: no whole reply in {ATTEMPTS} attempts, the last: {reason}; what "
+            f"came is kept, run again to go on"
         )
 
     async def _keep_rate(self) -> None:
@@ -162,7 +200,8 @@ def refusal(reason: str) -> Reply:
 
 
 def seconds_told(retry_after: str) -> float:
-    """The seconds of a Retry-After header (RFC 9110, 10.2.3: a number, or a date); 0 where it tells none."""
+    """The seconds of a Retry-After header (RFC 9110, 10.2.3: a number, or a date); 0 where it tells
+    none."""
     try:
         return max(0.0, float(retry_after))
     except ValueError:
@@ -174,7 +213,8 @@ def seconds_told(retry_after: str) -> float:
 
 
 def read_reply(reply: dict) -> Reply:
-    """A completion. The thought has a field of its own at some endpoints (`reasoning_content`, or vLLM's `reasoning`).
+    """A completion. The thought has a field of its own at some endpoints (`reasoning_content`, or
+    vLLM's `reasoning`).
 
     Raises
     ------
@@ -186,13 +226,16 @@ def read_reply(reply: dict) -> Reply:
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if not isinstance(content, str) or not isinstance(reasoning, str | None):
         raise TypeError(f"{type(content).__name__} for a text")
-    paid = (n if isinstance(n := usage.get(key), int) else None for key in ("prompt_tokens", "completion_tokens"))
+    paid = (
+        n if isinstance(n := usage.get(key), int) else None
+        for key in ("prompt_tokens", "completion_tokens")
+    )
     return Reply(content, reasoning, choice["finish_reason"] == "stop", *paid)
 
 
 def split_answer(text: str) -> tuple[str, str]:
-    """What a text says before its answer, and that answer: the rest of the line behind its last "Answer:", or, where that is
-    missing, its last sentence."""
+    """What a text says before its answer, and that answer: the rest of the line behind its last
+    "Answer:", or, where that is missing, its last sentence."""
     text = text.strip()
     *_, mark = [None, *MARK.finditer(text)]
     *_, gap = [None, *SENTENCE_GAP.finditer(text)]

@@ -1,5 +1,6 @@
-"""Load on a service, and what it answers: closed loops (so many clients, each waits for its answer) and open loops
-(requests arrive whether or not the last one is answered, as in MLPerf's server scenario)."""
+"""Load on a service, and what it answers: closed loops (so many clients, each waits for its answer)
+and open loops (requests arrive whether or not the last one is answered, as in MLPerf's server
+scenario)."""
 
 import asyncio
 import time
@@ -33,7 +34,13 @@ class Measured:
         """Requests per second, and percentiles of the latency in ms."""
         p50, p95, p99 = np.percentile(self.latencies * 1000, (50, 95, 99), method="lower").tolist()
         rps = len(self.latencies) / self.seconds
-        return {"rps": rps, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "requests": len(self.latencies)}
+        return {
+            "rps": rps,
+            "p50_ms": p50,
+            "p95_ms": p95,
+            "p99_ms": p99,
+            "requests": len(self.latencies),
+        }
 
 
 def closed_loop_of_batches(
@@ -41,8 +48,8 @@ def closed_loop_of_batches(
 ) -> Measured:
     """A closed loop on one worker that answers all that wait at once, up to `concurrency` requests.
 
-    The clients get their answers together and ask again together, so the worker always finds them all: batches of
-    `concurrency`, one after the other.
+    The clients get their answers together and ask again together, so the worker always finds them
+    all: batches of `concurrency`, one after the other.
     """
     latencies, answers, begin = [], [], time.perf_counter()
     with progress(total=len(requests), desc=title, unit=" requests", mininterval=0.5) as bar:
@@ -77,9 +84,11 @@ async def closed_loop(send: Send, requests: Sequence, concurrency: int, title: s
 async def open_loop(
     send: Send, requests: Sequence, rate: float, objective_s: float, seed: int, title: str
 ) -> tuple[Measured, bool]:
-    """Requests that arrive as a Poisson process, `rate` a second: is the 99th percentile within the objective?
+    """Requests that arrive as a Poisson process, `rate` a second: is the 99th percentile within the
+    objective?
 
-    Once more than one request in a hundred has missed it nothing can mend that, and the loop is broken off.
+    Once more than one request in a hundred has missed it nothing can mend that, and the loop is
+    broken off.
 
     Returns
     -------

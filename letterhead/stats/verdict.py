@@ -1,4 +1,5 @@
-"""The decision in sentences: what to ship and why, how sure that is, how dear, and what would change it."""
+"""The decision in sentences: what to ship and why, how sure that is, how dear, and what would
+change it."""
 
 import math
 from collections.abc import Callable
@@ -9,11 +10,15 @@ import numpy as np
 from letterhead.pipeline import METHODS
 from letterhead.stats import decision
 
-# A log loss within this ratio of guessing's, and a kappa below that, are those of a method that has hardly learnt.
+# A log loss within this ratio of guessing's, and a kappa below that, are those of a method that has
+# hardly learnt.
 NEAR_GUESSING, LITTLE = 0.7, 0.5
 FEW_ROWS = 10  # a class with fewer test rows is named
 FEW_SHOWN = 5
-ROWS_THAT_DECIDE = {"rows_if_as_seen": "if the loss is as seen", "rows_if_equal": "if the two are equal"}
+ROWS_THAT_DECIDE = {
+    "rows_if_as_seen": "if the loss is as seen",
+    "rows_if_equal": "if the two are equal",
+}
 
 
 def is_trained(entry: dict) -> bool:
@@ -30,7 +35,8 @@ def sentence(pair: dict, chosen: dict[str, dict]) -> str:
     better, worse = (pair["a"], pair["b"]) if pair["f1_difference"] > 0 else (pair["b"], pair["a"])
     low, high = pair["ci95"] if better == pair["a"] else [-end for end in reversed(pair["ci95"])]
     figures = (
-        f"F1 {signed(abs(pair['f1_difference']))}, its own 95 % interval {signed(low)} to {signed(high)}, "
+        f"F1 {signed(abs(pair['f1_difference']))}, its own 95 % interval {signed(low)} "
+        f"to {signed(high)}, "
         f"p = {pair['f1_p_holm']:.2g} after Holm"
     )
     if pair["f1_p_holm"] < decision.ALPHA:
@@ -52,13 +58,19 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         rows = chosen[name]["cost"]["train_rows"]
         return f"{chosen[name]['title']} ({f'{rows:,} training rows' if rows else 'no training'})"
 
-    best = f"{named(top)} has the highest macro F1, {chosen[top]['f1_macro']:.3f} on {n:,} test rows"
+    best = (
+        f"{named(top)} has the highest macro F1, {chosen[top]['f1_macro']:.3f} on {n:,} test rows"
+    )
     cheaper = [name for name in found if prices.get(name, math.inf) < prices.get(top, math.inf)]
     if not decided["established"]:
-        why = f"{best}, and no method is shown to be within {margin:g} of all others: these rows are too few to say more."
+        why = (
+            f"{best}, and no method is shown to be within {margin:g} of all others: these "
+            f"rows are too few to say more."
+        )
     elif ship != top:
         why = (
-            f"{named(ship)}, macro F1 {chosen[ship]['f1_macro']:.3f} on {n:,} test rows, is the cheapest that is shown to "
+            f"{named(ship)}, macro F1 {chosen[ship]['f1_macro']:.3f} on {n:,} test rows, is "
+            f"the cheapest that is shown to "
             f"lose less than {margin:g}. {best}."
         )
     elif cheaper:
@@ -68,62 +80,94 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     sure = []
     for name, candidate in found.items():
         other = named(candidate["against"])
-        loss, low, high = (signed(candidate[key]).removeprefix("+") for key in ("loss", "low", "high"))
+        loss, low, high = (
+            signed(candidate[key]).removeprefix("+") for key in ("loss", "low", "high")
+        )
         if candidate["verdict"] == decision.FITS:
             ahead = f"at least {-candidate['high']:.3f} of macro F1 ahead of {other}, the nearest."
             behind = f"a loss of macro F1 of at most {high} against {other}; {margin:g} is allowed."
             line = f"{named(name)} is good enough: {ahead if candidate['high'] < 0 else behind}"
         elif candidate["verdict"] == decision.COSTS_MORE:
             line = (
-                f"{named(name)} loses too much: {loss} of macro F1 against {other}, at least {low}; {margin:g} is allowed."
+                f"{named(name)} loses too much: {loss} of macro F1 against {other}, at least "
+                f"{low}; {margin:g} is allowed."
             )
         else:
-            line = f"{named(name)} is undecided: a loss of macro F1 of {loss} against {other}, and anything from {low} to "
+            line = (
+                f"{named(name)} is undecided: a loss of macro F1 of {loss} against {other}, "
+                f"and anything from {low} to "
+            )
             line += f"{high} goes with these rows; {margin:g} is allowed."
-            needed = [f"{candidate[key]:,} {what}" for key, what in ROWS_THAT_DECIDE.items() if candidate[key]]
-            line += f" Test rows that would decide: {', '.join(needed)}." if needed else " Only more trainings would decide."
+            needed = [
+                f"{candidate[key]:,} {what}"
+                for key, what in ROWS_THAT_DECIDE.items()
+                if candidate[key]
+            ]
+            line += (
+                f" Test rows that would decide: {', '.join(needed)}."
+                if needed
+                else " Only more trainings would decide."
+            )
         sure.append(line)
     if dearer := [
-        name for name, candidate in chosen.items() if is_trained(candidate) and candidate["n"] == n and name not in found
+        name
+        for name, candidate in chosen.items()
+        if is_trained(candidate) and candidate["n"] == n and name not in found
     ]:
         sure.append(f"Not considered, since dearer than the best: {', '.join(map(named, dearer))}.")
     sure += [
-        f"{named(name)} has learnt little yet: its log loss is {losses[0]:.2f}, and {losses[1]:.2f} is that of guessing "
-        "by the classes' shares. Train it for more steps, on more rows or at another rate before it counts against the method."
+        f"{named(name)} has learnt little yet: its log loss is {losses[0]:.2f}, and "
+        f"{losses[1]:.2f} is that of guessing "
+        "by the classes' shares. Train it for more steps, on more rows or at another "
+        "rate before it counts against the method."
         for name, entry in chosen.items()
         if is_trained(entry) and entry["step"] and (losses := hardly_learnt(entry))
     ]
     if decided["trainings"] == 1:
         sure.append(
-            "The bounds hold the noise of the rows, for these trained files; seeds: [1, 2, 3] adds that of training."
+            "The bounds hold the noise of the rows, for these trained files; seeds: [1, 2, "
+            "3] adds that of training."
         )
     else:
         sure.append(
-            f"The bounds hold the noise of the rows and of {decided['trainings']} trainings (TF-IDF and zero-shot: one); "
+            f"The bounds hold the noise of the rows and of {decided['trainings']} trainings "
+            f"(TF-IDF and zero-shot: one); "
             "what is served are the first training's files."
         )
     if few := list(decided["rare_classes"].items()):
-        some = ", ".join(f"{label} ({rows})" for label, rows in few[:FEW_SHOWN]) + (" …" if len(few) > FEW_SHOWN else "")
-        sure.append(f"Fewer than {FEW_ROWS} test rows: {some}; a class without one is left out of every figure.")
+        some = ", ".join(f"{label} ({rows})" for label, rows in few[:FEW_SHOWN]) + (
+            " …" if len(few) > FEW_SHOWN else ""
+        )
+        sure.append(
+            f"Fewer than {FEW_ROWS} test rows: {some}; a class without one is left out of "
+            f"every figure."
+        )
     known = sorted((name for name in chosen if name in prices), key=lambda name: prices[name])
     compared = [name for name in known if is_trained(chosen[name]) or name in found]
-    dear = [f"{named(name)}: {priced(prices[name], unit)}{timed(chosen[name])}." for name in compared]
+    dear = [
+        f"{named(name)}: {priced(prices[name], unit)}{timed(chosen[name])}." for name in compared
+    ]
     others = [name for name in compared if name != ship] if ship in prices else []
     pairs = [(ship, name) if prices[name] > prices[ship] else (name, ship) for name in others]
-    change = [line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))]
+    change = [
+        line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))
+    ]
     return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
 
 
 def hardly_learnt(entry: dict) -> tuple[float, float] | None:
-    """The log loss of a method, and that of guessing by the classes' shares, where the two are near and the predictions
-    agree with the labels little better than chance would (Cohen's kappa, 1960); None for a method that has learnt."""
+    """The log loss of a method, and that of guessing by the classes' shares, where the two are near
+    and the predictions agree with the labels little better than chance would (Cohen's kappa, 1960);
+    None for a method that has learnt."""
     confusion = np.array(entry["confusion"], float)
     shares, predicted = (confusion.sum(axis) / confusion.sum() for axis in (1, 0))
     chance = shares @ predicted[: len(shares)]  # a column more counts the rows without an answer
     kappa = (np.trace(confusion) / confusion.sum() - chance) / (1 - chance) if chance < 1 else 0.0
     guessing = float(-sum(share * np.log(share) for share in shares if share))
     loss = entry.get("log_loss")
-    near = loss is not None and NEAR_GUESSING * guessing < loss < guessing / NEAR_GUESSING  # above: sure, and wrong
+    near = (
+        loss is not None and NEAR_GUESSING * guessing < loss < guessing / NEAR_GUESSING
+    )  # above: sure, and wrong
     return (loss, guessing) if near and kappa < LITTLE else None
 
 
@@ -139,24 +183,33 @@ def timed(entry: dict) -> str:
     return f"; {1000 * entry['cost']['test_seconds'] / entry['n']:.2g} ms a test row here"
 
 
-def break_even(cheap: str, dear: str, decided: dict, chosen: dict[str, dict], named: Callable[[str], str]) -> str | None:
-    """From which price of an error on the dearer of two methods is worth it, in words; None where it errs no less."""
+def break_even(
+    cheap: str, dear: str, decided: dict, chosen: dict[str, dict], named: Callable[[str], str]
+) -> str | None:
+    """From which price of an error on the dearer of two methods is worth it, in words; None where
+    it errs no less."""
     fewer = chosen[dear]["accuracy"] - chosen[cheap]["accuracy"]
     more = decided["prices"][dear] - decided["prices"][cheap]
     if fewer <= 0 or more <= 0:
         return None
     spared = f"{named(dear)} made {1000 * fewer:.1f} errors in 1,000 rows fewer than {named(cheap)}"
     if decided["price_unit"] == "per_million_rows":
-        return f"{spared}: if that holds, it pays where 1,000 errors cost more than {more / 1000 / fewer:.2g}."
+        return (
+            f"{spared}: if that holds, it pays where 1,000 errors cost more than "
+            f"{more / 1000 / fewer:.2g}."
+        )
     return (
-        f"{spared}: if that holds, it pays where an error costs more than {human(more / fewer)} multiply-adds "
+        f"{spared}: if that holds, it pays where an error costs more than "
+        f"{human(more / fewer)} multiply-adds "
         "(`make bench` measures the price)."
     )
 
 
 def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
     """The ranking, and which to ship, for the terminal."""
-    lines = [f"{'method':34} {'step':>6} {'rows':>6} {'accuracy':>9} {'macro F1':>9}  95 % interval"]
+    lines = [
+        f"{'method':34} {'step':>6} {'rows':>6} {'accuracy':>9} {'macro F1':>9}  95 % interval"
+    ]
     for entry in sorted(comparison["methods"].values(), key=lambda entry: -entry["f1_macro"]):
         low, high = entry["f1_macro_ci95"]
         figures = f"{entry['accuracy']:9.4f} {entry['f1_macro']:9.4f}  {low:.3f} to {high:.3f}"
