@@ -23,6 +23,8 @@ from letterhead.files import LetterheadError, model_identity, read_json, sha256_
 # Counted up when a result holds other figures, or a checkpoint is chosen otherwise: results of
 # before are computed anew.
 FIGURES = 2
+# Counted up when written answers are read otherwise (letterhead.models.answers).
+READING = 2
 # The rows that the methods share, and all of train
 SHARED, ALL = "decoder_train", "train"
 SPLIT_FILES = ("test.jsonl", "validation.jsonl")
@@ -187,6 +189,7 @@ _STAGES = (
         keys=("distill:model,endpoint,rows,tries,tokens,temperature,of", *PROMPT_KEYS, "seed"),
         more="train.distill:taken_over",
         when=has_teacher,
+        version=READING,
     ),
     SFT_TRAINING := Stage(
         "sft",
@@ -212,7 +215,7 @@ _STAGES = (
         "eval.sft_think",
         needs=(Need("eval-ckpts"),),
         keys=(*THINKING_KEYS, *PROMPT_KEYS, "seed"),
-        version=FIGURES,
+        version=10 * FIGURES + READING,
         retrained=True,
         when=has_teacher,
     ),
@@ -223,7 +226,7 @@ _STAGES = (
         needs=(Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES)),),
         keys=(*SCORING_KEYS, *THINKING_KEYS),
         models=("decoder",),
-        version=FIGURES,
+        version=10 * FIGURES + READING,
     ),
     TFIDF_SHARED := Stage(
         "tfidf",
@@ -310,6 +313,7 @@ _STAGES = (
         needs=(Need("eval-ckpts"), Need("data", (f"{SHARED}.jsonl",))),
         keys=("grpo", "decoder.dtype", "seed"),
         when=never,
+        version=READING,
     ),
     GRPO_SCORING := Stage(
         "eval-grpo",
@@ -317,7 +321,7 @@ _STAGES = (
         "eval.grpo",
         needs=(Need("grpo"), Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES))),
         keys=(*SCORING_KEYS, *THINKING_KEYS),
-        version=FIGURES,
+        version=10 * FIGURES + READING,
         target="grpo",
         when=never,
     ),

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from array import array
 from collections import Counter
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from letterhead.config.data import Data, Rows
+from letterhead.config.data import Data, Rows, same_spelling
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_open, exclusive, read_jsonl, write_json
 from letterhead.models.checkpoints import require_language_model
@@ -55,6 +56,7 @@ LENGTH_SAMPLE = 5000
 ALIKE = 0.75
 CHUNK = 500
 CONFLICTS_TOLD, CONFLICTS_LISTED = 3, 100
+WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0+)?")
 
 
 def main(experiment: Experiment) -> None:
@@ -233,10 +235,13 @@ def label_name(
     value = label_value(row)
     if value in labels:
         return labels[value] if isinstance(labels, dict) else value
-    number = label_number(value, labels)
+    number = label_number(value)
     if None not in (number, first_number) and 0 <= number - first_number < len(labels):
         return labels[number - first_number]
     known = ", ".join(labels)
+    near = next((name for name in labels if same_spelling(name) == same_spelling(value)), None)
+    if near is not None:
+        known += f"; {near} differs from it in capitals or spaces alone"
     raise LetterheadError(
         f"{row.place}: label {value!r} is not in data.labels ({known}); add it, or map it to null"
     )
@@ -247,10 +252,9 @@ def label_value(row: RawRow) -> str:
     return str(row.label).strip() if row.label is not None else ""
 
 
-def label_number(value: str, labels: list[str] | dict[str, str | None]) -> int | None:
-    """The number that a label is written as, where it may stand for a name of a list; else None."""
-    may_be_numbered = isinstance(labels, list) and not any(label.isdecimal() for label in labels)
-    return int(value) if may_be_numbered and value.isdecimal() and len(value) < 6 else None
+def label_number(value: str) -> int | None:
+    """The whole number that a label is written as (7, -1, 2.0), else None."""
+    return int(value.partition(".")[0]) if WHOLE_NUMBER.fullmatch(value) else None
 
 
 def first_label_number(source: Source, data: Data) -> int | None:
@@ -261,11 +265,14 @@ def first_label_number(source: Source, data: Data) -> int | None:
     ------
     LetterheadError : neither fits all numbers, or both do
     """
-    if isinstance(data.labels, dict) or any(label.isdecimal() for label in data.labels):
+    if isinstance(data.labels, dict) or any(label_number(name) is not None for name in data.labels):
         return None
     places: dict[int, str] = {}
     for row in chain.from_iterable(source.splits.values()):
-        number = None if row.fault else label_number(label_value(row), data.labels)
+        value = "" if row.fault else label_value(row)
+        if value in data.labels:
+            return None  # names, and a number among them is a label that nobody listed
+        number = label_number(value)
         if number is not None:
             places.setdefault(number, row.place)
     if not places:

@@ -20,7 +20,7 @@ import charset_normalizer
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from letterhead.config.data import Data
+from letterhead.config.data import Data, same_spelling
 from letterhead.config.evaluation import LETTERS
 from letterhead.config.experiment import Experiment, load_experiment
 from letterhead.config.models import Head
@@ -91,6 +91,7 @@ HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
 FEW_ROWS, BATCH = 400, 4  # for the LLM
 UTF_8, GUESSED_BYTES = ["utf-8"], 1 << 18
+DOS = re.compile(r"cp(4|7|8)\d\d$|mac_|hp_|kz|ptcp|johab|big5|gb|euc|shift|cp9\d\d")
 WINDOWS_SIGNS = (
     0x80,
     0x85,
@@ -280,9 +281,11 @@ def guess_encoding(path: str) -> list[str]:
                 head
             )  # which forgives a character that is cut at the end
         except UnicodeDecodeError:
-            if is_windows_1252(head):
-                return [*UTF_8, "cp1252"]
             found = charset_normalizer.from_bytes(head).best()
+            # A few signs are too little for a guess by frequency, which takes them for a code page
+            # of DOS.
+            if is_windows_1252(head) and (found is None or DOS.match(found.encoding)):
+                return [*UTF_8, "cp1252"]
             if found is None:
                 raise LetterheadError(
                     f"{file}: its encoding can't be guessed; save it as UTF-8"
@@ -487,7 +490,7 @@ def decide(
     )
     if several:
         raise LetterheadError(
-            f"{several.place}: the label {several.label!r} holds several (multi-label), "
+            f"{several.place}: the label {several.label!r} is a list (multi-label), "
             f"which Letterhead does not do; keep "
             "one label a row, or name another column: LABEL=column"
         )
@@ -551,7 +554,7 @@ def decide(
         text, two = next(iter(conflicts.items()))
         reasons.append(
             f"{len(conflicts):,} texts stand with different labels, for example “{text[:40]}” as "
-            f"{' and '.join(sorted(two))}: none of their rows is trained on (conflicts: drop)"
+            f"{' and '.join(sorted(two))}: such rows leave train (conflicts: drop)"
         )
     counts = [labels[label] for label in kept]
     if max(counts) > IMBALANCED * min(counts):
@@ -636,16 +639,17 @@ def decide(
 
 
 def in_brackets(row: RawRow) -> bool:
-    """Whether a label is written as a list with several parts, as Python or JSON writes one."""
-    return bool(re.fullmatch(r"\[\s*(['\"]).*\1\s*,.*\]", str(row.label).strip(), re.DOTALL))
+    """Whether a label is written as a list, as Python, numpy or JSON writes one."""
+    label = str(row.label).strip()
+    return bool(re.fullmatch(r"\[.*\]|\(.*,.*\)|\{.*\}", label, re.DOTALL))
 
 
 def one_spelling(spellings: Counter) -> dict[str, str]:
     """Each label → the commonest of those that differ from it in capitals or spaces alone."""
     by_name: dict[str, str] = {}
     for label, _ in spellings.most_common():
-        by_name.setdefault(" ".join(label.casefold().split()), label)
-    return {label: by_name[" ".join(label.casefold().split())] for label in spellings}
+        by_name.setdefault(same_spelling(label), label)
+    return {label: by_name[same_spelling(label)] for label in spellings}
 
 
 def conflicting(rows: list[RawRow], cut: int | None, merged: dict[str, str]) -> dict[str, set[str]]:

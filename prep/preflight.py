@@ -310,9 +310,11 @@ def labels(plan: Plan) -> str:
 
     source = open_source(data, streaming=True)
     first_rows = list(islice(source.splits["train"], LOOKED_AT))
-    first_number = first_label_number(
-        Source({"train": iter(first_rows)}, {}, source.numbers_from_zero), data
-    )
+    # A file is read whole, as training reads it; of a hub's data set without names the first rows
+    # must do.
+    is_local = not data.source.startswith("hf:")
+    first_part = Source({"train": iter(first_rows)}, {}, source.numbers_from_zero)
+    first_number = first_label_number(open_source(data) if is_local else first_part, data)
     seen, read = {}, 0
     for row in first_rows:
         read += 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_folder, exclusive, read_json, write_json
+from letterhead.models.checkpoints import require_finite_weights
 from letterhead.models.classifier import ON_PROMPT, model_folder, named_method
 from letterhead.models.prompt import THINK, WORD, load_prompt_encoder
 from letterhead.pipeline import METHODS, method_of
@@ -56,7 +57,10 @@ CALL_PROMPT = """
 folder = {folder!r}  # or its id, once it is on a hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
-question = {question!r}.replace("{{text}}", as_trained({text!r}))
+text = as_trained({text!r})
+tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+text = text[: tokens[{room}][0]].rstrip() if len(tokens) > {room} else text
+question = {question!r}.replace("{{text}}", text)
 messages = [{{"role": "user", "content": question}}]
 inputs = tokenizer.apply_chat_template(
     messages, enable_thinking=False, return_tensors="pt", return_dict=True
@@ -183,7 +187,7 @@ def prompt_call(
     imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
     call = read_text(imports, experiment.data.max_words, f" | {set(THINK)!r}")
     return asked, call + CALL_PROMPT.format(
-        folder=str(folder), question=encoder.fill("{text}"), text=EXAMPLE
+        folder=str(folder), question=encoder.fill("{text}"), text=EXAMPLE, room=encoder.text_budget
     )
 
 
@@ -224,6 +228,7 @@ def export_head(
         shutil.copytree(
             source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_FILES)
         )
+        require_finite_weights(folder)
         if write_tokenizer:
             write_json(folder / ON_PROMPT, write_tokenizer(experiment, folder))
     return target

@@ -40,7 +40,13 @@ def main(experiment: Experiment, model: str, port: str) -> None:
         from letterhead.models.folding import write_tokenizer
 
         tokenizer = experiment.run_folder / "serve" / "tokenizer"
-        write_tokenizer(experiment, tokenizer)
+        facts = write_tokenizer(experiment, tokenizer)
+        print(
+            f"/v1/chat/completions gives the ids of training on "
+            f"{facts['rows_whose_chat_template_gives_the_ids']} of "
+            f"{facts['rows_checked']} test rows (chat_template_kwargs: enable_thinking false)",
+            flush=True,
+        )
     with VllmServer(
         folder, runner, length, log, int(port), dtype, memory, process_count(), tokenizer
     ) as server:

@@ -28,13 +28,13 @@ import pytest
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from letterhead import pipeline
 from letterhead.config.experiment import load_experiment
 from letterhead.files import read_json, read_jsonl, sha256_file, write_json
 from letterhead.models.checkpoints import step_of
 from letterhead.runs.devices import device_name, machine
 from letterhead.runs.results import best_step, read_result
 from letterhead.runs.stage import telling
-from report.status import MAKERS, UNUSUAL
 from tests.conftest import ROOT, experiment_maker
 from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
@@ -46,11 +46,12 @@ SEEN_ELSEWHERE = {
     "sft-options": "linear-head",
     "rank": "eval-ckpts",
 }
-STAGES = {
-    name: [module, *told]
-    for name, (module, told) in MAKERS.items()
-    if name not in UNUSUAL - SEEN_ELSEWHERE.keys()
+MAKERS = {
+    name: [stage.module, *filter(None, [stage.argument])]
+    for name, stage in pipeline.STAGES.items()
+    if stage.when not in (pipeline.never, pipeline.has_teacher)
 }
+STAGES = dict(MAKERS)
 LABELLED = ["serve.predict", "--in", "rows.csv", "--out", "labelled.csv", "--model", "sft"]
 STAGES |= {"rank": ["eval.rank"], "export": ["serve.export", "--model", "sft"], "predict": LABELLED}
 # Of times and places, which differ from run to run
@@ -498,7 +499,7 @@ def test_stages_end_to_end(drill, monkeypatch):
     scores = [path for path in written if path.name.startswith("sft@")]
     assert scores and all(path.stat().st_mtime_ns == written[path] for path in scores)
 
-    # A result that is gone is made again, which takes the training that made it.
+    # A result that is gone is made again, from its checkpoint.
     Path("runs/mine/results/linear_head@7.json").unlink()
     assert drill.run(work, "linear-head")[0] == 0 and made(work) == drill.after["predict"]
 

@@ -14,6 +14,7 @@ from eval.score import score_model, split_prompts
 from letterhead.config.models import Grpo
 from letterhead.files import read_json, write_json
 from letterhead.models import checkpoints, grpo
+from letterhead.models.callbacks import StopAtDivergence
 from letterhead.models.prompt import load_prompt_encoder
 from letterhead.pipeline import DATA, outputs
 from letterhead.runs import results
@@ -87,6 +88,8 @@ def test_a_reward_that_can_be_earned_is_earned(make_experiment):
     trainer = grpo.trainer(
         Path("warm"), encoder, asked, settings, grpo.arguments(settings, Path("out"), 1, "float32")
     )
+    callbacks = trainer.callback_handler.callbacks
+    assert any(isinstance(callback, StopAtDivergence) for callback in callbacks)
     trainer.train()
     found = grpo.moved(trainer.state.log_history, "right_option")
     assert found["last"] - found["first"] > 4 * found["standard_error"] and found["last"] > 0.7, (

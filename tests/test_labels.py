@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from letterhead.config.data import Data
 from letterhead.files import LetterheadError, read_json
 from letterhead.models.classifier import load_classifier
-from letterhead.rows.sources import Source, open_source
+from letterhead.rows.sources import Source, open_source, require_order
 from letterhead.runs import results
 from prep import data
 from serve import page, predict
@@ -58,6 +58,9 @@ def test_numbers_count_from_0_or_from_1_as_the_whole_file_says(
             r"map: labels: {0: World",
         ),
         ([1, 2, 3, 4, 99], "label 99, and labels from 1 to 99 number the 4 names"),
+        ([-1, 0, 1], "labels from -1 to 1 number the 4 names"),
+        (["1.0", "2.0", "3.0", "7.0"], "label 7, and labels from 1 to 7"),
+        ([1, 2, 3, 4, 100001], "label 100001"),
         ([1, 2, 3], "the source writes 1, 2, 3, which may count from 0 or from 1; write a map"),
     ],
 )
@@ -80,6 +83,26 @@ def test_a_hubs_class_label_counts_from_0_whatever_is_missing():
     assert (
         data.first_label_number(Source({"train": iter(rows)}, {}, numbers_from_zero=True), of) == 0
     )
+
+
+def test_a_number_in_a_file_of_names_is_a_label_that_nobody_listed(make_experiment):
+    write_csv("rows.csv", [*((f"text {i}", NAMES[1 + i % 3]) for i in range(60)), ("odd", "0")])
+    with pytest.raises(LetterheadError, match="label '0' is not in data.labels"):
+        data.main(make_experiment("rows.csv", NAMES))
+
+
+def test_a_hubs_names_in_another_order_are_refused():
+    hub = ["World", "Sports", "Business", "sci/tech"]
+    require_order(Data(source="hf:a/b", labels=NAMES), hub)
+    require_order(Data(source="hf:a/b", labels=["Globe", "Games", "Money", "Science"]), hub)
+    with pytest.raises(LetterheadError, match="Business is number 2 in hf:a/b, and 0 in the list"):
+        require_order(Data(source="hf:a/b", labels=["Business", "World", "Sports"]), hub)
+
+
+def test_a_label_in_other_capitals_is_told(make_experiment):
+    write_csv("rows.csv", [(f"text {i}", NAMES[i % 4].lower()) for i in range(60)])
+    with pytest.raises(LetterheadError, match="World differs from it in capitals or spaces alone"):
+        data.main(make_experiment("rows.csv", NAMES))
 
 
 def write_form(form: str, rows: list[tuple[str, object]]) -> str:
@@ -277,7 +300,9 @@ def test_new_merges_spellings_tells_numbers_and_conflicts(written, capsys):  # n
     )
 
 
-@pytest.mark.parametrize("several", ["a|b", "['a', 'b']", '["a", "b"]'])
+@pytest.mark.parametrize(
+    "several", ["a|b", "['a', 'b']", '["a", "b"]', "[2, 3]", "[27]", "('a', 'b')"]
+)
 def test_new_says_that_labels_look_like_several(written, capsys, several):  # noqa: F811
     write_csv("multi.csv", [(f"{i} {words(i, 9)}", ["a", "b", several][i % 3]) for i in range(120)])
     if several == "a|b":
@@ -288,7 +313,7 @@ def test_new_says_that_labels_look_like_several(written, capsys, several):  # no
         )
         return
     with pytest.raises(
-        LetterheadError, match=r"row 3 \(line 4\): the label .* holds several \(multi-label\)"
+        LetterheadError, match=r"row 3 \(line 4\): the label .* is a list \(multi-label\)"
     ):
         written("multi.csv")
 
@@ -298,9 +323,7 @@ def test_new_says_that_lists_of_labels_are_several(written):  # noqa: F811
         {"text": f"{i} {words(i, 9)}", "label": ["a"] if i % 2 else ["b", "a"]} for i in range(120)
     ]
     Path("lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        LetterheadError, match=r"the label \['b', 'a'\] holds several \(multi-label\)"
-    ):
+    with pytest.raises(LetterheadError, match=r"the label \['b', 'a'\] is a list \(multi-label\)"):
         written("lists.jsonl")
 
 
@@ -327,3 +350,12 @@ def test_windows_quotes_are_read_as_windows_writes_them(written, capsys):  # noq
     Path("quotes.csv").write_bytes("\r\n".join(["text,label", *lines]).encode("cp1252"))
     assert written("quotes.csv").data.encoding == ["utf-8", "cp1252"]
     assert "by which it says '0 “so it isn’t”" in capsys.readouterr().out
+
+
+def test_a_file_of_central_europe_is_not_taken_for_one_of_the_west(written):  # noqa: F811
+    lines = [
+        f"{i} Nő és fű – őszi széljárás, hűvös eső {words(i, 9)},{'ab'[i % 2]}" for i in range(200)
+    ]
+    quoted = [f'"{line.rpartition(",")[0]}",{line[-1]}' for line in lines]
+    Path("east.csv").write_bytes("\r\n".join(["text,label", *quoted]).encode("cp1250"))
+    assert "ő" in Path("east.csv").read_bytes().decode(written("east.csv").data.encoding[-1])

@@ -26,7 +26,7 @@ from letterhead.config.evaluation import Prompt
 from letterhead.config.experiment import load_experiment
 from letterhead.files import LetterheadError, escape_markdown, read_json
 from letterhead.models.answers import read_answer
-from letterhead.models.checkpoints import has_finite_vectors, is_whole, safetensors_error
+from letterhead.models.checkpoints import has_finite_weights, is_whole, safetensors_error
 from letterhead.models.prompt import Answer, PromptEncoder
 from letterhead.rows import fetch
 from letterhead.rows.sources import RawRow, column_names, open_source
@@ -473,7 +473,7 @@ def test_a_damaged_checkpoint_is_not_whole(content):
     (folder / "model.safetensors").write_bytes(content)
     (folder / "trainer_state.json").write_text('{"global_step": 3}')
     file = folder / "model.safetensors"
-    assert is_whole(folder) == (safetensors_error(file) is None and has_finite_vectors(file))
+    assert is_whole(folder) == (safetensors_error(file) is None and has_finite_weights(file))
 
 
 @given(BYTES)

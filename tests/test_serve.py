@@ -119,7 +119,7 @@ def test_two_processes_predict_as_one_does_and_say_what_is_wrong_before_they_wri
     assert [line[:-n] for line in one] == [line[:-n] for line in two]  # rows, order and predictions
     numbers = [np.array([line[-n:] for line in lines[1:]], dtype=float) for lines in (one, two)]
     assert np.abs(numbers[0] - numbers[1]).max() < 1e-4
-    with pytest.raises(LetterheadError, match="can't be used to predict"):
+    with pytest.raises(LetterheadError, match="zero_shot_think@1: no such method"):
         predict.main(experiment, "in.csv", "three.csv", "zero_shot_think@1")
     assert not list(Path().glob("three.csv*"))
 
@@ -245,7 +245,7 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(
             LetterheadError, match=r"in.csv, line [13]: not utf-8 .* save the file as UTF-8"
         ):
             predict.main(experiment, "in.csv", "out.csv", "tfidf")
-    with pytest.raises(LetterheadError, match="run: make compare EXP=mine"):
+    with pytest.raises(LetterheadError, match="run: make decide EXP=mine"):
         predict.main(experiment, "rows.csv", "out.csv", "best")
     with pytest.raises(LetterheadError, match="bert@7: no whole checkpoint; .* holds steps none"):
         predict.main(experiment, "rows.csv", "out.csv", "bert@7")
@@ -323,8 +323,9 @@ def test_lines_that_training_skips_below_the_header_are_skipped_in_files_of_that
 def test_best_is_the_comparisons_choice(experiment):
     write_json(
         "runs/mine/results/comparison.json",
-        {"best": "tfidf", "methods": {"tfidf": {}, "bert@30": {}}},
+        {"methods": {"tfidf": {}, "bert@30": {}}},
     )
+    write_json("runs/mine/results/decision.json", {"ship": "tfidf"})
     assert classifier.named_method(experiment, "best") == "tfidf"
     assert classifier.named_method(experiment, "bert") == "bert@30"
     with pytest.raises(LetterheadError, match="elmo: no such method"):
@@ -367,7 +368,15 @@ def test_the_folded_model_is_the_sft_model(make_experiment, decoder, monkeypatch
     assert np.abs(relative - expected).max() < 1e-4
     assert model.config.id2label == dict(enumerate(LABELS))
 
-    assert repr(dict(enumerate(LABELS))) in said_by_the_cards_code(folder)
+    said = said_by_the_cards_code(folder)
+    assert repr(dict(enumerate(LABELS))) in said
+    shares = torch.softmax(
+        model(torch.tensor([encoder.encode_before_option(export.EXAMPLE)])).logits[0], -1
+    )
+    printed = [
+        float(number) for number in re.findall(r"\d\.\d+(?:e-\d+)?", said.partition("tensor")[2])
+    ]
+    assert printed == pytest.approx(shares.tolist(), abs=1e-3)
     facts = read_json(folder / "letterhead_export.json")
     assert (
         facts["same_predictions"] == facts["rows_checked"] == 60 < len(texts)
@@ -404,7 +413,7 @@ def test_names_of_several_tokens_cannot_be_folded(make_experiment):
         LetterheadError, match="only single letters can be folded; set prompt.options: letters"
     ):
         export.main(experiment, "sft@0")
-    with pytest.raises(LetterheadError, match="tfidf: can't be exported; choose sft"):
+    with pytest.raises(LetterheadError, match="tfidf: can't be exported; choose bert"):
         export.main(experiment, "tfidf")
 
 

@@ -189,7 +189,7 @@ class Data(Section):
             raise ValueError("labels: name at least two classes")
         spellings: dict[str, str] = {}
         for name in self.label_names:
-            other = spellings.setdefault(" ".join(name.casefold().split()), name)
+            other = spellings.setdefault(same_spelling(name), name)
             if other != name:
                 raise ValueError(
                     f"labels: {other!r} and {name!r} differ in capitals or spaces alone; if they "
@@ -203,3 +203,8 @@ class Data(Section):
         """The classes in order; for a map, in the order in which its values first appear."""
         values = self.labels if isinstance(self.labels, list) else self.labels.values()
         return list(dict.fromkeys(value for value in values if value is not None))
+
+
+def same_spelling(label: str) -> str:
+    """What labels share that differ in capitals or spaces alone."""
+    return " ".join(label.casefold().split())

@@ -23,7 +23,7 @@ _IS_ZH = r"(?:应该|应当|应|就|只能|可以|似乎|最终|显然)?(?:是|�
 _NOT = r"(?:not|never|no|isn['’]t|neither|nor|rather)\b"
 _FILLER = (
     r"(?:(?:the|clearly|definitely|most "
-    r"likely|likely|probably|therefore|thus|simply|just|indeed|obviously)\s+)*"
+    r"likely|likely|probably|therefore|thus|simply|just|indeed|obviously|now|still)\s+)*"
 )
 _NOUN = (
     r"(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:option|choice|letter|category|class|label|topic|answer)\s*:?\s*"
@@ -73,12 +73,15 @@ _IS_RIGHT = re.compile(
     re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|nor|neither|no|nothing|without|excluding|exclude|except|unlike|cannot "
-    r"be|rule out|ruled out|"
+    r"(?:\b(?:not|never|nor|neither|no|nothing|without|exclud(?:e|ing)|except|unlike|cannot|hardly|"
+    r"scarcely|barely|false|wrong|(?<!no )doubt|anything but|far from|hard to say|ruled? out|"
     r"ruling out|rather than|instead of|nothing to do with)\b|n['’]t\b)"
-    r"(?:\s+(?:be|being|a|an|the|about|in|really|exactly|quite|very|clearly|option|choice|category|class|label|to|of|for))*"
+    r"(?:\s+(?:be|being|an?|the|about|in|to|of|for|at|all|so|much|any|really|exactly|quite|very|"
+    r"clearly|particularly|especially|overly|think|believe|say|call|consider|it|it['’]s|is|that|"
+    r"this|option|choice|category|class|label|answer))*"
     rf"\s*:?{_OPEN}$"
-    rf"|(?:不|不是|不为|不选|不该选|不属于|不算|不能算|算不上|谈不上|说不上|称不上|不会是|不可能是|并非|绝非|而非|没有|排除|除了|非)(?:选项)?{_OPEN}$",
+    r"|(?:不|不是|不为|不选|不该选|不属于|不算|不能算|不太|不怎么|难以|难说是?|算不上|谈不上|说不上|"
+    rf"称不上|不会是|不可能是|并非|绝非|而非|没有|排除|除了|非)(?:选项)?{_OPEN}$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
@@ -105,8 +108,14 @@ _AFTER_AN_OPTION = re.compile(
 _WRAPPED_BEFORE = re.compile(r"[(\[{<「『【《*`\"'“‘]\s*$")
 _WRAPPED_AFTER = re.compile(r"\s*[)\]}>」』】》*`\"'”’]")
 _LAST_ON_A_LINE = re.compile(rf"{_CLOSE}[.!。]?{_CLOSE}(?=\n|$)")
-_BEHIND_A_MARK = re.compile(rf"[:=>→–—-]{_OPEN}$")
-READING = 1  # counted up when answers are read otherwise: what was read before is read anew
+_BEHIND_A_MARK = re.compile(rf"(?:->|=>|[:=→–—]|(?<=\s)-){_OPEN}$")
+# "Is it B?", "B, if it were about sports"
+_ASKED = re.compile(r"[^.!?\n。！？]*[?？]|\s*吗|\s+if\b")
+_CORRECTED = re.compile(
+    r"\b(?:wait|actually|correction|on second thought|on reflection|no)\s*[,.:!]"
+    r"|更正|等等|不对|不,",
+    re.IGNORECASE,
+)
 _WORDS = frozenset("AI")  # letters that are words, too
 _WINDOW = 90  # characters around a mention that decide how it is meant
 
@@ -153,6 +162,24 @@ def named_option(text: str, options: Sequence[str], labels: Sequence[str] = ()) 
     labels : what the options stand for, in their order; a label named alone stands for its option
     """
     text = _plain(text)
+    option = _read(text, options, labels)
+    # Behind "wait, no" the answer is another one, if there is one.
+    for corrected in reversed(list(_CORRECTED.finditer(text))):
+        said_before = _mentions(text[: corrected.start()], options, labels)
+        again = _read(text[corrected.end() :], options, labels)
+        if said_before and again != NO_ANSWER:
+            return again
+    return option
+
+
+def _read(text: str, options: Sequence[str], labels: Sequence[str]) -> int:
+    lettered = all(re.fullmatch("[A-Za-z]", option) for option in options)
+    mentions = _mentions(text, options, labels)
+    return _choose(text, [one for one in mentions if not _ASKED.match(text[one.stop :])], lettered)
+
+
+def _mentions(text: str, options: Sequence[str], labels: Sequence[str]) -> list[_Mention]:
+    """Where a text names an option, by its letter or its label."""
     lettered = all(re.fullmatch("[A-Za-z]", option) for option in options)
     names = _names(text, labels or options)
     if lettered:
@@ -164,10 +191,8 @@ def named_option(text: str, options: Sequence[str], labels: Sequence[str] = ()) 
                 if any(_BESIDE.fullmatch(text[m.stop : name.start]) for m in letters)
             ]
             names = [*beside, *(name for name in names if name.denied and name not in beside)]
-        mentions = sorted([*letters, *names], key=lambda mention: mention.start)
-    else:
-        mentions = names
-    return _choose(text, mentions, lettered)
+        return sorted([*letters, *names], key=lambda mention: mention.start)
+    return names
 
 
 def _choose(text: str, mentions: list[_Mention], lettered: bool) -> int:

@@ -34,6 +34,8 @@ class StopAtDivergence(TrainerCallback):
         if control.should_save or control.should_evaluate:
             self._require_finite_weights(state.global_step, model, kwargs)
 
+    on_epoch_end = on_step_end  # where `save_strategy: epoch` decides to save
+
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._require_finite_weights(state.global_step, model, kwargs)
 

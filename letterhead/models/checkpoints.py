@@ -13,12 +13,15 @@ import shutil
 import time
 import zipfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from letterhead.files import LetterheadError, read_json
 
 FLOAT = 4  # bytes of a float32, in which all weights are trained and saved
 GIB = 1 << 30
+# How the architectures of language models end
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def safetensors_error(path: Path) -> str | None:
@@ -63,26 +66,20 @@ def require_model(folder: Path) -> None:
             raise LetterheadError(f"{file}: cut off: {reason}; delete the folder and make it again")
 
 
-def holds_a_head(folder: Path) -> bool:
-    """Whether a model's folder holds a classifier's head, by the architecture that its config
-    names."""
-    architectures = (read_json(folder / "config.json") or {}).get("architectures") or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
-
-
 def require_language_model(folder: Path) -> None:
     """Make sure that a decoder's folder holds a language model: a classifier lacks the projection
     to the vocabulary, and would be given a random one without a word.
 
     Raises
     ------
-    LetterheadError : it holds a classifier
+    LetterheadError : it holds something else
     """
-    if holds_a_head(folder):
+    architectures = (read_json(folder / "config.json") or {}).get("architectures") or []
+    if architectures and not any(name.endswith(LANGUAGE_MODELS) for name in architectures):
         raise LetterheadError(
-            f"{folder}: a classifier, not a language model, so it cannot answer with an "
-            f"option; name the model that it was "
-            "made from (decoder.model)"
+            f"{folder}: {', '.join(architectures)}, not a language model, so it cannot "
+            f"answer with an option; name the model "
+            "that it was made from (decoder.model)"
         )
 
 
@@ -144,26 +141,52 @@ def is_whole(folder: Path) -> bool:
         and bool(weights)
         and shards <= {file.name for file in weights}
         and not any(safetensors_error(file) for file in weights)
-        and all(map(has_finite_vectors, weights))
+        and all(map(has_finite_weights, weights))
         and all(map(zipfile.is_zipfile, states))
     )
 
 
-def has_finite_vectors(path: Path) -> bool:
-    """Whether the vectors of a safetensors file (norms and biases: kilobytes) are numbers. A
-    gradient that is none spreads to all weights by the clipping of its norm, so these tell of the
-    matrices, too."""
+def has_finite_weights(path: Path) -> bool:
+    """Whether the weights of a safetensors file are numbers; read once as long as the file stays
+    the same."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return _has_finite_weights(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _has_finite_weights(path: Path, size: int, changed: int) -> bool:
     import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            vectors = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == 1]  # noqa: SIM118
+            tensors = (file.get_tensor(name) for name in file.keys())  # noqa: SIM118
             return all(
-                bool(torch.isfinite(file.get_tensor(name).float()).all()) for name in vectors
+                bool(torch.isfinite(bound))
+                for tensor in tensors
+                if tensor.numel() and tensor.is_floating_point()
+                for bound in tensor.aminmax()
             )
     except (SafetensorError, OSError):
         return False
+
+
+def require_finite_weights(folder: Path) -> None:
+    """Make sure that a model's weights are numbers.
+
+    Raises
+    ------
+    LetterheadError : some are not
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        if not has_finite_weights(file):
+            raise LetterheadError(
+                f"{file}: its weights are not numbers; the training diverged, train anew at a "
+                f"lower rate"
+            )
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

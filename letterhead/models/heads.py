@@ -33,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError
 from letterhead.models.callbacks import StepBar, StopAtDivergence, diverged
-from letterhead.models.checkpoints import holds_a_head, prune_optimizer_states, require_model
+from letterhead.models.checkpoints import prune_optimizer_states, require_model
 from letterhead.models.cpu import attention, pack, quicken_dropout, use_onednn
 from letterhead.models.precision import cast, project_in_float32
 from letterhead.models.prompt import TextEncoder
@@ -58,7 +58,7 @@ def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> Pr
     """
     require_model(folder)
     names = dict(enumerate(labels))
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
         folder,
         id2label=names,
         label2id={name: i for i, name in names.items()},
@@ -66,22 +66,51 @@ def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> Pr
         use_safetensors=True,
         trust_remote_code=False,
         ignore_mismatched_sizes=new_head,
+        output_loading_info=True,
     )
-    if new_head and holds_a_head(folder):
-        print(
-            f"{folder}: holds a classifier's head; it is left out, and a new one for "
-            f"{', '.join(labels)} is trained"
-        )
-        for name, module in model.named_children():
-            if name != model.base_model_prefix:
-                for parameter in module.parameters():
-                    parameter._is_hf_initialized = (
-                        False  # else transformers leaves what it has loaded
-                    )
-                module.apply(model._init_weights)
+    if new_head:
+        begin_head_anew(model, loading, folder)
     # A decoder's head reads the last token that is not a padding, so it must know the padding.
     model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     return ready(model)
+
+
+def begin_head_anew(model: PreTrainedModel, loading: dict, folder: Path) -> None:
+    """Give a model a new head where its folder held one, whose classes are others, or in another
+    order.
+
+    Parameters
+    ----------
+    loading : what transformers says of the loading: keys that were missing, and those of another
+        size
+
+    Raises
+    ------
+    LetterheadError : something else than the head has another size
+    """
+    heads = {
+        name: module for name, module in model.named_children() if name != model.base_model_prefix
+    }
+    mismatched = {entry[0] for entry in loading["mismatched_keys"]}
+    if wrong := sorted(key for key in mismatched if key.partition(".")[0] not in heads):
+        raise LetterheadError(
+            f"{folder}: {wrong[0]} has another size than config.json says; fetch the model again"
+        )
+    missing = set(loading["missing_keys"]) - mismatched
+    loaded = [
+        name
+        for name, module in heads.items()
+        for key, _ in module.named_parameters()
+        if f"{name}.{key}" not in missing
+    ]
+    if not loaded:
+        return
+    classes = ", ".join(model.config.id2label.values())
+    print(f"{folder}: holds a head already; it is left out, and a new one for {classes} is trained")
+    for module in heads.values():
+        for parameter in module.parameters():
+            parameter._is_hf_initialized = False  # else transformers leaves what it has loaded
+        module.apply(model._init_weights)
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:

@@ -194,7 +194,7 @@ class PromptEncoder:
     def fit(self, text: str) -> str:
         """The text as it stands in the prompt: neutralised, and shortened so that prompt and answer
         fit `cutoff_len`."""
-        return self._cut(self.neutralise(text), self._text_budget)
+        return self._cut(self.neutralise(text), self.text_budget)
 
     def is_cut(self, text: str) -> bool:
         """Whether `fit` shortens a text."""
@@ -279,7 +279,7 @@ class PromptEncoder:
         return Answer(response, stop - spelled, stop)
 
     @cached_property
-    def _text_budget(self) -> int:
+    def text_budget(self) -> int:
         """How many tokens a text may have, so that every option's answer still fits."""
         budget = self._room()
         if budget < 1:

