@@ -20,10 +20,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from letterhead import service
+from letterhead.answers import read_answer
 from letterhead.checkpoints import is_whole, safetensors_error
 from letterhead.experiment import Data, Prompt, load_experiment
 from letterhead.metrics import NO_ANSWER
-from letterhead.prompt import Answer, PromptEncoder, read_answer
+from letterhead.prompt import Answer, PromptEncoder
 from letterhead.records import LetterheadError, escape_markdown, read_json
 from letterhead.teacher import Reply, read_reply
 from prep import fetch
