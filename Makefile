@@ -206,11 +206,11 @@ $(READY_SBOM): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_SBOM) .venv-
 # Two workers with half of the processors each; the tests of a file stay with one, which shares what it loaded among them.
 test: $(READY) $(READY_SERVE) ## lint, then the tests
 	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
-	@OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) $(READY_SERVE) ## the tests that take minutes each, and three kills of each stage
-	@$(RUN) pytest -m slow
-	@$(RUN) pytest tests/test_drill.py -k killed --kills 3
+	@.venv/bin/python -m pytest -m slow
+	@.venv/bin/python -m pytest tests/test_drill.py -k killed --kills 3
 
 lint: $(READY) ## lint and format in place
 	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
@@ -222,7 +222,7 @@ smoke: $(READY) ## the whole pipeline and the bench on 64 rows: minutes, for CI
 	@$(MAKE) bench EXP=smoke
 
 drill: $(READY) ## disturb every stage of a report, 20 kills each, and hold what it ends with against an undisturbed run
-	@$(RUN) pytest -s tests/test_drill.py --kills 20 --all-faults
+	@.venv/bin/python -m pytest -s tests/test_drill.py --kills 20 --all-faults
 
 tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 	@.venv/bin/tensorboard --logdir "runs/$$EXP" --host 127.0.0.1

@@ -87,7 +87,7 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
     }
     multiplied = checkpoints.parameters_per_token(model)
     begin, evaluating = time.perf_counter(), 0.0
-    clock = (read_json(clock_file) or {}) if resume else {}
+    clock = read_clock(clock_file) if resume else {}
     before = clock.get(str(checkpoints.step_of(resume)), 0.0) if resume else 0.0
 
     def write(split: str, logits, seconds: float, tokens: int) -> dict[str, float]:
@@ -97,7 +97,7 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
         clock[str(step)] = round(
             before + time.perf_counter() - begin - evaluating - trainer.saving_seconds, 1
         )
-        write_json(clock_file, clock)
+        write_json(clock_file, {"training_seconds": clock})
         result = results.write_result(
             experiment,
             f"{method}@{step}",
@@ -128,7 +128,7 @@ def score_checkpoint(
     trained = METHODS[method]
     rows, step = results.read_rows(experiment, split), checkpoints.step_of(checkpoint)
     log = read_json(checkpoint / "trainer_state.json")["log_history"]
-    clock = read_json(trained.checkpoints(experiment).with_name(CLOCK)) or {}
+    clock = read_clock(trained.checkpoints(experiment).with_name(CLOCK))
     head, source = trained.head(experiment), trained.section(experiment).folder
     dtype = precision(experiment.decoder.dtype, source)
     model, tokenizer = heads.load_head(checkpoint, experiment.labels), heads.load_tokenizer(source)
@@ -161,6 +161,11 @@ def row_encoder(experiment: Experiment, method: Method, tokenizer) -> TextEncode
     if method.reads_prompt:
         return OptionEncoder(load_prompt_encoder(experiment))
     return TextEncoder(tokenizer, method.head(experiment).max_length)
+
+
+def read_clock(file: Path) -> dict[str, float]:
+    """Step → seconds trained up to it."""
+    return (read_json(file) or {"training_seconds": {}})["training_seconds"]
 
 
 def mean_loss(log: list[dict], step: int) -> float:
