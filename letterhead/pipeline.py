@@ -51,6 +51,12 @@ def always(experiment: Experiment) -> bool:
     return True
 
 
+def read_card(experiment: Experiment) -> dict[str, Any] | None:
+    """The data card; None where there is none, or one of an earlier version."""
+    card = read_json(experiment.data_folder / "data_card.json")
+    return card if card and "shared" in card else None
+
+
 def has_more_rows(experiment: Experiment) -> bool:
     """Whether train has more rows than the methods share (decoder.train_rows).
 
@@ -58,9 +64,9 @@ def has_more_rows(experiment: Experiment) -> bool:
     ------
     LetterheadError : no rows were made yet
     """
-    path = experiment.data_folder / "data_card.json"
-    card = read_json(path)
+    card = read_card(experiment)
     if card is None:
+        path = experiment.data_folder / "data_card.json"
         raise LetterheadError(f"{path}: not made yet; run: make data EXP={experiment.name}")
     return card["shared"]["rows"] < card["rows"]["train"]
 

@@ -24,6 +24,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head, in_packages, is_fetched
 from letterhead.files import LetterheadError, read_json, read_jsonl
 from letterhead.models import checkpoints
+from letterhead.pipeline import read_card
 from letterhead.rows.fetch import is_there
 from letterhead.runs import devices
 from letterhead.runs.stage import run
@@ -47,9 +48,7 @@ class Plan:
 
     def __init__(self, experiment: Experiment, temporary: Path):
         self.experiment = experiment
-        self.card = (
-            read_json(experiment.data_folder / "data_card.json") if _is_made(experiment) else None
-        )
+        self.card = read_card(experiment) if _is_made(experiment) else None
         self.sections = {"decoder": experiment.decoder, "encoder": experiment.encoder}
         there = {
             name: section

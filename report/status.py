@@ -6,7 +6,7 @@ python -m report.status --experiment quick
 
 from letterhead import pipeline
 from letterhead.config.experiment import Experiment
-from letterhead.files import LetterheadError, exclusive, read_json, write_json
+from letterhead.files import LetterheadError, exclusive, write_json
 from letterhead.pipeline import DATA, STAGES, Stage
 from letterhead.plan.time import stage_seconds
 from letterhead.rows.fetch import is_there
@@ -17,7 +17,7 @@ DONE = "done"
 
 def main(experiment: Experiment) -> None:
     print(f"{experiment.name}: {experiment.title}")
-    card = read_json(experiment.data_folder / "data_card.json")
+    card = pipeline.read_card(experiment)
     states: dict[str, str] = {}
     for stage in pipeline.stages_of(experiment) if card else usual_stages(experiment):
         states[stage.name] = state(experiment, stage, states)
@@ -81,9 +81,11 @@ def state(experiment: Experiment, stage: Stage, before: dict[str, str]) -> str:
         return (
             "begun, goes on" if any((folder / "checkpoints").glob("checkpoint-*")) else "not made"
         )
-    stale = [
-        name for name in pipeline.stage_needs(stage, experiment) if before.get(name, DONE) != DONE
-    ]
+    try:
+        needs = pipeline.stage_needs(stage, experiment)
+    except LetterheadError:
+        return "stale"  # of an earlier version
+    stale = [name for name in needs if before.get(name, DONE) != DONE]
     if stale:
         return f"stale, since {stale[0]} is {before[stale[0]].partition(',')[0]}"
     models = (experiment.decoder, experiment.encoder)
