@@ -34,12 +34,13 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 # Only what fetches is online: libraries ask the hub about a model even where its folder lies on disk, and read these variables
 # when they are imported.
 ONLINE = $(QUIET) .venv/bin/python -m
+# Not exported while it is empty: vLLM reads a variable of that name as a number.
 VERBOSE ?=
 # Libraries draw no bars into a stage's log.
 QUIET := $(if $(VERBOSE),,TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1)
 RUN = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC VERBOSE
+export EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC
 
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
 KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
