@@ -53,6 +53,8 @@ from letterhead.runs.stage import OFFLINE, run
 from letterhead.runs.terminal import progress
 
 DIGITS = 6
+# In bfloat16 the sums of another number of threads, or of another batch, are rounded otherwise.
+NEAR_TIE = 0.1
 
 
 def main(experiment: Experiment, source: str, target: str, model: str) -> None:
@@ -68,6 +70,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     folder = None if is_fitted(name) else model_folder(experiment, name)
     if folder:
         require_model(folder)
+    is_half = folder and precision(experiment.decoder.dtype, folder) == "bfloat16"
     if target.is_dir():
         raise LetterheadError(f"{target}: is a folder; name a file")
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
@@ -89,11 +92,12 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         done = read_json(progress_file)
         if not (
             done
+            and "near" in done
             and done["inputs"] == inputs
             and part.is_file()
             and part.stat().st_size >= done["bytes"]
         ):
-            done = {"inputs": inputs, "rows": 0, "without": 0, "bytes": 0}
+            done = {"inputs": inputs, "rows": 0, "without": 0, "near": 0, "bytes": 0}
         if done["rows"]:
             print(f"{part}: goes on behind row {done['rows']:,}")
         workers = stack.enter_context(Workers(process_count(), load_classifier, experiment, name))
@@ -117,6 +121,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             if overlap
             else (labelled(classify, part_of_rows) for part_of_rows in chunks)
         ):
+            done["near"] += near_ties(probabilities) if is_half else 0
             found, nothing = iter(probabilities), [""] * (1 + len(experiment.labels))
             lines = [
                 [*fields, *(of_row(experiment, next(found)) if text else nothing)]
@@ -131,8 +136,20 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
             bar.update(len(chunk))
         part.replace(target)
         progress_file.unlink(missing_ok=True)
+    if done["near"]:
+        print(
+            f"{done['near']:,} rows have two classes within {NEAR_TIE:g}: in bfloat16 rounding may "
+            "decide there (decoder.dtype=float32 does not hang on it)"
+        )
     left = f", {done['without']:,} of them without a text and left empty" if done["without"] else ""
     print(f"{target}: {done['rows']:,} rows labelled by {name}{left}")
+
+
+def near_ties(probabilities: np.ndarray) -> int:
+    """How many rows have their two highest probabilities, of shape (rows, classes), nearer than
+    `NEAR_TIE`."""
+    highest = np.sort(probabilities, axis=-1)[:, -2:]
+    return int((highest[:, 1] - highest[:, 0] < NEAR_TIE).sum()) if len(probabilities) else 0
 
 
 def is_fitted(name: str) -> bool:

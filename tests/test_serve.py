@@ -576,3 +576,23 @@ def said_by_the_cards_code(exported: Path) -> str:
     )
     assert told.returncode == 0, told.stderr
     return told.stdout
+
+
+def test_rows_on_which_rounding_may_decide_are_counted_in_bfloat16_alone(
+    experiment, capsys, monkeypatch
+):
+    shares = {"near": [0.42, 0.4, 0.1, 0.08], "clear": [0.9, 0.05, 0.03, 0.02]}
+    assert predict.near_ties(np.array(list(shares.values()))) == 1
+    assert predict.near_ties(np.empty((0, 0))) == 0
+    monkeypatch.setattr(
+        predict,
+        "load_classifier",
+        lambda *_: lambda texts: np.array([shares[text] for text in texts]),
+    )
+    monkeypatch.setattr(predict, "model_folder", lambda *_: experiment.encoder.folder)
+    write_csv("in.csv", [("near", ""), ("clear", ""), ("near", "")])
+    for dtype, said in (("bfloat16", "2 rows have two classes within 0.1"), ("float32", "")):
+        monkeypatch.setattr(predict, "precision", lambda *_, dtype=dtype: dtype)
+        predict.main(experiment, "in.csv", f"{dtype}.csv", "bert@30")
+        printed = capsys.readouterr().out
+        assert said in printed and ("rounding" in printed) == bool(said)
