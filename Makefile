@@ -41,6 +41,8 @@ QUIET := $(if $(VERBOSE),,TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATAS
 RUN = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
 STAGE = --experiment "$$EXP" --set "$$SET"
 export EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC
+# What the user asked for by name; a stage that only another needs says less.
+export ASKED := $(MAKECMDGOALS)
 
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
 KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES

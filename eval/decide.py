@@ -12,7 +12,7 @@ from letterhead.files import read_json, write_json
 from letterhead.pipeline import DECIDE, HEAD_ON_PROMPT, STAGES, method_of
 from letterhead.runs import contenders, results
 from letterhead.runs.contenders import aligned
-from letterhead.runs.stage import StageRun, run
+from letterhead.runs.stage import StageRun, run, was_asked
 from letterhead.stats import decision, verdict
 
 
@@ -24,7 +24,10 @@ def main(experiment: Experiment) -> None:
         stage.start()
         write_json(path, decide(experiment, comparison["methods"]))
         stage.finish([path])
-    print(verdict.summary(comparison, read_json(path)))
+    decided = read_json(path)
+    print(verdict.summary(comparison, decided))
+    if was_asked(DECIDE.make_target):
+        print("\n".join(decided["how_sure"]))
 
 
 def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:

@@ -12,12 +12,12 @@ from letterhead.runs import results
 from letterhead.runs.contenders import choose
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import Workers
-from letterhead.runs.stage import StageRun, run
+from letterhead.runs.stage import StageRun, run, tell_absent
 
 
 def main(experiment: Experiment) -> None:
     if not SFT_THINK.when(experiment):
-        print("no section distill: no thoughts were learnt")
+        tell_absent(SFT_THINKING, "no section distill, so no thoughts were learnt")
         return
     from eval.thinking import think
     from letterhead.models.scoring import load_decoder

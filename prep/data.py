@@ -104,8 +104,8 @@ def main(experiment: Experiment) -> None:
     write_json(folder / "data_card.json", card)
     write_json(folder / "dataset_info.json", dataset_info(experiment))
     headline, *details = summary(card)
-    for line in details:
-        say(line)
+    if details:
+        say("; ".join(details))
     stage.finish(
         [folder / name for name in FILES], headline, rows=card["rows"]["read"], device="cpu"
     )

@@ -10,7 +10,15 @@ from letterhead.files import LetterheadError, exclusive, write_json
 from letterhead.pipeline import DATA, STAGES, Stage
 from letterhead.plan.time import stage_seconds
 from letterhead.rows.fetch import is_there
-from letterhead.runs.stage import ESTIMATE, is_current, is_running, minutes, read_record, run
+from letterhead.runs.stage import (
+    ESTIMATE,
+    is_current,
+    is_running,
+    minutes,
+    read_record,
+    run,
+    was_asked,
+)
 
 DONE = "done"
 
@@ -27,11 +35,12 @@ def main(experiment: Experiment) -> None:
     if "running" not in states.values():
         with exclusive(experiment.run_folder / ".estimate.lock"):
             write_json(experiment.run_folder / ESTIMATE, {"seconds": seconds, "to_do": to_do})
-    for name, found in states.items():
-        how_long = minutes(seconds[name]) if name in seconds else ""
-        if found == DONE:
-            how_long = f"took {read_record(experiment.run_folder / name)['seconds']:,.0f} s"
-        print(f"  {name:12} {found:28}  {how_long}".rstrip())
+    if was_asked("status"):
+        for name, found in states.items():
+            how_long = minutes(seconds[name]) if name in seconds else ""
+            if found == DONE:
+                how_long = f"took {read_record(experiment.run_folder / name)['seconds']:,.0f} s"
+            print(f"  {name:14} {found:28}  {how_long}".rstrip())
     if not to_do:
         print(f"all done: {experiment.run_folder}/report/report.html")
         return

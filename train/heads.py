@@ -19,14 +19,14 @@ from letterhead.pipeline import METHODS, STAGES, arguments_of
 from letterhead.runs import results
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import guarded, torchrun
-from letterhead.runs.stage import StageRun, run
+from letterhead.runs.stage import StageRun, run, tell_absent
 from letterhead.runs.terminal import TERMINAL
 
 
 def main(experiment: Experiment, method: str) -> None:
     trained = METHODS[method]
     if not trained.when(experiment):
-        print(f"{method}: not of this experiment")
+        tell_absent(STAGES[trained.stage], "not of this experiment")
         return
     head = trained.head(experiment)
     stage = StageRun(experiment, STAGES[trained.stage])

@@ -248,6 +248,18 @@ def run(
         main(experiment, *([arguments.choice] if choices else []), *command_line, *values)
 
 
+def was_asked(target: str) -> bool:
+    """Whether the user asked make for a target by name, or no make is at work; else another target
+    needs it."""
+    return target in os.environ.get("ASKED", target).split()
+
+
+def tell_absent(stage: Stage, why: str) -> None:
+    """Say, to who asked for a stage by name, that the experiment has none."""
+    if was_asked(stage.make_target):
+        print(f"{stage.name}: {why}")
+
+
 def told_of_thread(ended: threading.ExceptHookArgs) -> None:
     """A thread's error as Python prints it, but for a full disk's: TensorBoard's writer hands that
     on to the block."""

@@ -215,7 +215,7 @@ def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
         figures = f"{entry['accuracy']:9.4f} {entry['f1_macro']:9.4f}  {low:.3f} to {high:.3f}"
         lines.append(f"{entry['title']:34} {entry['step'] or '':>6} {entry['n']:6} {figures}")
     how = "ship" if decided["established"] else "ship (not established)"
-    return "\n".join([*lines, f"{how} {decided['ship']}: {decided['why']}", *decided["how_sure"]])
+    return "\n".join([*lines, f"{how} {decided['ship']}: {decided['why']}"])
 
 
 def human(number: float) -> str:
