@@ -100,8 +100,12 @@ zero-shot: data ## the decoder untrained: option perplexity, calibrated, and wit
 	@$(RUN) eval.zero_shot $(STAGE)
 
 tfidf: data ## the floor: TF-IDF with logistic regression, on the rows that the methods share and on all
-	@$(RUN) train.tfidf tfidf $(STAGE)
-	@$(RUN) train.tfidf tfidf_all $(STAGE)
+	@$(RUN) train.fitted tfidf $(STAGE)
+	@$(RUN) train.fitted tfidf_all $(STAGE)
+
+embedding: data ## the encoder frozen, with logistic regression on its embeddings, on shared rows and on all
+	@$(RUN) train.fitted embedding $(STAGE)
+	@$(RUN) train.fitted embedding_all $(STAGE)
 
 bert: data ## fine-tune BERT with a linear head (HF Trainer), on the rows that the methods share
 	@$(RUN) train.heads bert $(STAGE)
@@ -118,7 +122,7 @@ sft-options: data ## train the decoder as SFT does, with the loss over the optio
 seeds: data ## train every method once more for each further seed that the experiment names
 	@$(RUN) study.seeds $(STAGE)
 
-compare: eval-ckpts sft-think zero-shot tfidf bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested
+compare: eval-ckpts sft-think zero-shot tfidf embedding bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested
 	@$(RUN) eval.compare $(STAGE)
 
 decide: compare ## which method to ship, and why
@@ -233,4 +237,4 @@ tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
+.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf embedding bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean

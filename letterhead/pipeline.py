@@ -169,6 +169,25 @@ def _head_stage(
     )
 
 
+def _fitted_stages(
+    name: str, does: str, code: str, keys: tuple[str, ...] = (), **more: Any
+) -> list[Stage]:
+    """The stages of a method that is fitted in seconds: on the shared rows, and on all of train."""
+    keys = ("data.labels", "seed", *keys)
+    more |= {"version": FIGURES, "code": (code, "letterhead.models.fitted")}
+    stages = []
+    for argument, rows, words in (
+        (name, SHARED, does),
+        (f"{name}_all", ALL, "the same on all of train"),
+    ):
+        needs = (Need("data", (f"{rows}.jsonl", *SPLIT_FILES)),)
+        if rows == ALL:
+            more |= {"target": name, "when": has_more_rows}
+        stage_name = argument.replace("_", "-")
+        stages.append(Stage(stage_name, words, "train.fitted", argument, needs, keys, **more))
+    return stages
+
+
 _STAGES = (
     DATA := Stage(
         "data",
@@ -234,27 +253,13 @@ _STAGES = (
         models=("decoder",),
         version=10 * FIGURES + READING,
     ),
-    TFIDF_SHARED := Stage(
-        "tfidf",
-        "fit TF-IDF with logistic regression",
-        "train.tfidf",
-        "tfidf",
-        needs=(Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES)),),
-        keys=("data.labels", "seed"),
-        version=FIGURES,
-        code=("letterhead.models.tfidf",),
-    ),
-    TFIDF_ALL_ROWS := Stage(
-        "tfidf-all",
-        "the same on all of train",
-        "train.tfidf",
-        "tfidf_all",
-        needs=(Need("data", (f"{ALL}.jsonl", *SPLIT_FILES)),),
-        keys=("data.labels", "seed"),
-        version=FIGURES,
-        code=("letterhead.models.tfidf",),
-        target="tfidf",
-        when=has_more_rows,
+    *_fitted_stages("tfidf", "fit TF-IDF with logistic regression", "letterhead.models.tfidf"),
+    *_fitted_stages(
+        "embedding",
+        "fit logistic regression on frozen embeddings",
+        "letterhead.models.embeddings",
+        keys=("encoder.prefix", "encoder.head:max_length"),
+        models=("encoder",),
     ),
     _head_stage("bert", "fine-tune BERT", "bert", "encoder", "head"),
     _head_stage(
@@ -357,6 +362,8 @@ class Method:
     model, settings : the section of its model, and the key in it that says how it is trained
     loader : MODULE:FUNCTION that loads it, given experiment and full name, as a function from texts
         to probabilities; none for one that writes freely
+    fitter : MODULE:FUNCTION that fits it in seconds, given experiment, rows and validation rows,
+        wherever it is needed
     reads_prompt : it reads the prompt, not the text alone
     has_steps : its checkpoints are scored and kept
     thinks : it writes freely
@@ -375,6 +382,7 @@ class Method:
     model: str | None = None
     settings: str | None = None
     loader: str = ""
+    fitter: str = ""
     reads_prompt: bool = False
     has_steps: bool = False
     thinks: bool = False
@@ -410,6 +418,10 @@ class Method:
         """The function that loads it."""
         return resolve(self.loader)
 
+    def fit(self) -> Callable[..., Any]:
+        """The function that fits it."""
+        return resolve(self.fitter)
+
 
 CLASSIFIER = "letterhead.models.classifier"
 _HEAD = {
@@ -418,6 +430,9 @@ _HEAD = {
     "runner": "pooling",
     "settings": "head",
 }
+_FITTED = {"loader": f"{CLASSIFIER}:load_fitted_method"}
+_TFIDF = {"fitter": "letterhead.models.tfidf:fit", **_FITTED}
+_EMBEDDING = {"fitter": "letterhead.models.embeddings:fit", "model": "encoder", **_FITTED}
 _LETTERS = {"model": "decoder", "loader": f"{CLASSIFIER}:load_options_method", "reads_prompt": True}
 # Rows of the bench that are no method of their own: SFT as a classifier, and the linear head on
 # that one's prompts
@@ -445,9 +460,9 @@ _METHODS = (
         "tfidf",
         "tfidf",
         SHARED,
-        loader=f"{CLASSIFIER}:load_tfidf_method",
         short="TF-IDF",
         bench=(("tfidf", "sklearn", "head"),),
+        **_TFIDF,
     ),
     TFIDF_ALL := Method(
         "tfidf_all",
@@ -455,9 +470,29 @@ _METHODS = (
         "tfidf-all",
         "tfidf-all",
         ALL,
-        loader=f"{CLASSIFIER}:load_tfidf_method",
         priced_as=("tfidf",),
         when=has_more_rows,
+        **_TFIDF,
+    ),
+    EMBEDDING := Method(
+        "embedding",
+        "Frozen embeddings + logistic regression",
+        "embedding",
+        "embedding",
+        SHARED,
+        short="embedding",
+        bench=(("embedding", "st", "head"),),
+        **_EMBEDDING,
+    ),
+    EMBEDDING_ALL := Method(
+        "embedding_all",
+        "Frozen embeddings, all rows",
+        "embedding-all",
+        "embedding-all",
+        ALL,
+        priced_as=("embedding",),
+        when=has_more_rows,
+        **_EMBEDDING,
     ),
     BERT := Method(
         "bert",

@@ -55,7 +55,12 @@ DECODES = {
     "forward": "letters in one forward",
     "head": "classifier",
 }
-ENGINES = {"sklearn": "scikit-learn", "hf": "HF", "vllm": "vLLM"}
+ENGINES = {
+    "sklearn": "scikit-learn",
+    "st": "sentence-transformers",
+    "hf": "HF",
+    "vllm": "vLLM",
+}
 
 
 def shown(experiment: Experiment) -> dict[str, Any]:
@@ -178,6 +183,8 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
             if METHODS[entry["method"]].is_trained and METHODS[entry["method"]].loader
         ],
     )
+    stages = {stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)}
+    trained_by = {METHODS[entry["method"]].trained_by for entry in by_name.values()} - {None}
     return {
         "experiment": experiment,
         "model_source": source_name(experiment.decoder.model),
@@ -197,9 +204,10 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "config": yaml.safe_dump(
             experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False
         ),
-        "stages": {
-            stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)
-        },
+        "stages": stages,
+        "trained_on": "; ".join(
+            sorted({f"{stages[name]['device']} ({stages[name]['machine']})" for name in trained_by})
+        ),
         "pictures": WHAT_A_PICTURE_SHOWS,
         "tfidf_settings": len(tfidf.MODEL["C"]),
     }

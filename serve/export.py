@@ -16,8 +16,9 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_folder, exclusive, read_json, write_json
 from letterhead.models.checkpoints import require_finite_weights
 from letterhead.models.classifier import ON_PROMPT, model_folder, named_method
+from letterhead.models.fitted import fit_method
 from letterhead.models.prompt import THINK, WORD, load_prompt_encoder
-from letterhead.pipeline import METHODS, method_of
+from letterhead.pipeline import METHODS, Method, method_of
 from letterhead.runs.stage import run
 from letterhead.serving.model_card import write_card
 
@@ -53,6 +54,13 @@ classify = pipeline("text-classification", model=folder)
 tokenizer = classify.tokenizer
 print(classify(as_trained({text!r}), truncation=True, max_length={length}, top_k=None))
 """
+CALL_EMBEDDING = """
+folder = {folder!r}  # or its id, once it is on a hub
+model = SentenceTransformer(folder)
+tokenizer = model.tokenizer
+logits = model.encode([as_trained({text!r})], convert_to_tensor=True)
+print(model[0].auto_model.config.id2label, logits.softmax(-1))
+"""
 CALL_PROMPT = """
 folder = {folder!r}  # or its id, once it is on a hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -80,6 +88,7 @@ model = AutoModelForSequenceClassification.from_pretrained("{folder}")
 ids = torch.tensor([encoder.encode_before_option({text!r})])
 print(model.config.id2label, model(ids).logits.softmax(-1))
 """
+TEXT_CLASSIFICATION = "text-classification"
 EXAMPLE = "The text that is to be labelled."
 
 
@@ -106,14 +115,18 @@ def export(experiment: Experiment, name: str) -> tuple[Path, str]:
 
 def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
     method = METHODS.get(name.partition("@")[0])
-    if method is None or not method.has_steps or not method.loader:
-        known = ", ".join(one.name for one in METHODS.values() if one.has_steps and one.loader)
+    if method is None or not can_export(method):
+        known = ", ".join(one.name for one in METHODS.values() if can_export(one))
         raise LetterheadError(f"{name}: can't be exported; choose {known}")
+    if method.fitter:
+        folder = export_fitted(experiment, name)
+        write_card(experiment, name, folder, *fitted_call(experiment, folder), TEXT_CLASSIFICATION)
+        return folder, "the frozen encoder with logistic regression as its last layer"
     if not method.reads_prompt:
         folder = export_head(experiment, name)
         how = "the checkpoint without its trainer's files"
         write_card(
-            experiment, name, folder, *head_call(experiment, name, folder), "text-classification"
+            experiment, name, folder, *head_call(experiment, name, folder), TEXT_CLASSIFICATION
         )
         return folder, how
     from letterhead.models.folding import export_folded, write_tokenizer
@@ -146,6 +159,32 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
         None,
     )
     return folder, f"{how}; {ways}"
+
+
+def can_export(method: Method) -> bool:
+    """Whether a method can be written as a model of its own."""
+    return bool(method.loader and (method.has_steps or (method.fitter and method.model)))
+
+
+def export_fitted(experiment: Experiment, name: str) -> Path:
+    """Fit a method on its rows and write it; returns the folder."""
+    target = experiment.run_folder / "export" / name
+    with atomic_folder(target) as folder:
+        fit_method(experiment, name).save(folder)
+        require_finite_weights(folder)
+    return target
+
+
+def fitted_call(experiment: Experiment, folder: Path) -> tuple[str, str]:
+    """What an exported encoder with logistic regression reads, in Markdown, and lines of Python
+    that call it."""
+    max_words, length = experiment.data.max_words, experiment.encoder.head.max_length
+    asked = (
+        f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} "
+        "tokens. What it gives are logits, one for each class."
+    )
+    call = read_text("from sentence_transformers import SentenceTransformer", max_words, "")
+    return asked, call + CALL_EMBEDDING.format(folder=str(folder), text=EXAMPLE)
 
 
 def head_call(experiment: Experiment, name: str, folder: Path) -> tuple[str, str]:

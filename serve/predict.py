@@ -78,7 +78,7 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         {
             "source": sha256_file(source),
             "method": name,
-            "model": model_identity(folder) if folder else outputs(DATA, experiment),
+            "model": model_identity(folder) if folder else fitted_from(experiment, name),
             "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
             "device": [
                 device_name(),
@@ -153,9 +153,16 @@ def near_ties(probabilities: np.ndarray) -> int:
 
 
 def is_fitted(name: str) -> bool:
-    """Whether a method has no model on disk, and is fitted where it is used."""
+    """Whether a method has no checkpoint on disk, and is fitted where it is used."""
     method = METHODS.get(name)
-    return method is not None and not method.model
+    return method is not None and (bool(method.fitter) or not method.model)
+
+
+def fitted_from(experiment: Experiment, name: str) -> dict[str, Any]:
+    """What a method is fitted from: the rows, and the encoder that stays as it is."""
+    method = METHODS[name]
+    frozen = model_identity(method.section(experiment).folder) if method.model else None
+    return {"rows": outputs(DATA, experiment), "encoder": frozen}
 
 
 def of_row(experiment: Experiment, probabilities: np.ndarray) -> list[str]:

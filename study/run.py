@@ -23,17 +23,15 @@ from letterhead.config.experiment import Experiment, explain, load_experiment
 from letterhead.config.section import Count, Section
 from letterhead.files import LetterheadError, atomic_open, read_json, sha256_file, write_json
 from letterhead.pipeline import (
-    BERT,
     COMPARE,
-    LINEAR_HEAD,
     METHODS,
     PLACES,
-    SFT,
+    SHARED,
     STAGES,
-    TFIDF,
     ZERO_SHOT,
     ZERO_SHOT_CALIBRATED,
     ZERO_SHOT_LETTERS,
+    always,
     outputs,
 )
 from letterhead.rows.sources import local_sha256
@@ -45,7 +43,10 @@ from letterhead.stats.figures import caption_of, plt, save
 from study.cells import make, seed_keys, settings
 
 FOLDER = Path("experiments/studies")
-TRAINED = [method.name for method in (TFIDF, BERT, LINEAR_HEAD, SFT)]
+# What a study compares unless it says: the trained methods of every experiment, on equal rows
+TRAINED = [
+    method.name for method in METHODS.values() if method.rows == SHARED and method.when is always
+]
 # Sections and keys that decide nothing of a cell's results
 NO_MATTER = {
     **dict.fromkeys(("bench", "serve", "title", "distill", COMPARE.name), True),

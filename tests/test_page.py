@@ -25,7 +25,7 @@ from serve import page
 from tests.browser import Browser, needs_browser
 from tests.conftest import ROOT
 from tests.test_data import write_csv
-from train import tfidf
+from train import fitted
 
 LABELS = ["<b>World</b>", "Sports"]
 TITLES = {"tfidf": "TF-IDF + logistic regression", "bert@9": "BERT", "sft@0": "LLM, SFT"}
@@ -39,7 +39,7 @@ def experiment(make_experiment, tiny_models):
     )
     made = make_experiment("rows.csv", LABELS)
     data.main(made)
-    tfidf.main(made, "tfidf")
+    fitted.main(made, "tfidf")
     checkpoint = Path("runs/mine/bert/checkpoints/checkpoint-9")
     heads.load_head(tiny_models["bert"], LABELS).save_pretrained(checkpoint)
     heads.load_tokenizer(tiny_models["bert"]).save_pretrained(checkpoint)

@@ -38,6 +38,8 @@ MARKUP = [
 SKILL = {
     "tfidf": 2.6,
     "tfidf_all": 2.8,
+    "embedding": 2.7,
+    "embedding_all": 2.9,
     "bert": 3.0,
     "bert_all": 3.2,
     "linear_head": 3.4,
@@ -187,7 +189,7 @@ def compared(compared_once, workplace):
 
 def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_described(compared):
     comparison = compared_and_decided()
-    assert len(comparison["methods"]) == 9 and len(comparison["pairs"]) == 15
+    assert len(comparison["methods"]) == 11 and len(comparison["pairs"]) == 28
     for name in ("bert@20", "linear_head@20", "sft@20"):
         entry = comparison["methods"][name]
         validation = {
@@ -432,7 +434,7 @@ def test_the_articles_figures_stand_beside_an_experiment_that_is_the_articles(
 def test_methods_that_all_learn_from_all_rows_have_no_further_lines(make_experiment):
     experiment = drawn(make_experiment, validation=60, train_rows=None)
     assert not pipeline.has_more_rows(experiment) and Path("runs/mine/report/report.html").exists()
-    assert len(read_json("runs/mine/results/comparison.json")["methods"]) == 7
+    assert len(read_json("runs/mine/results/comparison.json")["methods"]) == 8
 
 
 def test_without_validation_rows_the_last_step_is_shown_and_the_report_says_so(make_experiment):
@@ -523,6 +525,7 @@ def test_the_bench_prices_the_choice_and_stands_in_the_report(make_experiment):
     loop = {"rps": 2.0, "p50_ms": 400.0, "p95_ms": 700.0, "p99_ms": 900.0, "requests": 200}
     costs = {
         ("tfidf", "sklearn", "head"): 9.0,
+        ("embedding", "st", "head"): 8.2,
         ("bert", "hf", "head"): 8.0,
         ("linear_head", "hf", "head"): 7.0,
     }

@@ -84,13 +84,13 @@ def test_predictions_keep_rows_order_and_columns(experiment, device, model, monk
     texts = [text.strip() for _, text, _ in rows]
     if model == "tfidf":
         fitted = tfidf.fit(
+            experiment,
             *(
                 [json.loads(line) for line in open(f"data/mine/{name}.jsonl")]
                 for name in ("train", "validation")
             ),
-            42,
         )
-        expected = fitted.predict(texts).tolist()
+        expected = [LABELS[i] for i in fitted.score(texts).probabilities.argmax(axis=1)]
     else:
         encoder = load_prompt_encoder(experiment)
         scores = score_options(

@@ -17,7 +17,7 @@ from prep import data
 from report import status
 from tests.conftest import ROOT
 from tests.test_data import write_csv
-from train import tfidf
+from train import fitted
 
 LABELS = ["World", "Sports"]
 
@@ -28,7 +28,7 @@ def experiment(make_experiment):
     write_csv("rows.csv", [(f"text {i} of {LABELS[i % 2]}", LABELS[i % 2]) for i in range(60)])
     made = make_experiment("rows.csv", LABELS)
     data.main(made)
-    tfidf.main(made, "tfidf")
+    fitted.main(made, "tfidf")
     return made
 
 
@@ -42,7 +42,17 @@ def states(experiment, capsys) -> dict[str, str]:
 def test_each_stage_is_told_as_it_is_and_nothing_is_changed_by_asking(experiment, capsys):
     before = {path: path.read_bytes() for path in Path("runs").rglob("stage.json")}
     assert states(experiment, capsys) == dict.fromkeys(
-        ("sft", "eval-ckpts", "zero-shot", "bert", "linear-head", "compare", "decide", "report"),
+        (
+            "sft",
+            "eval-ckpts",
+            "zero-shot",
+            "embedding",
+            "bert",
+            "linear-head",
+            "compare",
+            "decide",
+            "report",
+        ),
         "not made",
     ) | {"data": "done", "tfidf": "done"}
     other = experiment.model_copy(
@@ -104,6 +114,7 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
         "eval-ckpts",
         "zero-shot",
         "tfidf",
+        "embedding",
         "bert",
         "linear-head",
         "compare",

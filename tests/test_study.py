@@ -149,7 +149,7 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
         for method in run.TRAINED:
             of, name = (
                 point["arms"][METHODS[method].title],
-                method if method == "tfidf" else f"{method}@10",
+                f"{method}@10" if METHODS[method].has_steps else method,
             )
             trained = [
                 load_experiment("mine", f"name=mine.curve.{point['rows']}.seed{seed}")
@@ -168,7 +168,7 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
         for one in passed
     )
     for point in made["found"]:
-        assert len(point["leads"]) == 6
+        assert len(point["leads"]) == 10
         for pair, lead in point["leads"].items():
             a, b = pair.split(" over ")
             assert lead["interval"][0] < lead["f1_difference"] < lead["interval"][1]

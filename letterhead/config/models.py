@@ -194,6 +194,13 @@ class Encoder(Section):
     head: Head = Field(
         default_factory=lambda: Head(learning_rate=2e-4, per_device_train_batch_size=32)
     )
+    prefix: str = Field(
+        "",
+        description=(
+            "What stands before each text whose frozen embedding is taken, as the model was "
+            'trained with it ("query: " for e5).'
+        ),
+    )
     license: str | None = Field(None, description="The license of the model, for the cards.")
 
     @property

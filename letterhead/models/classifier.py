@@ -10,7 +10,8 @@ import numpy as np
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError, read_json
-from letterhead.models import checkpoints, tfidf
+from letterhead.models import checkpoints, embeddings
+from letterhead.models.fitted import fit_method
 from letterhead.pipeline import METHODS, Method, method_of
 from letterhead.runs import results
 from letterhead.runs.processes import Workers
@@ -38,8 +39,8 @@ def named_method(experiment: Experiment, name: str) -> str:
     if name != "best" and not (method and method.loader):
         known = [one.name for one in METHODS.values() if one.loader]
         raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(known)}")
-    if method and not method.model:
-        return name  # it has no steps
+    if method and not method.has_steps:
+        return name
     decided = read_json(experiment.results_folder / "decision.json")
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None or (name == "best" and decided is None):
@@ -81,7 +82,7 @@ def model_folder(experiment: Experiment, name: str) -> Path:
     if method is None or not method.model:
         known = ", ".join(f"{one.name}@STEP" for one in METHODS.values() if one.has_steps)
         raise LetterheadError(f"{name}: no such method; choose best, or {known}")
-    if not method.is_trained or step == "0":
+    if not method.is_trained or method.fitter or step == "0":
         return method.section(experiment).folder
     folder = method.checkpoints(experiment)
     kept = [str(checkpoints.step_of(path)) for path in checkpoints.whole_checkpoints(folder)]
@@ -139,11 +140,10 @@ def _load(experiment: Experiment, name: str) -> Classifier:
     return method.load()(experiment, name)
 
 
-def load_tfidf_method(experiment: Experiment, name: str) -> Classifier:
-    """TF-IDF, fitted on the rows that it is trained on."""
-    rows = results.read_rows(experiment, method_of(name).rows)
-    model = tfidf.fit(rows, results.read_rows(experiment, "validation"), experiment.seed)
-    return lambda texts: tfidf.classify(model, texts, experiment.labels)[0]
+def load_fitted_method(experiment: Experiment, name: str) -> Classifier:
+    """A method that is fitted in seconds."""
+    score = fit_method(experiment, method_of(name).name).score
+    return lambda texts: score(texts).probabilities
 
 
 def load_head_method(experiment: Experiment, name: str) -> Classifier:
@@ -214,6 +214,10 @@ def _exported(experiment: Experiment, folder: Path) -> Classifier:
             f"{', '.join(experiment.labels)}; choose a model of these labels, or name them "
             f"so in its config.json (id2label)"
         )
+    columns = [labels.index(label) for label in experiment.labels]
+    if embeddings.is_saved(folder):
+        embed = embeddings.load_saved(folder)
+        return lambda texts: embed(texts)[:, columns]
     on_prompt = (folder / ON_PROMPT).is_file()
     section = (
         experiment.encoder
@@ -221,7 +225,6 @@ def _exported(experiment: Experiment, folder: Path) -> Classifier:
         else experiment.decoder
     )
     classify = _head(experiment, folder, labels, section.head, on_prompt)
-    columns = [labels.index(label) for label in experiment.labels]
     return lambda texts: classify(texts)[:, columns]
 
 

@@ -92,8 +92,14 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids, special tokens included, one list a text."""
-        clean = [_break_up(self._control, text) for text in texts]
-        return self.tokenizer(clean, truncation=True, max_length=self.max_length)["input_ids"]
+        return self.tokenizer(self.neutralise(texts), truncation=True, max_length=self.max_length)[
+            "input_ids"
+        ]
+
+    def neutralise(self, texts: Sequence[str]) -> list[str]:
+        """The texts with a space inside each string that the tokenizer would read as a control
+        token."""
+        return [_break_up(self._control, text) for text in texts]
 
 
 class PromptEncoder:

@@ -90,8 +90,12 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
             settings = method.head(experiment)
             length = prompt if method.reads_prompt else lengths[method.model]["p50"]
             found[method.stage] = head(method.section(experiment).folder, settings, n, length)
-        elif method.is_trained and not method.model and not method.thinks:
+        elif method.fitter:
             found[method.stage] = 2.0 + rows["train"] / 2000
+            if method.model:
+                parameters, _, scoring = rates[method.section(experiment).folder]
+                length = lengths[method.model]["p50"]
+                found[method.stage] += 2 * parameters * length * (n + to_score) / scoring
     return found | {COMPARE.name: START_S, DECIDE.name: START_S / 2, REPORT.name: 2 * START_S}
 
 

@@ -35,13 +35,14 @@ def write_card(
     if (card := read_json(path)) is None:
         raise LetterheadError(f"{path}: gone; run: make data EXP={experiment.name}")
     step = name.partition("@")[2]
+    training = f"trained to step {step}" if step else "frozen, with logistic regression"
     section = method_of(name).section(experiment)
     of_training = read_json(results.result_files(experiment, name, "test")[0])
     source = source_name(section.model)
     data = ModelCardData(
         license=section.license or "other",
         base_model=source.removeprefix("hf:") if source.startswith("hf:") else None,
-        library_name="transformers",
+        library_name="transformers" if step else "sentence-transformers",
         pipeline_tag=pipeline_tag,
         metrics=["f1", "accuracy"],
         tags=["letterhead"],
@@ -66,7 +67,7 @@ def write_card(
         f"{counts['train']:,} rows to train on, "
         f"{counts['validation']:,} to choose a step by, {counts['test']:,} to measure on.{twice}",
         "## Model",
-        f"{escape_markdown(source)}, trained to step {step}, seed {experiment.seed}. "
+        f"{escape_markdown(source)}, {training}, seed {experiment.seed}. "
         f"The experiment is in {EXPERIMENT}.",
         "## How to call it",
         asked,

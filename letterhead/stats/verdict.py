@@ -207,13 +207,14 @@ def break_even(
 
 def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
     """The ranking, and which to ship, for the terminal."""
+    wide = max(len(entry["title"]) for entry in comparison["methods"].values())
     lines = [
-        f"{'method':34} {'step':>6} {'rows':>6} {'accuracy':>9} {'macro F1':>9}  95 % interval"
+        f"{'method':{wide}} {'step':>6} {'rows':>6} {'accuracy':>9} {'macro F1':>9}  95 % interval"
     ]
     for entry in sorted(comparison["methods"].values(), key=lambda entry: -entry["f1_macro"]):
         low, high = entry["f1_macro_ci95"]
         figures = f"{entry['accuracy']:9.4f} {entry['f1_macro']:9.4f}  {low:.3f} to {high:.3f}"
-        lines.append(f"{entry['title']:34} {entry['step'] or '':>6} {entry['n']:6} {figures}")
+        lines.append(f"{entry['title']:{wide}} {entry['step'] or '':>6} {entry['n']:6} {figures}")
     how = "ship" if decided["established"] else "ship (not established)"
     return "\n".join([*lines, f"{how} {decided['ship']}: {decided['why']}"])
 

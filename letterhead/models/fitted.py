@@ -1,0 +1,84 @@
+"""A method that is fitted in seconds: it is fitted again where it is needed and never pickled."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from letterhead.config.experiment import Experiment
+from letterhead.files import LetterheadError
+from letterhead.pipeline import METHODS
+from letterhead.runs import results
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a fitted method answers.
+
+    Attributes
+    ----------
+    probabilities : shape (rows, classes), in the order of the experiment's labels
+    tokens : how many tokens (or terms) went through it
+    seconds : how long that took, or took when it was computed first
+    """
+
+    probabilities: np.ndarray
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A method that was fitted.
+
+    Attributes
+    ----------
+    score : texts → Scores; `keep=True` may read and write what is kept on disk
+    parameters : multiply-adds of a token
+    device, dtype : where and in what it computes
+    model : what it is, in words
+    regression : its last layer
+    saved_seconds : what of the fit came from disk took when it was computed
+    save : writes it to a folder as a model of its own, where it has a form for that
+    """
+
+    score: Callable[..., Scores]
+    parameters: int
+    device: str
+    dtype: str
+    model: str
+    regression: LogisticRegression
+    saved_seconds: float = 0.0
+    save: Callable[[Path], None] | None = None
+
+
+def fit_method(experiment: Experiment, name: str) -> Fitted:
+    """Fit a method on the rows that it is trained on."""
+    method = METHODS[name]
+    rows = results.read_rows(experiment, method.rows)
+    return method.fit()(experiment, rows, results.read_rows(experiment, "validation"))
+
+
+def require_classes(rows: Sequence[dict]) -> None:
+    """Make sure that there is something to tell apart.
+
+    Raises
+    ------
+    LetterheadError : the rows are of one class only
+    """
+    if len({row["label"] for row in rows}) < 2:
+        raise LetterheadError(
+            "train holds rows of one class only; raise data.rows.train, or mend the labels"
+        )
+
+
+def class_probabilities(
+    regression: LogisticRegression, features, labels: Sequence[str]
+) -> np.ndarray:
+    """Probabilities, shape (rows, classes); a class that train lacks gets 0."""
+    probabilities = np.zeros((features.shape[0], len(labels)))
+    columns = [labels.index(name) for name in regression.classes_]
+    probabilities[:, columns] = regression.predict_proba(features)
+    return probabilities

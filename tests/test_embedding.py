@@ -1,0 +1,134 @@
+"""Frozen embeddings: the model's own pooling, kept on disk, with logistic regression on top."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModel, AutoTokenizer
+
+from letterhead.files import LetterheadError
+from letterhead.models import embeddings
+from letterhead.models.classifier import load_classifier
+from letterhead.models.embeddings import Embedder, fit_regression
+from letterhead.models.fitted import fit_method
+from letterhead.runs import results
+from prep import data
+from serve import export, predict
+from tests.test_data import write_csv
+from tests.test_prompt import LABELS, nasty_rows
+from tests.test_serve import read, said_by_the_cards_code
+from train import fitted
+
+TEXTS = ["A short one", "Shares of the firm fell by 3 % on Monday, said [SEP] the bank.", "Ein Tor"]
+
+
+def make(make_experiment, labels=LABELS, **keys):
+    write_csv("rows.csv", nasty_rows(120))
+    return make_experiment(
+        "rows.csv", labels, data={"rows": {"validation": 10, "test": 20}}, encoder_keys=keys
+    )
+
+
+def pooled_by_hand(folder, texts: list[str]) -> np.ndarray:
+    """The mean of the last hidden states over a text's tokens, scaled to length one."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        means = [
+            model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+            for text in texts
+        ]
+    vectors = torch.stack(means).double().numpy()
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "query: "])
+def test_an_embedding_is_the_models_own_pooling_of_the_neutralised_text(make_experiment, prefix):
+    experiment = make(make_experiment, prefix=prefix)
+    found = Embedder(experiment).embed(TEXTS)
+    clean = [prefix + text.replace("[SEP]", "[ SEP]") for text in TEXTS]
+    expected = pooled_by_hand(experiment.encoder.folder, clean)
+    assert np.abs(found.vectors - expected).max() < 1e-5
+    assert found.tokens >= len(AutoTokenizer.from_pretrained(experiment.encoder.folder)(clean[1]))
+
+
+def test_what_was_embedded_is_kept_by_model_prefix_and_text(make_experiment, monkeypatch):
+    experiment = make(make_experiment)
+    embedder = Embedder(experiment)
+    first = embedder.embed(TEXTS, keep=True)
+    again = Embedder(experiment)
+    monkeypatch.setattr(again, "_compute", lambda texts: pytest.fail(f"computed {texts}"))
+    kept = again.embed([*reversed(TEXTS), TEXTS[0]], keep=True)
+    order = [2, 1, 0, 0]
+    assert np.array_equal(kept.vectors, first.vectors[order])
+    assert kept.saved_seconds > first.saved_seconds == 0
+    assert Embedder(make(make_experiment, prefix="passage: ")).file != embedder.file
+    again.file.write_bytes(again.file.read_bytes()[:5000])
+    mended = Embedder(experiment).embed(TEXTS, keep=True)
+    assert np.array_equal(mended.vectors, first.vectors)
+
+
+def test_c_is_chosen_on_training_rows_alone_as_scikit_learn_does_it():
+    rng = np.random.default_rng(0)
+    truth = np.array(["a", "b", "c"])[rng.integers(0, 3, 150)]
+    centres = {"a": 0, "b": 1, "c": 2}
+    features = rng.normal(size=(150, 8)) + np.array([centres[one] for one in truth])[:, None]
+    chosen = fit_regression(features, truth, 42)
+    assert chosen.C in embeddings.C
+    plain = LogisticRegression(C=chosen.C, max_iter=1000).fit(features, truth)
+    assert np.allclose(chosen.coef_, plain.coef_, atol=1e-2)
+    lone = fit_regression(features[:4], ["a", "a", "a", "b"], 42)
+    assert embeddings.C[0] == lone.C
+
+
+def test_validation_rows_and_absent_classes_change_nothing(make_experiment):
+    experiment = make(make_experiment, labels=[*LABELS, "Nowhere"])
+    data.main(experiment)
+    rows = results.read_rows(experiment, "train")
+    with_rows = embeddings.fit(experiment, rows, results.read_rows(experiment, "validation"))
+    without = embeddings.fit(experiment, rows, [])
+    shares = with_rows.score(TEXTS).probabilities
+    assert np.array_equal(shares, without.score(TEXTS).probabilities)
+    assert not shares[:, -1].any() and np.allclose(shares.sum(axis=1), 1)
+    with pytest.raises(LetterheadError, match="rows of one class only"):
+        embeddings.fit(experiment, [row for row in rows if row["label"] == LABELS[0]], [])
+
+
+@pytest.mark.parametrize(("classes", "prefix"), [(2, ""), (len(LABELS), "query: ")])
+def test_the_stage_predict_the_export_and_its_card_answer_alike(make_experiment, classes, prefix):
+    labels = LABELS[:classes]
+    write_csv("rows.csv", [row for row in nasty_rows(160) if row[1] in labels])
+    experiment = make_experiment(
+        "rows.csv",
+        labels,
+        data={"rows": {"validation": 10, "test": 20}},
+        encoder_keys={"prefix": prefix},
+    )
+    data.main(experiment)
+    fitted.main(experiment, "embedding")
+    rows = results.read_rows(experiment, "test")
+    evaluated = [
+        [line["probabilities"][label] for label in labels]
+        for line in results.read_predictions(experiment, "embedding", "test")
+    ]
+    texts = [row["text"] for row in rows]
+    classify = load_classifier(experiment, "embedding")
+    assert np.abs(classify(texts) - evaluated).max() < 1e-6
+    write_csv("in.csv", [(text, "") for text in texts])
+    predict.main(experiment, "in.csv", "method.csv", "embedding")
+    folder, _ = export.export(experiment, "embedding")
+    predict.main(experiment, "in.csv", "export.csv", str(folder))
+    method, exported = read("method.csv"), read("export.csv")
+    assert [line[:-classes] for line in method] == [line[:-classes] for line in exported]
+    shares = [np.array([line[-classes:] for line in one[1:]], float) for one in (method, exported)]
+    assert np.abs(shares[0] - shares[1]).max() < 1e-4
+    said = said_by_the_cards_code(folder)
+    assert repr(dict(enumerate(labels))) in said
+    printed = [float(one) for one in re.findall(r"\d\.\d+(?:e-\d+)?", said.partition("tensor")[2])]
+    own = fit_method(experiment, "embedding").score([export.EXAMPLE]).probabilities[0]
+    assert printed == pytest.approx(own, abs=1e-3)
+    assert "library_name: sentence-transformers" in (folder / "README.md").read_text()
+    assert not list(Path(folder).glob("*.bin"))
