@@ -25,7 +25,8 @@ def main(experiment: Experiment) -> None:
     stage = StageRun(experiment, COMPARE)
     path = experiment.results_folder / "comparison.json"
     if stage.is_current():
-        return stage.tell_current()
+        stage.tell_current()
+        return
     stage.start()
     comparison = compare(experiment)
     write_json(path, comparison)

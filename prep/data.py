@@ -77,7 +77,8 @@ def main(experiment: Experiment) -> None:
         )
     if stage.is_current():
         stage.tell_current()
-        return check_examples(experiment)
+        check_examples(experiment)
+        return
     stage.start()
     with exclusive(CACHE / ".lock"):
         source = open_source(data)

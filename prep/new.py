@@ -102,6 +102,7 @@ ENGLISH = {
     "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name "
     "larger ones",
     "rate": 2e-4,
+    "optimizer": {"adam_beta2": 0.95},
     "encoder_rate": 2e-4,
     "config": "llamafactory_configs/smollm2_135m_full_sft.yaml",
     "decoder": {"license": "apache-2.0"},
@@ -112,6 +113,7 @@ CHINESE = {
     "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which knows few "
     "characters of it (TF-IDF is fairer)",
     "rate": 2e-5,
+    "optimizer": {},
     "encoder_rate": 5e-5,
     "config": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
     "decoder": {"model": "experiments/models/qwen2.5_coder_0.5b.yaml", "license": "apache-2.0"},
@@ -464,45 +466,126 @@ def alike(rows: list[list[Any]], names: list[str], one: str, other: str) -> bool
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a file holds.
+
+    Attributes
+    ----------
+    rows : how many there are; `whole` are those with a text and a label
+    middle : the words of half of the texts are no more
+    cut : the words of a text that are read, None for all
+    merged : each label, as it is written → the spelling that stands for it
+    conflicts : texts that stand with different labels, each with these
+    distinct : of each other text the first row
+    labels : how many different texts each label has
+    """
+
+    rows: int
+    whole: list[RawRow]
+    middle: int
+    cut: int | None
+    chinese: bool
+    merged: dict[str, str]
+    conflicts: dict[str, set[str]]
+    distinct: list[RawRow]
+    labels: Counter
+
+    def name_of(self, row: RawRow) -> str:
+        """The label of a row, in the spelling that stands for it."""
+        return self.merged[str(row.label).strip()]
+
+
 def decide(
     name: str, path: str, encoding: list[str], text: str | list[str], label: str, reasons: list[str]
 ) -> dict[str, Any]:
     """The experiment's values for the size and kind of its data; what was chosen, and why, goes to
-    `said`."""
+    `reasons`."""
     columns: dict[str, Any] = {"text": text, "label": label}
     if isinstance(text, list):
         columns["empty_parts"] = True
-    rows = read_rows(Data(source=path, encoding=encoding, columns=columns, labels=["a", "b"]))
-    whole = [
-        row for row in rows if not row.fault and isinstance(row.text, str) and row.text.strip()
-    ]
-    whole = [row for row in whole if row.label is not None and str(row.label).strip()]
-    words = sorted(len(WORD.findall(row.text)) for row in whole) or [0]
-    chinese = sum(bool(HAN.search(row.text)) for row in whole) > len(whole) / 2
-    cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS else None
-    several = next(
-        (
-            row
-            for row in whole
-            if isinstance(row.label, list | tuple | dict | set) or in_brackets(row)
-        ),
-        None,
-    )
-    if several:
-        raise LetterheadError(
-            f"{several.place}: the label {several.label!r} is a list (multi-label), "
-            f"which Letterhead does not do; keep "
-            "one label a row, or name another column: LABEL=column"
+    reading = read_file(Data(source=path, encoding=encoding, columns=columns, labels=["a", "b"]))
+    labels, kept = choose_labels(path, reading, reasons)
+    values = {"source": path, "columns": columns, "labels": labels}
+    if encoding != UTF_8:
+        values["encoding"] = encoding
+    values |= choose_left_out(reading, kept, reasons)
+    values["rows"], train = choose_rows(path, reading, kept, reasons)
+    options = "letters" if len(kept) <= len(LETTERS) else "names"
+    why = "each label has one" if options == "letters" else "there are more labels than letters"
+    reasons.append(f"options: {options}, since {why}")
+    if reading.cut:
+        values["max_words"] = reading.cut
+        unit = "characters" if reading.chinese else "words"
+        reasons.append(
+            f"texts: the first {reading.cut} {unit} (half have more than {reading.middle}), "
+            f"for time"
         )
+    models = CHINESE if reading.chinese else ENGLISH
+    return {
+        "title": f"{name}, {len(kept)} classes",
+        "data": values,
+        "prompt": {"options": options} | models["prompt"],
+        **choose_training(models, len(kept), train, options, reasons),
+    }
+
+
+def read_file(data: Data) -> Reading:
+    """Read a file whose columns are known.
+
+    Raises
+    ------
+    LetterheadError : a label is a list
+    """
+    rows = read_rows(data)
+    whole = [
+        row
+        for row in rows
+        if not row.fault
+        and isinstance(row.text, str)
+        and row.text.strip()
+        and row.label is not None
+        and str(row.label).strip()
+    ]
+    for row in whole:
+        if isinstance(row.label, list | tuple | dict | set) or in_brackets(row):
+            raise LetterheadError(
+                f"{row.place}: the label {row.label!r} is a list (multi-label), "
+                f"which Letterhead does not do; keep "
+                "one label a row, or name another column: LABEL=column"
+            )
+    words = sorted(len(WORD.findall(row.text)) for row in whole) or [0]
+    cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS else None
     merged = one_spelling(Counter(str(row.label).strip() for row in whole))
     conflicts = conflicting(whole, cut, merged)
     # Of each text the first row, but for texts of which no label is known
     first_rows = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}
     distinct = [row for text, row in first_rows.items() if text not in conflicts]
-    labels = Counter(merged[str(row.label).strip()] for row in distinct)
-    listed = ", ".join(f"{label} {n:,}" for label, n in labels.most_common(SHOWN)) + (
-        " …" if len(labels) > SHOWN else ""
+    return Reading(
+        rows=len(rows),
+        whole=whole,
+        middle=words[len(words) // 2],
+        cut=cut,
+        chinese=sum(bool(HAN.search(row.text)) for row in whole) > len(whole) / 2,
+        merged=merged,
+        conflicts=conflicts,
+        distinct=distinct,
+        labels=Counter(merged[str(row.label).strip()] for row in distinct),
     )
+
+
+def choose_labels(
+    path: str, reading: Reading, reasons: list[str]
+) -> tuple[list[str] | dict[str, str | None], list[str]]:
+    """The value of data.labels, and the names of the classes.
+
+    Raises
+    ------
+    LetterheadError : fewer than two labels have enough rows
+    """
+    labels = reading.labels
+    listed = ", ".join(f"{label} {n:,}" for label, n in labels.most_common(SHOWN))
+    listed += " …" if len(labels) > SHOWN else ""
     kept = sorted(label for label, n in labels.items() if n >= RARE)
     if len(kept) < 2:
         raise LetterheadError(
@@ -527,46 +610,62 @@ def decide(
             "in data.labels as a map: labels: "
             f"{{{kept[0]!r}: its name, {kept[1]!r}: its name …}}"
         )
-    values: dict[str, Any] = {"source": path, "columns": columns, "labels": kept}
-    if encoding != UTF_8:
-        values["encoding"] = encoding
-    other_spellings = {
-        one: name for one, name in sorted(merged.items()) if name in kept and name != one
-    }
-    rare = sorted(one for one, name in merged.items() if name not in kept)
-    if rare or other_spellings:
-        values["labels"] = {label: label for label in kept} | other_spellings | dict.fromkeys(rare)
-    if other_spellings:
-        pairs = ", ".join(f"{one!r} as {name!r}" for one, name in other_spellings.items())
-        reasons.append(f"labels that differ in capitals or spaces alone are one class: {pairs}")
+    pairs = sorted(reading.merged.items())
+    spellings = {one: name for one, name in pairs if name in kept and name != one}
+    rare = [one for one, name in pairs if name not in kept]
+    if spellings:
+        alike = ", ".join(f"{one!r} as {name!r}" for one, name in spellings.items())
+        reasons.append(f"labels that differ in capitals or spaces alone are one class: {alike}")
     if rare:
         reasons.append(
             f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}"
         )
-    if missing := len(rows) - len(whole):
+    if rare or spellings:
+        return {label: label for label in kept} | spellings | dict.fromkeys(rare), kept
+    return kept, kept
+
+
+def choose_left_out(reading: Reading, kept: list[str], reasons: list[str]) -> dict[str, str]:
+    """The keys of `data` that say what becomes of broken rows and of texts with different
+    labels."""
+    values = {}
+    if missing := reading.rows - len(reading.whole):
         values["bad_rows"] = "drop"
         reasons.append(
-            f"{missing:,} of {len(rows):,} rows lack a text or a label or are broken: left "
+            f"{missing:,} of {reading.rows:,} rows lack a text or a label or are broken: left "
             f"out (bad_rows: drop)"
         )
-    if conflicts:
+    if reading.conflicts:
         values["conflicts"] = "drop"
-        text, two = next(iter(conflicts.items()))
+        text, labels = next(iter(reading.conflicts.items()))
         reasons.append(
-            f"{len(conflicts):,} texts stand with different labels, for example “{text[:40]}” as "
-            f"{' and '.join(sorted(two))}: such rows leave train (conflicts: drop)"
+            f"{len(reading.conflicts):,} texts stand with different labels, for example "
+            f"“{text[:40]}” as {' and '.join(sorted(labels))}: such rows leave train "
+            f"(conflicts: drop)"
         )
-    counts = [labels[label] for label in kept]
+    counts = [reading.labels[label] for label in kept]
     if max(counts) > IMBALANCED * min(counts):
         reasons.append(
             "the labels are imbalanced: macro F1 counts every class alike, accuracy does not"
         )
+    return values
+
+
+def choose_rows(
+    path: str, reading: Reading, kept: list[str], reasons: list[str]
+) -> tuple[dict[str, int | None], int]:
+    """The value of data.rows, and how many rows are left to train on.
+
+    Raises
+    ------
+    LetterheadError : too few for so many labels
+    """
     in_split = Counter(
-        row.id.partition(":")[0] for row in distinct if merged[str(row.label).strip()] in kept
+        row.id.partition(":")[0] for row in reading.distinct if reading.name_of(row) in kept
     )
     n, own = in_split["train"], set(in_split) - {"train"}
     drawn = {"validation": min(300, n // 8), "test": min(1000, n // 5)}
-    values["rows"] = {
+    rows = {
         split: number
         if split not in own
         else None
@@ -587,19 +686,15 @@ def decide(
         f"rows: {n:,} different texts; {', '.join([*shares, *kept_splits])}; each label "
         f"in its proportion"
     )
-    letters = len(kept) <= len(LETTERS)
-    reason = "each label has one" if letters else "there are more labels than letters"
-    reasons.append(f"options: {'letters' if letters else 'names'}, since {reason}")
-    if cut:
-        values["max_words"] = cut
-        unit = "characters" if chinese else "words"
-        reasons.append(
-            f"texts: the first {cut} {unit} (half have more than {words[len(words) // 2]}), "
-            f"for time"
-        )
-    models = CHINESE if chinese else ENGLISH
+    return rows, train
+
+
+def choose_training(
+    models: dict[str, Any], classes: int, train: int, options: str, reasons: list[str]
+) -> dict[str, Any]:
+    """The sections `decoder` and `encoder`."""
     shared = min(FEW_ROWS, train)
-    steps = max(DECODER_STEPS, STEPS_A_CLASS * min(len(kept), len(LETTERS)))
+    steps = max(DECODER_STEPS, STEPS_A_CLASS * min(classes, len(LETTERS)))
     epochs = min(MOST_EPOCHS, math.ceil(steps * BATCH / shared))
     encoder_head = {
         "learning_rate": models["encoder_rate"],
@@ -612,30 +707,34 @@ def decide(
     reasons.append(f"models: {models['why']}")
     reasons.append(
         f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
-        f"({epochs * math.ceil(shared / BATCH)} steps); BERT and TF-IDF on the same, "
+        f"({epochs * math.ceil(shared / BATCH)} steps); BERT, frozen embeddings and TF-IDF on "
+        f"the same, "
         f"BERT {on_shared:.3g} times"
         + (f", and once more on all {train:,}, BERT {on_all:.3g} times" if train > shared else "")
         + f", so that it makes {ENCODER_STEPS} steps at least"
     )
-    head = {"per_device_train_batch_size": BATCH, "eval_steps": 0.5}
-    return {
-        "title": f"{name}, {len(kept)} classes",
-        "data": values,
-        "prompt": {"options": "letters" if letters else "names"} | models["prompt"],
-        "decoder": {
-            **models["decoder"],
-            "train_rows": shared,
-            "sft": {
-                "config": models["config"],
-                "overrides": {"num_train_epochs": epochs, "per_device_train_batch_size": BATCH},
-            },
-            "head": {"learning_rate": models["rate"], "num_train_epochs": epochs} | head,
-        },
-        "encoder": {
-            **models["encoder"],
-            "head": encoder_head,
-        },
+    head = {
+        "learning_rate": models["rate"],
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": BATCH,
+        "eval_steps": 0.5,
     }
+    decoder = {
+        **models["decoder"],
+        "train_rows": shared,
+        "sft": {
+            "config": models["config"],
+            "overrides": {"num_train_epochs": epochs, "per_device_train_batch_size": BATCH},
+        },
+        "head": head,
+    }
+    if options == "letters":
+        decoder["sft_options"] = head | models["optimizer"]
+        reasons.append(
+            "decoder.sft_options: the LLM once more, with the loss over the letters alone, which "
+            "learns in fewer steps"
+        )
+    return {"decoder": decoder, "encoder": {**models["encoder"], "head": encoder_head}}
 
 
 def in_brackets(row: RawRow) -> bool:

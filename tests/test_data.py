@@ -6,10 +6,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import zipfile
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file
 from letterhead.rows import fetch
 from letterhead.rows.sources import open_source
 from prep import data
+from tests.fakes import Hub, running
 
 LABELS = ["World", "Sports"]
 ROOT = Path(__file__).parent.parent
@@ -414,10 +413,10 @@ def test_bad_files_of_other_forms_are_named(workplace):
     for name, message in (
         cases | {"d.docx": "a .docx file; known", "none.csv": "no such file or folder"}
     ).items():
-        with pytest.raises(LetterheadError, match=message):
-            of = Data(source=name, labels=LABELS)
-            for row in open_source(of).splits["train"]:
-                data.label_and_text(row, of, Counter())
+        section = Data(source=name, labels=LABELS)
+        with pytest.raises(LetterheadError, match=message):  # noqa: PT012
+            for row in open_source(section).splits["train"]:
+                data.label_and_text(row, section, Counter())
 
 
 def test_a_package_with_another_hash_is_refused_with_the_hash_it_has(workplace):
@@ -564,83 +563,6 @@ def test_a_model_without_safetensors_is_refused(workplace, monkeypatch):
     assert not Path("model/thing").exists()
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Serves one repository, a data set, the way the hub does, in as far as datasets and
-    huggingface_hub ask."""
-
-    COMMIT = "c0ffee" + 34 * "0"
-    repository = "datasets/me/news"
-    files: dict[str, bytes] = {}  # filled by the fixture
-    dies = False  # in the middle of a file
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def do_POST(self):  # paths-info
-        length = int(self.headers.get("Content-Length", 0))
-        asked = self.rfile.read(length).decode()
-        found = [self.entry(name) for name in self.files if name in asked]
-        self.send(json.dumps(found).encode(), True)
-
-    def entry(self, name: str) -> dict:
-        return {
-            "type": "file",
-            "path": name,
-            "size": len(self.files[name]),
-            "oid": f"{len(name):040x}",
-        }
-
-    def answer(self, body: bool):
-        path = self.path.split("?")[0]
-        name = path.split(f"/resolve/{self.COMMIT}/")[-1] if "/resolve/" in path else None
-        if path in ("/", ""):
-            self.send(b"hub", body)
-        elif name in self.files:
-            self.send(
-                self.files[name],
-                body,
-                {"X-Repo-Commit": self.COMMIT, "ETag": f'"{len(name):040x}"'},
-            )
-        elif "/tree/" in path:
-            self.send(json.dumps([self.entry(n) for n in self.files]).encode(), body)
-        elif path.startswith(f"/api/{self.repository}"):
-            siblings = [{"rfilename": n} for n in self.files]
-            info = {
-                "id": self.repository.partition("/")[2],
-                "sha": self.COMMIT,
-                "siblings": siblings,
-                "private": False,
-                "tags": [],
-            }
-            self.send(
-                json.dumps(
-                    info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
-                ).encode(),
-                body,
-            )
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    def send(self, content: bytes, body: bool, headers: dict | None = None):
-        self.send_response(200)
-        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(
-                content[: len(content) // 2] if self.dies and "/resolve/" in self.path else content
-            )
-
-
 @pytest.fixture
 def hub(tmp_path):
     for split, n in (("train", 30), ("test", 10)):
@@ -649,10 +571,8 @@ def hub(tmp_path):
         )
         pyarrow.parquet.write_table(table, tmp_path / "part.parquet")
         Hub.files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "part.parquet").read_bytes()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with running(Hub) as address:
+        yield address
 
 
 def run_data(home: Path, **environment) -> subprocess.CompletedProcess:

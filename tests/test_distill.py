@@ -2,17 +2,12 @@
 thoughts are learnt."""
 
 import asyncio
-import contextlib
 import gc
 import json
-import re
 import shutil
-import threading
-import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,83 +23,12 @@ from letterhead.runs.stage import StageRun
 from letterhead.serving import endpoint as teacher
 from letterhead.serving.endpoint import Teacher, read_reply
 from prep import data
+from tests.fakes import Endpoint, completion, running
 from tests.test_data import write_csv
 from train import distill as teach
 from train.sft import sft_rows
 
 LABELS = ["a", "b", "c"]
-THOUGHT = "It says so <|im_end|> plainly."
-
-
-def completion(content: str, finish: str = "stop", **message: str) -> dict:
-    choice = {"message": {"content": content} | message, "finish_reason": finish}
-    return {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
-
-
-class Endpoint(BaseHTTPRequestHandler):
-    """Fails each question in another way before it answers it; `wrong` rows are answered wrongly at
-    first or for good."""
-
-    failures: tuple = ("429", "500", "garbage", "half", "silence", "dripping", "empty")
-    answered: Counter
-    failed: Counter
-    refuse_after: int | None = None
-    burning: tuple[int, ...] = ()
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
-        number = int(re.search(r"text (\d+)", text)[1])
-        cls, key = type(self), (number, body["seed"])
-        if number in cls.burning:
-            return self.send(500, b"this one burns")
-        if cls.refuse_after is not None and sum(cls.answered.values()) >= cls.refuse_after:
-            return self.send(500, b"the machine burns")
-        how = cls.failures[(number + cls.failed[key]) % len(cls.failures)] if cls.failures else None
-        if how and cls.failed[key] < 2:
-            cls.failed[key] += 1
-            if how == "silence":
-                time.sleep(1.2)
-                return None
-            if how == "dripping":  # each piece in time, and no end
-                self.send(200, b"", length=4000)
-                with contextlib.suppress(OSError):
-                    for _ in range(12):
-                        self.wfile.write(b" ")
-                        time.sleep(0.1)
-                return None
-            if how == "half":
-                self.send(200, json.dumps(completion("a"))[:40].encode(), length=4000)
-                self.close_connection = True
-                return None
-            status, reply = {
-                "429": (429, b"slower"),
-                "500": (500, b"oops"),
-                "garbage": (200, b"<html>"),
-            }.get(how, (200, b'{"choices": []}'))
-            return self.send(status, reply, headers={"Retry-After": "0"} if status == 429 else {})
-        cls.answered[number] += 1
-        label = "abc"[number % 3]
-        if number % 5 == 1 and (cls.answered[number] < 2 or number % 10 == 1):
-            label = "abc"[(number + 1) % 3]
-        self.send(
-            200,
-            json.dumps(
-                completion(f"<think>{THOUGHT}</think>\n{'ABC'['abc'.index(label)]}")
-            ).encode(),
-        )
-
-    def send(
-        self, status: int, body: bytes, length: int | None = None, headers: dict | None = None
-    ):
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(length or len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @pytest.fixture
@@ -117,10 +41,8 @@ def endpoint(monkeypatch):
         None,
         (),
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with running(Endpoint) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture

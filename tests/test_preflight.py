@@ -5,8 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -31,7 +29,8 @@ from letterhead.plan import memory as needs
 from letterhead.rows.fetch import is_there
 from prep import data
 from tests.conftest import ROOT
-from tests.test_data import Hub, write_csv
+from tests.fakes import ModelHub, running
+from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
 
 # What is trained: architecture and shape, how, and the rows of a batch and their tokens.
@@ -234,30 +233,6 @@ def test_what_is_missing_is_a_no_with_its_mend_and_the_exit_code_says_so(make_ex
     assert "NO-GO: device, models, labels," in told.stderr
 
 
-class ModelHub(Hub):
-    """Serves one model the way the hub does, in as far as huggingface_hub asks."""
-
-    def answer(self, body: bool):
-        if not self.path.startswith("/api/models/me/bert") or "/tree/" in self.path:
-            return super().answer(body)
-        siblings = [
-            {"rfilename": name, "size": len(content)} for name, content in self.files.items()
-        ]
-        info = {
-            "id": "me/bert",
-            "sha": self.COMMIT,
-            "siblings": siblings,
-            "private": False,
-            "tags": [],
-        }
-        self.send(
-            json.dumps(
-                info | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
-            ).encode(),
-            body,
-        )
-
-
 def test_a_model_at_the_hub_is_looked_at_and_not_fetched(
     make_experiment, tiny_models, lock, monkeypatch
 ):
@@ -267,21 +242,22 @@ def test_a_model_at_the_hub_is_looked_at_and_not_fetched(
     make_experiment(
         "rows.csv", LABELS, encoder_keys={"model": "hf:me/bert", "head": {"max_length": 128}}
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    online = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": "hub",
-    }
-    told = preflight(**online)
-    assert told.returncode == 0, told.stdout + told.stderr
-    size = len(files["model.safetensors"])
-    assert f"hf:me/bert at the hub, {size / 1e9:.1f} GB" in told.stdout and "BERT 0." in told.stdout
-    assert not list(Path().rglob("hub/**/*.safetensors")) and not Path("model/bert").exists()
-    del files["model.safetensors"]
-    told = preflight(**online)
-    server.shutdown()
+    with running(ModelHub) as address:
+        online = {
+            "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": "hub",
+        }
+        told = preflight(**online)
+        assert told.returncode == 0, told.stdout + told.stderr
+        size = len(files["model.safetensors"])
+        assert (
+            f"hf:me/bert at the hub, {size / 1e9:.1f} GB" in told.stdout
+            and "BERT 0." in told.stdout
+        )
+        assert not list(Path().rglob("hub/**/*.safetensors")) and not Path("model/bert").exists()
+        del files["model.safetensors"]
+        told = preflight(**online)
     assert (
         told.returncode == 1
         and "no  models:       hf:me/bert: holds no safetensors file" in told.stdout
@@ -295,40 +271,38 @@ def test_a_model_whose_download_breaks_off_is_fetched_again(tiny_models, workpla
     )
     monkeypatch.setattr(ModelHub, "files", files)
     monkeypatch.setattr(ModelHub, "dies", True)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    online = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": "hub",
-    }
-    code = "from pathlib import Path\nfrom letterhead.runs.stage import telling\n"
-    code += "from letterhead.rows.fetch import fetch_model\n"
-    code += f"with telling(): fetch_model('hf:me/bert', Path({str(folder)!r}))"
+    with running(ModelHub) as address:
+        online = {
+            "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": "hub",
+        }
+        code = "from pathlib import Path\nfrom letterhead.runs.stage import telling\n"
+        code += "from letterhead.rows.fetch import fetch_model\n"
+        code += f"with telling(): fetch_model('hf:me/bert', Path({str(folder)!r}))"
 
-    def fetched() -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"} | online
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        def fetched() -> subprocess.CompletedProcess:
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"} | online
+            return subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+            )
+
+        broken = fetched()
+        assert broken.returncode == 1 and "error: hf:me/bert: cannot be fetched" in broken.stderr, (
+            broken.stderr
         )
-
-    broken = fetched()
-    assert broken.returncode == 1 and "error: hf:me/bert: cannot be fetched" in broken.stderr, (
-        broken.stderr
-    )
-    assert "Traceback" not in broken.stderr and not folder.exists()
-    monkeypatch.setattr(ModelHub, "dies", False)
-    assert (whole := fetched()).returncode == 0, whole.stderr
-    assert is_there("hf:me/bert", folder)
-    for damaged in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert "Traceback" not in broken.stderr and not folder.exists()
+        monkeypatch.setattr(ModelHub, "dies", False)
+        assert (whole := fetched()).returncode == 0, whole.stderr
+        assert is_there("hf:me/bert", folder)
+        for damaged in ("model.safetensors", "tokenizer.json", "config.json"):
+            os.truncate(folder / damaged, 100)
+            assert not is_there("hf:me/bert", folder)
+            (folder / damaged).write_bytes(files[damaged])
+        assert is_there("hf:me/bert", folder)
         os.truncate(folder / damaged, 100)
-        assert not is_there("hf:me/bert", folder)
-        (folder / damaged).write_bytes(files[damaged])
-    assert is_there("hf:me/bert", folder)
-    os.truncate(folder / damaged, 100)
-    assert (whole := fetched()).returncode == 0, whole.stderr
-    assert {name: (folder / name).read_bytes() for name in files} == files
-    server.shutdown()
+        assert (whole := fetched()).returncode == 0, whole.stderr
+        assert {name: (folder / name).read_bytes() for name in files} == files
 
 
 def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(

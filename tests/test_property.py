@@ -85,7 +85,7 @@ def told():
     try:
         yield
     except LetterheadError as error:
-        assert str(error).strip()
+        assert str(error).strip()  # noqa: PT017
 
 
 def damaged(whole: bytes):

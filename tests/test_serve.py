@@ -10,11 +10,9 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from datetime import datetime
 from decimal import Decimal
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +43,8 @@ from prep import data
 from serve import export, predict
 from serve.start import served
 from tests.conftest import ROOT
-from tests.test_data import Hub, write_csv
+from tests.fakes import ModelHub, running
+from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
 
 
@@ -487,11 +486,6 @@ def test_weights_that_learnt_other_labels_texts_or_prompts_are_refused(experimen
                 classifier.model_folder(changed, name)
 
 
-class ModelHub(Hub):
-    repository = "models/me/classifier"
-    files: dict[str, bytes] = {}
-
-
 @pytest.mark.parametrize("form", ["head", "folded", "options"])
 def test_an_exported_model_labels_rows_from_its_path_and_from_a_hub(experiment, form):
     """The same probabilities as the method that it was, whatever the order of its classes."""
@@ -531,30 +525,25 @@ def test_an_exported_model_labels_rows_from_its_path_and_from_a_hub(experiment, 
     assert np.abs(given - again).max() < 1e-4 and given.std(0).max() > 1e-3
 
     if form == "head":
-        ModelHub.files = {file.name: file.read_bytes() for file in exported.iterdir()}
-        server = ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        files = {file.name: file.read_bytes() for file in exported.iterdir()}
         environment = {
             "PYTHONPATH": str(ROOT),
             "PATH": "/usr/bin:/bin",
             "HF_HOME": "hf",
             "HF_HUB_DISABLE_XET": "1",
         }
-        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-        command = [
-            sys.executable,
-            "-m",
-            "serve.predict",
-            "--experiment",
-            "mine",
-            "--in",
-            "in.csv",
-            "--out",
-            "hub.csv",
-        ]
+        command = [sys.executable, "-m", "serve.predict", "--experiment", "mine"]
+        command += ["--in", "in.csv", "--out", "hub.csv"]
         command += ["--model", f"hf:me/classifier@{ModelHub.COMMIT}"]
-        finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-        server.shutdown()
+        keys = {"repository": "models/me/classifier", "files": files}
+        hub = type("Classifier", (ModelHub,), keys)
+        with running(hub) as address:
+            finished = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                env=environment | {"HF_ENDPOINT": address},
+            )
         assert finished.returncode == 0, finished.stderr
         assert Path("hub.csv").read_bytes() == Path("path.csv").read_bytes()
 

@@ -8,9 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -33,6 +31,7 @@ from letterhead.serving import vllm as service
 from letterhead.stats.metrics import NO_ANSWER
 from prep import data
 from tests.conftest import ROOT
+from tests.fakes import Stub, running
 from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
 
@@ -114,8 +113,8 @@ def test_vllm_answers_as_the_scorer_does_and_outlives_its_clients(served):
         sampled = service.sampled_route(1, [], {"temperature": 1.0, "seed": 1})
         assert all(ask_all(server, sampled, [(ids[0] * 10)[:500]] * 6))
 
+        long = {"model": service.NAME, "prompt": ids[0], "max_tokens": 300, "ignore_eos": True}
         with pytest.raises(httpx.ReadTimeout):
-            long = {"model": service.NAME, "prompt": ids[0], "max_tokens": 300, "ignore_eos": True}
             httpx.post(f"{server.url}/v1/completions", json=long, timeout=0.5)
         again = ask_all(server, service.one_token_route(encoder.answers), ids[:1])
         assert again[0][0] == told[0][0]
@@ -329,44 +328,17 @@ def test_open_loops_count_the_wait_and_break_off_when_the_objective_is_missed():
     assert (fast.latencies > 0.3).sum() == 3  # 1 % of 200 may miss it, the third breaks it off
 
 
-class Stub(BaseHTTPRequestHandler):
-    """A classifier that answers by the first id, wrongly to every so manieth request."""
-
-    wrong_every, numbers = 0, itertools.count(1)
-    default_request_version = "HTTP/1.1"  # else what isn't HTTP is answered without a status line
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        try:
-            ids = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
-            probabilities = [0.1, 0.1, 0.1]
-            probabilities[ids[0] % 3] = 0.8
-        except (ValueError, TypeError, LookupError):
-            return self.send_error(400, "not a list of ids")
-        if next(self.numbers) % (self.wrong_every or 1e9) == 0:
-            probabilities = probabilities[1:] + probabilities[:1]
-        content = json.dumps({"data": [{"probs": probabilities}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
 @pytest.mark.parametrize("wrong_every", [0, 20])
 def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_path, wrong_every):
     monkeypatch.setattr(Stub, "wrong_every", wrong_every)
     monkeypatch.setattr(Stub, "numbers", itertools.count(1))
     monkeypatch.setattr(bench_soak, "PAUSES", dict.fromkeys(bench_soak.PAUSES, 0.1))
     monkeypatch.setattr(bench_soak, "HANGING_S", 0.5)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url, requests = f"http://127.0.0.1:{server.server_port}", [[i, 5] for i in range(12)]
-    tally = asyncio.run(
-        bench_soak.soak(url, service.classify_route(), requests, 3.0, lambda: (100.0, 10, 4))
-    )
-    server.shutdown()
+    requests = [[i, 5] for i in range(12)]
+    with running(Stub) as url:
+        tally = asyncio.run(
+            bench_soak.soak(url, service.classify_route(), requests, 3.0, lambda: (100.0, 10, 4))
+        )
     found = bench_soak.figures(tally)
     assert found["requests"] > 10 and found["memory_mib"] == [100.0, 100.0]
     # A bad client that leaves takes one of the wrong answers now and then.

@@ -72,7 +72,7 @@ def test_examples_that_do_not_fit_are_cut_and_counted_before_anything_is_trained
     make_experiment, capsys
 ):
     write_csv("rows.csv", [(f"{i} " + f"word{i} " * 200, LABELS[i % 4]) for i in range(60)])
-    experiment = make_experiment("rows.csv", LABELS, **{"eval": {"examples": 3}})
+    experiment = make_experiment("rows.csv", LABELS, eval={"examples": 3})
     data.main(experiment)
     said = capsys.readouterr().out
     assert (

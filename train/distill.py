@@ -48,7 +48,8 @@ def main(experiment: Experiment) -> None:
         return
     path = experiment.data_folder / "distilled.jsonl"
     if settings.of not in (None, experiment.name):
-        return copy(experiment, path)
+        copy(experiment, path)
+        return
     stage = StageRun(experiment, DISTILL)
     if stage.is_current():
         stage.tell_current()

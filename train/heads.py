@@ -80,7 +80,8 @@ def train(
     if (n := process_count()) == 1:
         from train.heads_worker import fit
 
-        return fit(experiment, method, inputs_sha256, resume)
+        fit(experiment, method, inputs_sha256, resume)
+        return
     arguments = [*sys.argv[1:], "--inputs", inputs_sha256, "--resume", str(resume or "none")]
     child = subprocess.Popen(
         guarded(torchrun(n, "train.heads_worker", arguments)),

@@ -26,7 +26,8 @@ def main(experiment: Experiment) -> None:
     arguments, model = experiment.sft_arguments(), experiment.decoder.folder
     stage = StageRun(experiment, SFT_TRAINING)
     if stage.is_current():
-        return stage.tell_current()
+        stage.tell_current()
+        return
     stage.start()
     checkpoints.require_model(model)
     folder = Path(arguments["output_dir"])

@@ -163,9 +163,10 @@ def plain_loop(experiment: Experiment, half: bool) -> dict:
     )
     clock, tokens, losses, begin = [], [0], [], time.perf_counter()
     for step in range(experiment.bench.sft_steps):
-        pairs = []
-        for row in order[step * batch : (step + 1) * batch]:
-            pairs.append((encoder.encode(rows[row]["text"]), encoder.answers[truth[row]].ids))
+        pairs = [
+            (encoder.encode(rows[row]["text"]), encoder.answers[truth[row]].ids)
+            for row in order[step * batch : (step + 1) * batch]
+        ]
         width = max(len(prompt) + len(answer) for prompt, answer in pairs)
         inputs = {name: torch.full((len(pairs), width), fill) for name, fill in _FILL.items()}
         for i, (prompt, answer) in enumerate(pairs):

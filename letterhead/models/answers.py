@@ -244,12 +244,11 @@ def _names(text: str, labels: Sequence[str]) -> list[_Mention]:
 
 def _letters(text: str, options: Sequence[str]) -> list[_Mention]:
     """Where a text names an option's letter."""
-    candidates = []
-    for match in _LETTER.finditer(text):
-        if match[0].upper() in options:
-            candidates.append(
-                _mention(text, match.start(), match.end(), options.index(match[0].upper()))
-            )
+    candidates = [
+        _mention(text, match.start(), match.end(), options.index(match[0].upper()))
+        for match in _LETTER.finditer(text)
+        if match[0].upper() in options
+    ]
     mentions = [one for one in candidates if _stands_for_an_option(text, one)]
     more = True
     while more:  # "B or C": the second letter is an option since the first is one

@@ -31,9 +31,9 @@ from letterhead.runs.devices import worker_environment
 def die_with_parent(how: int = signal.SIGKILL) -> None:
     """Linux: have the kernel send this process a signal when its parent dies; elsewhere nothing is
     done."""
-    PR_SET_PDEATHSIG = 1
+    pr_set_pdeathsig = 1
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, how)
 
 
 def torchrun(n: int, module: str, arguments: list[str]) -> list[str]:

@@ -122,7 +122,9 @@ class StageRun:
         plan = read_json(path) or {"seconds": {}}
         does = f"{self.name}: {STAGES[self.name].does}" if self.is_listed else self.name
         if self.name not in plan["seconds"]:
-            return print(does, flush=True) if self.is_listed else None
+            if self.is_listed:
+                print(does, flush=True)
+            return
         asked = path.stat().st_mtime
         records = {name: self.folder.parent / name / RECORD for name in plan["to_do"]}
         to_do = [

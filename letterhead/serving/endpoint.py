@@ -8,7 +8,6 @@ gets none, while others do, is given up.
 
 import asyncio
 import os
-import random
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -19,6 +18,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    RetryError,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 
 from letterhead.config.models import Distill
 from letterhead.files import LetterheadError
@@ -38,6 +45,14 @@ SENTENCE_GAP = re.compile(r"(?<=[.!?])(?<!\b\w[.!?])\s+|(?<=[。！？])(?!$)|\s
 
 class NoReply(LetterheadError):
     """A question got no whole reply."""
+
+
+class TryAgain(Exception):
+    """An attempt got no whole reply; the endpoint may say in how many seconds to try again."""
+
+    def __init__(self, reason: str, seconds: float = 0.0):
+        super().__init__(reason)
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ class Teacher:
     def __init__(self, settings: Distill):
         self._settings = settings
         self._url = settings.endpoint.rstrip("/") + "/chat/completions"
-        self._next, self._random = 0.0, random.Random(0)
+        self._next = 0.0
 
     async def ask_all(
         self, questions: Sequence[tuple[Any, str, int]]
@@ -144,46 +159,41 @@ class Teacher:
             "model": settings.model,
             "messages": [{"role": "user", "content": text}],
             "seed": seed,
+            "max_tokens": settings.tokens,
+            "temperature": settings.temperature,
         }
-        body |= {"max_tokens": settings.tokens, "temperature": settings.temperature}
-        for attempt in range(ATTEMPTS):
-            await self._keep_rate()
-            wait, reason = (
-                min(WAIT_S * 2**attempt, LONGEST_WAIT_S) * self._random.uniform(0.5, 1),
-                "",
-            )
-            try:
-                async with asyncio.timeout(
-                    TIMEOUT_S
-                ):  # httpx's own is for each piece that drips in
-                    reply = await client.post(self._url, json=body)
-                if reply.status_code == 200:
-                    return read_reply(reply.json())
-                reason = f"status {reply.status_code}: {reply.text[:200]}"
-                if reply.status_code in REFUSED:
-                    return refusal(reason)
-                if reply.status_code < 500 and reply.status_code not in BUSY:
-                    raise LetterheadError(f"{self._url}: {reason}")
-                wait = max(
-                    wait,
-                    min(seconds_told(reply.headers.get("Retry-After", "")), LONGEST_RETRY_AFTER_S),
-                )
-            except (httpx.HTTPError, TimeoutError) as error:
-                reason = f"{type(error).__name__} {error}"
-            except (
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-                AttributeError,
-            ) as error:  # no JSON, or not a completion's
-                reason = f"not a completion ({type(error).__name__}: {error})"
-            if attempt + 1 < ATTEMPTS:
-                await asyncio.sleep(wait)
-        raise NoReply(
-            f"{self._url}: no whole reply in {ATTEMPTS} attempts, the last: {reason}; what "
-            f"came is kept, run again to go on"
+        again = AsyncRetrying(
+            retry=retry_if_exception_type(TryAgain),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_as_asked,
         )
+        try:
+            return await again(self._ask_once, client, body)
+        except RetryError as error:
+            raise NoReply(
+                f"{self._url}: no whole reply in {ATTEMPTS} attempts, the last: "
+                f"{error.last_attempt.exception()}; what came is kept, run again to go on"
+            ) from None
+
+    async def _ask_once(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Reply:
+        await self._keep_rate()
+        try:
+            # httpx's own limit is for each piece that drips in.
+            async with asyncio.timeout(TIMEOUT_S):
+                reply = await client.post(self._url, json=body)
+            if reply.status_code == 200:
+                return read_reply(reply.json())
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise TryAgain(f"{type(error).__name__} {error}") from None
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            reason = f"not a completion ({type(error).__name__}: {error})"
+            raise TryAgain(reason) from None
+        reason = f"status {reply.status_code}: {reply.text[:200]}"
+        if reply.status_code in REFUSED:
+            return refusal(reason)
+        if reply.status_code < 500 and reply.status_code not in BUSY:
+            raise LetterheadError(f"{self._url}: {reason}")
+        raise TryAgain(reason, seconds_told(reply.headers.get("Retry-After", "")))
 
     async def _keep_rate(self) -> None:
         """Wait for this request's place, so that no minute sees more than `requests_per_minute`."""
@@ -192,6 +202,13 @@ class Teacher:
             self._next = max(now, self._next) + 60 / limit
             if (wait := self._next - 60 / limit - now) > 0:
                 await asyncio.sleep(wait)
+
+
+def wait_as_asked(state: RetryCallState) -> float:
+    """Seconds to the next attempt: a random wait that grows with each, or longer where the endpoint
+    asks for it."""
+    asked = min(state.outcome.exception().seconds, LONGEST_RETRY_AFTER_S)
+    return max(asked, wait_random_exponential(WAIT_S, LONGEST_WAIT_S)(state))
 
 
 def refusal(reason: str) -> Reply:

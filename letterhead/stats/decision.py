@@ -47,6 +47,16 @@ def decide(
         is shipped is shown to fit; `alpha` of each bound after correction; `candidates`, cheapest
         first: method → verdict, the loss against the method that is nearest to refuting it, its
         bounds, and the rows that would decide
+
+    Examples
+    --------
+    >>> truth = np.arange(2000) % 2
+    >>> good = np.where(np.arange(2000) < 60, 1 - truth, truth)[None]
+    >>> poor = np.where(np.arange(2000) < 400, 1 - truth, truth)[None]
+    >>> answers = {"dear": good, "copy": good, "cheap": poor}
+    >>> found = decide(truth, answers, {"dear": 9.0, "copy": 3.0, "cheap": 1.0}, 2, margin=0.02)
+    >>> found["ship"], found["established"], found["candidates"]["cheap"]["verdict"]
+    ('copy', True, 'costs more')
     """
     f1 = {name: plain_f1(truth, answers, classes) for name, answers in predicted.items()}
     top = max(f1, key=lambda name: (round(f1[name], 12), -prices[name]))

@@ -45,7 +45,13 @@ def sentence(pair: dict, chosen: dict[str, dict]) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A difference with its sign; what rounds to 0 has none."""
+    """A difference with its sign; what rounds to 0 has none.
+
+    Examples
+    --------
+    >>> signed(0.0126), signed(-0.0001)
+    ('+0.013', '0.000')
+    """
     return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 
@@ -220,7 +226,13 @@ def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
 
 
 def human(number: float) -> str:
-    """A large number in words, two digits: 210, 5,500, 550 million."""
+    """A large number in words, two digits.
+
+    Examples
+    --------
+    >>> human(210), human(5500), human(5.5e8)
+    ('210', '5,500', '550 million')
+    """
     for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
         if number >= size:
             scaled = number / size
