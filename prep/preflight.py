@@ -304,8 +304,8 @@ def labels(plan: Plan) -> str:
             f"all {len(names)} have training rows ({min(counts.values()):,} to "
             f"{max(counts.values()):,})"
         )
+    from letterhead.rows.labels import first_label_number, label_and_text
     from letterhead.rows.sources import Source, open_source
-    from prep.data import first_label_number, label_and_text
 
     source = open_source(data, streaming=True)
     first_rows = list(islice(source.splits["train"], LOOKED_AT))

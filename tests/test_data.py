@@ -17,7 +17,7 @@ import pytest
 
 from letterhead.config.data import Data
 from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file, write_jsonl
-from letterhead.rows import fetch
+from letterhead.rows import duplicates, fetch, labels, pool, splits
 from letterhead.rows.sources import open_source
 from prep import data
 from tests.fakes import Hub, running
@@ -91,12 +91,12 @@ def test_a_text_from_several_columns_is_joined_or_fills_a_template(make_experime
     template = {"columns": {"text": "{title} - {body} ({title})", "empty_parts": True}}
     for source in ("a.csv", "b.jsonl", "c.parquet"):
         data.main(experiment := make_experiment(source, LABELS, data=joined))
-        found = {text for split in data.SPLITS for text in texts(experiment, split)}
+        found = {text for split in pool.SPLITS for text in texts(experiment, split)}
         assert (
             len(found) == 20 and {"Title 7", "Title 8\nbody {title} 8"} <= found
         )  # what is in a text is not filled in
         data.main(experiment := make_experiment(source, LABELS, data=template))
-        found = {text for split in data.SPLITS for text in texts(experiment, split)}
+        found = {text for split in pool.SPLITS for text in texts(experiment, split)}
         assert {"Title 7 -  (Title 7)", "Title 8 - body {title} 8 (Title 8)"} <= found
         with pytest.raises(
             LetterheadError,
@@ -125,7 +125,7 @@ def test_bad_rows_end_the_run_or_are_left_out_and_counted(make_experiment):
         card = read_json(experiment.data_folder / "data_card.json")
         assert (
             card["dropped"]["bad row"] == 3
-            and sum(card["rows"][split] for split in data.SPLITS) == 20
+            and sum(card["rows"][split] for split in pool.SPLITS) == 20
         )
 
 
@@ -151,7 +151,7 @@ def test_splits_are_stratified_disjoint_and_the_same_again(make_experiment):
         "a.csv", LABELS, data={"rows": {"train": 200, "validation": 40, "test": 80}}
     )
     data.main(experiment)
-    first = {split: texts(experiment, split) for split in data.SPLITS}
+    first = {split: texts(experiment, split) for split in pool.SPLITS}
     assert {split: len(found) for split, found in first.items()} == {
         "train": 200,
         "validation": 40,
@@ -163,7 +163,7 @@ def test_splits_are_stratified_disjoint_and_the_same_again(make_experiment):
     assert card["duplicates"] == {"train": 1} and card["dropped"]["duplicate text"] == 1
     (experiment.run_folder / "data/stage.json").unlink()
     data.main(experiment)
-    assert {split: texts(experiment, split) for split in data.SPLITS} == first
+    assert {split: texts(experiment, split) for split in pool.SPLITS} == first
 
 
 def test_a_standard_split_is_kept_and_what_it_shares_is_counted_and_dropped_by_a_key(
@@ -256,11 +256,11 @@ def test_no_near_duplicate_is_missed_and_a_line_that_all_share_costs_nothing(wor
             return len(runs[a] & runs[b]) / max(1, len(runs[a] | runs[b]))
 
         expected = {
-            b: {a for a in range(120) if alike(a, b) >= data.ALIKE} for b in range(120, 240)
+            b: {a for a in range(120) if alike(a, b) >= duplicates.ALIKE} for b in range(120, 240)
         }
         found = {
             row: (pair, set(train.tolist()))
-            for row, pair, train in data.near_duplicates(Path("pool.jsonl"), chosen)
+            for row, pair, train in duplicates.near_duplicates(Path("pool.jsonl"), chosen)
         }
         assert {row: train for row, (_, train) in found.items()} == {
             b: of for b, of in expected.items() if of
@@ -271,7 +271,7 @@ def test_no_near_duplicate_is_missed_and_a_line_that_all_share_costs_nothing(wor
                 alike(a, row) for a in range(120)
             )
     runs = data.csr_matrix(np.ones((3, 8), np.float32))
-    kept = data.rarest_runs(runs, np.array([9, 9, 9, 9, 9, 1, 9, 2]))
+    kept = duplicates.rarest_runs(runs, np.array([9, 9, 9, 9, 9, 1, 9, 2]))
     assert kept.toarray()[0].tolist() == [
         1,
         0,
@@ -342,7 +342,7 @@ def test_stratified_gives_the_asked_number_for_any_mix():
     for _ in range(50):
         label = rng.choice(6, p=[0.52, 0.3, 0.1, 0.05, 0.02, 0.01], size=int(rng.integers(20, 500)))
         n = int(rng.integers(1, len(label) + 1))
-        drawn = data.stratified(np.arange(len(label)), label, n, rng)
+        drawn = splits.stratified(np.arange(len(label)), label, n, rng)
         assert len(set(drawn)) == n
         share = np.bincount(label, minlength=6) * n / len(label)
         assert (np.abs(np.bincount(label[drawn], minlength=6) - share) < 1).all()
@@ -416,7 +416,7 @@ def test_bad_files_of_other_forms_are_named(workplace):
         section = Data(source=name, labels=LABELS)
         with pytest.raises(LetterheadError, match=message):  # noqa: PT012
             for row in open_source(section).splits["train"]:
-                data.label_and_text(row, section, Counter())
+                labels.label_and_text(row, section, Counter())
 
 
 def test_a_package_with_another_hash_is_refused_with_the_hash_it_has(workplace):

@@ -22,7 +22,8 @@ from letterhead.config.data import Data
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import classifier
 from letterhead.models.classifier import load_classifier
-from letterhead.rows.sources import Source, open_source, require_order
+from letterhead.rows.labels import first_label_number, label_name
+from letterhead.rows.sources import RawRow, Source, open_source, require_order
 from letterhead.runs import results
 from prep import data
 from report import build
@@ -90,12 +91,10 @@ def test_numbers_that_fit_neither_way_or_both_are_refused(
 def test_a_hubs_class_label_counts_from_0_whatever_is_missing():
     of = Data(source="hf:a/b", labels=NAMES)
     rows = [
-        data.RawRow("train:1", "a row", "a text", 1),
-        data.RawRow("train:2", "a row", "a text", 2),
+        RawRow("train:1", "a row", "a text", 1),
+        RawRow("train:2", "a row", "a text", 2),
     ]
-    assert (
-        data.first_label_number(Source({"train": iter(rows)}, {}, numbers_from_zero=True), of) == 0
-    )
+    assert first_label_number(Source({"train": iter(rows)}, {}, numbers_from_zero=True), of) == 0
 
 
 def test_a_number_in_a_file_of_names_is_a_label_that_nobody_listed(make_experiment):
@@ -353,7 +352,7 @@ def test_a_label_of_several_is_told(workplace):
     with pytest.raises(
         LetterheadError, match="row 1: the label is a list .*classes exclude each other"
     ):
-        data.label_name(row, of.labels)
+        label_name(row, of.labels)
 
 
 def test_new_merges_spellings_tells_numbers_and_conflicts(written, capsys):  # noqa: F811

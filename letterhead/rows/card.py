@@ -1,0 +1,71 @@
+"""The data card: what the rows are, in figures and in words."""
+
+import random
+
+import jsonlines
+import numpy as np
+
+from letterhead.config.experiment import Experiment
+from letterhead.models.prompt import (
+    PromptEncoder,
+)
+
+# Enough rows for percentiles of the token lengths; tokenising a million would take longer than all
+# the rest.
+LENGTH_SAMPLE = 5000
+
+
+def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
+    """Percentiles of the texts' lengths in tokens, under the decoder's and the encoder's tokenizer,
+    on sampled rows; and `prompt`, how many tokens frame a text."""
+    from transformers import AutoTokenizer
+
+    rng, sample = random.Random(experiment.seed), []
+    with jsonlines.open(experiment.data_folder / "train.jsonl") as rows:
+        for seen, row in enumerate(rows):  # reservoir sampling (Vitter's algorithm R)
+            if seen < LENGTH_SAMPLE:
+                sample.append(row["text"])
+            elif (at := rng.randrange(seen + 1)) < LENGTH_SAMPLE:
+                sample[at] = row["text"]
+    bert = AutoTokenizer.from_pretrained(experiment.encoder.folder, trust_remote_code=False)
+    result = {"rows_sampled": len(sample), "prompt": len(encoder.encode(""))}
+    for name, tokenizer in (("decoder", encoder.tokenizer), ("encoder", bert)):
+        lengths = [
+            len(ids)
+            for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
+        result[name] = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 99, 100)}
+    return result
+
+
+def summary(card: dict) -> list[str]:
+    """The data card in a few lines for the terminal."""
+    rows, shared = card["rows"], card["shared"]
+    lines = [
+        f"rows: {rows['read']} read; {rows['train']} train, {rows['validation']} "
+        f"validation, {rows['test']} test;"
+        f" {shared['rows']} of train for the decoder"
+    ]
+    lines += [f"dropped: {n} ({reason})" for reason, n in card["dropped"].items() if n]
+    lines += [f"duplicates in {split}: {n}" for split, n in card["duplicates"].items() if n]
+    lines += (
+        [f"texts that stand with different labels: {card['conflicts']['texts']}"]
+        if card["conflicts"]["texts"]
+        else []
+    )
+    lines += [
+        f"{split} texts that stand in train too: {n}"
+        for split, n in card["shared_with_train"].items()
+        if n
+    ]
+    lines += [
+        f"{split} texts nearly in train: {len(pairs)}"
+        for split, pairs in card["near_duplicates"].items()
+        if pairs
+    ]
+    lines += (
+        [f"texts cut to fit cutoff_len: {shared['cut_to_cutoff_len']}"]
+        if shared["cut_to_cutoff_len"]
+        else []
+    )
+    return lines
