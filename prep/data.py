@@ -27,7 +27,7 @@ from letterhead.pipeline import DATA
 from letterhead.rows.card import summary, token_lengths
 from letterhead.rows.fetch import CACHE, fetch_model
 from letterhead.rows.labels import first_label_number, numbered_names
-from letterhead.rows.pool import SPLITS, UNUSED, Pool, read_pool
+from letterhead.rows.pool import SPLITS, UNUSED, read_pool
 from letterhead.rows.sources import open_source
 from letterhead.rows.splits import draw_decoder_rows, draw_splits
 from letterhead.runs.stage import OFFLINE, StageRun, run
