@@ -412,7 +412,7 @@ def test_names_of_several_tokens_cannot_be_folded(make_experiment):
         LetterheadError, match="only single letters can be folded; set prompt.options: letters"
     ):
         export.main(experiment, "sft@0")
-    with pytest.raises(LetterheadError, match="tfidf: can't be exported; choose bert"):
+    with pytest.raises(LetterheadError, match="tfidf: can't be exported; choose embedding"):
         export.main(experiment, "tfidf")
 
 
