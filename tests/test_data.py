@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from scipy.sparse import csr_matrix
 
 from letterhead.config.data import Data
 from letterhead.files import LetterheadError, read_json, read_jsonl, sha256_file, write_jsonl
@@ -270,7 +271,7 @@ def test_no_near_duplicate_is_missed_and_a_line_that_all_share_costs_nothing(wor
             assert pair[0] == str(row) and alike(int(pair[1]), row) == max(
                 alike(a, row) for a in range(120)
             )
-    runs = data.csr_matrix(np.ones((3, 8), np.float32))
+    runs = csr_matrix(np.ones((3, 8), np.float32))
     kept = duplicates.rarest_runs(runs, np.array([9, 9, 9, 9, 9, 1, 9, 2]))
     assert kept.toarray()[0].tolist() == [
         1,

@@ -58,6 +58,7 @@ SECTIONS_TOO = {
     ("letterhead.config.experiment", "sft"),
     ("letterhead.config.models", "sft"),
     ("prep.new", "sft"),
+    ("prep.new", "sft_options"),
     ("prep.preflight", "sft"),
     ("study.run", "distill"),
 }

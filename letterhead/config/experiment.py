@@ -103,7 +103,7 @@ class Experiment(Section):
         if self.decoder.sft_options and self.prompt.options != "letters":
             raise ValueError(
                 "decoder.sft_options: only single letters have a score each; set "
-                "prompt.options: letters"
+                "prompt.options: letters, or decoder.sft_options: null"
             )
         return self
 
