@@ -49,9 +49,14 @@ KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC VERBOSE PREF
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
 OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
 UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
-NEAREST := import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))
-NEAR = $(shell $(PYTHON) -c '$(NEAREST)' '$(UNKNOWN)' $(KNOWN))
-$(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(or $(NEAR:%=did you mean %=?),choose of $(KNOWN))))
+NEAREST := import difflib, sys; known = {name.lower(): name for name in sys.argv[2:]}
+NEAREST += ; print(*(known[name] for name in difflib.get_close_matches(sys.argv[1].lower(), known, 1)))
+nearest = $(shell $(PYTHON) -c '$(NEAREST)' '$(1)' $(2))
+$(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(or $(patsubst %,did you mean %=?,$(call nearest,$(UNKNOWN),$(KNOWN))),choose of $(KNOWN))))
+# A misspelt target would end in make's own words.
+TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf embedding bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
+NO_TARGET := $(firstword $(filter-out $(TARGETS) $(READY) $(READY_SBOM) $(READY_SERVE),$(MAKECMDGOALS)))
+$(if $(NO_TARGET),$(error no target $(NO_TARGET); $(or $(patsubst %,did you mean make %?,$(call nearest,$(NO_TARGET),$(TARGETS))),make help lists them)))
 ONLY_NEW := $(firstword $(filter DATA TEXT LABEL,$(GIVEN)))
 $(if $(ONLY_NEW),$(if $(filter-out new,$(MAKECMDGOALS)),$(error $(ONLY_NEW)= is for make new; here its experiment is read, edit that: EXP=name)))
 $(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)), which Python's environments do not bear; move it))
@@ -237,4 +242,4 @@ tensorboard: $(READY) ## losses and metrics of every training, on 127.0.0.1
 clean: ## remove what EXP and its studies made (data/EXP, runs/EXP, EXP.*); fetched models and packages stay
 	@case "$$EXP" in ''|*/*|.*) echo "clean: EXP must be an experiment's name" >&2; exit 1;; esac; rm -rf "data/$$EXP" "runs/$$EXP" "data/$$EXP".* "runs/$$EXP".*
 
-.PHONY: help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf embedding bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
+.PHONY: $(TARGETS)

@@ -614,8 +614,8 @@ def choose_labels(
     spellings = {one: name for one, name in pairs if name in kept and name != one}
     rare = [one for one, name in pairs if name not in kept]
     if spellings:
-        alike = ", ".join(f"{one!r} as {name!r}" for one, name in spellings.items())
-        reasons.append(f"labels that differ in capitals or spaces alone are one class: {alike}")
+        spelled = ", ".join(f"{one!r} as {name!r}" for one, name in spellings.items())
+        reasons.append(f"labels that differ in capitals or spaces alone are one class: {spelled}")
     if rare:
         reasons.append(
             f"left out (mapped to null), with fewer than {RARE} different texts: {', '.join(rare)}"

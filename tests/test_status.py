@@ -208,6 +208,15 @@ def test_misspelt_variables_are_refused_with_the_right_name(said, message):
     assert told.returncode and message in told.stderr
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("predcit", "no target predcit; did you mean make predict?"), ("zzz", "make help lists them")],
+)
+def test_a_misspelt_target_is_refused_with_the_right_name(target, message):
+    told = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode and message in told.stderr
+
+
 def test_what_tools_read_from_the_environment_may_stand_on_the_command_line():
     told = subprocess.run(
         ["make", "-n", "help", "HF_ENDPOINT=https://a.mirror", "CUDA_VISIBLE_DEVICES="], cwd=ROOT
