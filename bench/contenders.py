@@ -85,6 +85,7 @@ def measure_rows(
         settings[str(section.folder)] = section.head.model_dump(
             include={"max_length", "per_device_eval_batch_size"}
         )
+    settings["prefix"] = experiment.encoder.prefix
     settings |= {"machine": machine(), "device": device_name(), "vllm": vllm_version()}
     identities = {method: [str(path), model_identity(path)] for method, path in folders.items()}
     done, skipped = [], []

@@ -17,7 +17,7 @@ from letterhead.runs.results import bench_made_from
 from letterhead.runs.stage import StageRun, run
 from letterhead.serving.vllm import vllm_version
 
-ENGINES = ("sklearn", "hf", "vllm")
+ENGINES = ("sklearn", "st", "hf", "vllm")
 
 
 def rows_of_methods() -> list[Row]:

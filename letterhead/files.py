@@ -135,9 +135,9 @@ def model_identity(folder: Path) -> dict:
     hashes of its files."""
     files = (
         path
-        for path in sorted(folder.glob("*"))
+        for path in sorted(folder.rglob("*"))
         if path.suffix in (".safetensors", ".json", ".txt", ".model")
     )
     if record := read_json(folder / SOURCE):
         return {key: value for key, value in record.items() if key != BESIDE}
-    return {path.name: sha256_file(path) for path in files}
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}

@@ -174,7 +174,8 @@ def _fitted_stages(
 ) -> list[Stage]:
     """The stages of a method that is fitted in seconds: on the shared rows, and on all of train."""
     keys = ("data.labels", "seed", *keys)
-    more |= {"version": FIGURES, "code": (code, "letterhead.models.fitted")}
+    more |= {"version": FIGURES}
+    more["code"] = (code, "letterhead.models.fitted", "letterhead.models.prompt")
     stages = []
     for argument, rows, words in (
         (name, SHARED, does),

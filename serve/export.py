@@ -18,7 +18,8 @@ from letterhead.models.checkpoints import require_finite_weights
 from letterhead.models.classifier import ON_PROMPT, model_folder, named_method
 from letterhead.models.fitted import fit_method
 from letterhead.models.prompt import THINK, WORD, load_prompt_encoder
-from letterhead.pipeline import METHODS, Method, method_of
+from letterhead.pipeline import METHODS, STAGES, Method, inputs_sha256, method_of
+from letterhead.runs import results
 from letterhead.runs.stage import run
 from letterhead.serving.model_card import write_card
 
@@ -98,7 +99,7 @@ def main(experiment: Experiment, model: str) -> None:
 
 
 def export(experiment: Experiment, name: str) -> tuple[Path, str]:
-    """Write a method's checkpoint, by its full name, with its card to
+    """Write a method's checkpoint, or what it is fitted to, by its full name, with its card to
     runs/<experiment>/export/NAME; a second process waits.
 
     Returns
@@ -167,7 +168,19 @@ def can_export(method: Method) -> bool:
 
 
 def export_fitted(experiment: Experiment, name: str) -> Path:
-    """Fit a method on its rows and write it; returns the folder."""
+    """Fit a method on its rows and write it; returns the folder.
+
+    Raises
+    ------
+    LetterheadError : what was measured is not what would be written
+    """
+    stage = STAGES[method_of(name).stage]
+    measured = read_json(results.result_files(experiment, name, "test")[0])
+    if not measured or measured["inputs_sha256"] != inputs_sha256(stage, experiment):
+        raise LetterheadError(
+            f"{name}: not measured as it would be written; run: make {stage.make_target} "
+            f"EXP={experiment.name}"
+        )
     target = experiment.run_folder / "export" / name
     with atomic_folder(target) as folder:
         fit_method(experiment, name).save(folder)

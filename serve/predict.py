@@ -33,6 +33,7 @@ from letterhead.files import (
     sha256_json,
     write_json,
 )
+from letterhead.models import embeddings
 from letterhead.models.checkpoints import require_model
 from letterhead.models.classifier import (
     CHUNK,
@@ -70,7 +71,11 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
     folder = None if is_fitted(name) else model_folder(experiment, name)
     if folder:
         require_model(folder)
-    is_half = folder and precision(experiment.decoder.dtype, folder) == "bfloat16"
+    is_half = (
+        folder
+        and not embeddings.is_saved(folder)
+        and precision(experiment.decoder.dtype, folder) == "bfloat16"
+    )
     if target.is_dir():
         raise LetterheadError(f"{target}: is a folder; name a file")
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))

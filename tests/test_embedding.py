@@ -1,6 +1,7 @@
 """Frozen embeddings: the model's own pooling, kept on disk, with logistic regression on top."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
-from letterhead.files import LetterheadError
+from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import embeddings
 from letterhead.models.classifier import load_classifier
 from letterhead.models.embeddings import Embedder, fit_regression
@@ -66,6 +67,14 @@ def test_what_was_embedded_is_kept_by_model_prefix_and_text(make_experiment, mon
     assert np.array_equal(kept.vectors, first.vectors[order])
     assert kept.saved_seconds > first.saved_seconds == 0
     assert Embedder(make(make_experiment, prefix="passage: ")).file != embedder.file
+    folder = Path("encoder")
+    shutil.copytree(experiment.encoder.folder, folder)
+    other = make(make_experiment, model=str(folder))
+    before = Embedder(other).file
+    pooling = folder / "1_Pooling/config.json"
+    cls = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    write_json(pooling, read_json(pooling) | cls)
+    assert Embedder(other).file != before
     again.file.write_bytes(again.file.read_bytes()[:5000])
     mended = Embedder(experiment).embed(TEXTS, keep=True)
     assert np.array_equal(mended.vectors, first.vectors)
@@ -131,4 +140,9 @@ def test_the_stage_predict_the_export_and_its_card_answer_alike(make_experiment,
     own = fit_method(experiment, "embedding").score([export.EXAMPLE]).probabilities[0]
     assert printed == pytest.approx(own, abs=1e-3)
     assert "library_name: sentence-transformers" in (folder / "README.md").read_text()
-    assert not list(Path(folder).glob("*.bin"))
+    assert not list(Path(folder).rglob("*.bin"))
+    assert embeddings.is_saved(folder) and not embeddings.is_saved(experiment.encoder.folder)
+    encoder = experiment.encoder.model_copy(update={"prefix": "passage: "})
+    changed = experiment.model_copy(update={"encoder": encoder})
+    with pytest.raises(LetterheadError, match="not measured as it would be .*: make embedding"):
+        export.export(changed, "embedding")

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bench import contenders as rows
+from bench import rps
 from bench.peers import soak as bench_soak
 from eval import thinking, zero_shot
 from letterhead.config.experiment import load_experiment
@@ -30,6 +31,7 @@ from letterhead.serving import load
 from letterhead.serving import vllm as service
 from letterhead.stats.metrics import NO_ANSWER
 from prep import data
+from report import build
 from tests.conftest import ROOT
 from tests.fakes import Stub, running
 from tests.test_data import write_csv
@@ -360,6 +362,12 @@ def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_p
     assert len(bench_soak.faults_of(record | grown)) == 4 + bool(wrong_every)
     told = bench_soak.sentence(record)
     assert f"{found['wrong']} answered wrongly" in told and "processes left: 0" in told
+
+
+def test_every_row_of_the_bench_has_a_place_and_a_title():
+    measured = rps.rows_of_methods()
+    assert {row.method for row in measured} >= {"tfidf", "embedding", "bert", "sft"}
+    assert all(build.served(vars(row)) for row in measured)
 
 
 def test_a_bench_row_is_measured_once_on_texts_that_never_come_twice(make_experiment, monkeypatch):

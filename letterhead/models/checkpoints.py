@@ -56,7 +56,7 @@ def require_model(folder: Path) -> None:
         raise LetterheadError(
             f"{folder}: no checkpoint there (no config.json); train it, or name another"
         )
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.rglob("*.safetensors"))
     if not weights:
         raise LetterheadError(
             f"{folder}: no safetensors file; other weight formats can run code and are refused"
@@ -181,7 +181,7 @@ def require_finite_weights(folder: Path) -> None:
     ------
     LetterheadError : some are not
     """
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.rglob("*.safetensors")):
         if not has_finite_weights(file):
             raise LetterheadError(
                 f"{file}: its weights are not numbers; the training diverged, train anew at a "

@@ -1,6 +1,7 @@
 """Frozen embeddings with logistic regression: the encoder reads each text once and is not trained.
 
-sentence-transformers reads the model's own pooling; without one it takes the mean over tokens. Each
+sentence-transformers reads the model's own pooling; for an encoder without one it takes the mean
+over tokens. Each
 embedding of a training, validation or test row is kept on disk, by the hashes of model and text, so
 that another seed, size or C costs no forward pass.
 """
@@ -12,7 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -21,7 +24,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import model_identity, sha256_json
+from letterhead.files import (
+    LetterheadError,
+    model_identity,
+    read_json,
+    sha256_file,
+    sha256_json,
+)
 from letterhead.models import heads
 from letterhead.models.checkpoints import parameters_per_token
 from letterhead.models.fitted import Fitted, Scores, class_probabilities, require_classes
@@ -30,6 +39,8 @@ from letterhead.runs.devices import device_name
 from letterhead.runs.terminal import progress
 
 KEPT = Path(".cache/embeddings")
+# Counted up when a text gets another embedding: those that are kept are computed anew.
+EMBEDDING = 1
 # Of the values of C the one with the lowest log loss by cross-validation on the training rows; with
 # a class of one row, which no fold can do without, the first.
 C = (10, 1, 100, 1000)
@@ -40,6 +51,8 @@ MODULES = "modules.json"
 # The logit of a class that no training row has
 ABSENT = -1e4
 CHUNK = 1024  # texts that are embedded, and kept, at a time
+ASKED_AT_ONCE = 500  # keys of a query
+PROMPT = "text"  # the name of the prefix among a SentenceTransformer's prompts
 
 
 @dataclass(frozen=True)
@@ -52,17 +65,36 @@ class Embedded:
     saved_seconds: float
 
 
-def load_encoder(folder: Path):
-    """A SentenceTransformer from disk, in float32 on the machine's device; safetensors only."""
+def load_encoder(folder: Path, prefix: str | None = None):
+    """A SentenceTransformer from disk, in float32 on the machine's device; safetensors only.
+
+    Parameters
+    ----------
+    prefix : what stands before each text; None leaves the model's own
+
+    Raises
+    ------
+    LetterheadError : sentence-transformers cannot load it
+    """
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(
-        str(folder),
-        device="cpu" if device_name() == "cpu" else "cuda",
-        local_files_only=True,
-        trust_remote_code=False,
-        model_kwargs={"use_safetensors": True, "dtype": "float32"},
-    )
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            device="cpu" if device_name() == "cpu" else "cuda",
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": "float32"},
+        )
+        model[0].auto_model  # noqa: B018
+    except (ImportError, OSError, ValueError, AttributeError) as error:
+        raise LetterheadError(
+            f"{folder}: sentence-transformers cannot load it ({error}); name another encoder.model"
+        ) from None
+    if prefix is not None:
+        model.prompts = {PROMPT: prefix} if prefix else {}
+        model.default_prompt_name = PROMPT if prefix else None
+    return model
 
 
 class Embedder:
@@ -78,12 +110,22 @@ class Embedder:
         self.folder, self.prefix = encoder.folder, encoder.prefix
         self.max_length = encoder.head.max_length
         heads.require_length(self.folder, self.max_length, "encoder.head")
-        self.model = load_encoder(self.folder)
+        self.model = load_encoder(self.folder, self.prefix)
         self.model.max_seq_length = self.max_length
         self.reader = TextEncoder(heads.load_tokenizer(self.folder), self.max_length)
+        if self.model.tokenizer.pad_token is None:
+            self.model.tokenizer.pad_token = self.reader.tokenizer.pad_token
         self.parameters = parameters_per_token(self.model[0].auto_model)
-        identity = [model_identity(self.folder), self.prefix, self.max_length, device_name()]
+        identity = {
+            "version": EMBEDDING,
+            "library": version("sentence-transformers"),
+            "model": model_identity(self.folder),
+            "pooling": [sha256_file(file) for file in sorted(self.folder.rglob("*config*.json"))],
+            "reading": [self.prefix, self.max_length],
+            "device": device_name(),
+        }
         self.file = KEPT / f"{sha256_json(identity)}.sqlite"
+        self._turn = Lock()
 
     def embed(self, texts: Sequence[str], keep: bool = False) -> Embedded:
         """Embed texts, each as a vector of length one; `keep` reads and writes what is on disk."""
@@ -105,13 +147,14 @@ class Embedder:
 
     def _compute(self, texts: list[str]) -> list[tuple[np.ndarray, int, float]]:
         start = time.perf_counter()
-        clean = [self.prefix + text for text in self.reader.neutralise(texts)]
-        vectors = self.model.encode(
-            clean, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
-        )
-        lengths = [len(ids) for ids in self.reader.encode(clean)]
+        clean = self.reader.neutralise(texts)
+        with self._turn:
+            vectors = self.model.encode(
+                clean, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
+            )
+        lengths = [len(ids) for ids in self.reader.encode([self.prefix + text for text in clean])]
         seconds = (time.perf_counter() - start) / len(texts)
-        padded = heads.padded_tokens(lengths, BATCH) / sum(lengths)
+        padded = heads.padded_tokens(lengths, BATCH) / max(1, sum(lengths))
         return [
             (vector.astype(np.float32), round(padded * length), seconds)
             for vector, length in zip(vectors, lengths, strict=True)
@@ -127,21 +170,34 @@ class Embedder:
         return database
 
     def _read(self, keys: list[str]) -> dict[str, tuple[np.ndarray, int, float]]:
-        wanted, found = set(keys), {}
+        wanted, found = sorted(set(keys)), {}
         try:
             with closing(self._open()) as database:
-                for key, *kept in database.execute("SELECT * FROM embeddings"):
-                    if key in wanted:
-                        found[key] = (np.frombuffer(kept[0], np.float32), *kept[1:])
-        except sqlite3.DatabaseError:  # cut off by a full disk, say; all of it can be made again
-            self.file.unlink()
+                for start in range(0, len(wanted), ASKED_AT_ONCE):
+                    part = wanted[start : start + ASKED_AT_ONCE]
+                    marks = ", ".join("?" * len(part))
+                    query = f"SELECT * FROM embeddings WHERE text IN ({marks})"
+                    for key, vector, *more in database.execute(query, part):
+                        found[key] = (np.frombuffer(vector, np.float32), *more)
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from None
+        except sqlite3.DatabaseError:  # damaged; all of it can be made again
+            self.file.unlink(missing_ok=True)
             return {}
         return found
 
+    def _unusable(self, error: sqlite3.OperationalError) -> LetterheadError:
+        return LetterheadError(
+            f"{self.file}: {error}; mend that, or delete the file, and run again"
+        )
+
     def _write(self, found: dict[str, tuple[np.ndarray, int, float]]) -> None:
         lines = [(key, vector.tobytes(), *more) for key, (vector, *more) in found.items()]
-        with closing(self._open()) as database, database:
-            database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?)", lines)
+        try:
+            with closing(self._open()) as database, database:
+                database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?)", lines)
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from None
 
 
 def fit(experiment: Experiment, rows: list[dict], validation: list[dict]) -> Fitted:
@@ -214,10 +270,8 @@ def save(
         dense.linear.bias.fill_(ABSENT)
         dense.linear.weight[columns] = torch.from_numpy(weight).float()
         dense.linear.bias[columns] = torch.from_numpy(bias).float()
-    model = load_encoder(embedder.folder)
+    model = load_encoder(embedder.folder, embedder.prefix)
     model.max_seq_length = embedder.max_length
-    if embedder.prefix:
-        model.prompts, model.default_prompt_name = {"text": embedder.prefix}, "text"
     config = model[0].auto_model.config
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
@@ -230,15 +284,19 @@ def save(
 def load_saved(folder: Path):
     """What `save` wrote, as a function from texts to probabilities, shape (rows, classes)."""
     model = load_encoder(folder)
-    reader = TextEncoder(model.tokenizer, model.max_seq_length)
+    reader, turn = TextEncoder(model.tokenizer, model.max_seq_length), Lock()
 
     def classify(texts: Sequence[str]) -> np.ndarray:
-        logits = model.encode(reader.neutralise(texts), batch_size=BATCH, show_progress_bar=False)
+        clean = reader.neutralise(texts)
+        with turn:
+            logits = model.encode(clean, batch_size=BATCH, show_progress_bar=False)
         return softmax(logits.astype(float), axis=1)
 
     return classify
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder holds what `save` wrote."""
-    return (folder / MODULES).is_file()
+    """Whether a folder holds what `save` wrote: a SentenceTransformer that ends in a layer of
+    logits."""
+    modules = read_json(folder / MODULES) or [{"type": ""}]
+    return modules[-1]["type"].endswith(".Dense")

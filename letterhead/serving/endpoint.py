@@ -8,6 +8,7 @@ gets none, while others do, is given up.
 
 import asyncio
 import os
+import random
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -24,7 +25,7 @@ from tenacity import (
     RetryError,
     retry_if_exception_type,
     stop_after_attempt,
-    wait_random_exponential,
+    wait_exponential,
 )
 
 from letterhead.config.models import Distill
@@ -205,10 +206,11 @@ class Teacher:
 
 
 def wait_as_asked(state: RetryCallState) -> float:
-    """Seconds to the next attempt: a random wait that grows with each, or longer where the endpoint
-    asks for it."""
+    """Seconds to the next attempt: twice as long as before, less a random share of up to a half, or
+    longer where the endpoint asks for it."""
     asked = min(state.outcome.exception().seconds, LONGEST_RETRY_AFTER_S)
-    return max(asked, wait_random_exponential(WAIT_S, LONGEST_WAIT_S)(state))
+    doubled = wait_exponential(WAIT_S, LONGEST_WAIT_S)(state)
+    return max(asked, doubled * random.uniform(0.5, 1))
 
 
 def refusal(reason: str) -> Reply:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import source_name
 from letterhead.files import LetterheadError, atomic_open, escape_markdown, read_json
-from letterhead.pipeline import method_of
+from letterhead.pipeline import ALL, method_of
 from letterhead.runs import results
 
 EXPERIMENT = "experiment.yaml"
@@ -36,7 +36,8 @@ def write_card(
         raise LetterheadError(f"{path}: gone; run: make data EXP={experiment.name}")
     step = name.partition("@")[2]
     training = f"trained to step {step}" if step else "frozen, with logistic regression"
-    section = method_of(name).section(experiment)
+    method = method_of(name)
+    section = method.section(experiment)
     of_training = read_json(results.result_files(experiment, name, "test")[0])
     source = source_name(section.model)
     data = ModelCardData(
@@ -53,6 +54,8 @@ def write_card(
         card["rows"],
         max(card["shared_with_train"].get("test", 0), len(card["near_duplicates"]["test"])),
     )
+    learnt = counts["train"] if method.rows == ALL else card["shared"]["rows"]
+    chosen = "for validation" if method.fitter else "to choose a step by"
     twice = f" {shared} of the test rows stand in train too, or nearly." if shared else ""
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
@@ -64,8 +67,8 @@ def write_card(
         "## Data",
         f"{escape_markdown(shown_source(experiment))} "
         f"({escape_markdown(experiment.data.license or 'its license is not said')}): "
-        f"{counts['train']:,} rows to train on, "
-        f"{counts['validation']:,} to choose a step by, {counts['test']:,} to measure on.{twice}",
+        f"{learnt:,} rows to train on, {counts['validation']:,} {chosen}, "
+        f"{counts['test']:,} to measure on.{twice}",
         "## Model",
         f"{escape_markdown(source)}, {training}, seed {experiment.seed}. "
         f"The experiment is in {EXPERIMENT}.",

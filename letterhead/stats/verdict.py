@@ -137,7 +137,7 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     else:
         sure.append(
             f"The bounds hold the noise of the rows and of {decided['trainings']} trainings "
-            f"(TF-IDF and zero-shot: one); "
+            f"(TF-IDF, embeddings and zero-shot: one); "
             "what is served are the first training's files."
         )
     if few := list(decided["rare_classes"].items()):
