@@ -29,11 +29,11 @@ from letterhead.models.answers import read_answer
 from letterhead.models.checkpoints import has_finite_weights, is_whole, safetensors_error
 from letterhead.models.prompt import Answer, PromptEncoder
 from letterhead.rows import fetch
+from letterhead.rows.labels import label_name
 from letterhead.rows.sources import RawRow, column_names, open_source
 from letterhead.serving import vllm as service
 from letterhead.serving.endpoint import Reply, read_reply
 from letterhead.stats.metrics import NO_ANSWER
-from prep.data import label_name
 from serve import predict
 
 ODD = st.sampled_from(
