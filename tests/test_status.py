@@ -17,7 +17,7 @@ from prep import data
 from report import status
 from tests.conftest import ROOT
 from tests.test_data import write_csv
-from train import fitted
+from train import distill, fitted
 
 LABELS = ["World", "Sports"]
 
@@ -191,6 +191,16 @@ def test_further_seeds_are_in_the_estimate(experiment, capsys, monkeypatch):
 def test_before_anything_is_made_all_is_not_made(make_experiment, capsys):
     write_csv("rows.csv", [(f"text {i}", LABELS[i % 2]) for i in range(60)])
     assert set(states(make_experiment("rows.csv", LABELS), capsys).values()) == {"not made"}
+
+
+@pytest.mark.parametrize(("asked", "is_told"), [("report", False), ("status distill", True)])
+def test_a_stage_that_only_another_target_needs_says_less(
+    experiment, capsys, monkeypatch, asked, is_told
+):
+    monkeypatch.setenv("ASKED", asked)
+    assert bool(states(experiment, capsys)) is is_told
+    distill.main(experiment)
+    assert ("no section distill" in capsys.readouterr().out) is is_told
 
 
 @pytest.mark.parametrize(
