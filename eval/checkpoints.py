@@ -9,6 +9,7 @@ from pathlib import Path
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import checkpoints
+from letterhead.models.callbacks import has_ended
 from letterhead.pipeline import DATA, EVAL_CKPTS, SFT, SFT_TRAINING, outputs
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run
@@ -36,19 +37,21 @@ def main(experiment: Experiment) -> None:
         pictures = draw(experiment, scored, log)
         by_steps = experiment.sft_arguments().get("save_strategy", "steps") == "steps"
         with atomic_open(table) as file:
-            expected = expected_steps(folder)[not experiment.eval.untrained :] if by_steps else []
+            patience = experiment.decoder.sft.patience
+            expected = expected_steps(folder, patience) if by_steps else []
+            expected = expected[not experiment.eval.untrained :]
             file.write(results.checkpoint_table(experiment, "SFT checkpoints", scored, expected))
         print(table.read_text(encoding="utf-8"))
         last = scored[max(trained), "test"]
         stage.finish(
             [*files, table, *pictures],
-            headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last "
-            f"step, {last['step']}; {table}",
-            rows=sum(result["n"] for result in scored.values()),
-            tokens=sum(result["tokens"] for result in scored.values()),
+            headline=f"macro F1 {last.f1_macro:.3f} on {last.n} test rows at the last "
+            f"step, {last.step}; {table}",
+            rows=sum(result.n for result in scored.values()),
+            tokens=sum(result.tokens for result in scored.values()),
             # Step 0 is the zero-shot row's.
             scoring_seconds=round(
-                sum(result["seconds"] for (step, _), result in scored.items() if step), 1
+                sum(result.seconds for (step, _), result in scored.items() if step), 1
             ),
         )
 
@@ -81,10 +84,11 @@ def score_all(
     return scored, files
 
 
-def expected_steps(folder: Path) -> list[int]:
+def expected_steps(folder: Path, patience: int | None) -> list[int]:
     """The steps at which the Trainer saves, from its own state, and step 0."""
     state = read_json(checkpoints.whole_checkpoints(folder)[-1] / "trainer_state.json")
-    return sorted({*range(0, state["max_steps"] + 1, state["save_steps"]), state["max_steps"]})
+    end = state["global_step"] if has_ended(state, patience) else state["max_steps"]
+    return sorted({*range(0, end + 1, state["save_steps"]), end})
 
 
 def draw(experiment: Experiment, scored: dict, log: list[dict]) -> list[Path]:
@@ -96,12 +100,10 @@ def draw(experiment: Experiment, scored: dict, log: list[dict]) -> list[Path]:
     for (step, split), result in scored.items():
         steps, values = lines.setdefault(split, ([], []))
         steps.append(step)
-        values.append(result["f1_macro"])
+        values.append(result.f1_macro)
     plot_against_step(f1, f"{experiment.name}: SFT, the likeliest option", "macro F1", lines)
     trained = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    own = [
-        (step, result["eval_loss"]) for (step, split), result in scored.items() if split == "test"
-    ]
+    own = [(step, result.eval_loss) for (step, split), result in scored.items() if split == "test"]
     lines = {
         "training loss (all answer tokens)": (
             [step for step, _ in trained],

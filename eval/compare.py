@@ -49,13 +49,13 @@ def compare(experiment: Experiment) -> dict:
             ]
         name = chosen[0].name
         answers[name] = [
-            contenders.read_answers(training, one.name, one.result["n"])
+            contenders.read_answers(training, one.name, one.result.n)
             for training, one in zip(experiment.trainings(), chosen, strict=False)
         ]
         entry = chosen[0].entry(experiment)
         trainings = [
             {"seed": training.seed}
-            | {key: one.result[key] for key in ("step", "f1_macro", "accuracy")}
+            | {key: getattr(one.result, key) for key in ("step", "f1_macro", "accuracy")}
             for training, one in zip(experiment.trainings(), chosen, strict=False)
         ]
         entries[name] = (

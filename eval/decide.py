@@ -74,7 +74,7 @@ def read_trainings(experiment: Experiment, name: str, entry: dict) -> list[dict]
     further = experiment.trainings()[1:] if STAGES[method.stage].retrained else []
     found = [contenders.choose(training, method) for training in further]
     again = [
-        contenders.read_answers(training, one.name, one.result["n"])
+        contenders.read_answers(training, one.name, one.result.n)
         for training, one in zip(further, found, strict=True)
     ]
     return [contenders.read_answers(experiment, name, entry["n"]), *again]

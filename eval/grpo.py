@@ -39,14 +39,14 @@ def main(experiment: Experiment) -> None:
         files += results.result_files(experiment, f"{GRPO_THINK.name}@{step}", "test")
         stage.finish(
             files,
-            rows=scored["test"]["n"],
-            scoring_seconds=sum(result["seconds"] for result in scored.values()),
+            rows=scored["test"].n,
+            scoring_seconds=sum(result.seconds for result in scored.values()),
         )
     for name in (f"{GRPO.name}@{step}", f"{GRPO_THINK.name}@{step}"):
         result = results.read_result(experiment, name, "test")
         print(
-            f"{name}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f}, "
-            f"{result['n']} test rows"
+            f"{name}: accuracy {result.accuracy:.4f}, macro F1 {result.f1_macro:.4f}, "
+            f"{result.n} test rows"
         )
 
 

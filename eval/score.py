@@ -62,7 +62,7 @@ def score_model(
     prompts: Prompts,
     train_loss: float | None = None,
     method: str = SFT.name,
-) -> dict[str, dict]:
+) -> dict[str, results.Result]:
     """Score a model on each split that has rows, unless that was done from the same inputs; writes
     METHOD@STEP.
 

@@ -25,20 +25,20 @@ def main(experiment: Experiment) -> None:
     chosen = choose(experiment, SFT)
     no_think = results.read_result(experiment, chosen.name, "test")
     stage = StageRun(experiment, SFT_THINKING)
-    name = f"{SFT_THINK.name}@{chosen.result['step']}"
+    name = f"{SFT_THINK.name}@{chosen.result.step}"
     if stage.is_current():
         stage.tell_current()
     else:
         stage.start()
         with Workers(
-            process_count(), load_decoder, Path(no_think["model"]), experiment.decoder.dtype
+            process_count(), load_decoder, Path(no_think.model), experiment.decoder.dtype
         ) as workers:
             think(experiment, workers, no_think, stage, name)
         result = results.read_result(experiment, name, "test")
         files = results.result_files(experiment, name, "test")
-        thinking = result["thinking"]
+        thinking = result.thinking
         headline = (
-            f"accuracy {result['accuracy']:.3f} on {result['n']} rows, "
+            f"accuracy {result.accuracy:.3f} on {result.n} rows, "
             f"{thinking['thought']} with a thought, "
             f"{thinking['unfinished']} unfinished; without thinking "
             f"{thinking['no_think_accuracy_same_rows']:.3f}"
@@ -46,9 +46,9 @@ def main(experiment: Experiment) -> None:
         stage.finish(
             list(files),
             headline,
-            rows=result["n"],
-            tokens=result["tokens"],
-            scoring_seconds=result["seconds"],
+            rows=result.n,
+            tokens=result.tokens,
+            scoring_seconds=result.seconds,
         )
 
 

@@ -38,7 +38,7 @@ def engine() -> str:
 
 
 def think(
-    experiment: Experiment, workers: Workers, no_think: dict, stage: Stage, name: str
+    experiment: Experiment, workers: Workers, no_think: results.Result, stage: Stage, name: str
 ) -> None:
     """Generate answers to (a sample of) the test rows, read the option from each, write the result.
 
@@ -56,7 +56,7 @@ def think(
             len(rows), settings.rows, replace=False
         )
         rows = [rows[i] for i in sorted(drawn)]
-    answers = generate(experiment, workers, encoder, rows, stage, Path(no_think["model"]))
+    answers = generate(experiment, workers, encoder, rows, stage, Path(no_think.model))
     read = [
         read_answer(answer["text"], answer["ended"], encoder.options, encoder.labels)
         for answer in answers
@@ -64,10 +64,9 @@ def think(
     truth = results.class_numbers(experiment, rows)
     seconds, tokens = sum(a["seconds"] for a in answers), sum(a["tokens"] for a in answers)
     same = {row["id"] for row in rows}
-    of_no_think = f"{no_think['method']}@{no_think['step']}"
     without_thinking = [
         line
-        for line in results.read_predictions(experiment, of_no_think, "test")
+        for line in results.read_predictions(experiment, no_think.name, "test")
         if line["id"] in same
     ]
     results.write_result(
@@ -78,9 +77,9 @@ def think(
         predicted=np.array([option for option, _ in read]),
         seconds=round(seconds, 3),
         tokens=tokens,
-        parameters=no_think["parameters"],
-        dtype=no_think["dtype"],
-        model=no_think["model"],
+        parameters=no_think.parameters,
+        dtype=no_think.dtype,
+        model=no_think.model,
         inputs_sha256=stage.inputs_sha256,
         thinking={
             "engine": answers[-1]["engine"],
@@ -96,7 +95,7 @@ def think(
                 line["label"] == line["prediction"] for line in without_thinking
             )
             / len(truth),
-            "times_one_forward": (seconds / len(rows)) / (no_think["seconds"] / no_think["n"]),
+            "times_one_forward": (seconds / len(rows)) / (no_think.seconds / no_think.n),
         },
     )
 

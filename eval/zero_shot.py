@@ -54,17 +54,19 @@ def main(experiment: Experiment) -> None:
             think(experiment, workers, scored["test"], stage, ZERO_SHOT_THINKING.name)
         files += results.result_files(experiment, ZERO_SHOT_THINKING.name, "test")
         seconds, tokens = (
-            sum(result[key] for result in scored.values()) for key in ("seconds", "tokens")
+            sum(getattr(result, key) for result in scored.values()) for key in ("seconds", "tokens")
         )
         print(summary(experiment))
         untrained = results.read_result(experiment, ZERO_SHOT_LETTERS.name, "test")
-        headline = f"macro F1 {untrained['f1_macro']:.3f} on {untrained['n']} test rows, untrained"
+        headline = f"macro F1 {untrained.f1_macro:.3f} on {untrained.n} test rows, untrained"
         stage.finish(
-            files, headline=headline, rows=untrained["n"], tokens=tokens, scoring_seconds=seconds
+            files, headline=headline, rows=untrained.n, tokens=tokens, scoring_seconds=seconds
         )
 
 
-def write_scored(experiment: Experiment, split: str, result: dict, rows: list[dict], empty) -> None:
+def write_scored(
+    experiment: Experiment, split: str, result: results.Result, rows: list[dict], empty
+) -> None:
     """Write the two rows that come from one scoring: as it is, and minus the scores of a text
     without content."""
     lines = results.read_predictions(experiment, f"{SFT.name}@0", split)
@@ -73,8 +75,8 @@ def write_scored(experiment: Experiment, split: str, result: dict, rows: list[di
     )
     score = -np.log(perplexity) * (1 if experiment.eval.score == "mean" else empty.token_count)
     kept = ("seconds", "tokens", "parameters", "dtype", "model", "inputs_sha256")
-    measured = {key: result[key] for key in kept}
-    own = {"perplexity": perplexity, "eval_loss": result["eval_loss"]}
+    measured = {key: getattr(result, key) for key in kept}
+    own = {"perplexity": perplexity, "eval_loss": result.eval_loss}
     shifts = (
         (ZERO_SHOT_LETTERS, 0, own),
         (ZERO_SHOT_CALIBRATED, empty.score(experiment.eval.score), {}),
@@ -92,12 +94,12 @@ def summary(experiment: Experiment) -> str:
     for name in (ZERO_SHOT_LETTERS.name, ZERO_SHOT_CALIBRATED.name, ZERO_SHOT_THINKING.name):
         result = results.read_result(experiment, name, "test")
         lines.append(
-            f"{name}: accuracy {result['accuracy']:.4f}, macro F1 {result['f1_macro']:.4f}, "
-            f"{result['n']} test rows"
+            f"{name}: accuracy {result.accuracy:.4f}, macro F1 {result.f1_macro:.4f}, "
+            f"{result.n} test rows"
         )
-    t = result["thinking"]
+    t = result.thinking
     lines.append(
-        f"thinking: {t['thought']} of {result['n']} answers hold a thought, "
+        f"thinking: {t['thought']} of {result.n} answers hold a thought, "
         f"{t['unfinished']} unfinished within "
         f"{t['budget_tokens']} tokens, {t['unparsed']} without an option (both wrong); "
         f"{t['times_one_forward']:.0f}x the "

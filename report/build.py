@@ -197,6 +197,11 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "comparison": comparison,
         "article": article if article.is_the_articles(experiment) else None,
         "overfit": overfitting(experiment),
+        "searched": [
+            sentence
+            for entry in by_name.values()
+            if (sentence := searched(entry, stages.get(METHODS[entry["method"]].trained_by)))
+        ],
         "trained": trained,
         **hard_rows(experiment, trained),
         "shown": SHOWN_ROWS,
@@ -213,31 +218,47 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
     }
 
 
-def history(experiment: Experiment, method: str, split: str) -> dict[int, dict]:
+def history(experiment: Experiment, method: str, split: str) -> dict[int, results.Result]:
     """A method's results on a split, by step."""
-    found = (read_json(path) for path in experiment.results_folder.glob(f"{method}@*.json"))
+    files = experiment.results_folder.glob(f"{method}@*.json")
+    found = map(results.parse_result, files)
     return {
-        result["step"]: result
-        for result in sorted(found, key=lambda r: r["step"])
-        if result["split"] == split
+        result.step: result
+        for result in sorted(filter(None, found), key=lambda found: found.step)
+        if result.split == split
     }
+
+
+def searched(entry: dict, record: dict | None) -> str | None:
+    """What the search of a method's learning rate took and brought, in words; None without one."""
+    found = (record or {}).get("search")
+    if not found:
+        return None
+    sentence = (
+        f"{entry['title']}: {found['trials']} trials, {found['pruned']} of them given up early, in "
+        f"{duration(found['seconds'])}. The learning rate {found['rate']:.2g} has a log loss of "
+        f"{found['loss']:.3f} on validation rows"
+    )
+    before = found["loss_before"]
+    if before is None or before == found["loss"]:
+        return sentence + "."
+    return sentence + f"; the one that the experiment names, {before:.3f}."
 
 
 def overfitting(experiment: Experiment) -> str:
     """Whether BERT overfits after two epochs, as the article says it does: test loss, and a paired
     test of F1, in words."""
     rows = read_json(experiment.data_folder / "data_card.json")["shared"]["rows"]
-    test, epochs = (
-        history(experiment, BERT.name, "test"),
-        experiment.encoder.head.on(rows).num_train_epochs,
-    )
-    lowest, last = min(test, key=lambda step: test[step]["eval_loss"]), max(test)
+    planned = experiment.encoder.head.on(rows).num_train_epochs
+    epochs = record_of(BERT.trained_by, experiment).get("epochs", planned)
+    test = history(experiment, BERT.name, "test")
+    lowest, last = min(test, key=lambda step: test[step].eval_loss), max(test)
     per_epoch = last / epochs
     after = min(test, key=lambda step: abs(step - 2 * per_epoch))
     words = (
-        f"BERT's test loss is lowest, {test[lowest]['eval_loss']:.3f}, at step {lowest} "
+        f"BERT's test loss is lowest, {test[lowest].eval_loss:.3f}, at step {lowest} "
         f"(epoch {lowest / per_epoch:.1f}), "
-        f"and {test[last]['eval_loss']:.3f} at the end (step {last}, epoch {epochs:g})."
+        f"and {test[last].eval_loss:.3f} at the end (step {last}, epoch {epochs:g})."
     )
     if after == last:
         return (
@@ -252,7 +273,7 @@ def overfitting(experiment: Experiment) -> str:
         truth, *(answers[None] for answers in reversed(predicted)), len(experiment.labels)
     )
     low, high = change.interval(0.025)
-    loss = test[last]["eval_loss"] - test[after]["eval_loss"]
+    loss = test[last].eval_loss - test[after].eval_loss
     words += (
         f" From step {after} (epoch {after / per_epoch:.1f}) to the end the test loss "
         f"changes by {loss:+.3f} and macro F1 "
@@ -332,7 +353,7 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
         method, title = entry["method"], entry["title"]
         by_split = {split: history(experiment, method, split) for split in results.SPLITS}
         f1[title] = {
-            split: (list(steps), [result["f1_macro"] for result in steps.values()])
+            split: (list(steps), [result.f1_macro for result in steps.values()])
             for split, steps in by_split.items()
             if steps
         }
@@ -349,7 +370,7 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
                 [line["step"] for line in log],
                 [line["loss"] for line in log],
             ),
-            own: (list(test), [result["eval_loss"] for result in test.values()]),
+            own: (list(test), [result.eval_loss for result in test.values()]),
         }
     pictures.draw_curves(paths["f1"], caption, f1, "macro F1")
     pictures.draw_curves(paths["losses"], caption, losses, "cross-entropy, nats", log=True)

@@ -122,7 +122,7 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
     if method.fitter:
         folder = export_fitted(experiment, name)
         write_card(experiment, name, folder, *fitted_call(experiment, folder), TEXT_CLASSIFICATION)
-        return folder, "the frozen encoder with logistic regression as its last layer"
+        return folder, "the encoder with logistic regression as its last layer"
     if not method.reads_prompt:
         folder = export_head(experiment, name)
         how = "the checkpoint without its trainer's files"
@@ -175,15 +175,19 @@ def export_fitted(experiment: Experiment, name: str) -> Path:
     LetterheadError : what was measured is not what would be written
     """
     stage = STAGES[method_of(name).stage]
-    measured = read_json(results.result_files(experiment, name, "test")[0])
-    if not measured or measured["inputs_sha256"] != inputs_sha256(stage, experiment):
+    measured = results.parse_result(results.result_files(experiment, name, "test")[0])
+    if not measured or measured.inputs_sha256 != inputs_sha256(stage, experiment):
         raise LetterheadError(
             f"{name}: not measured as it would be written; run: make {stage.make_target} "
             f"EXP={experiment.name}"
         )
     target = experiment.run_folder / "export" / name
+    method = method_of(name)
     with atomic_folder(target) as folder:
-        fit_method(experiment, name).save(folder)
+        if method.is_saved:
+            shutil.copytree(model_folder(experiment, name), folder, dirs_exist_ok=True)
+        else:
+            fit_method(experiment, name).save(folder)
         require_finite_weights(folder)
     return target
 

@@ -261,7 +261,7 @@ def publish(experiment: Experiment, name: str, study: Study, done: Done) -> None
             for rows in dict.fromkeys(rows for rows, _ in done)
         ]
         untrained = {
-            method.name: results.read_result(experiment, method.name, "test")["f1_macro"]
+            method.name: results.read_result(experiment, method.name, "test").f1_macro
             for method in UNTRAINED
         }
         lines = sentences(study, found, experiment.compare.margin)
@@ -338,7 +338,7 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
             for one in done[rows, cell]:
                 chosen = contenders.choose(one, METHODS[method])
                 answers.setdefault(arm, []).append(
-                    contenders.read_answers(one, chosen.name, chosen.result["n"])
+                    contenders.read_answers(one, chosen.name, chosen.result.n)
                 )
                 entries.setdefault(arm, []).append(chosen.entry(one))
     numbers = {arm: found_entries[0]["n"] for arm, found_entries in entries.items()}

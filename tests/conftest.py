@@ -7,6 +7,7 @@ model folders.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,7 @@ from letterhead.config.experiment import Experiment, load_experiment
 from letterhead.config.models import MINILM, SMOLLM2
 from letterhead.files import exclusive
 from letterhead.rows.fetch import CACHE, fetch_model
+from letterhead.runs.results import Result
 from prep.shape import qwen3_tokenizer as qwen3_tokenizer_of_vocabulary
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +64,32 @@ def pytest_collection_modifyitems(items):
             LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
         )
     )
+
+
+def a_result(**figures: Any) -> Result:
+    """A result of BERT at step 30 on test rows with these figures; the others mean nothing."""
+    known = {
+        "experiment": "mine",
+        "method": "bert",
+        "step": 30,
+        "seed": 42,
+        "split": "test",
+        "device": "cpu",
+        "versions": {},
+        "n": 20,
+        "f1_macro_ci95": [0.0, 1.0],
+        "confusion": [],
+        "per_class": {},
+        "tokens": 1,
+        "parameters": 1,
+        "dtype": "float32",
+        "model": "a model",
+        "inputs_sha256": "",
+        "predictions_sha256": "",
+    }
+    unnamed = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "ece", "ece_floor")
+    unnamed += ("log_loss", "eval_loss", "seconds", "rows_per_second")
+    return Result(**dict.fromkeys(unnamed, 0.5) | known | figures)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -154,7 +182,9 @@ def experiment_maker(fetched: dict, tiny_models: dict[str, Path]):
             # float32, so that what must be equal is equal on every processor
             "decoder": {"model": str(folder), "dtype": "float32", "sft": {"config": "sft.yaml"}}
             | sections.pop("decoder_keys", {}),
-            "encoder": {"model": str(fetched["minilm"])} | sections.pop("encoder_keys", {}),
+            # SetFit takes a minute, so that a test names it.
+            "encoder": {"model": str(fetched["minilm"]), "setfit": {"rows_per_class": 0}}
+            | sections.pop("encoder_keys", {}),
         }
         Path("experiments").mkdir(exist_ok=True)
         Path("experiments/mine.yaml").write_text(

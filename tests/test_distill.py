@@ -187,12 +187,9 @@ def test_what_was_learnt_is_measured_with_thinking(taught):
     StageRun(taught, "eval-ckpts", 0).finish(files, rows=8, scoring_seconds=1.0)
     sft_think.main(taught)
     found = results.read_result(taught, "sft_think@7", "test")
-    assert (found["n"], found["thinking"]["budget_tokens"]) == (3, 5)
+    assert (found.n, found.thinking["budget_tokens"]) == (3, 5)
     assert (
-        found["thinking"]["answered"]
-        + found["thinking"]["unfinished"]
-        + found["thinking"]["unparsed"]
-        == 3
+        found.thinking["answered"] + found.thinking["unfinished"] + found.thinking["unparsed"] == 3
     )
     # Another seed thinks about the same rows, so that both can be averaged.
     other = taught.model_copy(update={"name": "other", "seed": 5})

@@ -477,7 +477,7 @@ def test_stages_end_to_end(drill, monkeypatch):
     state = read_json("runs/mine/linear-head/checkpoints/checkpoint-18/trainer_state.json")
     logged = {line["step"]: line["loss"] for line in state["log_history"] if "loss" in line}
     mean = (logged[8] + 2 * logged[10] + 2 * logged[12] + 2 * logged[14]) / 7  # of steps 8 to 14
-    assert abs(read_result(experiment, "linear_head@14", "test")["train_loss"] - mean) < 1e-6
+    assert abs(read_result(experiment, "linear_head@14", "test").train_loss - mean) < 1e-6
 
     # What a model learnt to read is kept with it.
     assert all(

@@ -165,5 +165,5 @@ def test_a_short_run_goes_from_the_sft_checkpoint_to_both_modes_scores(make_expe
     plain, thought = (
         results.read_result(experiment, f"{name}@4", "test") for name in ("grpo", "grpo_think")
     )
-    assert (plain["n"], thought["n"]) == (4, 3) and thought["thinking"]["budget_tokens"] == 5
-    assert torch.cuda.is_available() or plain["model"].endswith("grpo/checkpoints/checkpoint-4")
+    assert (plain.n, thought.n) == (4, 3) and thought.thinking["budget_tokens"] == 5
+    assert torch.cuda.is_available() or plain.model.endswith("grpo/checkpoints/checkpoint-4")

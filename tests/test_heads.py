@@ -336,9 +336,7 @@ def test_the_loss_over_the_options_starts_from_sfts_scores_and_is_predicted_as_i
         < 1e-4
     )
     assert np.abs(predicted - untrained).max() > 0.01
-    assert (
-        found["train_loss"] < results.read_result(experiment, "sft_options@5", "test")["train_loss"]
-    )
+    assert found.train_loss < results.read_result(experiment, "sft_options@5", "test").train_loss
     again = read_json(experiment.run_folder / "sft-options" / "stage.json")
     train.main(experiment, "sft_options")
     assert again == read_json(experiment.run_folder / "sft-options" / "stage.json")

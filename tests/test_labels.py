@@ -201,7 +201,7 @@ def test_training_predict_and_page_have_the_label_that_the_file_gave(
     experiment, truth = make_labelled(make_experiment, form, numbering, order, seed, published)
     assert read_labels(experiment).items() <= truth.items()
     fitted.main(experiment, "tfidf")
-    assert results.read_result(experiment, "tfidf", "test")["accuracy"] == 1.0
+    assert results.read_result(experiment, "tfidf", "test").accuracy == 1.0
     assert predict_all(experiment, truth, "tfidf") == truth
     classify = {"tfidf": load_classifier(experiment, "tfidf")}
     for text in list(truth)[:classes]:

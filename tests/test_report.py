@@ -4,6 +4,7 @@ from data, any screen."""
 import html
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from letterhead.stats.metrics import NO_ANSWER
 from prep import data
 from report import article, build
 from tests.browser import Browser, needs_browser
-from tests.conftest import ROOT, experiment_maker
+from tests.conftest import ROOT, a_result, experiment_maker
 from tests.test_data import write_csv
 
 LABELS = ["World", "<u>Sports</u>", "Sci|Tech $_$"]
@@ -197,12 +198,12 @@ def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_descri
             for s in (10, 20, 30)
         }
         assert entry["chosen_on"] == "validation" and results.best_step(validation) == 20
-        assert min(validation, key=lambda step: validation[step]["log_loss"]) == 20
+        assert min(validation, key=lambda step: validation[step].log_loss) == 20
         assert (
             entry["best_on_test"]["step"] == 30
             and entry["best_on_test"]["f1_macro"] > entry["f1_macro"]
         )
-        assert entry["f1_macro"] == results.read_result(compared, name, "test")["f1_macro"]
+        assert entry["f1_macro"] == results.read_result(compared, name, "test").f1_macro
     pairs = {(pair["a"], pair["b"]): pair for pair in comparison["pairs"]}
     assert all(pair["n"] == 150 for pair in pairs.values())
     near, far = pairs["bert@20", "linear_head@20"], pairs["tfidf", "sft@20"]
@@ -269,14 +270,20 @@ def test_the_last_checkpoint_is_taken_unless_validation_shows_another_to_be_bett
         }
         line["probabilities"] = {label: p / sum(odds.values()) for label, p in odds.items()}
     write_jsonl(results.result_files(compared, "bert@30", "validation")[1], lines)
-    validation[30] |= {"log_loss": validation[20]["log_loss"] + 1e-3}
+    validation[30] = replace(validation[30], log_loss=validation[20].log_loss + 1e-3)
     assert results.best_step(validation) == 20 and results.chosen_step(compared, validation) == 30
 
 
 def test_checkpoints_that_tie_go_to_the_lower_loss():
-    tied = {10: {"f1_macro": 0.9, "log_loss": 0.5}, 20: {"f1_macro": 0.9, "log_loss": 0.4}}
+    tied = {
+        10: a_result(f1_macro=0.9, log_loss=0.5),
+        20: a_result(f1_macro=0.9, log_loss=0.4),
+    }
     assert results.best_step(tied) == results.highest_f1(tied) == 20
-    tied |= {30: {"f1_macro": 0.8, "log_loss": 0.3}, 40: {"f1_macro": 0.95, "log_loss": 0.6}}
+    tied |= {
+        30: a_result(f1_macro=0.8, log_loss=0.3),
+        40: a_result(f1_macro=0.95, log_loss=0.6),
+    }
     assert results.best_step(tied) == 30 and results.highest_f1(tied) == 40
 
 
@@ -386,7 +393,7 @@ def test_seeds_are_averaged_and_their_spread_is_shown(make_experiment, monkeypat
     ] == 3
     values = [training["f1_macro"] for training in entry["trainings"]]
     assert len(set(values)) == 3 and entry["f1_macro"] == pytest.approx(np.mean(values))
-    alone = results.read_result(experiment, "bert@20", "test")["f1_macro_ci95"]
+    alone = results.read_result(experiment, "bert@20", "test").f1_macro_ci95
     low, high = entry["f1_macro_ci95"]
     assert low < entry["f1_macro"] < high and (low, high) != tuple(alone)
     assert len(comparison["methods"]["tfidf"]["trainings"]) == 1

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -42,7 +43,7 @@ from letterhead.runs.stage import StageRun
 from prep import data
 from serve import export, predict
 from serve.start import served
-from tests.conftest import ROOT
+from tests.conftest import ROOT, a_result
 from tests.fakes import ModelHub, running
 from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
@@ -432,8 +433,8 @@ def test_an_export_carries_a_card_that_hubs_read_and_code_that_runs(experiment):
     AutoTokenizer.from_pretrained(experiment.encoder.folder).save_pretrained(folder)
     write_json(folder / "trainer_state.json", {"global_step": 30, "max_steps": 30})
     torch.save({}, folder / "optimizer.pt")
-    figures = {"f1_macro": 0.91234, "f1_macro_ci95": [0.88, 0.94], "accuracy": 0.9, "n": 20}
-    write_json("runs/mine/results/bert@30.json", figures)
+    result = a_result(f1_macro=0.91234, f1_macro_ci95=[0.88, 0.94], accuracy=0.9, n=20)
+    write_json("runs/mine/results/bert@30.json", asdict(result))
     hostile = experiment.model_copy(
         update={"title": "![x](https://127.0.0.1:1/p.png) <b>bold</b>\n# A heading"}
     )

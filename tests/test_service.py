@@ -160,7 +160,7 @@ def test_thoughts_that_vllm_generates_go_on_row_by_row_behind_a_kill(served, mon
     experiment = load_experiment("mine", "eval.thinking.rows=6 eval.thinking.tokens=10")
     zero_shot.main(experiment)
     result = results.read_result(experiment, "zero_shot_think", "test")
-    assert result["n"] == 6 and result["thinking"]["engine"] == "vllm" and result["seconds"] > 0
+    assert result.n == 6 and result.thinking["engine"] == "vllm" and result.seconds > 0
     (path,) = Path("runs/mine/zero-shot").glob("answers-*.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     whole = {answer["id"]: answer["text"] for line in lines for answer in json.loads(line)}

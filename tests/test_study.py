@@ -156,7 +156,7 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
                 load_experiment("mine", f"name=mine.curve.{point['rows']}.seed{seed}")
                 for seed in (1, 2)
             ]
-            each = [results.read_result(training, name, "test")["f1_macro"] for training in trained]
+            each = [results.read_result(training, name, "test").f1_macro for training in trained]
             assert of["f1_macro"] == pytest.approx(np.mean(each))
             assert of["f1_macro_ci95"][0] < of["f1_macro"] <= of["f1_macro_ci95"][1]
     best, fits, *passed = made["sentences"]

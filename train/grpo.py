@@ -47,7 +47,7 @@ def main(experiment: Experiment) -> None:
             )
         dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
         arguments = grpo.arguments(settings, folder, experiment.seed, dtype)
-        trainer = grpo.trainer(start["model"], encoder, asked, settings, arguments)
+        trainer = grpo.trainer(start.model, encoder, asked, settings, arguments)
         trainer.add_callback(Clock(stage.folder / CLOCK))
         state = read_json(resume / "trainer_state.json") if resume else {"global_step": 0}
         if state["global_step"] < settings.steps:

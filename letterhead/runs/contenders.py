@@ -1,16 +1,17 @@
 """What the comparison reads of each method: the checkpoint that stands for it, its figures, its
 cost, its answers."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import LetterheadError, read_json
+from letterhead.files import LetterheadError
 from letterhead.pipeline import STAGES, Method, outputs, record_of
 from letterhead.runs import results
+from letterhead.runs.results import Result
 from letterhead.stats import metrics
 
 
@@ -30,24 +31,20 @@ class Chosen:
 
     name: str
     method: Method
-    result: dict[str, Any]
-    validation: dict[str, Any] | None
+    result: Result
+    validation: Result | None
     how: str
-    highest: tuple[int, dict[str, Any]]
+    highest: tuple[int, Result]
 
     def entry(self, experiment: Experiment) -> dict[str, Any]:
         """What the comparison says of it before anything is compared."""
         title = self.method.title
-        if (
-            self.method.thinks
-            and not self.method.is_trained
-            and not self.result["thinking"]["begun"]
-        ):
+        if self.method.thinks and not self.method.is_trained and not self.result.thinking["begun"]:
             title += " (it does not think)"
         step, highest = self.highest
         kept = {
             key: value
-            for key, value in self.result.items()
+            for key, value in asdict(self.result).items()
             if key not in ("inputs_sha256", "versions")
         }
         return kept | {
@@ -55,9 +52,9 @@ class Chosen:
             "chosen_on": self.how,
             "cost": cost(experiment, self.method, self.result),
             "best_on_test": {"step": step or None}
-            | {key: highest[key] for key in ("f1_macro", "accuracy")},
-            "f1_macro_validation": self.validation and self.validation["f1_macro"],
-            "log_loss_validation": self.validation and self.validation["log_loss"],
+            | {"f1_macro": highest.f1_macro, "accuracy": highest.accuracy},
+            "f1_macro_validation": self.validation and self.validation.f1_macro,
+            "log_loss_validation": self.validation and self.validation.log_loss,
         }
 
 
@@ -68,18 +65,18 @@ def choose(experiment: Experiment, method: Method) -> Chosen:
     ------
     LetterheadError : a result is missing or cut off
     """
-    by_split: dict[str, dict[int, dict]] = {split: {} for split in results.SPLITS}
+    by_split: dict[str, dict[int, Result]] = {split: {} for split in results.SPLITS}
     for file in outputs(STAGES[method.stage], experiment):
         if Path(file).name.startswith((f"{method.name}.", f"{method.name}@")) and file.endswith(
             ".json"
         ):
-            result = read_json(file)
+            result = results.parse_result(Path(file))
             if result is None:
                 raise LetterheadError(
                     f"{file}: missing or cut off; delete it and run: make compare "
                     f"EXP={experiment.name}"
                 )
-            by_split[result["split"]][result["step"] or 0] = result
+            by_split[result.split][result.step or 0] = result
     test, validation = by_split["test"], by_split["validation"]
     steps = {
         step for step in test if step or not method.step_0
@@ -103,7 +100,7 @@ def choose(experiment: Experiment, method: Method) -> Chosen:
     return Chosen(name, method, test[step], validation.get(step), how, (highest, test[highest]))
 
 
-def cost(experiment: Experiment, method: Method, result: dict) -> dict[str, Any]:
+def cost(experiment: Experiment, method: Method, result: Result) -> dict[str, Any]:
     """What a method took: rows and seconds to train, seconds to score, memory, and multiply-adds
     for a row in service.
 
@@ -114,11 +111,11 @@ def cost(experiment: Experiment, method: Method, result: dict) -> dict[str, Any]
         "train_rows": 0,
         "training_seconds": 0.0,
         "stage_seconds": 0.0,
-        "test_seconds": result["seconds"],
-        "scoring_seconds": result["seconds"] if method.thinks else scoring["scoring_seconds"],
+        "test_seconds": result.seconds,
+        "scoring_seconds": result.seconds if method.thinks else scoring["scoring_seconds"],
         "peak_memory_mb": scoring["peak_memory_mb"],
         "peak_gpu_memory_mb": scoring.get("peak_gpu_memory_mb"),
-        "multiply_adds_per_row": round(result["parameters"] * result["tokens"] / result["n"]),
+        "multiply_adds_per_row": round(result.parameters * result.tokens / result.n),
     }
     if not method.is_trained:
         return spent

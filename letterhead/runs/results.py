@@ -5,10 +5,12 @@ beside them; NAME is a method, or method@step.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from letterhead import pipeline
 from letterhead.config.experiment import Experiment
@@ -24,6 +26,78 @@ from letterhead.runs.devices import device_name, versions
 from letterhead.stats.metrics import NO_ANSWER, classification_figures
 
 SPLITS = ("test", "validation")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method (at a step) reached on a split; as JSON, a result file.
+
+    Attributes
+    ----------
+    step : None for a method without steps
+    n : rows
+    ece_floor : what a perfectly calibrated method would show, for want of rows
+    confusion : rows are the true classes, columns the predicted ones, with one more for rows
+        without an answer
+    per_class : label → precision, recall, f1 and n
+    train_loss : mean of the steps since the last result; None for one that has no such steps
+    eval_loss : nats a row; for SFT a token of the right option; None without probabilities
+    seconds, tokens : of scoring; padding counts among the tokens
+    parameters : multiply-adds of a token
+    model : a checkpoint's folder, or what the model is, in words
+    training_seconds : up to this step, for heads
+    thinking : how many answers hold a thought, and the like, for a method that thinks
+    examples_cut, texts_cut : with eval.examples, how many were cut so that the prompt fits
+    """
+
+    experiment: str
+    method: str
+    step: int | None
+    seed: int
+    split: str
+    device: str
+    versions: dict[str, str | None]
+    n: int
+    accuracy: float
+    precision_macro: float
+    recall_macro: float
+    f1_macro: float
+    f1_macro_ci95: list[float]
+    ece: float | None
+    ece_floor: float | None
+    log_loss: float | None
+    confusion: list[list[int]]
+    per_class: dict[str, dict[str, float]]
+    eval_loss: float | None
+    seconds: float
+    rows_per_second: float
+    tokens: int
+    parameters: int
+    dtype: str
+    model: str
+    inputs_sha256: str
+    predictions_sha256: str
+    train_loss: float | None = None
+    training_seconds: float | None = None
+    thinking: dict[str, Any] | None = None
+    examples_cut: int | None = None
+    texts_cut: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its full name, METHOD or METHOD@STEP."""
+        return self.method if self.step is None else f"{self.method}@{self.step}"
+
+
+_SCHEMA = TypeAdapter(Result)
+
+
+def parse_result(path: Path) -> Result | None:
+    """A result file; None where there is none, it is cut off, or of a version with other fields."""
+    try:
+        return _SCHEMA.validate_python(read_json(path))
+    except ValidationError:
+        return None
 
 
 def result_files(experiment: Experiment, name: str, split: str) -> tuple[Path, Path]:
@@ -46,16 +120,18 @@ def class_numbers(experiment: Experiment, rows: Sequence[dict]) -> np.ndarray:
     return np.array([number[row["label"]] for row in rows])
 
 
-def read_result(experiment: Experiment, name: str, split: str) -> dict:
+def read_result(experiment: Experiment, name: str, split: str) -> Result:
     """A result, as its stage left it.
 
     Raises
     ------
-    LetterheadError : it is missing, or does not parse
+    LetterheadError : it is missing, or no whole result
     """
     path = result_files(experiment, name, split)[0]
-    if (result := read_json(path)) is None:
-        raise LetterheadError(f"{path}: missing; run: make compare EXP={experiment.name}")
+    if (result := parse_result(path)) is None:
+        raise LetterheadError(
+            f"{path}: missing, or no whole result; run: make compare EXP={experiment.name}"
+        )
     return result
 
 
@@ -94,14 +170,14 @@ def read_prices(experiment: Experiment) -> list[dict]:
     ]
 
 
-def kept_result(experiment: Experiment, name: str, split: str, inputs_sha256: str) -> dict | None:
+def kept_result(experiment: Experiment, name: str, split: str, inputs_sha256: str) -> Result | None:
     """The result on disk if it was made from the same inputs and its predictions are whole, else
     None."""
     result_file, predictions_file = result_files(experiment, name, split)
-    kept = read_json(result_file)
-    if not kept or kept["inputs_sha256"] != inputs_sha256 or not predictions_file.exists():
+    kept = parse_result(result_file)
+    if not kept or kept.inputs_sha256 != inputs_sha256 or not predictions_file.exists():
         return None
-    return kept if kept.get("predictions_sha256") == sha256_file(predictions_file) else None
+    return kept if kept.predictions_sha256 == sha256_file(predictions_file) else None
 
 
 def write_result(
@@ -113,7 +189,7 @@ def write_result(
     predicted: np.ndarray | None = None,
     perplexity: np.ndarray | None = None,
     **measured: Any,
-) -> dict:
+) -> Result:
     """Compute a result's figures; write its predictions, then, saying that they are whole, the
     result.
 
@@ -123,8 +199,8 @@ def write_result(
     rows : the split's rows, in the order of the arrays
     probabilities, perplexity : shape (rows, classes)
     predicted : class numbers or NO_ANSWER, shape (rows,); without them the most probable class
-    measured : seconds, tokens, parameters, dtype, model, inputs_sha256 and what else the caller
-        knows
+    measured : seconds, tokens, parameters, dtype, model, inputs_sha256, and of the other fields of
+        Result those that the caller knows
 
     Raises
     ------
@@ -140,20 +216,6 @@ def write_result(
     figures = classification_figures(
         class_numbers(experiment, rows), labels, experiment.seed, probabilities, predicted
     )
-    result = {
-        "experiment": experiment.name,
-        "method": method,
-        "step": int(step) if step else None,
-        "seed": experiment.seed,
-        "split": split,
-        "train_loss": None,
-        "eval_loss": figures["log_loss"],
-        "device": device_name(),
-        "versions": versions(),
-        "rows_per_second": round(len(rows) / measured["seconds"], 3),
-        **figures,
-        **measured,
-    }
     columns = {"probabilities": probabilities, "perplexity": perplexity}
     if predicted is None:
         predicted = probabilities.argmax(axis=1)
@@ -172,12 +234,23 @@ def write_result(
             "probabilities": None,
         } | named
 
-    result_file.unlink(
-        missing_ok=True
-    )  # of other inputs: its figures are not those of these predictions
+    # A result of other inputs goes first: its figures are not those of these predictions.
+    result_file.unlink(missing_ok=True)
     write_jsonl(predictions_file, map(line, range(len(rows))))
-    result["predictions_sha256"] = sha256_file(predictions_file)
-    write_json(result_file, result)
+    known = {
+        "experiment": experiment.name,
+        "method": method,
+        "step": int(step) if step else None,
+        "seed": experiment.seed,
+        "split": split,
+        "eval_loss": figures["log_loss"],
+        "device": device_name(),
+        "versions": versions(),
+        "rows_per_second": round(len(rows) / measured["seconds"], 3),
+        "predictions_sha256": sha256_file(predictions_file),
+    }
+    result = Result(**known | figures | measured)
+    write_json(result_file, asdict(result))
     return result
 
 
@@ -198,7 +271,7 @@ def require_finite(probabilities: np.ndarray, what: str, model: Any) -> None:
 
 
 def checkpoint_table(
-    experiment: Experiment, title: str, results: dict[tuple[int, str], dict], expected: list[int]
+    experiment: Experiment, title: str, results: dict[tuple[int, str], Result], expected: list[int]
 ) -> str:
     """The article's table in Markdown: one line a checkpoint, figures on test rows, validation F1
     beside them.
@@ -218,7 +291,7 @@ def checkpoint_table(
         )
     own = "Option's own loss" if title.startswith("SFT") else "Test loss"
     lines = [
-        f"# {experiment.name}: {title}, {next(iter(test.values()))['n']} test rows\n",
+        f"# {experiment.name}: {title}, {next(iter(test.values())).n} test rows\n",
         f"| Step | Training loss | {own} | Accuracy | Precision | Recall | F1 | 95 % "
         f"interval | F1 validation |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | :---: | ---: |",
@@ -232,26 +305,29 @@ def checkpoint_table(
             "not trained"
             if step == 0
             else ""
-            if result["train_loss"] is None
-            else f"{result['train_loss']:.4f}"
+            if result.train_loss is None
+            else f"{result.train_loss:.4f}"
         )
-        low, high = result["f1_macro_ci95"]
-        chosen = f"{validation[step]['f1_macro']:.4f}" if step in validation else "no rows"
+        low, high = result.f1_macro_ci95
+        chosen = f"{validation[step].f1_macro:.4f}" if step in validation else "no rows"
         figures = [
-            result[key]
-            for key in ("eval_loss", "accuracy", "precision_macro", "recall_macro", "f1_macro")
+            result.eval_loss,
+            result.accuracy,
+            result.precision_macro,
+            result.recall_macro,
+            result.f1_macro,
         ]
         numbers = " | ".join(f"{value:.4f}" for value in figures)
         lines.append(f"| {step} | {trained} | {numbers} | {low:.3f} to {high:.3f} | {chosen} |")
     best = highest_f1(test)
     lines.append(
-        f"\nBest on test (the article's choice): step {best}, F1 {test[best]['f1_macro']:.4f}."
+        f"\nBest on test (the article's choice): step {best}, F1 {test[best].f1_macro:.4f}."
     )
     if validation:
         step = chosen_step(experiment, validation)
         lines.append(
             f"Chosen on validation, by log loss: step {step}, F1 "
-            f"{test[step]['f1_macro']:.4f} on test (the honest figure)."
+            f"{test[step].f1_macro:.4f} on test (the honest figure)."
         )
     else:
         lines.append(
@@ -261,13 +337,13 @@ def checkpoint_table(
     return "\n".join(lines) + "\n"
 
 
-def best_step(results: dict[int, dict]) -> int:
+def best_step(results: dict[int, Result]) -> int:
     """The step with the lowest log loss over the options, which has less noise than F1; of equals
     the earliest."""
-    return min(results, key=lambda step: (results[step]["log_loss"], step))
+    return min(results, key=lambda step: (results[step].log_loss, step))
 
 
-def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
+def chosen_step(experiment: Experiment, validation: dict[int, Result]) -> int:
     """The step to take of a method's training: the last, where the learning rate has come down,
     unless another has a lower log loss on validation rows by more than a standard error of the
     difference on the same rows; then that one.
@@ -282,7 +358,7 @@ def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
     lowest, last = best_step(validation), max(validation)
 
     def losses(step: int) -> np.ndarray:
-        lines = read_predictions(experiment, f"{validation[step]['method']}@{step}", "validation")
+        lines = read_predictions(experiment, validation[step].name, "validation")
         return -np.log(
             np.clip([line["probabilities"][line["label"]] for line in lines], 1e-12, None)
         )
@@ -293,9 +369,9 @@ def chosen_step(experiment: Experiment, validation: dict[int, dict]) -> int:
     return last if apart.mean() <= apart.std() / len(apart) ** 0.5 else lowest
 
 
-def highest_f1(results: dict[int, dict]) -> int:
+def highest_f1(results: dict[int, Result]) -> int:
     """The step with the highest macro F1; of equals the one with the lowest log loss."""
     return max(
         results,
-        key=lambda step: (results[step]["f1_macro"], -(results[step]["log_loss"] or 0), -step),
+        key=lambda step: (results[step].f1_macro, -(results[step].log_loss or 0), -step),
     )

@@ -11,6 +11,7 @@ from letterhead.config.models import source_name
 from letterhead.files import LetterheadError, atomic_open, escape_markdown, read_json
 from letterhead.pipeline import ALL, method_of
 from letterhead.runs import results
+from letterhead.runs.results import Result
 
 EXPERIMENT = "experiment.yaml"
 
@@ -38,7 +39,7 @@ def write_card(
     training = f"trained to step {step}" if step else "frozen, with logistic regression"
     method = method_of(name)
     section = method.section(experiment)
-    of_training = read_json(results.result_files(experiment, name, "test")[0])
+    of_training = results.parse_result(results.result_files(experiment, name, "test")[0])
     source = source_name(section.model)
     data = ModelCardData(
         license=section.license or "other",
@@ -94,24 +95,24 @@ def shown_source(experiment: Experiment) -> str:
     )
 
 
-def _for_hubs(experiment: Experiment, result: dict) -> list[EvalResult]:
+def _for_hubs(experiment: Experiment, result: Result) -> list[EvalResult]:
     task = {
         "task_type": "text-classification",
         "dataset_type": "custom",
         "dataset_name": experiment.name,
         "dataset_split": "test",
     }
-    values = {"f1": ("macro F1", result["f1_macro"]), "accuracy": ("accuracy", result["accuracy"])}
+    values = {"f1": ("macro F1", result.f1_macro), "accuracy": ("accuracy", result.accuracy)}
     return [
         EvalResult(metric_type=kind, metric_name=title, metric_value=round(value, 4), **task)
         for kind, (title, value) in values.items()
     ]
 
 
-def _table(result: dict) -> str:
-    low, high = result["f1_macro_ci95"]
+def _table(result: Result) -> str:
+    low, high = result.f1_macro_ci95
     return (
         "| macro F1 | 95 % interval | accuracy | test rows |\n| ---: | :---: | ---: | ---: |\n"
-        f"| {result['f1_macro']:.3f} | {low:.3f} to {high:.3f} | "
-        f"{result['accuracy']:.3f} | {result['n']} |"
+        f"| {result.f1_macro:.3f} | {low:.3f} to {high:.3f} | "
+        f"{result.accuracy:.3f} | {result.n} |"
     )
