@@ -54,7 +54,7 @@ NEAREST += ; print(*(known[name] for name in difflib.get_close_matches(sys.argv[
 nearest = $(shell $(PYTHON) -c '$(NEAREST)' '$(1)' $(2))
 $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(or $(patsubst %,did you mean %=?,$(call nearest,$(UNKNOWN),$(KNOWN))),choose of $(KNOWN))))
 # A misspelt target would end in make's own words.
-TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf embedding bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
+TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf embedding setfit bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
 NO_TARGET := $(firstword $(filter-out $(TARGETS) $(READY) $(READY_SBOM) $(READY_SERVE),$(MAKECMDGOALS)))
 $(if $(NO_TARGET),$(error no target $(NO_TARGET); $(or $(patsubst %,did you mean make %?,$(call nearest,$(NO_TARGET),$(TARGETS))),make help lists them)))
 ONLY_NEW := $(firstword $(filter DATA TEXT LABEL,$(GIVEN)))
@@ -112,6 +112,9 @@ embedding: data ## the encoder frozen, with logistic regression on its embedding
 	@$(RUN) train.fitted embedding $(STAGE)
 	@$(RUN) train.fitted embedding_all $(STAGE)
 
+setfit: data ## fine-tune the encoder by contrast of pairs, where rows are few (encoder.setfit)
+	@$(RUN) train.fitted setfit $(STAGE)
+
 bert: data ## fine-tune BERT with a linear head (HF Trainer), on the rows that the methods share
 	@$(RUN) train.heads bert $(STAGE)
 
@@ -127,7 +130,7 @@ sft-options: data ## train the decoder as SFT does, with the loss over the optio
 seeds: data ## train every method once more for each further seed that the experiment names
 	@$(RUN) study.seeds $(STAGE)
 
-compare: eval-ckpts sft-think zero-shot tfidf embedding bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested
+compare: eval-ckpts sft-think zero-shot tfidf embedding setfit bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested
 	@$(RUN) eval.compare $(STAGE)
 
 decide: compare ## which method to ship, and why

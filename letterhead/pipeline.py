@@ -54,11 +54,11 @@ def always(experiment: Experiment) -> bool:
 def read_card(experiment: Experiment) -> dict[str, Any] | None:
     """The data card; None where there is none, or one of an earlier version."""
     card = read_json(experiment.data_folder / "data_card.json")
-    return card if card and "shared" in card else None
+    return card if card and "sft_rows" in card.get("shared", {}) else None
 
 
-def has_more_rows(experiment: Experiment) -> bool:
-    """Whether train has more rows than the methods share (decoder.train_rows).
+def shared_rows(experiment: Experiment) -> int:
+    """How many rows the methods share.
 
     Raises
     ------
@@ -68,7 +68,28 @@ def has_more_rows(experiment: Experiment) -> bool:
     if card is None:
         path = experiment.data_folder / "data_card.json"
         raise LetterheadError(f"{path}: not made yet; run: make data EXP={experiment.name}")
-    return card["shared"]["rows"] < card["rows"]["train"]
+    return card["shared"]["rows"]
+
+
+def has_more_rows(experiment: Experiment) -> bool:
+    """Whether train has more rows than the methods share (decoder.train_rows).
+
+    Raises
+    ------
+    LetterheadError : no rows were made yet
+    """
+    return shared_rows(experiment) < read_card(experiment)["rows"]["train"]
+
+
+def has_few_rows(experiment: Experiment) -> bool:
+    """Whether the shared rows are few enough for SetFit (encoder.setfit.rows_per_class).
+
+    Raises
+    ------
+    LetterheadError : no rows were made yet
+    """
+    most = experiment.encoder.setfit.rows_per_class
+    return bool(most) and shared_rows(experiment) <= most * len(experiment.labels)
 
 
 def has_teacher(experiment: Experiment) -> bool:
@@ -79,6 +100,10 @@ def learns_thoughts(experiment: Experiment) -> bool:
     return has_teacher(experiment) and "distilled" in experiment.sft_arguments()["dataset"].split(
         ","
     )
+
+
+def reads_validation(experiment: Experiment) -> bool:
+    return bool(experiment.decoder.sft.patience or experiment.decoder.sft.search)
 
 
 def trains_on_options(experiment: Experiment) -> bool:
@@ -153,7 +178,8 @@ def _head_stage(
     name: str, does: str, method: str, model: str, key: str, rows: str = SHARED, **more: Any
 ) -> Stage:
     files = (f"{rows}.jsonl", *SPLIT_FILES)
-    keys = (f"{model}.{key}", "data.labels", "decoder.dtype", "seed", *more.pop("keys", ()))
+    keys = (f"{model}.{key}", "data.labels", "decoder.dtype", "balance", "seed")
+    keys += more.pop("keys", ())
     needs = (Need("data", files),)
     return Stage(
         name,
@@ -173,7 +199,7 @@ def _fitted_stages(
     name: str, does: str, code: str, keys: tuple[str, ...] = (), **more: Any
 ) -> list[Stage]:
     """The stages of a method that is fitted in seconds: on the shared rows, and on all of train."""
-    keys = ("data.labels", "seed", *keys)
+    keys = ("data.labels", "balance", "seed", *keys)
     more |= {"version": FIGURES}
     more["code"] = (code, "letterhead.models.fitted", "letterhead.models.prompt")
     stages = []
@@ -198,13 +224,14 @@ _STAGES = (
             "title",
             "data",
             "prompt",
+            "balance",
             "decoder.train_rows",
             "decoder.license",
             "encoder.license",
             "decoder.sft:template,cutoff_len,enable_thinking,dataset",
         ),
         models=("decoder", "encoder"),
-        version=4,
+        version=5,
         more="letterhead.rows.sources:files_of",
     ),
     DISTILL := Stage(
@@ -221,8 +248,12 @@ _STAGES = (
         "sft",
         "teach the decoder to answer with an option",
         "train.sft",
-        needs=(Need("data", ("sft_train.jsonl",)), Need("distill", when=learns_thoughts)),
-        keys=("decoder.sft", "decoder.dtype"),
+        needs=(
+            Need("data", ("sft_train.jsonl",)),
+            Need("data", ("sft_validation.jsonl",), when=reads_validation),
+            Need("distill", when=learns_thoughts),
+        ),
+        keys=("decoder.sft", "decoder.sft.patience", "decoder.sft.search", "decoder.dtype"),
         models=("decoder",),
         retrained=True,
     ),
@@ -261,6 +292,19 @@ _STAGES = (
         "letterhead.models.embeddings",
         keys=("encoder.prefix", "encoder.head:max_length"),
         models=("encoder",),
+    ),
+    SETFIT_TRAINING := Stage(
+        "setfit",
+        "fine-tune the encoder by contrast of pairs",
+        "train.fitted",
+        "setfit",
+        (Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES)),),
+        ("data.labels", "balance", "seed", "encoder.setfit", "encoder.prefix")
+        + ("encoder.head:max_length",),
+        ("encoder",),
+        version=FIGURES,
+        retrained=True,
+        when=has_few_rows,
     ),
     _head_stage("bert", "fine-tune BERT", "bert", "encoder", "head"),
     _head_stage(
@@ -369,6 +413,7 @@ class Method:
     has_steps : its checkpoints are scored and kept
     thinks : it writes freely
     step_0 : the method as which its model before training stands
+    is_saved : its stage leaves it as a model of its own
     runner : vLLM's way of serving it
     bench : what is measured in service: name of the row, engine, and how an answer is got out of it
     priced_as : rows of the bench whose price is its own, too
@@ -384,6 +429,7 @@ class Method:
     settings: str | None = None
     loader: str = ""
     fitter: str = ""
+    is_saved: bool = False
     reads_prompt: bool = False
     has_steps: bool = False
     thinks: bool = False
@@ -414,6 +460,10 @@ class Method:
     def checkpoints(self, experiment: Experiment) -> Path:
         """Where its checkpoints lie."""
         return experiment.run_folder / self.trained_by / "checkpoints"
+
+    def saved(self, experiment: Experiment) -> Path:
+        """Where its stage leaves it as a model of its own."""
+        return experiment.run_folder / self.trained_by / "model"
 
     def load(self) -> Callable[..., Any]:
         """The function that loads it."""
@@ -494,6 +544,19 @@ _METHODS = (
         priced_as=("embedding",),
         when=has_more_rows,
         **_EMBEDDING,
+    ),
+    SETFIT := Method(
+        "setfit",
+        "SetFit",
+        SETFIT_TRAINING.name,
+        SETFIT_TRAINING.name,
+        SHARED,
+        "encoder",
+        loader=f"{CLASSIFIER}:load_saved_method",
+        fitter="letterhead.models.setfit:fit",
+        is_saved=True,
+        priced_as=("embedding",),
+        when=has_few_rows,
     ),
     BERT := Method(
         "bert",
@@ -631,17 +694,17 @@ def inputs(stage: Stage, experiment: Experiment) -> dict[str, Any]:
     ------
     LetterheadError : a stage that it reads has not been made
     """
+    files: dict[str, Any] = {}
+    for need in stage.needs:
+        if need.when(experiment):
+            files[need.stage] = files.get(need.stage, {}) | files_read(need, experiment)
     return {
         "version": stage.version,
         "keys": {key: value_of(experiment, key) for key in stage.keys},
         "models": {
             section: model_identity(getattr(experiment, section).folder) for section in stage.models
         },
-        "files": {
-            need.stage: files_read(need, experiment)
-            for need in stage.needs
-            if need.when(experiment)
-        },
+        "files": files,
         "code": {module: sha256_file(source_of(module)) for module in stage.code},
         "more": resolve(stage.more)(experiment) if stage.more else None,
     }

@@ -14,6 +14,7 @@ import os
 from contextlib import ExitStack
 
 import jsonlines
+import numpy as np
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import atomic_open, exclusive, read_jsonl, write_json
@@ -24,6 +25,7 @@ from letterhead.models.prompt import (
     load_scoring_encoder,
 )
 from letterhead.pipeline import DATA
+from letterhead.rows.balance import repeats
 from letterhead.rows.card import summary, token_lengths
 from letterhead.rows.fetch import CACHE, fetch_model
 from letterhead.rows.labels import first_label_number, numbered_names
@@ -34,7 +36,7 @@ from letterhead.runs.stage import OFFLINE, StageRun, run
 from letterhead.runs.terminal import progress, say
 
 FILES = (
-    *(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train")),
+    *(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train", "sft_validation")),
     "dataset_info.json",
     "data_card.json",
 )
@@ -73,7 +75,9 @@ def main(experiment: Experiment) -> None:
         chosen = draw_splits(pool, experiment, card, pool_path)
         decoder_rows = draw_decoder_rows(pool, chosen, experiment)
         encoder = load_prompt_encoder(experiment)
-        write_rows(pool_path, chosen, decoder_rows, experiment, encoder, card)
+        times = np.zeros(len(chosen), int)
+        times[decoder_rows] = sft_repeats(experiment, pool.arrays()[0][decoder_rows])
+        write_rows(pool_path, chosen, times, experiment, encoder, card)
     card |= {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -115,10 +119,17 @@ def check_examples(experiment: Experiment) -> None:
 
 
 def write_rows(
-    pool_path, chosen, decoder_rows, experiment: Experiment, encoder: PromptEncoder, card: dict
+    pool_path, chosen, times, experiment: Experiment, encoder: PromptEncoder, card: dict
 ) -> None:
     """Copy the pool's lines to their splits, and the decoder's rows also in LLaMA-Factory's Alpaca
-    form."""
+    form.
+
+    Parameters
+    ----------
+    chosen : index in SPLITS, or UNUSED, shape (rows,)
+    times : how often SFT reads a row in an epoch, shape (rows,); 0 for one that is not the
+        decoder's
+    """
     answers = dict(zip(experiment.labels, map(encoder.answer_text, encoder.options), strict=True))
     shortened = neutralised = 0
     with ExitStack() as stack:
@@ -127,8 +138,9 @@ def write_rows(
             for split in SPLITS
         ]
         decoder = stack.enter_context(atomic_open(experiment.data_folder / "decoder_train.jsonl"))
-        alpaca = jsonlines.Writer(
-            stack.enter_context(atomic_open(experiment.data_folder / "sft_train.jsonl"))
+        train, validation = (
+            jsonlines.Writer(stack.enter_context(atomic_open(experiment.data_folder / name)))
+            for name in ("sft_train.jsonl", "sft_validation.jsonl")
         )
         pool = stack.enter_context(open(pool_path, encoding="utf-8", newline="\n"))
         for number, line in enumerate(
@@ -137,24 +149,42 @@ def write_rows(
             if chosen[number] == UNUSED:
                 continue
             files[chosen[number]].write(line)
-            if decoder_rows[number]:
-                decoder.write(line)
-                row = json.loads(line)
-                clean, fitted = encoder.neutralise(row["text"]), encoder.fit(row["text"])
-                neutralised += clean != row["text"]
-                shortened += len(fitted) < len(clean)
-                alpaca.write(
-                    {
-                        "instruction": encoder.fill(fitted),
-                        "input": "",
-                        "output": answers[row["label"]],
-                    }
-                )
+            is_validation = SPLITS[chosen[number]] == "validation"
+            if not times[number] and not is_validation:
+                continue
+            row = json.loads(line)
+            clean, fitted = encoder.neutralise(row["text"]), encoder.fit(row["text"])
+            example = {
+                "instruction": encoder.fill(fitted),
+                "input": "",
+                "output": answers[row["label"]],
+            }
+            if is_validation:
+                validation.write(example)
+                continue
+            decoder.write(line)
+            train.write_all([example] * int(times[number]))
+            neutralised += clean != row["text"]
+            shortened += len(fitted) < len(clean)
     card["shared"] = {
-        "rows": int(decoder_rows.sum()),
+        "rows": int((times > 0).sum()),
+        "sft_rows": int(times.sum()),
         "cut_to_cutoff_len": shortened,
         "control_strings_broken_up": neutralised,
     }
+
+
+def sft_repeats(experiment: Experiment, classes: np.ndarray) -> np.ndarray:
+    """How often SFT reads each of its rows in an epoch. LLaMA-Factory's loss takes no weights, so
+    that these become rows, too.
+
+    Parameters
+    ----------
+    classes : class numbers, shape (rows,)
+    """
+    if experiment.balance == "none":
+        return np.ones(len(classes), int)
+    return repeats(classes, experiment.seed)
 
 
 def dataset_info(experiment: Experiment) -> dict:
@@ -162,6 +192,7 @@ def dataset_info(experiment: Experiment) -> dict:
     thoughts beside it."""
     columns = {"prompt": "instruction", "query": "input", "response": "output"}
     files = dict.fromkeys(experiment.sft_arguments()["dataset"].split(","), "sft_train.jsonl")
+    files["sft_validation"] = "sft_validation.jsonl"
     if experiment.distill:
         files["distilled"] = "distilled.jsonl"
     return {name: {"file_name": file, "columns": columns} for name, file in files.items()}

@@ -357,7 +357,7 @@ def steps(plan: Plan) -> str:
 
     if not plan.n:
         return f"not known before the rows are made; run: make data EXP={plan.experiment.name}"
-    steps, at = sft_plan(plan.experiment, plan.n["decoder"])
+    steps, at = sft_plan(plan.experiment, plan.card["shared"]["sft_rows"])
     findings = [f"SFT {steps:,}, saved at {', '.join(f'{step:,}' for step in at)}"]
     for title, (_, name, head, _) in plan.heads().items():
         head = head.on(plan.n[name])
@@ -479,7 +479,7 @@ def hours(plan: Plan) -> str:
         per_step = trial(plan.experiment, Path(folder))
     from letterhead.models.llamafactory import sft_plan
 
-    steps, _ = sft_plan(plan.experiment, plan.n["decoder"])
+    steps, _ = sft_plan(plan.experiment, plan.card["shared"]["sft_rows"])
     return (
         f"SFT {per_step:.2f} s a step: {steps * per_step / 3600:.2f} h for {steps:,} "
         f"steps (saving and scoring come on top)"

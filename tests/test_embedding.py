@@ -14,7 +14,6 @@ from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import embeddings
 from letterhead.models.classifier import load_classifier
 from letterhead.models.embeddings import Embedder, fit_regression
-from letterhead.models.fitted import fit_method
 from letterhead.runs import results
 from prep import data
 from serve import export, predict
@@ -106,43 +105,51 @@ def test_validation_rows_and_absent_classes_change_nothing(make_experiment):
         embeddings.fit(experiment, [row for row in rows if row["label"] == LABELS[0]], [])
 
 
-@pytest.mark.parametrize(("classes", "prefix"), [(2, ""), (len(LABELS), "query: ")])
-def test_the_stage_predict_the_export_and_its_card_answer_alike(make_experiment, classes, prefix):
+@pytest.mark.parametrize(
+    ("method", "classes", "prefix"),
+    [("embedding", 2, ""), ("embedding", len(LABELS), "query: "), ("setfit", 3, "query: ")],
+)
+def test_the_stage_predict_the_export_and_its_card_answer_alike(
+    make_experiment, method, classes, prefix
+):
     labels = LABELS[:classes]
     write_csv("rows.csv", [row for row in nasty_rows(160) if row[1] in labels])
     experiment = make_experiment(
         "rows.csv",
         labels,
         data={"rows": {"validation": 10, "test": 20}},
-        encoder_keys={"prefix": prefix},
+        encoder_keys={
+            "prefix": prefix,
+            "setfit": {"rows_per_class": 1000, "most_steps": 3, "learning_rate": 1e-4},
+        },
     )
     data.main(experiment)
-    fitted.main(experiment, "embedding")
+    fitted.main(experiment, method)
     rows = results.read_rows(experiment, "test")
     evaluated = [
         [line["probabilities"][label] for label in labels]
-        for line in results.read_predictions(experiment, "embedding", "test")
+        for line in results.read_predictions(experiment, method, "test")
     ]
     texts = [row["text"] for row in rows]
-    classify = load_classifier(experiment, "embedding")
+    classify = load_classifier(experiment, method)
     assert np.abs(classify(texts) - evaluated).max() < 1e-6
     write_csv("in.csv", [(text, "") for text in texts])
-    predict.main(experiment, "in.csv", "method.csv", "embedding")
-    folder, _ = export.export(experiment, "embedding")
+    predict.main(experiment, "in.csv", "method.csv", method)
+    folder, _ = export.export(experiment, method)
     predict.main(experiment, "in.csv", "export.csv", str(folder))
-    method, exported = read("method.csv"), read("export.csv")
-    assert [line[:-classes] for line in method] == [line[:-classes] for line in exported]
-    shares = [np.array([line[-classes:] for line in one[1:]], float) for one in (method, exported)]
+    own, exported = read("method.csv"), read("export.csv")
+    assert [line[:-classes] for line in own] == [line[:-classes] for line in exported]
+    shares = [np.array([line[-classes:] for line in one[1:]], float) for one in (own, exported)]
     assert np.abs(shares[0] - shares[1]).max() < 1e-4
     said = said_by_the_cards_code(folder)
     assert repr(dict(enumerate(labels))) in said
     printed = [float(one) for one in re.findall(r"\d\.\d+(?:e-\d+)?", said.partition("tensor")[2])]
-    own = fit_method(experiment, "embedding").score([export.EXAMPLE]).probabilities[0]
+    (own,) = classify([export.EXAMPLE])
     assert printed == pytest.approx(own, abs=1e-3)
     assert "library_name: sentence-transformers" in (folder / "README.md").read_text()
     assert not list(Path(folder).rglob("*.bin"))
     assert embeddings.is_saved(folder) and not embeddings.is_saved(experiment.encoder.folder)
     encoder = experiment.encoder.model_copy(update={"prefix": "passage: "})
     changed = experiment.model_copy(update={"encoder": encoder})
-    with pytest.raises(LetterheadError, match="not measured as it would be .*: make embedding"):
-        export.export(changed, "embedding")
+    with pytest.raises(LetterheadError, match=f"not measured as it would be .*: make {method}"):
+        export.export(changed, method)

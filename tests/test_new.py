@@ -10,6 +10,7 @@ from letterhead.config.experiment import load_experiment
 from letterhead.files import LetterheadError, read_json
 from prep import new
 from tests.conftest import ROOT
+from tests.test_balance import skewed
 from tests.test_data import write_csv
 
 
@@ -28,6 +29,7 @@ def written(place, monkeypatch):
     """Write an experiment for a source; its rows are not made."""
     monkeypatch.setattr(new.data, "main", lambda experiment: None)
     monkeypatch.setattr(new, "foretell", lambda _: "a while")
+    monkeypatch.setattr(new, "reason_to_balance", lambda _: None)
 
     def write(source: str, **columns: str):
         new.main(source, **columns)
@@ -89,6 +91,18 @@ def test_many_classes_are_answered_by_name_and_rare_ones_left_out(written):
         experiment.sft_arguments()["num_train_epochs"] * 100 >= 20 * 26
         and experiment.encoder.head.on(400).num_train_epochs == 8
     )
+
+
+@pytest.mark.parametrize("rare", [0.1, 0.45], ids=["rare", "not rare"])
+def test_a_rare_class_gets_weights_where_validation_rows_say_so(place, rare):
+    write_csv("mail.csv", skewed(1200, rare, 1))
+    new.main("mail.csv")
+    experiment = load_experiment("mail")
+    text = Path("experiments/mail.yaml").read_text()
+    assert experiment.balance == ("weights" if rare == 0.1 else "none")
+    assert ("# - balance: weights, since the largest class" in text) == (rare == 0.1)
+    card = read_json("data/mail/data_card.json")["shared"]
+    assert (card["sft_rows"] > card["rows"]) == (rare == 0.1)
 
 
 def test_chinese_texts_get_models_that_read_them(written):

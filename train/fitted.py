@@ -1,5 +1,5 @@
 """The methods that are fitted in seconds: TF-IDF, and the encoder's frozen embeddings, each with
-logistic regression.
+logistic regression; and SetFit, which takes minutes and is saved.
 
 `tfidf_all` and `embedding_all` are fitted on all of train, where the methods share fewer rows.
 
@@ -9,6 +9,7 @@ python -m train.fitted tfidf --experiment quick
 import time
 
 from letterhead.config.experiment import Experiment
+from letterhead.files import atomic_folder
 from letterhead.models.fitted import Fitted, fit_method
 from letterhead.pipeline import METHODS, STAGES, arguments_of
 from letterhead.runs import results
@@ -18,7 +19,7 @@ from letterhead.runs.stage import StageRun, run, tell_absent
 def main(experiment: Experiment, method_name: str) -> None:
     method = METHODS[method_name]
     if not method.when(experiment):
-        tell_absent(STAGES[method.stage], "not of this experiment: its methods read all of train")
+        tell_absent(STAGES[method.stage], "not of this experiment, for the number of its rows")
         return
     stage = StageRun(experiment, STAGES[method.stage])
     if stage.is_current():
@@ -29,6 +30,10 @@ def main(experiment: Experiment, method_name: str) -> None:
     fitted = fit_method(experiment, method_name)
     seconds = time.perf_counter() - start + fitted.saved_seconds
     files, scored = [], 0.0
+    if method.is_saved:
+        with atomic_folder(method.saved(experiment)) as folder:
+            fitted.save(folder)
+        files += sorted(method.saved(experiment).rglob("*.safetensors"))
     for split in results.SPLITS:
         if rows := results.read_rows(experiment, split):
             scored += evaluate(experiment, method_name, fitted, split, rows, stage.inputs_sha256)
@@ -36,9 +41,10 @@ def main(experiment: Experiment, method_name: str) -> None:
     result = results.read_result(experiment, method_name, "test")
     stage.finish(
         files,
-        headline=f"macro F1 {result['f1_macro']:.3f} on {result['n']} test rows",
+        headline=f"macro F1 {result.f1_macro:.3f} on {result.n} test rows",
         rows=len(results.read_rows(experiment, method.rows)),
         tokens=None,
+        reading=experiment.reading,
         training_seconds=round(seconds, 2),
         scoring_seconds=round(scored, 2),
     )

@@ -10,6 +10,7 @@ python -m train.heads bert --experiment quick
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from letterhead.config.experiment import Experiment
@@ -40,36 +41,53 @@ def main(experiment: Experiment, method: str) -> None:
         for path in checkpoints.set_aside_broken(folder):
             print(f"{path}: was cut off while it was written; set aside, not used")
         resume = checkpoints.resumable(folder)
-        train(experiment, method, stage.inputs_sha256, resume, stage.lock_descriptor)
+        rate, searched = head.learning_rate, None
+        if head.search:
+            from train.heads_worker import trial_loss
+            from train.search import search
+
+            searched = search(
+                head.search,
+                rate,
+                lambda rate, trial: trial_loss(experiment, method, rate, trial),
+                stage.folder,
+                f"{trained.model}.{trained.settings}.search",
+                experiment,
+                stage.inputs_sha256,
+            )
+            rate = searched.rate
+        train(experiment, method, stage.inputs_sha256, resume, rate, stage.lock_descriptor)
         checkpoints.keep_best_and_last(folder)
         gaps = score_again(experiment, method, stage.inputs_sha256)
         kept, files = collect(experiment, method, stage.inputs_sha256)
         with atomic_open(table) as file:
             file.write(results.checkpoint_table(experiment, trained.title, kept, gaps))
-        weights = [
-            file
-            for path in checkpoints.whole_checkpoints(folder)
-            for file in path.glob("*.safetensors")
-        ]
-        rows = len(results.read_rows(experiment, trained.rows))
+        whole = checkpoints.whole_checkpoints(folder)
+        weights = [file for path in whole for file in path.glob("*.safetensors")]
         print(table.read_text(encoding="utf-8"))
         last = kept[max(kept)[0], "test"]
         stage.finish(
             [*files, table, *weights],
-            headline=f"macro F1 {last['f1_macro']:.3f} on {last['n']} test rows at the last "
-            f"step, {last['step']}",
-            rows=rows,
-            epochs=head.on(rows).num_train_epochs,
+            headline=f"macro F1 {last.f1_macro:.3f} on {last.n} test rows at the last "
+            f"step, {last.step}",
+            rows=len(results.read_rows(experiment, trained.rows)),
+            epochs=round(read_json(whole[-1] / "trainer_state.json")["epoch"], 2),
             reading=experiment.reading,
             tokens=None,
-            training_seconds=max(result["training_seconds"] for result in kept.values()),
-            scoring_seconds=round(sum(result["seconds"] for result in kept.values()), 1),
+            training_seconds=max(result.training_seconds for result in kept.values()),
+            scoring_seconds=round(sum(result.seconds for result in kept.values()), 1),
             resumed_from=checkpoints.step_of(resume) if resume else 0,
+            search=searched and asdict(searched),
         )
 
 
 def train(
-    experiment: Experiment, method: str, inputs_sha256: str, resume: Path | None, lock: int
+    experiment: Experiment,
+    method: str,
+    inputs_sha256: str,
+    resume: Path | None,
+    rate: float,
+    lock: int,
 ) -> None:
     """Train in this process, or, where NPROC says so, in several that torchrun starts.
 
@@ -80,9 +98,10 @@ def train(
     if (n := process_count()) == 1:
         from train.heads_worker import fit
 
-        fit(experiment, method, inputs_sha256, resume)
+        fit(experiment, method, inputs_sha256, resume, rate)
         return
     arguments = [*sys.argv[1:], "--inputs", inputs_sha256, "--resume", str(resume or "none")]
+    arguments += ["--rate", str(rate)]
     child = subprocess.Popen(
         guarded(torchrun(n, "train.heads_worker", arguments)),
         pass_fds=[lock, *TERMINAL.descriptors],
@@ -146,15 +165,15 @@ def collect(experiment: Experiment, method: str, inputs_sha256: str) -> tuple[di
     deleted."""
     kept, files = {}, []
     for path in experiment.results_folder.glob(f"{method}@*.json"):
-        result = read_json(path)
+        result = results.parse_result(path)
         if result is None:
             continue
-        both = results.result_files(experiment, f"{method}@{result['step']}", result["split"])
-        if result["inputs_sha256"] != inputs_sha256:
+        both = results.result_files(experiment, f"{method}@{result.step}", result.split)
+        if result.inputs_sha256 != inputs_sha256:
             for file in both:
                 file.unlink(missing_ok=True)
             continue
-        kept[result["step"], result["split"]] = result
+        kept[result.step, result.split] = result
         files += both
     if not kept:
         raise LetterheadError(

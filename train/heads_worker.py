@@ -7,6 +7,7 @@ runs/quick/bert/checkpoints/checkpoint-9
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from letterhead.runs.processes import begin_worker
@@ -14,15 +15,21 @@ from letterhead.runs.processes import begin_worker
 if __name__ == "__main__":
     begin_worker()
 
+import numpy as np
 import torch
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 
 from letterhead.config.experiment import Experiment
+from letterhead.config.models import Head
 from letterhead.files import read_json, write_json
 from letterhead.models import checkpoints, heads
+from letterhead.models.callbacks import has_ended
 from letterhead.models.folding import load_folded
 from letterhead.models.precision import precision
 from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 from letterhead.pipeline import METHODS, Method
+from letterhead.rows.balance import class_weights, training_rows
 from letterhead.runs import results
 from letterhead.runs.devices import process_count, share_batch
 from letterhead.runs.stage import run
@@ -30,62 +37,30 @@ from letterhead.runs.stage import run
 CLOCK = "clock.json"  # step → seconds trained
 
 
-def main(experiment: Experiment, method: str, inputs_sha256: str, resume: str) -> None:
-    fit(experiment, method, inputs_sha256, Path(resume) if resume != "none" else None)
+def main(experiment: Experiment, method: str, inputs_sha256: str, resume: str, rate: str) -> None:
+    fit(experiment, method, inputs_sha256, Path(resume) if resume != "none" else None, float(rate))
 
 
-def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | None) -> None:
+def fit(
+    experiment: Experiment, method: str, inputs_sha256: str, resume: Path | None, rate: float
+) -> None:
     """Train to the last step, from the checkpoint `resume` if there is one; of several processes
-    the first writes."""
-    from transformers import set_seed
+    the first writes.
 
+    Parameters
+    ----------
+    rate : the learning rate
+    """
     trained = METHODS[method]
     folder = trained.checkpoints(experiment)
     clock_file = folder.with_name(CLOCK)
-    source, head, key = (
-        trained.section(experiment).folder,
-        trained.head(experiment),
-        f"{trained.model}.{trained.settings}",
-    )
+    head = trained.head(experiment).model_copy(update={"learning_rate": rate})
+    source = trained.section(experiment).folder
     needed = checkpoints.head_disk(checkpoints.stored_parameters(source))
     checkpoints.require_disk(folder, needed, f"the training of {method}")
-    rows = results.read_rows(experiment, trained.rows)
     splits = {split: results.read_rows(experiment, split) for split in results.SPLITS}
     splits = {split: rows_of_split for split, rows_of_split in splits.items() if rows_of_split}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
-    batch, accumulation = share_batch(
-        head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), key
-    )
-    shared = head.on(len(rows)).model_copy(
-        update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    )
-    best = "validation_log_loss" if "validation" in splits else None
-    dtype = precision(experiment.decoder.dtype, source)
-    arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype)
-    set_seed(experiment.seed)
-    # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so
-    # they are loaded here.
-    tokenizer = heads.load_tokenizer(source)
-    encoder = row_encoder(experiment, trained, tokenizer)
-    if trained.reads_prompt:
-        model = (
-            heads.load_head(resume, experiment.labels)
-            if resume
-            else load_folded(experiment, encoder.prompt)
-        )
-    else:
-        heads.require_length(source, head.max_length, key)
-        model = heads.load_head(resume or source, experiment.labels, new_head=not resume)
-    sets = {
-        name: heads.encoded(
-            rows_of_split,
-            results.class_numbers(experiment, rows_of_split),
-            encoder,
-            f"encoding {name}",
-        )
-        for name, rows_of_split in {"train": rows, **splits}.items()
-    }
-    multiplied = checkpoints.parameters_per_token(model)
     begin, evaluating = time.perf_counter(), 0.0
     clock = read_clock(clock_file) if resume else {}
     before = clock.get(str(checkpoints.step_of(resume)), 0.0) if resume else 0.0
@@ -109,16 +84,119 @@ def fit(experiment: Experiment, method: str, inputs_sha256: str, resume: Path | 
             seconds=round(seconds, 3),
             tokens=tokens,
             parameters=multiplied,
-            dtype=dtype,
+            dtype="bfloat16" if trainer.args.bf16 else "float32",
             model=str(folder / f"checkpoint-{step}"),
             inputs_sha256=inputs_sha256,
         )
-        return {key: result[key] for key in ("accuracy", "f1_macro", "log_loss", "ece")}
+        return {key: getattr(result, key) for key in ("accuracy", "f1_macro", "log_loss", "ece")}
 
-    trainer = heads.HeadTrainer(model, arguments, tokenizer, sets.pop("train"), sets, write)
+    trainer = new_trainer(experiment, trained, head, splits, write, folder, resume)
+    multiplied = checkpoints.parameters_per_token(trainer.model)
+    begin = time.perf_counter()
     state = read_json(resume / "trainer_state.json") if resume else None
-    if not state or state["global_step"] < state["max_steps"]:
+    if not state or not has_ended(state, head.patience):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
+def new_trainer(
+    experiment: Experiment,
+    method: Method,
+    head: Head,
+    splits: dict[str, list[dict]],
+    on_evaluated: Callable[..., dict[str, float]],
+    folder: Path,
+    resume: Path | None = None,
+    keep: bool = True,
+) -> heads.HeadTrainer:
+    """A trainer that is ready to train a method.
+
+    Parameters
+    ----------
+    head : how
+    splits : the rows that it is evaluated on
+    on_evaluated : as for HeadTrainer
+    folder : takes the checkpoints, unless `keep` is false
+    resume : a checkpoint to begin from
+    """
+    from transformers import set_seed
+
+    source, key = method.section(experiment).folder, f"{method.model}.{method.settings}"
+    own = results.read_rows(experiment, method.rows)
+    rows = training_rows(experiment, own)
+    batch, accumulation = share_batch(
+        head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), key
+    )
+    shared = head.on(len(rows)).model_copy(
+        update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    )
+    best = "validation_log_loss" if "validation" in splits else None
+    dtype = precision(experiment.decoder.dtype, source)
+    arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype, keep)
+    set_seed(experiment.seed)
+    # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so
+    # they are loaded here.
+    tokenizer = heads.load_tokenizer(source)
+    encoder = row_encoder(experiment, method, tokenizer)
+    if method.reads_prompt:
+        model = (
+            heads.load_head(resume, experiment.labels)
+            if resume
+            else load_folded(experiment, encoder.prompt)
+        )
+    else:
+        heads.require_length(source, head.max_length, key)
+        model = heads.load_head(resume or source, experiment.labels, new_head=not resume)
+    sets = {
+        name: heads.encoded(
+            rows_of_split,
+            results.class_numbers(experiment, rows_of_split),
+            encoder,
+            f"encoding {name}",
+        )
+        for name, rows_of_split in {"train": rows, **splits}.items()
+    }
+    return heads.HeadTrainer(
+        model,
+        arguments,
+        tokenizer,
+        sets.pop("train"),
+        sets,
+        on_evaluated,
+        class_weights(experiment, own),
+        head.patience if best else None,
+    )
+
+
+def trial_loss(experiment: Experiment, method: str, rate: float, trial) -> float:
+    """Train at a rate without leaving anything; the lowest log loss on validation rows.
+
+    Parameters
+    ----------
+    trial : Optuna's, which is told the log loss of each evaluation
+
+    Raises
+    ------
+    optuna.TrialPruned : the trial is given up
+    LetterheadError : it diverged
+    """
+    import optuna
+
+    trained, validation = METHODS[method], results.read_rows(experiment, "validation")
+    head = trained.head(experiment).model_copy(update={"learning_rate": rate})
+    truth, losses = results.class_numbers(experiment, validation), []
+
+    def report(split: str, logits: np.ndarray, seconds: float, tokens: int) -> dict[str, float]:
+        probabilities = softmax(logits.astype(np.float64), axis=-1)
+        losses.append(float(log_loss(truth, probabilities, labels=range(logits.shape[1]))))
+        trial.report(losses[-1], trainer.state.global_step)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return {"log_loss": losses[-1]}
+
+    splits, nowhere = {"validation": validation}, trained.checkpoints(experiment)
+    trainer = new_trainer(experiment, trained, head, splits, report, nowhere, keep=False)
+    trainer.train()
+    return min(losses)
 
 
 def score_checkpoint(
@@ -188,5 +266,9 @@ if __name__ == "__main__":
         main,
         __doc__.splitlines()[0],
         [method.name for method in METHODS.values() if method.settings],
-        {"inputs": "the stage's hash", "resume": "a checkpoint, or none"},
+        {
+            "inputs": "the stage's hash",
+            "resume": "a checkpoint, or none",
+            "rate": "the learning rate",
+        },
     )

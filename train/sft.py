@@ -5,21 +5,27 @@ python -m train.sft --experiment quick
 """
 
 import shlex
+import shutil
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints
+from letterhead.models.callbacks import has_ended
 from letterhead.models.llamafactory import command, environment, for_device, sft_plan
 from letterhead.pipeline import DISTILL, SFT_TRAINING, record_of
 from letterhead.runs.processes import guarded
 from letterhead.runs.stage import StageRun, run
 from letterhead.runs.terminal import TERMINAL
+from train.search import search
 
 POLL_S = 2
 CLOCK = "clock.json"
+HF_RATE = 5e-5  # TrainingArguments' own, where the YAML names none
 
 
 def main(experiment: Experiment) -> None:
@@ -35,8 +41,19 @@ def main(experiment: Experiment) -> None:
     for path in checkpoints.set_aside_broken(folder):
         print(f"{path}: was cut off while it was written; set aside, not used")
     resume = checkpoints.resumable(folder)
-    if not finished(folder):
-        train(experiment, arguments, resume, stage.lock_descriptor)
+    settings, searched = experiment.decoder.sft, None
+    if settings.search:
+        searched = search(
+            settings.search,
+            float(arguments.get("learning_rate", HF_RATE)),
+            lambda rate, _: trial_loss(experiment, rate, stage),
+            stage.folder,
+            "decoder.sft.search",
+            experiment,
+            stage.inputs_sha256,
+        )
+    if not finished(folder, settings.patience):
+        train(experiment, arguments, resume, searched and searched.rate, stage.lock_descriptor)
     whole = checkpoints.whole_checkpoints(folder)
     if not whole:
         raise LetterheadError(
@@ -63,13 +80,14 @@ def main(experiment: Experiment) -> None:
         peak_gpu_memory_mb=clock["peak_gpu_memory_mb"],
         reading=experiment.reading,
         resumed_from=checkpoints.step_of(resume) if resume else 0,
+        search=searched and asdict(searched),
     )
 
 
 def sft_rows(experiment: Experiment) -> int:
     """How many rows SFT learns from: the decoder's training rows, a teacher's, or both, as
     `dataset` says."""
-    own = read_json(experiment.data_folder / "data_card.json")["shared"]["rows"]
+    own = read_json(experiment.data_folder / "data_card.json")["shared"]["sft_rows"]
     names = dataset_names(experiment)
     taught = record_of(DISTILL.name, experiment)["rows"] if "distilled" in names else 0
     return sum(taught if name == "distilled" else own for name in names)
@@ -80,21 +98,23 @@ def dataset_names(experiment: Experiment) -> list[str]:
     return experiment.sft_arguments()["dataset"].split(",")
 
 
-def finished(folder: Path) -> bool:
-    """Whether LLaMA-Factory trained to the last step and wrote its closing files."""
+def finished(folder: Path, patience: int | None) -> bool:
+    """Whether LLaMA-Factory trained to the end and wrote its closing files."""
     whole = checkpoints.whole_checkpoints(folder)
     state = read_json(whole[-1] / "trainer_state.json") if whole else {}
     closed = [folder / "all_results.json", folder.with_name(CLOCK)]
-    return (
-        bool(whole)
-        and state["global_step"] >= state["max_steps"]
-        and None not in map(read_json, closed)
-    )
+    return bool(whole) and has_ended(state, patience) and None not in map(read_json, closed)
 
 
-def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: int) -> None:
+def train(
+    experiment: Experiment, arguments: dict, resume: Path | None, rate: float | None, lock: int
+) -> None:
     """Run LLaMA-Factory to its end, deleting optimizer states that a newer checkpoint makes
     useless.
+
+    Parameters
+    ----------
+    rate : a learning rate in place of the YAML's, or None
 
     Raises
     ------
@@ -111,19 +131,30 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
     saves = len(sft_plan(experiment, sft_rows(experiment))[1])
     needed = checkpoints.sft_disk(checkpoints.stored_parameters(experiment.decoder.folder), saves)
     checkpoints.require_disk(Path(arguments["output_dir"]), needed, "SFT")
-    more = {}
+    more: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
     if resume:
         print(f"resuming from {resume}")
         more["resume_from_checkpoint"] = str(resume)
-    asked = command(experiment, experiment.sft_folder / CLOCK, **more)
+    run_llamafactory(experiment, experiment.sft_folder / CLOCK, lock, more)
+
+
+def run_llamafactory(experiment: Experiment, clock: Path, lock: int, more: dict[str, Any]) -> None:
+    """Run it with `more` arguments.
+
+    Raises
+    ------
+    LetterheadError : it ended with an error
+    """
+    asked = command(experiment, clock, **more)
     print(shlex.join(asked), flush=True)
     child = subprocess.Popen(
         guarded(asked), env=environment(), pass_fds=[lock, *TERMINAL.descriptors]
     )
+    folder = Path(more.get("output_dir", experiment.sft_arguments()["output_dir"]))
     try:
         while child.poll() is None:
             time.sleep(POLL_S)
-            checkpoints.prune_optimizer_states(Path(arguments["output_dir"]))
+            checkpoints.prune_optimizer_states(folder)
     except BaseException:
         child.terminate()
         child.wait()
@@ -132,6 +163,31 @@ def train(experiment: Experiment, arguments: dict, resume: Path | None, lock: in
         raise LetterheadError(
             f"LLaMA-Factory ended with exit code {child.returncode}; its message is above"
         )
+
+
+def trial_loss(experiment: Experiment, rate: float, stage: StageRun) -> float:
+    """Train at a rate and keep nothing of it; the lowest loss on validation rows, in nats a
+    token of the answer.
+
+    Raises
+    ------
+    LetterheadError : it diverged
+    """
+    folder = stage.folder / "trial"
+    shutil.rmtree(folder, ignore_errors=True)
+    more = experiment.sft_validated() | {
+        "output_dir": str(folder),
+        "learning_rate": rate,
+        "save_strategy": "no",
+        "plot_loss": False,
+        "report_to": "none",
+    }
+    try:
+        run_llamafactory(experiment, folder / CLOCK, stage.lock_descriptor, more)
+        log = read_json(folder / "trainer_state.json")["log_history"]
+        return min(line["eval_loss"] for line in log if "eval_loss" in line)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

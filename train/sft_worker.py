@@ -1,7 +1,7 @@
 """LLaMA-Factory's `train` with two callbacks: a clock (training counts, saving does not), and a
 model that computes the same with less work. Started by sft/train.py, also by torchrun.
 
-python -m train.sft_worker CLOCK.json CONFIG.yaml key=value …
+python -m train.sft_worker CLOCK.json PATIENCE CONFIG.yaml key=value …
 """
 
 import functools
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
 from letterhead.files import read_json, write_json
-from letterhead.models.callbacks import StepBar, StopAtDivergence
+from letterhead.models.callbacks import StepBar, StopAtDivergence, StopWithoutGain
 from letterhead.models.cpu import attention, use_onednn
 from letterhead.runs.stage import telling
 
@@ -102,8 +102,9 @@ class LessWork(TrainerCallback):
 if __name__ == "__main__":
     from llamafactory.train.tuner import run_exp
 
+    clock, patience = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+    callbacks = [Clock(clock), LessWork(), StopAtDivergence(), StepBar("SFT")]
+    callbacks += [StopWithoutGain(patience)] if patience else []
     use_onednn()
     with telling():
-        run_exp(
-            callbacks=[Clock(Path(sys.argv.pop(1))), LessWork(), StopAtDivergence(), StepBar("SFT")]
-        )
+        run_exp(callbacks=callbacks)

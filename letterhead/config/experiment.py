@@ -4,7 +4,7 @@ begins."""
 import difflib
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,6 +34,13 @@ class Experiment(Section):
             "Trains every method once for each seed. The first stands where one model is "
             "served, and"
             " takes the place of `seed`."
+        ),
+    )
+    balance: Literal["none", "weights", "oversample"] = Field(
+        "none",
+        description=(
+            "What brings up rare classes: weights in the loss, or rows that stand more than once. "
+            "SFT's loss takes no weights; there both are rows."
         ),
     )
     data: Data
@@ -144,13 +151,26 @@ class Experiment(Section):
         return self.decoder.sft.arguments() | self.sft_decided()
 
     def sft_decided(self) -> dict[str, Any]:
-        """LLaMA-Factory's arguments that the experiment decides: where its files lie, and the
-        seed."""
-        folders = {
+        """LLaMA-Factory's arguments that the experiment decides: where its files lie, the seed, and
+        with `decoder.sft.patience` how validation rows are read."""
+        decided = {
             "dataset_dir": str(self.data_folder),
             "output_dir": str(self.sft_folder / "checkpoints"),
+            "seed": self.seed,
         }
-        return folders | {"seed": self.seed}
+        if self.decoder.sft.patience:
+            decided |= self.sft_validated() | {"lr_scheduler_type": "constant_with_warmup"}
+        return decided
+
+    def sft_validated(self) -> dict[str, Any]:
+        """LLaMA-Factory's arguments by which it reads validation rows as often as it saves."""
+        return {
+            "eval_dataset": "sft_validation",
+            "eval_strategy": "steps",
+            "eval_steps": self.decoder.sft.arguments().get("save_steps", 500),
+            "metric_for_best_model": "loss",
+            "greater_is_better": False,
+        }
 
 
 def load_experiment(name: str, overrides: str = "") -> Experiment:

@@ -68,6 +68,18 @@ def in_packages(model: Model) -> list[str]:
     return model.parts if isinstance(model, Parts) else [model] if model.startswith("pypi:") else []
 
 
+class Search(Section):
+    """A search over learning rates on validation rows, by Optuna."""
+
+    trials: Count = Field(6, description="How many trainings it may take.")
+    seconds: Annotated[float, Field(gt=0)] = Field(
+        600, description="No trial begins after so many seconds of trials."
+    )
+    rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)] = Field(
+        description="Rates that are tried first, beside `learning_rate`; others lie between."
+    )
+
+
 class Sft(Section):
     """The LLaMA-Factory YAML that trains the decoder, and keys that override it."""
 
@@ -76,6 +88,18 @@ class Sft(Section):
     )
     overrides: dict[str, Any] = Field(
         {}, description="Keys of LLaMA-Factory that override that YAML's."
+    )
+
+    patience: Count | None = Field(
+        None,
+        description=(
+            "SFT ends after so many saves in a row whose loss on validation rows got no lower; at "
+            "each the rate, constant till then, falls to a third. null trains to the YAML's end."
+        ),
+    )
+
+    search: Search | None = Field(
+        None, description="Whether the learning rate is searched on validation rows first."
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -106,7 +130,14 @@ class Head(Section):
         0.999, description="AdamW's second beta."
     )
     num_train_epochs: Annotated[float, Field(gt=0)] = Field(
-        3, description="How often the rows are read."
+        3, description="How often the rows are read; with `patience`, at most."
+    )
+    patience: Count | None = Field(
+        None,
+        description=(
+            "Training ends after so many evaluations in a row that brought no lower log loss on "
+            "validation rows; at each the rate falls to a third. null trains to the end."
+        ),
     )
     per_device_train_batch_size: Count = Field(
         16, description="Rows of a forward pass in training."
@@ -125,6 +156,19 @@ class Head(Section):
     least_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="On few rows more epochs are trained until so many optimizer steps are made."
     )
+
+    search: Search | None = Field(
+        None, description="Whether the learning rate is searched on validation rows first."
+    )
+
+    @model_validator(mode="after")
+    def _the_end_is_not_known(self) -> "Head":
+        if self.patience and not self.lr_scheduler_type.startswith("constant"):
+            raise ValueError(
+                f"patience: the rate of {self.lr_scheduler_type} comes down at a known end; set "
+                "lr_scheduler_type: constant_with_warmup"
+            )
+        return self
 
     def on(self, rows: int) -> "Head":
         """These settings on so many rows, with as many epochs as `least_steps` take."""
@@ -187,6 +231,18 @@ class Decoder(Section):
         return Path(self.sft.arguments()["model_name_or_path"])
 
 
+class SetFit(Section):
+    """How SetFit fine-tunes the encoder, on few rows."""
+
+    rows_per_class: Annotated[float, Field(ge=0)] = Field(
+        64, description="With more rows a class, on average, there is no such method. 0: never."
+    )
+    iterations: Count = Field(10, description="Pairs of each kind that each row is part of.")
+    most_steps: Count = Field(1000, description="Optimizer steps at most.")
+    batch: Count = Field(16, description="Pairs of an optimizer step.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-5, description="Its learning rate.")
+
+
 class Encoder(Section):
     """The BERT that the decoder is compared with; it is trained on all of train."""
 
@@ -194,6 +250,7 @@ class Encoder(Section):
     head: Head = Field(
         default_factory=lambda: Head(learning_rate=2e-4, per_device_train_batch_size=32)
     )
+    setfit: SetFit = Field(default_factory=SetFit)
     prefix: str = Field(
         "",
         description=(

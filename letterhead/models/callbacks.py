@@ -3,7 +3,7 @@
 import math
 
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from letterhead.files import LetterheadError
 from letterhead.runs.terminal import progress
@@ -56,6 +56,47 @@ class StopAtDivergence(TrainerCallback):
     def _stop(step: int, what: str, kwargs: dict) -> None:
         rates = kwargs["lr_scheduler"].get_last_lr() if kwargs.get("lr_scheduler") else []
         raise diverged(step, what, rates[0] if rates else None)
+
+
+class StopWithoutGain(EarlyStoppingCallback):
+    """HF's early stopping, with two differences: at each evaluation without a gain the learning
+    rate falls to a third, so that the last steps settle as a decay to a known end would have them;
+    and a resumed training goes on counting.
+
+    Parameters
+    ----------
+    patience : training ends after so many evaluations in a row whose loss got no lower
+    """
+
+    FALL = 1 / 3
+
+    def __init__(self, early_stopping_patience: int, early_stopping_threshold: float = 0.0):
+        super().__init__(early_stopping_patience, early_stopping_threshold)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.early_stopping_patience_counter = evaluations_without_gain(vars(state))
+
+    def on_evaluate(self, args, state, control, metrics, lr_scheduler=None, **kwargs):
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" not in metrics:
+            return  # of another split
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if self.early_stopping_patience_counter:
+            # The schedule is a factor on these, and a checkpoint holds them.
+            lr_scheduler.base_lrs = [rate * self.FALL for rate in lr_scheduler.base_lrs]
+
+
+def has_ended(state: dict, patience: int | None) -> bool:
+    """Whether a Trainer's state is that of the end of its training, with or without
+    `StopWithoutGain`."""
+    is_stopped = patience is not None and evaluations_without_gain(state) >= patience
+    return is_stopped or state["global_step"] >= state["max_steps"]
+
+
+def evaluations_without_gain(state: dict) -> int:
+    """How many evaluations in a row brought no gain, from a Trainer's state; 0 without
+    `StopWithoutGain`."""
+    kept = (state.get("stateful_callbacks") or {}).get(StopWithoutGain.__name__)
+    return kept["attributes"]["early_stopping_patience_counter"] if kept else 0
 
 
 class StepBar(TrainerCallback):

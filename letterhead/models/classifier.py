@@ -82,6 +82,14 @@ def model_folder(experiment: Experiment, name: str) -> Path:
     if method is None or not method.model:
         known = ", ".join(f"{one.name}@STEP" for one in METHODS.values() if one.has_steps)
         raise LetterheadError(f"{name}: no such method; choose best, or {known}")
+    if method.is_saved:
+        folder = method.saved(experiment)
+        if not embeddings.is_saved(folder):
+            raise LetterheadError(
+                f"{folder}: no model; run: make {method.target} EXP={experiment.name}"
+            )
+        _require_same_reading(experiment, name, method)
+        return folder
     if not method.is_trained or method.fitter or step == "0":
         return method.section(experiment).folder
     folder = method.checkpoints(experiment)
@@ -144,6 +152,11 @@ def load_fitted_method(experiment: Experiment, name: str) -> Classifier:
     """A method that is fitted in seconds."""
     score = fit_method(experiment, method_of(name).name).score
     return lambda texts: score(texts).probabilities
+
+
+def load_saved_method(experiment: Experiment, name: str) -> Classifier:
+    """A method whose stage left it as a model of its own."""
+    return embeddings.load_saved(model_folder(experiment, name))
 
 
 def load_head_method(experiment: Experiment, name: str) -> Classifier:

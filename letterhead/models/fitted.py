@@ -61,6 +61,12 @@ def fit_method(experiment: Experiment, name: str) -> Fitted:
     return method.fit()(experiment, rows, results.read_rows(experiment, "validation"))
 
 
+def class_weight(experiment: Experiment) -> str | None:
+    """scikit-learn's argument for `balance`. Repeated rows are the same to it as weights, but would
+    stand on both sides of a cross-validation."""
+    return None if experiment.balance == "none" else "balanced"
+
+
 def require_classes(rows: Sequence[dict]) -> None:
     """Make sure that there is something to tell apart.
 

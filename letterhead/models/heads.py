@@ -9,6 +9,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError
-from letterhead.models.callbacks import StepBar, StopAtDivergence, diverged
+from letterhead.models.callbacks import StepBar, StopAtDivergence, StopWithoutGain, diverged
 from letterhead.models.checkpoints import prune_optimizer_states, require_model
 from letterhead.models.cpu import attention, pack, quicken_dropout, use_onednn
 from letterhead.models.precision import cast, project_in_float32
@@ -163,7 +164,12 @@ def encoded(rows: Sequence[dict], classes: np.ndarray, encoder: TextEncoder, tit
 
 
 def training_arguments(
-    head: Head, folder: Path | str, seed: int, best: str | None, dtype: str = "float32"
+    head: Head,
+    folder: Path | str,
+    seed: int,
+    best: str | None,
+    dtype: str = "float32",
+    keep: bool = True,
 ) -> TrainingArguments:
     """HF's arguments for a head: evaluated every `eval_steps`; of what is saved the last is kept,
     and the best.
@@ -172,6 +178,7 @@ def training_arguments(
     ----------
     best : the loss that decides which is best, or None where no split may decide it
     dtype : float32, or bfloat16 by autocast
+    keep : write checkpoints, and a log for TensorBoard
     """
     gpu = torch.cuda.is_available()
     return TrainingArguments(
@@ -189,13 +196,13 @@ def training_arguments(
         train_sampling_strategy="group_by_length" if head.group_by_length else "random",
         eval_strategy="steps",
         eval_steps=head.eval_steps,
-        save_strategy="steps",
+        save_strategy="steps" if keep else "no",
         save_steps=head.eval_steps,
         save_total_limit=2,  # with 1 the Trainer ends by deleting the last one for the best
         metric_for_best_model=best,
         greater_is_better=False if best else None,
         logging_steps=head.eval_steps / 5,
-        report_to="tensorboard",
+        report_to="tensorboard" if keep else "none",
         bf16=dtype == "bfloat16",
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
@@ -249,16 +256,22 @@ def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch:
 
 
 def mean_over_rows(
-    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    outputs,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | None = None,
+    weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy summed over a batch's rows, divided by the rows of the whole optimizer step, so
-    that loss and gradients do not depend on how the step is cut into batches and processes; without
-    `num_items_in_batch` by the batch's own.
+    """Cross-entropy, times the weight of each row's class where there are weights, summed over a
+    batch's rows, divided by the rows of the whole optimizer step, so that loss and gradients do not
+    depend on how the step is cut into batches and processes; without `num_items_in_batch` by the
+    batch's own.
 
     (Left to itself the Trainer would not divide by the accumulation: it takes a `forward` with
     **kwargs for one that does, and sequence classifiers do not.)
     """
-    total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    logits = outputs.logits.float()
+    weight = None if weights is None else logits.new_tensor(weights)
+    total = torch.nn.functional.cross_entropy(logits, labels, weight, reduction="sum")
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -292,6 +305,8 @@ class HeadTrainer(Trainer):
     model, arguments, tokenizer : as for Trainer
     train : from `encoded`
     evaluated : split → data set from `encoded`
+    weights : of the classes in the training loss
+    patience : ends the training after so many evaluations without a gain
     on_evaluated : called, in the first process, with split, logits (rows, classes) in the rows'
         order, seconds, and how many tokens went through the model, padding included; returns the
         metrics of that split
@@ -309,6 +324,8 @@ class HeadTrainer(Trainer):
         train: Dataset,
         evaluated: dict[str, Dataset] | None = None,
         on_evaluated: Callable[[str, np.ndarray, float, int], dict[str, float]] | None = None,
+        weights: Sequence[float] | None = None,
+        patience: int | None = None,
     ):
         # The Trainer drops the column `length` before its samplers see the rows.
         self._lengths = {"train": np.array(train["length"])}
@@ -327,8 +344,13 @@ class HeadTrainer(Trainer):
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=train,
             eval_dataset=by_length or None,
-            callbacks=[_LogWhatIsEvaluated, StopAtDivergence(), StepBar("training")],
-            compute_loss_func=mean_over_rows,
+            callbacks=[
+                _LogWhatIsEvaluated,
+                StopAtDivergence(),
+                StepBar("training"),
+                *([StopWithoutGain(patience)] if patience else []),
+            ],
+            compute_loss_func=partial(mean_over_rows, weights=weights),
         )
 
     def _get_train_sampler(self, train_dataset=None):
@@ -350,7 +372,8 @@ class HeadTrainer(Trainer):
         then, to resume from, and at the end."""
         best, state = super()._determine_best_metric(metrics, trial), self.state
         now_and_then = state.global_step // state.eval_steps % RESUMABLE_EVERY == 0
-        self.control.should_save &= best or now_and_then or state.global_step == state.max_steps
+        ends = state.global_step == state.max_steps or self.control.should_training_stop
+        self.control.should_save &= best or now_and_then or ends
         return best
 
     def _save_checkpoint(self, model, trial):

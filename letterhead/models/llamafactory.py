@@ -50,7 +50,8 @@ def command(experiment: Experiment, clock: Path, **more: Any) -> list[str]:
         )
     # Quoted: LLaMA-Factory reads the values as YAML, where a bare `no` is false.
     pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in extra.items()]
-    arguments = [str(clock), str(experiment.decoder.sft.config), *pairs]
+    patience = str(experiment.decoder.sft.patience or 0)
+    arguments = [str(clock), patience, str(experiment.decoder.sft.config), *pairs]
     return (
         torchrun(n, "train.sft_worker", arguments)
         if n > 1

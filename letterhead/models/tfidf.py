@@ -8,7 +8,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from letterhead.config.experiment import Experiment
-from letterhead.models.fitted import Fitted, Scores, class_probabilities, require_classes
+from letterhead.models.fitted import (
+    Fitted,
+    Scores,
+    class_probabilities,
+    class_weight,
+    require_classes,
+)
 
 # A word, or one character of a script that writes no spaces (kana, Han).
 TOKEN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
@@ -29,8 +35,9 @@ def fit(experiment: Experiment, rows: list[dict], validation: list[dict]) -> Fit
     require_classes(rows)
     vectorizer, truth = TfidfVectorizer(**MODEL["vectorizer"]), [row["label"] for row in rows]
     features = vectorizer.fit_transform([row["text"] for row in rows])
+    settings = {"class_weight": class_weight(experiment), "random_state": experiment.seed}
     regressions = [
-        LogisticRegression(C=C, max_iter=1000, random_state=experiment.seed).fit(features, truth)
+        LogisticRegression(C=C, max_iter=1000, **settings).fit(features, truth)
         for C in (MODEL["C"] if validation else MODEL["C"][:1])
     ]
 

@@ -56,6 +56,8 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     prompt = lengths["decoder"]["p50"] + lengths["prompt"]
 
     def head(folder: Path, head: Head, n: int, length: int) -> float:
+        if experiment.balance == "oversample":
+            n = n * card["shared"]["sft_rows"] // shared
         head, (parameters, training, scoring) = head.on(n), rates[folder]
         _, evaluated = planned_steps(
             n,
@@ -68,7 +70,7 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
         return START_S + 2 * parameters * min(length, head.max_length) * passed
 
     parameters, training, scoring = rates[decoder]
-    steps, saves = sft_plan(experiment, shared)
+    steps, saves = sft_plan(experiment, card["shared"]["sft_rows"])
     learnt = steps * math.prod(
         step_of(experiment.sft_arguments())
     )  # rows, as often as they are learnt from
@@ -93,9 +95,13 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
         elif method.fitter:
             found[method.stage] = 2.0 + rows["train"] / 2000
             if method.model:
-                parameters, _, scoring = rates[method.section(experiment).folder]
+                parameters, training, scoring = rates[method.section(experiment).folder]
                 length = lengths[method.model]["p50"]
                 found[method.stage] += 2 * parameters * length * (n + to_score) / scoring
+                if method.is_saved:  # trained on pairs of two texts
+                    setfit = experiment.encoder.setfit
+                    pairs = min(2 * setfit.iterations * n, setfit.most_steps * setfit.batch)
+                    found[method.stage] += 2 * 3 * parameters * length * 2 * pairs / training
     return found | {COMPARE.name: START_S, DECIDE.name: START_S / 2, REPORT.name: 2 * START_S}
 
 

@@ -1,0 +1,112 @@
+"""Rare classes brought up by weights or by rows: what is weighed, and what it does."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from letterhead.files import read_json, read_jsonl
+from letterhead.models import heads
+from letterhead.models.llamafactory import sft_plan
+from letterhead.pipeline import STAGES, inputs_sha256
+from letterhead.rows.balance import class_weights, repeats, training_rows
+from letterhead.runs import results
+from prep import data
+from tests.test_data import write_csv
+from train import fitted
+from train.sft import sft_rows
+
+LABELS = ["common", "rare"]
+
+
+def skewed(n: int, share: float, seed: int) -> list[tuple[str, str]]:
+    """Rows whose rarer class is told by few of its words, and by none in a fifth of its rows."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        label = LABELS[int(rng.random() < share)]
+        words = rng.integers(0, 300, 12).tolist()
+        if label == "rare" and rng.random() < 0.8:
+            words[:3] = rng.integers(280, 340, 3).tolist()
+        rows.append((f"{i} " + " ".join(f"word{word}" for word in words), label))
+    return rows
+
+
+def make(make_experiment, balance: str, seed: int = 42, **sections):
+    write_csv("rows.csv", skewed(1200, 0.1, seed))
+    rows = {"validation": 100, "test": 500}
+    sections |= {"balance": balance, "seed": seed, "data": {"rows": rows}}
+    return make_experiment("rows.csv", LABELS, **sections)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.integers(0, 3))
+def test_every_class_comes_up_to_the_largest_and_no_row_is_lost(classes, seed):
+    classes = np.array(classes)
+    times = repeats(classes, seed)
+    counts = Counter(classes.tolist())
+    for number, own in counts.items():
+        of_class = times[classes == number]
+        assert of_class.sum() == max(counts.values())
+        assert of_class.max() - of_class.min() <= 1 <= of_class.min()
+        assert own < max(counts.values()) or set(of_class) == {1}
+    assert np.array_equal(times, repeats(classes, seed))
+
+
+def test_weights_are_scikit_learns_and_the_loss_torchs(make_experiment):
+    experiment = make(make_experiment, "weights")
+    rows = [{"label": label} for label in ["common"] * 9 + ["rare"]]
+    weights = class_weights(experiment, rows)
+    truth = [row["label"] for row in rows]
+    expected = compute_class_weight("balanced", classes=np.array(LABELS), y=truth)
+    assert weights == pytest.approx(expected)
+    assert class_weights(experiment, rows[:9]) == [1.0, 0.0]
+    logits, labels = torch.randn(10, 2), torch.tensor([0] * 9 + [1])
+    own = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    found = heads.mean_over_rows(SequenceClassifierOutput(logits=logits), labels, None, weights)
+    assert torch.allclose(found, (own * torch.tensor(weights)[labels]).mean(), atol=1e-6)
+    none = make(make_experiment, "none")
+    assert class_weights(none, rows) is None and training_rows(none, rows) == rows
+
+
+@pytest.mark.parametrize("balance", ["none", "weights", "oversample"])
+def test_sft_reads_rare_rows_again_under_either(make_experiment, balance):
+    experiment = make(make_experiment, balance)
+    data.main(experiment)
+    own = results.read_rows(experiment, "decoder_train")
+    counts = Counter(row["label"] for row in own)
+    read = Counter(row["output"] for row in read_jsonl("data/mine/sft_train.jsonl"))
+    card = read_json("data/mine/data_card.json")
+    expected = sum(counts.values()) if balance == "none" else 2 * max(counts.values())
+    assert sum(read.values()) == card["shared"]["sft_rows"] == sft_rows(experiment) == expected
+    assert balance == "none" or len(set(read.values())) == 1
+    assert card["shared"]["rows"] == len(own)
+    assert sft_plan(experiment, expected)[0] == -(-expected // 4)
+    assert len(training_rows(experiment, own)) == (
+        2 * max(counts.values()) if balance == "oversample" else len(own)
+    )
+
+
+def test_the_rare_class_is_found_more_often_and_f1_is_no_lower(make_experiment):
+    for seed in (1, 2, 3):
+        reached = {}
+        for balance in ("none", "weights"):
+            experiment = make(make_experiment, balance, seed)
+            data.main(experiment)
+            fitted.main(experiment, "tfidf")
+            reached[balance] = results.read_result(experiment, "tfidf", "test")
+        recall = {kind: result.per_class["rare"]["recall"] for kind, result in reached.items()}
+        assert recall["weights"] > recall["none"]
+        assert reached["weights"].f1_macro >= reached["none"].f1_macro
+
+
+def test_balance_makes_every_trained_method_anew(make_experiment):
+    before, after = make(make_experiment, "none"), make(make_experiment, "weights")
+    data.main(after)
+    for name in ("data", "tfidf", "embedding", "setfit", "bert", "linear-head", "sft-options"):
+        stage = STAGES[name]
+        assert inputs_sha256(stage, before) != inputs_sha256(stage, after), name
