@@ -123,9 +123,9 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         sure.append(f"Not considered, since dearer than the best: {', '.join(map(named, dearer))}.")
     sure += [
         f"{named(name)} has learnt little yet: its log loss is {losses[0]:.2f}, and "
-        f"{losses[1]:.2f} is that of guessing "
-        "by the classes' shares. Train it for more steps, on more rows or at another "
-        "rate before it counts against the method."
+        f"{losses[1]:.2f} is that of guessing by the classes' shares. Before that counts against "
+        f"the method, train it on: {training_key(entry)}.patience with more epochs goes on until "
+        f"validation rows gain no more, {training_key(entry)}.search finds a better rate."
         for name, entry in chosen.items()
         if is_trained(entry) and entry["step"] and (losses := hardly_learnt(entry))
     ]
@@ -159,6 +159,12 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))
     ]
     return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
+
+
+def training_key(entry: dict) -> str:
+    """The key of the experiment that says how a method is trained."""
+    method = METHODS[entry["method"]]
+    return f"{method.model}.{method.settings or METHODS[entry['method']].trained_by}"
 
 
 def hardly_learnt(entry: dict) -> tuple[float, float] | None:
