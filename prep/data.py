@@ -184,7 +184,7 @@ def sft_repeats(experiment: Experiment, classes: np.ndarray) -> np.ndarray:
     """
     if experiment.balance == "none":
         return np.ones(len(classes), int)
-    return repeats(classes, experiment.seed)
+    return repeats(classes, experiment.data.seed)
 
 
 def dataset_info(experiment: Experiment) -> dict:

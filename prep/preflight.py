@@ -25,6 +25,7 @@ from letterhead.config.models import Head, in_packages, is_fetched
 from letterhead.files import LetterheadError, read_json, read_jsonl
 from letterhead.models import checkpoints
 from letterhead.pipeline import read_card
+from letterhead.rows.balance import rows_read
 from letterhead.rows.fetch import is_there
 from letterhead.runs import devices
 from letterhead.runs.stage import run
@@ -59,7 +60,10 @@ class Plan:
         self.temporary, self.rows, self.n = temporary, [], {}
         if self.card:
             self.rows = list(read_jsonl(experiment.data_folder / "train.jsonl"))
-            self.n = {"decoder": self.card["shared"]["rows"], "encoder": self.card["rows"]["train"]}
+            self.n = {
+                "decoder": rows_read(experiment, self.card, is_all=False),
+                "encoder": rows_read(experiment, self.card, is_all=True),
+            }
 
     def folder(self, name: str) -> Path:
         """The folder with a model's configuration and tokenizer."""

@@ -238,6 +238,7 @@ def searched(entry: dict, record: dict | None) -> str | None:
         f"{entry['title']}: {found['trials']} trials, {found['pruned']} of them given up early, in "
         f"{duration(found['seconds'])}. The learning rate {found['rate']:.2g} has a log loss of "
         f"{found['loss']:.3f} on validation rows"
+        f"{' (nats a token of the answer)' if entry['method'] == SFT.name else ''}"
     )
     before = found["loss_before"]
     if before is None or before == found["loss"]:

@@ -160,7 +160,9 @@ def near_ties(probabilities: np.ndarray) -> int:
 def is_fitted(name: str) -> bool:
     """Whether a method has no checkpoint on disk, and is fitted where it is used."""
     method = METHODS.get(name)
-    return method is not None and (bool(method.fitter) or not method.model)
+    if method is None or method.is_saved:
+        return False
+    return bool(method.fitter) or not method.model
 
 
 def fitted_from(experiment: Experiment, name: str) -> dict[str, Any]:

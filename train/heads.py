@@ -22,6 +22,7 @@ from letterhead.runs.devices import process_count
 from letterhead.runs.processes import guarded, torchrun
 from letterhead.runs.stage import StageRun, run, tell_absent
 from letterhead.runs.terminal import TERMINAL
+from train.search import require_validation, search
 
 
 def main(experiment: Experiment, method: str) -> None:
@@ -42,16 +43,20 @@ def main(experiment: Experiment, method: str) -> None:
             print(f"{path}: was cut off while it was written; set aside, not used")
         resume = checkpoints.resumable(folder)
         rate, searched = head.learning_rate, None
+        key = f"{trained.model}.{trained.settings}"
+        if head.patience:
+            require_validation(experiment, f"{key}.patience")
         if head.search:
             from train.heads_worker import trial_loss
-            from train.search import search
 
+            if process_count() > 1:
+                raise LetterheadError(f"{key}.search: its trials run in one process; leave NPROC=1")
             searched = search(
                 head.search,
                 rate,
                 lambda rate, trial: trial_loss(experiment, method, rate, trial),
                 stage.folder,
-                f"{trained.model}.{trained.settings}.search",
+                f"{key}.search",
                 experiment,
                 stage.inputs_sha256,
             )

@@ -5,6 +5,7 @@ Trials are kept in STAGE/search.db: a search that was cut off goes on, and repea
 has finished.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import optuna
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Search
 from letterhead.files import LetterheadError
+from letterhead.models.callbacks import Diverged
 from letterhead.runs import results
 
 RATE, ERROR = "learning_rate", "error"
@@ -60,18 +62,15 @@ def search(
     ----------
     first : the learning rate that the experiment names
     train_at : a rate and Optuna's trial → the loss, which may be reported to the trial on the way;
-        a LetterheadError, such as that of a training which diverged, ends the trial alone
+        Diverged ends the trial alone, any other error the search
     folder : the stage's, which takes search.db
     key : of the settings in the experiment
 
     Raises
     ------
-    LetterheadError : no validation rows, or every trial ended with an error
+    LetterheadError : no validation rows, or every trial diverged
     """
-    if not results.read_rows(experiment, "validation"):
-        raise LetterheadError(
-            f"{key}: there are no validation rows to choose by; set data.rows.validation"
-        )
+    require_validation(experiment, key)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'search.db'}",
@@ -81,17 +80,17 @@ def search(
         pruner=optuna.pruners.MedianPruner(n_startup_trials=BEFORE_PRUNING),
     )
     rates = list(dict.fromkeys([first, *settings.rates]))
-    if not study.trials:
-        for rate in rates:
-            study.enqueue_trial({RATE: rate})
-    begin_again(study)
+    queue(study, rates)
 
     def objective(trial: optuna.Trial) -> float:
         rate = trial.suggest_float(RATE, min(rates), max(rates), log=True)
         print(f"trial {trial.number + 1}: learning rate {rate:.3g}", flush=True)
         try:
-            return train_at(rate, trial)
-        except LetterheadError as error:
+            loss = train_at(rate, trial)
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss on validation rows is {loss}")
+            return loss
+        except Diverged as error:
             print(error, flush=True)
             trial.set_user_attr(ERROR, str(error))
             raise optuna.TrialPruned from None
@@ -99,27 +98,45 @@ def search(
     while len(ended := finished(study)) < settings.trials:
         if ended and seconds_of(ended) > settings.seconds:
             break
-        study.optimize(objective, n_trials=1)
+        study.optimize(objective, n_trials=1, gc_after_trial=True)
     return outcome(study, first, key)
 
 
-def begin_again(study: optuna.Study) -> None:
-    """Queue the trials anew that were cut off: killed, they are still running; interrupted, they
-    have failed."""
+def require_validation(experiment: Experiment, key: str) -> None:
+    """Make sure that there are rows to choose by.
+
+    Raises
+    ------
+    LetterheadError : there are none; names the key that wants them
+    """
+    if not results.read_rows(experiment, "validation"):
+        raise LetterheadError(
+            f"{key}: there are no validation rows to choose by; set data.rows.validation"
+        )
+
+
+def queue(study: optuna.Study, rates: Sequence[float]) -> None:
+    """Queue the rates that were not tried yet, and the trials that were cut off: killed, they are
+    still running; interrupted, they have failed."""
     states = optuna.trial.TrialState
     for trial in study.get_trials(states=(states.RUNNING,)):
         study.tell(trial.number, state=states.FAIL)
-    known = {trial.params[RATE] for trial in finished(study)}
-    for trial in study.get_trials(states=(states.WAITING,)):
-        known.add(trial.system_attrs["fixed_params"][RATE])
-    for trial in study.get_trials(states=(states.FAIL,)):
-        if trial.params and trial.params[RATE] not in known:
-            known.add(trial.params[RATE])
-            study.enqueue_trial(trial.params)
+
+    def tried(*kinds: optuna.trial.TrialState) -> list[float]:
+        found = [
+            trial.params or trial.system_attrs.get("fixed_params", {})
+            for trial in study.get_trials(states=kinds)
+        ]
+        return [params[RATE] for params in found if params]
+
+    known = {*tried(states.COMPLETE, states.PRUNED, states.WAITING)}
+    for rate in dict.fromkeys([*rates, *tried(states.FAIL)]):
+        if rate not in known:
+            study.enqueue_trial({RATE: rate})
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that came to an end of their own: trained, pruned, or with an error."""
+    """The trials that came to an end of their own: trained, pruned, or diverged."""
     states = optuna.trial.TrialState
     return study.get_trials(states=(states.COMPLETE, states.PRUNED))
 
@@ -140,8 +157,7 @@ def outcome(study: optuna.Study, first: float, key: str) -> Searched:
     if not reached:
         last = trials[-1].user_attrs[ERROR]
         raise LetterheadError(
-            f"{key}: every trial ended with an error; mend what the last one says, or name other "
-            f"rates: {last}"
+            f"{key}: every trial diverged; name lower rates. The last one: {last}"
         )
     rate = min(reached, key=reached.get)
     pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in trials)

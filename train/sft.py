@@ -15,13 +15,13 @@ from typing import Any
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints
-from letterhead.models.callbacks import has_ended
+from letterhead.models.callbacks import DIVERGED, Diverged, has_ended, is_stopped
 from letterhead.models.llamafactory import command, environment, for_device, sft_plan
 from letterhead.pipeline import DISTILL, SFT_TRAINING, record_of
 from letterhead.runs.processes import guarded
 from letterhead.runs.stage import StageRun, run
 from letterhead.runs.terminal import TERMINAL
-from train.search import search
+from train.search import require_validation, search
 
 POLL_S = 2
 CLOCK = "clock.json"
@@ -42,6 +42,8 @@ def main(experiment: Experiment) -> None:
         print(f"{path}: was cut off while it was written; set aside, not used")
     resume = checkpoints.resumable(folder)
     settings, searched = experiment.decoder.sft, None
+    if settings.patience:
+        require_validation(experiment, "decoder.sft.patience")
     if settings.search:
         searched = search(
             settings.search,
@@ -102,7 +104,10 @@ def finished(folder: Path, patience: int | None) -> bool:
     """Whether LLaMA-Factory trained to the end and wrote its closing files."""
     whole = checkpoints.whole_checkpoints(folder)
     state = read_json(whole[-1] / "trainer_state.json") if whole else {}
-    closed = [folder / "all_results.json", folder.with_name(CLOCK)]
+    closed = [folder.with_name(CLOCK)]
+    # A training that stopped early and was killed before LLaMA-Factory's closing files would, begun
+    # again, train on.
+    closed += [] if is_stopped(state, patience) else [folder / "all_results.json"]
     return bool(whole) and has_ended(state, patience) and None not in map(read_json, closed)
 
 
@@ -159,6 +164,8 @@ def run_llamafactory(experiment: Experiment, clock: Path, lock: int, more: dict[
         child.terminate()
         child.wait()
         raise
+    if child.returncode == DIVERGED:
+        raise Diverged("LLaMA-Factory's training diverged; its message is above")
     if child.returncode:
         raise LetterheadError(
             f"LLaMA-Factory ended with exit code {child.returncode}; its message is above"
@@ -185,7 +192,12 @@ def trial_loss(experiment: Experiment, rate: float, stage: StageRun) -> float:
     try:
         run_llamafactory(experiment, folder / CLOCK, stage.lock_descriptor, more)
         log = read_json(folder / "trainer_state.json")["log_history"]
-        return min(line["eval_loss"] for line in log if "eval_loss" in line)
+        losses = [line["eval_loss"] for line in log if "eval_loss" in line]
+        if not losses:
+            raise LetterheadError(
+                "decoder.sft.search: no validation loss was logged; lower save_steps"
+            )
+        return min(losses)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

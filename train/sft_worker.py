@@ -20,7 +20,13 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
 from letterhead.files import read_json, write_json
-from letterhead.models.callbacks import StepBar, StopAtDivergence, StopWithoutGain
+from letterhead.models.callbacks import (
+    DIVERGED,
+    Diverged,
+    StepBar,
+    StopAtDivergence,
+    StopWithoutGain,
+)
 from letterhead.models.cpu import attention, use_onednn
 from letterhead.runs.stage import telling
 
@@ -107,4 +113,8 @@ if __name__ == "__main__":
     callbacks += [StopWithoutGain(patience)] if patience else []
     use_onednn()
     with telling():
-        run_exp(callbacks=callbacks)
+        try:
+            run_exp(callbacks=callbacks)
+        except Diverged as error:
+            print(f"error: {error}", flush=True)
+            sys.exit(DIVERGED)

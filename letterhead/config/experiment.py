@@ -106,6 +106,16 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _saves_by_steps(self) -> "Experiment":
+        sft = self.decoder.sft
+        if (sft.patience or sft.search) and sft.arguments().get("save_strategy") != "steps":
+            raise ValueError(
+                f"decoder.sft: patience and search look at validation rows at each save; "
+                f"{sft.config} must say save_strategy: steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _options_are_letters(self) -> "Experiment":
         if self.decoder.sft_options and self.prompt.options != "letters":
             raise ValueError(
@@ -166,6 +176,7 @@ class Experiment(Section):
         """LLaMA-Factory's arguments by which it reads validation rows as often as it saves."""
         return {
             "eval_dataset": "sft_validation",
+            "val_size": 0,
             "eval_strategy": "steps",
             "eval_steps": self.decoder.sft.arguments().get("save_steps", 500),
             "metric_for_best_model": "loss",

@@ -79,6 +79,15 @@ class Search(Section):
         description="Rates that are tried first, beside `learning_rate`; others lie between."
     )
 
+    @model_validator(mode="after")
+    def _all_rates_are_tried(self) -> "Search":
+        if self.trials <= len(self.rates):
+            raise ValueError(
+                f"search: {self.trials} trials are too few for {len(self.rates)} rates beside "
+                f"learning_rate; raise trials"
+            )
+        return self
+
 
 class Sft(Section):
     """The LLaMA-Factory YAML that trains the decoder, and keys that override it."""

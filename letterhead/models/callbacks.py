@@ -8,6 +8,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from letterhead.files import LetterheadError
 from letterhead.runs.terminal import progress
 
+# The exit code of a process whose training diverged
+DIVERGED = 3
+
 
 class StopAtDivergence(TrainerCallback):
     """Ends a training at the first loss, gradient or weight that is not finite, and leaves no such
@@ -88,8 +91,12 @@ class StopWithoutGain(EarlyStoppingCallback):
 def has_ended(state: dict, patience: int | None) -> bool:
     """Whether a Trainer's state is that of the end of its training, with or without
     `StopWithoutGain`."""
-    is_stopped = patience is not None and evaluations_without_gain(state) >= patience
-    return is_stopped or state["global_step"] >= state["max_steps"]
+    return is_stopped(state, patience) or state["global_step"] >= state["max_steps"]
+
+
+def is_stopped(state: dict, patience: int | None) -> bool:
+    """Whether a Trainer's state is that of a training that ended for want of a gain."""
+    return patience is not None and evaluations_without_gain(state) >= patience
 
 
 def evaluations_without_gain(state: dict) -> int:
@@ -122,10 +129,14 @@ class StepBar(TrainerCallback):
         self._bar.close()
 
 
-def diverged(step: int, what: str, rate: float | None = None) -> LetterheadError:
+class Diverged(LetterheadError):
+    """A training diverged."""
+
+
+def diverged(step: int, what: str, rate: float | None = None) -> Diverged:
     """The error that ends a training which diverged."""
     at_rate = "" if rate is None else f" (learning rate there {rate:.3g})"
-    return LetterheadError(
+    return Diverged(
         f"the training diverged at step {step}: {what}{at_rate}; lower the learning "
         f"rate, or warm up longer. What was saved "
         "before is kept, nothing of this step is"

@@ -1,6 +1,7 @@
 """SetFit (Tunstall et al. 2022): the encoder is fine-tuned so that rows of one class lie near each
 other, by contrast of pairs; logistic regression reads its embeddings. For few rows."""
 
+import math
 from tempfile import TemporaryDirectory
 
 from sklearn.linear_model import LogisticRegression
@@ -31,13 +32,16 @@ def fit(experiment: Experiment, rows: list[dict], validation: list[dict]) -> Fit
         max_iter=1000, class_weight=class_weight(experiment), random_state=experiment.seed
     )
     prompt, embedder.model.default_prompt_name = embedder.model.default_prompt_name, None
+    # SetFit takes max_steps for the number of steps, also where the pairs are fewer.
+    pairs = 2 * settings.iterations * len(rows)
+    steps = min(settings.most_steps, math.ceil(pairs / settings.batch))
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             batch_size=settings.batch,
             num_epochs=1,
             num_iterations=settings.iterations,
-            max_steps=settings.most_steps,
+            max_steps=steps,
             body_learning_rate=settings.learning_rate,
             seed=experiment.seed,
             report_to="none",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from letterhead.config.experiment import Experiment
-from letterhead.config.models import Head
+from letterhead.config.models import Head, Search
 from letterhead.models.checkpoints import head_disk, sft_disk
 from letterhead.models.llamafactory import planned_steps, sft_plan, step_of
 from letterhead.pipeline import (
@@ -20,6 +20,7 @@ from letterhead.pipeline import (
     ZERO_SHOT,
     compared_methods,
 )
+from letterhead.rows.balance import rows_read
 
 # Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a
 # stage; fitted to stages on two cores of an AMD EPYC each: bfloat16 on Zen 4 and Zen 5, float32,
@@ -56,8 +57,6 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     prompt = lengths["decoder"]["p50"] + lengths["prompt"]
 
     def head(folder: Path, head: Head, n: int, length: int) -> float:
-        if experiment.balance == "oversample":
-            n = n * card["shared"]["sft_rows"] // shared
         head, (parameters, training, scoring) = head.on(n), rates[folder]
         _, evaluated = planned_steps(
             n,
@@ -67,7 +66,8 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
             head.eval_steps,
         )
         passed = head.num_train_epochs * n * 3 / training + len(evaluated) * to_score / scoring
-        return START_S + 2 * parameters * min(length, head.max_length) * passed
+        once = START_S + 2 * parameters * min(length, head.max_length) * passed
+        return once + searching(head.search, once)
 
     parameters, training, scoring = rates[decoder]
     steps, saves = sft_plan(experiment, card["shared"]["sft_rows"])
@@ -78,9 +78,9 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
         min(experiment.eval.thinking.rows or rows["test"], rows["test"])
         * experiment.eval.thinking.tokens
     )
+    sft = 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training
     found = {
-        SFT_TRAINING.name: 2 * START_S
-        + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training,
+        SFT_TRAINING.name: sft + searching(experiment.decoder.sft.search, sft),
         EVAL_CKPTS.name: START_S
         + 2 * parameters * prompt * to_score * (len(saves) + experiment.eval.untrained) / scoring,
         ZERO_SHOT.name: START_S
@@ -91,7 +91,8 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
         if method.settings:
             settings = method.head(experiment)
             length = prompt if method.reads_prompt else lengths[method.model]["p50"]
-            found[method.stage] = head(method.section(experiment).folder, settings, n, length)
+            read = rows_read(experiment, card, method.rows == ALL)
+            found[method.stage] = head(method.section(experiment).folder, settings, read, length)
         elif method.fitter:
             found[method.stage] = 2.0 + rows["train"] / 2000
             if method.model:
@@ -103,6 +104,11 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
                     pairs = min(2 * setfit.iterations * n, setfit.most_steps * setfit.batch)
                     found[method.stage] += 2 * 3 * parameters * length * 2 * pairs / training
     return found | {COMPARE.name: START_S, DECIDE.name: START_S / 2, REPORT.name: 2 * START_S}
+
+
+def searching(search: Search | None, once: float) -> float:
+    """Seconds of the trials of a search, each of them a training of `once` seconds."""
+    return min(search.trials * once, search.seconds + once) if search else 0.0
 
 
 def stage_bytes(experiment: Experiment, decoder: int, encoder: int, rows: int) -> dict[str, int]:

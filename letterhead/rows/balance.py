@@ -42,8 +42,17 @@ def training_rows(experiment: Experiment, rows: Sequence[dict]) -> list[dict]:
     if experiment.balance != "oversample":
         return list(rows)
     number = {label: i for i, label in enumerate(experiment.labels)}
-    times = repeats(np.array([number[row["label"]] for row in rows]), experiment.seed)
+    times = repeats(np.array([number[row["label"]] for row in rows]), experiment.data.seed)
     return [row for row, n in zip(rows, times, strict=True) for _ in range(n)]
+
+
+def rows_read(experiment: Experiment, card: dict, is_all: bool) -> int:
+    """How many rows a head reads in an epoch, by the data card: of the shared rows, or of all of
+    train."""
+    if experiment.balance != "oversample":
+        return card["rows"]["train"] if is_all else card["shared"]["rows"]
+    counts = [n for n in card["label_counts"]["train"].values() if n]
+    return len(counts) * max(counts) if is_all else card["shared"]["sft_rows"]
 
 
 def class_weights(experiment: Experiment, rows: Sequence[dict]) -> list[float] | None:

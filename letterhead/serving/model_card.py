@@ -36,8 +36,9 @@ def write_card(
     if (card := read_json(path)) is None:
         raise LetterheadError(f"{path}: gone; run: make data EXP={experiment.name}")
     step = name.partition("@")[2]
-    training = f"trained to step {step}" if step else "frozen, with logistic regression"
     method = method_of(name)
+    how = "fine-tuned by SetFit" if method.is_saved else "frozen"
+    training = f"trained to step {step}" if step else f"{how}, with logistic regression"
     section = method.section(experiment)
     of_training = results.parse_result(results.result_files(experiment, name, "test")[0])
     source = source_name(section.model)

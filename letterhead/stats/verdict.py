@@ -164,7 +164,7 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
 def training_key(entry: dict) -> str:
     """The key of the experiment that says how a method is trained."""
     method = METHODS[entry["method"]]
-    return f"{method.model}.{method.settings or METHODS[entry['method']].trained_by}"
+    return f"{method.model}.{method.settings or method.trained_by}"
 
 
 def hardly_learnt(entry: dict) -> tuple[float, float] | None:
