@@ -90,6 +90,9 @@ SEVERAL = re.compile(r"[|;,]\s*")
 # Optimizer steps at least (of the LLM while MOST_EPOCHS allow them): with fewer SmolLM2 had not
 # learnt the demo's five classes, nor in a hundred fourteen others.
 DECODER_STEPS, STEPS_A_CLASS, ENCODER_STEPS = 100, 20, 200
+# Three epochs of BERT were too few for twenty newsgroups and enough for the demo
+# (docs/findings.md).
+PATIENCE, MOST_ENCODER_STEPS = 3, 6000
 HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
 FEW_ROWS, BATCH = 400, 4  # for the LLM
@@ -202,8 +205,8 @@ def main(path: str, text: str = "", label: str = "") -> None:
     target = Path("experiments") / f"{name}.yaml"
     if target.exists():
         raise LetterheadError(
-            f"{target}: is there already and is not overwritten; edit it, delete it, or "
-            f"rename {source}"
+            f"{target}: is there already and is not overwritten; edit it, or delete it and run "
+            f"make new again, or rename {source}"
         )
     reasons: list[str] = []
     encoding = guess_encoding(path)
@@ -224,9 +227,10 @@ def main(path: str, text: str = "", label: str = "") -> None:
     print("\n".join(reasons), flush=True)
     experiment = load_experiment(name)
     data.main(experiment)
-    if reason := reason_to_balance(experiment):
+    if chosen := choose_balance(experiment):
+        balance, reason = chosen
         print(reason, flush=True)
-        write_experiment(target, values | {"balance": "weights"}, path, [*reasons, reason])
+        write_experiment(target, values | {"balance": balance}, path, [*reasons, reason])
         experiment = load_experiment(name)
         data.main(experiment)
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
@@ -243,9 +247,9 @@ def write_experiment(target: Path, values: dict[str, Any], path: str, reasons: l
         file.write(text)
 
 
-def reason_to_balance(experiment: Experiment) -> str | None:
-    """Why rare classes are brought up; None where none is rare, or where TF-IDF on the shared rows
-    has no higher macro F1 on validation rows with weights than without."""
+def choose_balance(experiment: Experiment) -> tuple[str, str] | None:
+    """The value of `balance` with which TF-IDF on the shared rows has the higher macro F1 on
+    validation rows, and the reason; None where no class is rare, or no row is for validation."""
     rows = results.read_rows(experiment, "decoder_train")
     counts = Counter(row["label"] for row in rows)
     validation = results.read_rows(experiment, "validation")
@@ -260,12 +264,11 @@ def reason_to_balance(experiment: Experiment) -> str | None:
         fitted = tfidf.fit(experiment.model_copy(update={"balance": balance}), rows, validation)
         answers = fitted.score([row["text"] for row in validation]).probabilities.argmax(axis=1)
         reached[balance] = plain_f1(truth, answers[None], len(experiment.labels))
-    if reached["weights"] <= reached["none"]:
-        return None
-    return (
-        f"balance: weights, since the largest class has {max(counts.values())} of "
-        f"{len(rows):,} rows and the smallest {min(counts.values())}, and since with them TF-IDF's "
-        f"macro F1 on validation rows is {reached['weights']:.3f}, without {reached['none']:.3f}"
+    better = "weights" if reached["weights"] > reached["none"] else "none"
+    return better, (
+        f"balance: {better}; the largest class has {max(counts.values())} of {len(rows):,} rows "
+        f"and the smallest {min(counts.values())}, and TF-IDF's macro F1 on validation rows is "
+        f"{reached['weights']:.3f} with weights for the rare classes, {reached['none']:.3f} without"
     )
 
 
@@ -735,22 +738,27 @@ def choose_training(
     shared = min(FEW_ROWS, train)
     steps = max(DECODER_STEPS, STEPS_A_CLASS * min(classes, len(LETTERS)))
     epochs = min(MOST_EPOCHS, math.ceil(steps * BATCH / shared))
+    most = MOST_ENCODER_STEPS // math.ceil(train / HEAD_BATCH)
     encoder_head = {
         "learning_rate": models["encoder_rate"],
-        "num_train_epochs": HEAD_EPOCHS,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_ratio": 0.01,
+        "num_train_epochs": min(MOST_EPOCHS, max(HEAD_EPOCHS, most)),
+        "patience": PATIENCE,
         "least_steps": ENCODER_STEPS,
         "per_device_train_batch_size": HEAD_BATCH,
-        "eval_steps": 0.5,
+        "eval_steps": 0.05,
     }
-    on_shared, on_all = (Head(**encoder_head).on(n).num_train_epochs for n in (shared, train))
+    epochs_on_all = Head(**encoder_head).on(train).num_train_epochs
     reasons.append(f"models: {models['why']}")
     reasons.append(
         f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
-        f"({epochs * math.ceil(shared / BATCH)} steps); BERT, frozen embeddings and TF-IDF on "
-        f"the same, "
-        f"BERT {on_shared:.3g} times"
-        + (f", and once more on all {train:,}, BERT {on_all:.3g} times" if train > shared else "")
-        + f", so that it makes {ENCODER_STEPS} steps at least"
+        f"({epochs * math.ceil(shared / BATCH)} steps); the other methods on the same rows"
+        + (f", and once more on all {train:,}" if train > shared else "")
+    )
+    reasons.append(
+        f"BERT is trained until its log loss on validation rows has not fallen in {PATIENCE} "
+        f"evaluations, of which there are 20 in {epochs_on_all:.3g} epochs, the most"
     )
     head = {
         "learning_rate": models["rate"],

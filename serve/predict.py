@@ -262,6 +262,12 @@ def read_table(
         )
     every = every_column(str(path), data.encoding, skipped)
     header = every.columns.parts
+    if missing := [name for name in data.columns.parts if name not in header]:
+        raise LetterheadError(
+            f"{path}: no column {missing[0]!r}; {experiment.name} reads "
+            f"{', '.join(data.columns.parts)}, and this file has {', '.join(header)}; rename its "
+            f"columns, or name the experiment that it belongs to: EXP=…"
+        )
     at = [column_at(path, header, name) for name in data.columns.parts]
     return header, read_rows(open_source(every).splits["train"], experiment, at, len(header))
 

@@ -65,8 +65,10 @@ def test_a_wrong_key_is_named_with_its_mend(monkeypatch, overrides, message):
 
 def test_a_missing_experiment_names_those_there_are(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(LetterheadError, match="no such experiment; choose one of ag_news, .*quick"):
+    with pytest.raises(LetterheadError, match="no such experiment; did you mean quick?"):
         load_experiment("qiuck")
+    with pytest.raises(LetterheadError, match="no such experiment; choose one of ag_news, .*quick"):
+        load_experiment("xyz")
 
 
 def test_more_labels_than_letters_is_an_error(make_experiment):

@@ -29,7 +29,7 @@ def written(place, monkeypatch):
     """Write an experiment for a source; its rows are not made."""
     monkeypatch.setattr(new.data, "main", lambda experiment: None)
     monkeypatch.setattr(new, "foretell", lambda _: "a while")
-    monkeypatch.setattr(new, "reason_to_balance", lambda _: None)
+    monkeypatch.setattr(new, "choose_balance", lambda _: None)
 
     def write(source: str, **columns: str):
         new.main(source, **columns)
@@ -89,7 +89,7 @@ def test_many_classes_are_answered_by_name_and_rare_ones_left_out(written):
     assert experiment.prompt.options == "names" and experiment.eval.score == "sum"
     assert (
         experiment.sft_arguments()["num_train_epochs"] * 100 >= 20 * 26
-        and experiment.encoder.head.on(400).num_train_epochs == 8
+        and experiment.encoder.head.num_train_epochs == 20
     )
 
 
@@ -100,7 +100,7 @@ def test_a_rare_class_gets_weights_where_validation_rows_say_so(place, rare):
     experiment = load_experiment("mail")
     text = Path("experiments/mail.yaml").read_text()
     assert experiment.balance == ("weights" if rare == 0.1 else "none")
-    assert ("# - balance: weights, since the largest class" in text) == (rare == 0.1)
+    assert ("# - balance: weights; the largest class has" in text) == (rare == 0.1)
     card = read_json("data/mail/data_card.json")["shared"]
     assert (card["sft_rows"] > card["rows"]) == (rare == 0.1)
 

@@ -231,7 +231,7 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(
     ]
     Path("in.csv").write_text("title\none\n")
     with pytest.raises(
-        LetterheadError, match="no column 'text'; it has title; set data.columns.text"
+        LetterheadError, match="no column 'text'; mine reads text, and this file has title; rename"
     ):
         predict.main(experiment, "in.csv", "out.csv", "tfidf")
     with pytest.raises(LetterheadError, match="OUT is IN"):

@@ -82,7 +82,9 @@ def test_a_model_that_is_gone_makes_the_data_stale_and_is_not_fetched_by_asking(
     assert states(experiment, capsys)["data"] == "stale"
 
 
-def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(experiment, capsys):
+def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(
+    experiment, capsys, monkeypatch
+):
     plan = {"seconds": {"data": 10.0, "tfidf": 20.0, "sft": 180.0}, "to_do": ["tfidf", "sft"]}
     write_json(Path("runs/mine", ESTIMATE), plan)
     os.utime(Path("runs/mine", ESTIMATE), (1, 1))  # TF-IDF was made since
@@ -90,6 +92,7 @@ def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(ex
     run = StageRun(experiment, SFT_TRAINING)
     assert not run.is_current() and not run.is_current()  # asking deletes and prints nothing
     assert capsys.readouterr().out == "" and Path("runs/mine/sft/stage.json").exists()
+    monkeypatch.setenv("ASKED", "report")
     run.start()
     said = capsys.readouterr().out
     assert not Path("runs/mine/sft/stage.json").exists()
@@ -100,6 +103,9 @@ def test_a_stage_says_before_it_begins_how_long_it_takes_and_how_much_is_left(ex
     os.utime("runs/mine/tfidf/stage.json", (0, 0))  # it is one of before, and stale
     run.start()
     assert " 0%, about 3 minutes to go" in capsys.readouterr().out
+    monkeypatch.setenv("ASKED", "sft")  # which asks nothing about a report
+    run.start()
+    assert capsys.readouterr().out.endswith("about 3 minutes\n")
     assert [minutes(of) for of in (3, 60, 600, 7200)] == [
         "less than a minute", "about a minute", "about 10 minutes", "about 2.0 hours"
     ]  # fmt: skip
@@ -121,7 +127,8 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
         "decide",
         "report",
     }
-    more = card | {"shared": {"rows": 10 * card["shared"]["rows"]}}
+    ten = {key: 10 * card["shared"][key] for key in ("rows", "sft_rows")}
+    more = card | {"shared": ten}
     trained = [
         of["sft"] - 2 * estimate.START_S for of in (first, estimate.stage_seconds(experiment, more))
     ]

@@ -199,10 +199,10 @@ def load_experiment(name: str, overrides: str = "") -> Experiment:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in Path("experiments").glob("*.yaml")))
-        raise LetterheadError(
-            f"{path}: no such experiment; choose one of {known}, or write that file"
-        )
+        known = sorted(p.stem for p in Path("experiments").glob("*.yaml"))
+        near = difflib.get_close_matches(path.stem, known, 1)
+        mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+        raise LetterheadError(f"{path}: no such experiment; {mend} (or write that file)")
     try:
         pairs = shlex.split(overrides)
         if wrong := [pair for pair in pairs if "=" not in pair]:

@@ -75,7 +75,7 @@ class Search(Section):
     seconds: Annotated[float, Field(gt=0)] = Field(
         600, description="No trial begins after so many seconds of trials."
     )
-    rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)] = Field(
+    rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
         description="Rates that are tried first, beside `learning_rate`; others lie between."
     )
 
@@ -253,7 +253,7 @@ class SetFit(Section):
 
 
 class Encoder(Section):
-    """The BERT that the decoder is compared with; it is trained on all of train."""
+    """The BERT that the decoder is compared with; its embeddings are a method of their own."""
 
     model: Model = Field(MINILM, description="Where BERT comes from, as `decoder.model`.")
     head: Head = Field(

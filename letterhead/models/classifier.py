@@ -1,6 +1,7 @@
 """A trained method as a function from texts to probabilities: what `predict` runs and what the
 bench measures."""
 
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
@@ -37,15 +38,21 @@ def named_method(experiment: Experiment, name: str) -> str:
         return name
     method = METHODS.get(name)
     if name != "best" and not (method and method.loader):
-        known = [one.name for one in METHODS.values() if one.loader]
-        raise LetterheadError(f"{name}: no such method; choose best or one of {', '.join(known)}")
+        known = ["best", *(one.name for one in METHODS.values() if one.loader)]
+        near = difflib.get_close_matches(name, known, 1)
+        mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+        raise LetterheadError(f"{name}: no such method; {mend}")
+    if method and not method.when(experiment):
+        raise LetterheadError(
+            f"{name}: {experiment.name} has no such method, for its rows or its keys"
+        )
     if method and not method.has_steps:
         return name
     decided = read_json(experiment.results_folder / "decision.json")
     comparison = read_json(experiment.results_folder / "comparison.json")
     if comparison is None or (name == "best" and decided is None):
         raise LetterheadError(
-            f"{name}: which step that is, the comparison says; run: make decide "
+            f"{name}: {experiment.name} has no report yet, which chooses it; run: make report "
             f"EXP={experiment.name}"
         )
     if name == "best":

@@ -223,7 +223,9 @@ def _local(source: str) -> dict[str, Path]:
     paths = {split: path for split in SPLITS if (path := _find(source, split))}
     if "train" not in paths:
         raise LetterheadError(
-            f"{source}: no such file or folder" + (" for train" if "{split}" in source else "")
+            f"{source}: no such file or folder"
+            + (" for train" if "{split}" in source else "")
+            + "; name the one that you have in data.source"
         )
     for path in paths.values():
         if path.is_file() and path.suffix.lower() not in READERS:

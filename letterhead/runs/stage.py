@@ -138,8 +138,10 @@ class StageRun:
         )
         share = 1 - left / total if total else 0.0
         bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
+        report = f"; report {bar} {share:.0%}, {minutes(left)} to go"
+        is_part = not (self.is_listed and was_asked(STAGES[self.name].make_target))
         takes = minutes(plan["seconds"][self.name])
-        print(f"{does}: {takes}; report {bar} {share:.0%}, {minutes(left)} to go", flush=True)
+        print(f"{does}: {takes}{report if is_part else ''}", flush=True)
 
     def tell_current(self) -> None:
         """Say that there is nothing to do."""
