@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import setfit
 import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
@@ -14,6 +15,7 @@ from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import embeddings
 from letterhead.models.classifier import load_classifier
 from letterhead.models.embeddings import Embedder, fit_regression
+from letterhead.models.setfit import fit as fit_setfit
 from letterhead.runs import results
 from prep import data
 from serve import export, predict
@@ -153,3 +155,25 @@ def test_the_stage_predict_the_export_and_its_card_answer_alike(
     changed = experiment.model_copy(update={"encoder": encoder})
     with pytest.raises(LetterheadError, match=f"not measured as it would be .*: make {method}"):
         export.export(changed, method)
+
+
+@pytest.mark.parametrize(("most", "steps"), [(1000, 3), (2, 2)])
+def test_setfit_reads_its_pairs_once(make_experiment, monkeypatch, most, steps):
+    """20 rows, each in two pairs: 40, of which 16 make a step."""
+    settings = {"rows_per_class": 64, "iterations": 1, "most_steps": most}
+    experiment = make(make_experiment, setfit=settings)
+    data.main(experiment)
+    made, train = [], setfit.Trainer.train
+
+    def watched(self, *arguments, **more):
+        train(self, *arguments, **more)
+        made.append(self.st_trainer.state.global_step)
+
+    monkeypatch.setattr(setfit.Trainer, "train", watched)
+    rows = results.read_rows(experiment, "train")[:20]
+    found = fit_setfit(experiment, rows, [])
+    assert made == [steps]
+    frozen = embeddings.fit(experiment, rows, [])
+    texts = [row["text"] for row in rows]
+    shares = [one.score(texts).probabilities for one in (found, frozen)]
+    assert np.allclose(shares[0].sum(axis=1), 1) and np.abs(shares[0] - shares[1]).max() > 1e-3

@@ -274,6 +274,19 @@ def test_the_last_checkpoint_is_taken_unless_validation_shows_another_to_be_bett
     assert results.best_step(validation) == 20 and results.chosen_step(compared, validation) == 30
 
 
+def test_what_a_search_took_and_brought_is_said():
+    found = {"rate": 2e-4, "loss": 0.25, "loss_before": 0.5, "trials": 6, "pruned": 2}
+    record = {"search": found | {"seconds": 600.0}}
+    said = build.searched({"title": "BERT", "method": "bert"}, record)
+    assert said.startswith("BERT: 6 trials, 2 of them given up early, in 10.0 min.")
+    assert said.endswith("0.250 on validation rows; the one that the experiment names, 0.500.")
+    record["search"]["loss_before"] = None
+    assert build.searched({"title": "SFT", "method": "sft"}, record).endswith(
+        "0.250 on validation rows (nats a token of the answer)."
+    )
+    assert build.searched({"title": "SFT", "method": "sft"}, {"search": None}) is None
+
+
 def test_checkpoints_that_tie_go_to_the_lower_loss():
     tied = {
         10: a_result(f1_macro=0.9, log_loss=0.5),
