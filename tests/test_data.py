@@ -323,7 +323,10 @@ def test_alpaca_rows_are_the_articles(make_experiment):
     assert all(
         row["instruction"].endswith("A. World\nB. Sports\n\nAnswer:/no_think") for row in found
     )
-    assert list(read_json(experiment.data_folder / "dataset_info.json")) == ["agnews_train"]
+    registry = read_json(experiment.data_folder / "dataset_info.json")
+    assert list(registry) == ["agnews_train", "sft_validation"]
+    validation = list(read_jsonl(experiment.data_folder / "sft_validation.jsonl"))
+    assert len(validation) == 2 and set(validation[0]) == set(found[0])
 
 
 def test_what_is_up_to_date_is_not_done_again_and_a_changed_key_is(make_experiment, capsys):

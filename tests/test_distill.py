@@ -173,6 +173,7 @@ def test_what_is_learnt_is_the_thinking_prompt_and_the_thought(taught):
     registry = read_json("data/mine/dataset_info.json")
     assert {name: entry["file_name"] for name, entry in registry.items()} == {
         "sft_train": "sft_train.jsonl",
+        "sft_validation": "sft_validation.jsonl",
         "distilled": "distilled.jsonl",
     }
 

@@ -70,7 +70,7 @@ def test_sft_that_diverges_fails_and_is_never_called_whole_or_up_to_date(make):
         assert re.search(
             r"diverged at step \d: .*\(learning rate there 1e\+30\); lower the learning rate", told
         )
-        assert "error: LLaMA-Factory ended with exit code 1" in ended.stderr
+        assert "error: LLaMA-Factory's training diverged" in ended.stderr
         assert "runs/mine/sft/log.txt ends with" in ended.stderr
         assert not (experiment.run_folder / "sft" / "stage.json").exists()
     for path in checkpoints.whole_checkpoints(experiment.sft_folder / "checkpoints"):

@@ -245,7 +245,7 @@ def test_bad_input_names_file_row_and_mend_and_keeps_what_is_done(
             LetterheadError, match=r"in.csv, line [13]: not utf-8 .* save the file as UTF-8"
         ):
             predict.main(experiment, "in.csv", "out.csv", "tfidf")
-    with pytest.raises(LetterheadError, match="run: make decide EXP=mine"):
+    with pytest.raises(LetterheadError, match="has no report yet, .*run: make report EXP=mine"):
         predict.main(experiment, "rows.csv", "out.csv", "best")
     with pytest.raises(LetterheadError, match="bert@7: no whole checkpoint; .* holds steps none"):
         predict.main(experiment, "rows.csv", "out.csv", "bert@7")

@@ -143,7 +143,7 @@ def timeless(name: str, split: str = "test") -> tuple:
     result = read_json(f"runs/mine/results/{name}{'' if split == 'test' else '.' + split}.json")
     thought = {
         key: value
-        for key, value in result.get("thinking", {}).items()
+        for key, value in (result["thinking"] or {}).items()
         if key != "times_one_forward"
     }
     timed = ("seconds", "rows_per_second", "thinking")

@@ -84,8 +84,10 @@ class StopWithoutGain(EarlyStoppingCallback):
             return  # of another split
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self.early_stopping_patience_counter:
-            # The schedule is a factor on these, and a checkpoint holds them.
-            lr_scheduler.base_lrs = [rate * self.FALL for rate in lr_scheduler.base_lrs]
+            # The schedule is a factor on these, and a checkpoint holds them. DeepSpeed's wrapper
+            # and accelerate's hold it in `scheduler`.
+            schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
+            schedule.base_lrs = [rate * self.FALL for rate in schedule.base_lrs]
 
 
 def has_ended(state: dict, patience: int | None) -> bool:

@@ -67,7 +67,7 @@ class Result:
     ece_floor: float | None
     log_loss: float | None
     confusion: list[list[int]]
-    per_class: dict[str, dict[str, float]]
+    per_class: dict[str, dict[str, int | float]]
     eval_loss: float | None
     seconds: float
     rows_per_second: float
