@@ -110,6 +110,7 @@ def main(experiment: Experiment) -> None:
         context = gather(experiment, comparison) | {
             "bench": bench,
             "served": served,
+            "headline": verdict.headline,
             "article_rps": article.RPS,
         }
         images = {

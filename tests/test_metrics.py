@@ -152,7 +152,7 @@ def test_nothing_has_an_interval_of_no_width():
 
 
 def test_trainings_add_their_spread_to_the_error_of_the_rows():
-    """Satterthwaite's degrees of freedom, as scipy's Welch test has them when rows say nothing."""
+    """As scipy's Welch test has it where rows say nothing."""
     rng = np.random.default_rng(0)
     truth = np.arange(40_000) % 2
     a, b = (
@@ -163,8 +163,8 @@ def test_trainings_add_their_spread_to_the_error_of_the_rows():
     values = [[f1_score(truth, one, average="macro") for one in of] for of in (a, b)]
     welch = ttest_ind(*values, equal_var=False)
     assert abs(found.value - (np.mean(values[0]) - np.mean(values[1]))) < 1e-3
-    assert abs(found.df / welch.df - 1) < 0.02 and abs(found.p / welch.pvalue - 1) < 0.02
-    assert f1_loss(truth, np.array(b[:1]), np.array(a[:1]), 2).df == np.inf
+    assert abs(found.training_df / welch.df - 1) < 0.02 and abs(found.p / welch.pvalue - 1) < 0.02
+    assert f1_loss(truth, np.array(b[:1]), np.array(a[:1]), 2).training_df == np.inf
 
 
 def test_the_calibration_error_stands_beside_what_a_perfect_one_would_show():

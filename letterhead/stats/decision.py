@@ -14,12 +14,14 @@ nothing. A test of non-inferiority with a margin set beforehand is the one of cl
 import math
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from letterhead.stats.metrics import Estimate, f1_loss, plain_f1
 
 ALPHA = 0.05
 POWER = 0.80
+MOST_ROWS = 1e12  # a number that nobody labels
 HOPELESS = 0.001  # how seldom a method within the margin may be taken for one that is far behind
 FITS, COSTS_MORE, UNDECIDED = "fits", "costs more", "undecided"
 
@@ -120,9 +122,17 @@ def rows_that_decide(loss: Estimate, distance: float, alpha: float) -> int | Non
     """How many rows tell a loss from a margin that lies `distance` away, with power `POWER`; None
     if no number does, since the trainings, taken to be as many as there are, differ too much.
 
-    The usual n = ((t_alpha + z_power) sigma / distance)², the trainings' variance taken off.
+    Where the bound's distance and z_power standard errors together are `distance`; without
+    trainings the usual n = ((z_alpha + z_power) sigma / distance)².
     """
     if not distance:
         return None
-    left = (distance / (t.ppf(1 - alpha, loss.df) + norm.ppf(POWER))) ** 2 - loss.training_variance
-    return math.ceil(loss.sigma**2 / left) if left > 0 else None
+    power = float(norm.ppf(POWER))
+
+    def short(rows: float) -> float:
+        error = math.sqrt(loss.sigma**2 / rows + loss.training_variance)
+        return loss.reach(alpha, rows=rows) + power * error - distance
+
+    if short(MOST_ROWS) >= 0:
+        return None
+    return 1 if short(1) <= 0 else math.ceil(brentq(short, 1, MOST_ROWS))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import log_softmax, softmax
-from scipy.stats import t
+from scipy.stats import norm, t
 from sklearn.metrics import (
     accuracy_score,
     confusion_matrix,
@@ -29,6 +29,7 @@ FLOOR_DRAWS = 1000
 SCORE_STEPS = 4
 FOLDS = 5
 NO_ANSWER = -1
+SMALLEST_LOG_P = -60.0  # below that a p-value is told as this one
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Estimate:
     parts, shares : the distinct influences of a row, and the share of rows that has each
     training_variance : what the spread over trainings adds to the error's square; more rows do not
         lower it
-    df : degrees of freedom, infinite where the error comes from rows alone
+    training_df : the degrees of freedom of that variance
     """
 
     value: float
@@ -47,7 +48,7 @@ class Estimate:
     parts: np.ndarray
     shares: np.ndarray
     training_variance: float = 0.0
-    df: float = math.inf
+    training_df: float = math.inf
 
     @property
     def sigma(self) -> float:
@@ -65,16 +66,33 @@ class Estimate:
         is a value with the error that the figure would have *if that were true*. What the rows
         would look like then is their exponential tilting (Efron 1981), the nearest distribution
         whose figure is that value. Where errors are few the plain bound errs more.
-        """
-        quantile = float(t.ppf(1 - alpha, self.df))
-        return self._bound(-quantile), self._bound(quantile)
 
-    def _bound(self, quantile: float) -> float:
-        bound = self.value + quantile * self.se
+        The two noises are put together as Howe (1974) does: each with its own quantile, the rows'
+        normal, the trainings' of Student's t. (One t with Satterthwaite's degrees of freedom for
+        both errs in up to 14 % of cases where a method has one training and another three.)
+        """
+        return self._bound(alpha, -1), self._bound(alpha, 1)
+
+    def _bound(self, alpha: float, sign: int) -> float:
+        bound = self.value + sign * self.reach(alpha)
         for _ in range(SCORE_STEPS):
             sigma = self._sigma_if(bound - self.value)
-            bound = self.value + quantile * math.sqrt(sigma**2 / self.rows + self.training_variance)
+            bound = self.value + sign * self.reach(alpha, sigma)
         return bound
+
+    def reach(self, alpha: float, sigma: float | None = None, rows: float | None = None) -> float:
+        """How far a bound that errs in a share `alpha` lies from the figure.
+
+        Parameters
+        ----------
+        sigma, rows : in place of the estimate's own
+        """
+        sigma, rows = self.sigma if sigma is None else sigma, rows or self.rows
+        of_rows = norm.ppf(1 - alpha) ** 2 * sigma**2 / rows
+        if not self.training_variance:
+            return math.sqrt(of_rows)
+        quantile = t.ppf(1 - alpha, self.training_df)
+        return math.sqrt(of_rows + quantile**2 * self.training_variance)
 
     def _sigma_if(self, shift: float) -> float:
         """The standard deviation of a row's influence under the tilting that has the mean
@@ -94,7 +112,15 @@ class Estimate:
     @property
     def p(self) -> float:
         """The two-sided p-value of the figure being 0."""
-        return float(2 * t.sf(abs(self.value) / self.se, self.df))
+        if not self.training_variance:
+            return float(2 * norm.sf(abs(self.value) / self.se))
+
+        def beyond(log_alpha: float) -> float:
+            return self.reach(math.exp(log_alpha)) - abs(self.value)
+
+        if beyond(SMALLEST_LOG_P) < 0:
+            return 2 * math.exp(SMALLEST_LOG_P)
+        return 2 * math.exp(brentq(beyond, SMALLEST_LOG_P, math.log(0.5)))
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> Estimate:
@@ -142,8 +168,8 @@ def _estimate(
 ) -> Estimate:
     """A sum of macro F1s, each times its sign and averaged over its trainings.
 
-    Several trainings add the variance over them, divided by their number; the degrees of freedom
-    are Satterthwaite's (1946).
+    Several trainings add the variance over them, divided by their number; where several methods
+    have some, the degrees of freedom of the sum are Satterthwaite's (1946).
     """
     present = np.unique(truth)
     rights = np.indices((2,) * len(parts)).reshape(
@@ -171,9 +197,9 @@ def _estimate(
     shares = np.bincount(which, weights)
     kept = shares > 0
     spread = sum(variance**2 / df for variance, df in zip(variances, dfs, strict=True))
-    total = sum(variances) + float(weights @ influence**2) / n**2
+    total = float(sum(variances))
     df = total**2 / spread if spread else math.inf
-    return Estimate(float(value), n, distinct[kept], shares[kept] / n, float(sum(variances)), df)
+    return Estimate(float(value), n, distinct[kept], shares[kept] / n, total, df)
 
 
 def _influence(

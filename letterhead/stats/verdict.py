@@ -227,8 +227,19 @@ def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
         low, high = entry["f1_macro_ci95"]
         figures = f"{entry['accuracy']:9.4f} {entry['f1_macro']:9.4f}  {low:.3f} to {high:.3f}"
         lines.append(f"{entry['title']:{wide}} {entry['step'] or '':>6} {entry['n']:6} {figures}")
-    how = "ship" if decided["established"] else "ship (not established)"
-    return "\n".join([*lines, f"{how} {decided['ship']}: {decided['why']}"])
+    return "\n".join([*lines, f"{headline(decided, decided['ship'])} {decided['why']}"])
+
+
+def headline(decided: dict[str, Any], shipped: str) -> str:
+    """The decision in a sentence.
+
+    Parameters
+    ----------
+    shipped : what a reader calls the method that is to be shipped, or is the highest seen
+    """
+    if decided["established"]:
+        return f"Ship {shipped}."
+    return f"No decision: these rows can't show it; {shipped} is the highest seen."
 
 
 def human(number: float) -> str:
