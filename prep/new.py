@@ -27,6 +27,7 @@ from letterhead.config.models import Head
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import tfidf
 from letterhead.models.prompt import WORD, keep_words
+from letterhead.plan.evidence import contenders
 from letterhead.plan.time import stage_bytes, stage_seconds
 from letterhead.rows.sources import (
     RawRow,
@@ -38,6 +39,7 @@ from letterhead.rows.sources import (
 )
 from letterhead.runs import results
 from letterhead.runs.stage import minutes, telling
+from letterhead.stats.decision import smallest_margin
 from letterhead.stats.metrics import plain_f1
 from prep import data
 
@@ -84,6 +86,7 @@ CODE = re.compile(
     r"[-+]?[A-Za-z]?\d+(\.\d+)?"
 )  # 1, -1, 2.0, C03: a number for a class, not its name
 IMBALANCED = 3
+MARGINS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 SHOWN = 20
 NAME_IN_WORDS = 8  # nobody calls a column so
 SEVERAL = re.compile(r"[|;,]\s*")
@@ -227,12 +230,15 @@ def main(path: str, text: str = "", label: str = "") -> None:
     print("\n".join(reasons), flush=True)
     experiment = load_experiment(name)
     data.main(experiment)
-    if chosen := choose_balance(experiment):
-        balance, reason = chosen
-        print(reason, flush=True)
-        write_experiment(target, values | {"balance": balance}, path, [*reasons, reason])
-        experiment = load_experiment(name)
-        data.main(experiment)
+    margin, reason = choose_margin(experiment)
+    chosen, more = {"compare": {"margin": margin}}, [reason]
+    if found := choose_balance(experiment):
+        chosen["balance"] = found[0]
+        more.append(found[1])
+    print("\n".join(more), flush=True)
+    write_experiment(target, values | chosen, path, [*reasons, *more])
+    experiment = load_experiment(name)
+    data.main(experiment)
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     print(f"make report EXP={name}: {foretell(experiment)} on this machine")
 
@@ -245,6 +251,18 @@ def write_experiment(target: Path, values: dict[str, Any], path: str, reasons: l
         # A label with a line break in it ends no comment.
         file.writelines(f"# - {' '.join(line.split())}\n" for line in reasons)
         file.write(text)
+
+
+def choose_margin(experiment: Experiment) -> tuple[float, str]:
+    """A margin that the test rows can bear, and the reason."""
+    rows, methods = len(results.read_rows(experiment, "test")), contenders(experiment)
+    least = smallest_margin(rows, methods)
+    margin = next((each for each in MARGINS if each >= 2 * least), MARGINS[-1])
+    return margin, (
+        f"compare.margin: {margin:g}; {rows:,} test rows and {methods} methods can show none "
+        f"below {least:.3f}, even for a method that answers as the best does. Set another before "
+        f"you look at a test row"
+    )
 
 
 def choose_balance(experiment: Experiment) -> tuple[str, str] | None:

@@ -27,6 +27,7 @@ from letterhead.pipeline import (
     record_of,
     stages_of,
 )
+from letterhead.plan.evidence import evidence
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run
 from letterhead.stats import metrics, verdict
@@ -197,6 +198,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "titles": {name: entry["title"] for name, entry in ranked},
         "comparison": comparison,
         "article": article if article.is_the_articles(experiment) else None,
+        "evidence": evidence(experiment, read_json(experiment.data_folder / "data_card.json")),
         "overfit": overfitting(experiment),
         "searched": [
             sentence

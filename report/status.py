@@ -8,6 +8,7 @@ from letterhead import pipeline
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, exclusive, write_json
 from letterhead.pipeline import DATA, STAGES, Stage
+from letterhead.plan.evidence import evidence
 from letterhead.plan.time import stage_seconds
 from letterhead.rows.fetch import is_there
 from letterhead.runs.stage import (
@@ -26,6 +27,8 @@ DONE = "done"
 def main(experiment: Experiment) -> None:
     print(f"{experiment.name}: {experiment.title}")
     card = pipeline.read_card(experiment)
+    if card and was_asked("status"):
+        print(evidence(experiment, card))
     states: dict[str, str] = {}
     for stage in pipeline.stages_of(experiment) if card else usual_stages(experiment):
         states[stage.name] = state(experiment, stage, states)

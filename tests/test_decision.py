@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from scipy.stats import norm, ttest_rel
 
-from letterhead.stats.decision import ALPHA, COSTS_MORE, FITS, UNDECIDED, decide, rows_that_decide
+from letterhead.stats.decision import (
+    ALPHA,
+    COSTS_MORE,
+    FITS,
+    UNDECIDED,
+    decide,
+    rows_for_margin,
+    rows_that_decide,
+    smallest_margin,
+)
 from letterhead.stats.metrics import NO_ANSWER, Estimate, f1_loss
 
 MARGIN = 0.01
@@ -170,6 +179,18 @@ def test_a_p_value_is_where_the_bound_meets_nothing():
     assert loss.reach(loss.p / 2) == pytest.approx(abs(loss.value), rel=1e-6)
     once = f1_loss(truth, found["cheap0"][:1], found["top"][:1], 4)
     assert once.p == pytest.approx(2 * norm.sf(abs(once.value) / once.se))
+
+
+def test_the_smallest_margin_is_that_of_equal_answers_whatever_the_classes():
+    for classes in (2, 5, 20):
+        truth = np.arange(600) % classes
+        same = dict.fromkeys("abcdef", truth[None])
+        price = dict(zip(same, range(6), strict=True))
+        least = smallest_margin(600, 6)
+        fits = [decide(truth, same, price, classes, least * by) for by in (1.01, 0.99)]
+        assert [one["established"] for one in fits] == [True, False]
+    assert smallest_margin(rows_for_margin(0.005, 4), 4) <= 0.005
+    assert smallest_margin(rows_for_margin(0.005, 4) - 10, 4) > 0.005
 
 
 def test_trainings_that_differ_too_much_are_not_mended_by_rows():

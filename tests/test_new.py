@@ -8,6 +8,8 @@ import pytest
 
 from letterhead.config.experiment import load_experiment
 from letterhead.files import LetterheadError, read_json
+from letterhead.plan.evidence import contenders, evidence
+from letterhead.stats.decision import smallest_margin
 from prep import new
 from tests.conftest import ROOT
 from tests.test_balance import skewed
@@ -30,6 +32,7 @@ def written(place, monkeypatch):
     monkeypatch.setattr(new.data, "main", lambda experiment: None)
     monkeypatch.setattr(new, "foretell", lambda _: "a while")
     monkeypatch.setattr(new, "choose_balance", lambda _: None)
+    monkeypatch.setattr(new, "choose_margin", lambda _: (0.01, "a margin"))
 
     def write(source: str, **columns: str):
         new.main(source, **columns)
@@ -100,6 +103,11 @@ def test_a_rare_class_gets_weights_where_validation_rows_say_so(place, rare):
     experiment = load_experiment("mail")
     text = Path("experiments/mail.yaml").read_text()
     assert experiment.balance == ("weights" if rare == 0.1 else "none")
+    rows = read_json("data/mail/data_card.json")["rows"]["test"]
+    least = smallest_margin(rows, contenders(experiment))
+    assert 2 * least <= experiment.compare.margin < 4 * least
+    assert f"# - compare.margin: {experiment.compare.margin:g}; {rows} test rows" in text
+    assert "can show a margin" in evidence(experiment, read_json("data/mail/data_card.json"))
     assert ("# - balance: weights; the largest class has" in text) == (rare == 0.1)
     card = read_json("data/mail/data_card.json")["shared"]
     assert (card["sft_rows"] > card["rows"]) == (rare == 0.1)

@@ -118,6 +118,44 @@ def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_mor
     }
 
 
+def smallest_margin(rows: int, methods: int) -> float:
+    """The smallest margin at which a method that answers every test row as another does is said to
+    fit. It hangs on numbers alone: the pseudo-rows of `f1_loss` keep the error above zero.
+
+    Parameters
+    ----------
+    methods : how many are in contention
+
+    Examples
+    --------
+    >>> [round(smallest_margin(rows, methods), 4) for rows, methods in ((280, 2), (600, 9))]
+    [0.0099, 0.0099]
+    """
+    truth = np.arange(rows) % 2
+    alpha = ALPHA / max(1, methods - 1)
+    return f1_loss(truth, truth[None], truth[None], 2).interval(alpha)[1]
+
+
+def rows_for_margin(margin: float, methods: int) -> int:
+    """The number of test rows from which a margin can be shown (`smallest_margin`), to 10 rows.
+
+    Examples
+    --------
+    >>> rows_for_margin(0.01, methods=6)
+    530
+    """
+    low, high = 10, 20
+    while smallest_margin(high, methods) > margin:
+        low, high = high, 2 * high
+    while high - low > 10:
+        middle = (low + high) // 20 * 10
+        if smallest_margin(middle, methods) > margin:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def rows_that_decide(loss: Estimate, distance: float, alpha: float) -> int | None:
     """How many rows tell a loss from a margin that lies `distance` away, with power `POWER`; None
     if no number does, since the trainings, taken to be as many as there are, differ too much.
