@@ -57,6 +57,7 @@ FOLDERS_TOO = {"data", "report"}
 SECTIONS_TOO = {
     ("letterhead.config.experiment", "sft"),
     ("letterhead.config.models", "sft"),
+    ("prep.new", "compare"),
     ("prep.new", "sft"),
     ("prep.new", "sft_options"),
     ("prep.preflight", "sft"),

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from letterhead.files import read_json, write_json
 from letterhead.pipeline import SFT_TRAINING
 from letterhead.plan import time as estimate
+from letterhead.runs import terminal
 from letterhead.runs.stage import ESTIMATE, StageRun, minutes
 from prep import data
 from report import status
@@ -255,3 +257,12 @@ def test_a_folder_with_spaces_and_another_make_are_told(tmp_path):
     told = subprocess.run(["make", "-n", "help"], cwd=folder, capture_output=True, text=True)
     assert told.returncode and "has spaces" in told.stderr and "move it" in told.stderr
     assert "GNU make is needed here" in (ROOT / "BSDmakefile").read_text()
+
+
+def test_a_worker_that_did_not_inherit_the_terminal_draws_no_bar_and_works_on(monkeypatch):
+    """Several processes score under `make … NPROC=2`: they inherit the variable, not the file."""
+    monkeypatch.setenv(terminal.INHERITED, "987")
+    monkeypatch.setattr(terminal, "TERMINAL", terminal.Terminal())
+    assert terminal.TERMINAL.errors() is sys.stderr
+    with terminal.progress(total=1, disable=True) as bar:
+        bar.update()

@@ -165,8 +165,7 @@ def test_the_curve_is_drawn_from_cells_on_nested_rows_each_done_once(studied):
         "at 320 rows."
     )
     assert "less than 0.01" in fits and any(
-        one.startswith("BERT passes LLM, linear head between 60 and 320 rows (told apart at ")
-        for one in passed
+        one.startswith("BERT passes LLM, linear head between 60 and 320 rows (") for one in passed
     )
     for point in made["found"]:
         assert len(point["leads"]) == 6

@@ -56,12 +56,16 @@ class Terminal:
         return self._kept[1:]
 
     def errors(self):
-        """The file that bars are drawn to."""
+        """The file that bars are drawn to: the terminal, or, in a process that did not inherit it
+        (a worker of several), standard error."""
         inherited = self._kept[1] if self._kept else int(os.environ.get(INHERITED, 2))
         if inherited == 2:
             return sys.stderr
         if self._errors is None or self._errors.closed:
-            self._errors = os.fdopen(os.dup(inherited), "w", buffering=1)
+            try:
+                self._errors = os.fdopen(os.dup(inherited), "w", buffering=1)
+            except OSError:
+                return sys.stderr
         return self._errors
 
 
