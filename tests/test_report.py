@@ -4,7 +4,7 @@ from data, any screen."""
 import html
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -186,6 +186,16 @@ def compared_once(fetched, tiny_models, tmp_path_factory):
 def compared(compared_once, workplace):
     shutil.copytree(compared_once, workplace, dirs_exist_ok=True)
     return load_experiment("mine")
+
+
+@pytest.mark.parametrize("name", ["bert@20", "tfidf", "zero_shot_think"])
+def test_a_result_is_read_as_it_was_written(compared, name):
+    path = results.result_files(compared, name, "test")[0]
+    written = path.read_bytes()
+    write_json(path, asdict(results.read_result(compared, name, "test")))
+    assert path.read_bytes() == written
+    path.write_bytes(written[: len(written) // 2])
+    assert results.parse_result(path) is None
 
 
 def test_the_checkpoint_is_chosen_on_validation_and_every_trained_pair_is_described(compared):

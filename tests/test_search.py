@@ -74,15 +74,15 @@ def test_training_ends_without_gain_at_a_falling_rate_and_saves_its_last_step(tr
 
 
 def test_a_resumed_training_goes_on_counting_at_the_fallen_rate(trained, tmp_path):
-    """Killed in the fifth evaluation; step 4 had a gain, and step 3 none."""
-    rates, saved = trained([0.9, 0.5, 0.6, 0.4, 0.5, 0.6])
-    assert saved[-1] == 6
+    """Killed in the fifth evaluation, after one evaluation without a gain: the second ends it."""
+    rates, saved = trained([0.9, 0.5, 0.4, 0.6, 0.7])
+    assert saved[-1] == 5 and rates[4] < rates[3]
     for path in tmp_path.glob("checkpoint-*"):
         shutil.rmtree(path)
     with pytest.raises(StopIteration):
-        trained([0.9, 0.5, 0.6, 0.4])
-    again, more = trained([0.5, 0.6], resume="checkpoint-4")
-    assert again == pytest.approx(rates[4:]) and more == [6]
+        trained([0.9, 0.5, 0.4, 0.6])
+    again, more = trained([0.7], resume="checkpoint-4")
+    assert again == pytest.approx(rates[4:]) and more == [5]
 
 
 def test_patience_wants_a_schedule_without_a_known_end():
