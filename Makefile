@@ -5,6 +5,7 @@ SET ?=
 IN ?=
 OUT ?=
 MODEL ?= best
+ERROR ?=
 PORT ?= 8000
 STUDY ?=
 DATA ?=
@@ -40,12 +41,12 @@ VERBOSE ?=
 QUIET := $(if $(VERBOSE),,TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1)
 RUN = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC
+export EXP SET IN OUT MODEL ERROR PORT STUDY DATA TEXT LABEL ROWS NPROC
 # What the user asked for by name; a stage that only another needs says less.
 export ASKED := $(MAKECMDGOALS)
 
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
-KNOWN := EXP SET IN OUT MODEL PORT STUDY DATA TEXT LABEL ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
+KNOWN := EXP SET IN OUT MODEL ERROR PORT STUDY DATA TEXT LABEL ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
 OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
 UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
@@ -54,7 +55,7 @@ NEAREST += ; print(*(known[name] for name in difflib.get_close_matches(sys.argv[
 nearest = $(shell $(PYTHON) -c '$(NEAREST)' '$(1)' $(2))
 $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(or $(patsubst %,did you mean %=?,$(call nearest,$(UNKNOWN),$(KNOWN))),choose of $(KNOWN))))
 # A misspelt target would end in make's own words.
-TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf embedding setfit bert bert-all linear-head sft-options compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
+TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf embedding setfit bert bert-all linear-head sft-options cascade compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
 NO_TARGET := $(firstword $(filter-out $(TARGETS) $(READY) $(READY_SBOM) $(READY_SERVE),$(MAKECMDGOALS)))
 $(if $(NO_TARGET),$(error no target $(NO_TARGET); $(or $(patsubst %,did you mean make %?,$(call nearest,$(NO_TARGET),$(TARGETS))),make help lists them)))
 ONLY_NEW := $(firstword $(filter DATA TEXT LABEL,$(GIVEN)))
@@ -87,8 +88,8 @@ status: $(READY) ## which stages are done or stale, how long each took, what run
 try: $(READY) ## a page on 127.0.0.1 where all trained methods answer side by side: make try PORT=8000
 	@$(RUN) serve.page $(STAGE) --port "$$PORT"
 
-predict: $(READY) ## label a file of texts: make predict IN=rows.csv OUT=labelled.csv MODEL=best
-	@$(ONLINE) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL"
+predict: $(READY) ## label a file of texts: make predict IN=rows.csv OUT=labelled.csv MODEL=best (ERROR=0.05: abstain where unsure)
+	@$(ONLINE) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL" --error "$$ERROR"
 
 #: stages, in order
 
@@ -130,7 +131,10 @@ sft-options: data ## train the decoder as SFT does, with the loss over the optio
 seeds: data ## train every method once more for each further seed that the experiment names
 	@$(RUN) study.seeds $(STAGE)
 
-compare: eval-ckpts sft-think zero-shot tfidf embedding setfit bert bert-all linear-head sft-options seeds ## every method on the same rows, every pair tested
+cascade: eval-ckpts zero-shot tfidf embedding setfit bert bert-all linear-head sft-options seeds ## pairs of methods, chosen on validation rows: a cheap one answers where it is sure, a dear one the rest
+	@$(RUN) eval.cascade $(STAGE)
+
+compare: cascade sft-think ## every method on the same rows, every pair tested
 	@$(RUN) eval.compare $(STAGE)
 
 decide: compare ## which method to ship, and why

@@ -10,7 +10,7 @@ import numpy as np
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import read_json, write_json
-from letterhead.pipeline import COMPARE, STAGES, compared_methods
+from letterhead.pipeline import COMPARE, compared_methods
 from letterhead.runs import contenders, results
 from letterhead.runs.contenders import aligned
 from letterhead.runs.stage import StageRun, run
@@ -42,33 +42,25 @@ def compare(experiment: Experiment) -> dict:
     """Every method with its figures, and every pair of trained ones."""
     entries, answers = {}, {}
     for method in compared_methods(experiment):
-        chosen = [contenders.choose(experiment, method)]
-        if STAGES[method.stage].retrained:
-            chosen += [
-                contenders.choose(training, method) for training in experiment.trainings()[1:]
+        for name, chosen in contenders.choose_trainings(experiment, method).items():
+            answers[name] = contenders.read_trainings(experiment, chosen)
+            entry = chosen[0].entry(experiment)
+            trainings = [
+                {"seed": training.seed}
+                | {key: getattr(one.result, key) for key in ("step", "f1_macro", "accuracy")}
+                for training, one in zip(experiment.trainings(), chosen, strict=False)
             ]
-        name = chosen[0].name
-        answers[name] = [
-            contenders.read_answers(training, one.name, one.result.n)
-            for training, one in zip(experiment.trainings(), chosen, strict=False)
-        ]
-        entry = chosen[0].entry(experiment)
-        trainings = [
-            {"seed": training.seed}
-            | {key: getattr(one.result, key) for key in ("step", "f1_macro", "accuracy")}
-            for training, one in zip(experiment.trainings(), chosen, strict=False)
-        ]
-        entries[name] = (
-            entry
-            | averages(experiment, name, answers[name], trainings)
-            | {
-                "trainings": trainings,
-                "calibration": calibration(experiment, name, entry),
-                "f1_macro_without_near_duplicates": f1_without_near_duplicates(
-                    experiment, name, answers[name]
-                ),
-            }
-        )
+            entries[name] = (
+                entry
+                | averages(experiment, name, answers[name], trainings)
+                | {
+                    "trainings": trainings,
+                    "calibration": calibration(experiment, name, chosen[0].result),
+                    "f1_macro_without_near_duplicates": f1_without_near_duplicates(
+                        experiment, name, answers[name]
+                    ),
+                }
+            )
     return {"methods": entries, "pairs": compare_pairs(experiment, entries, answers)}
 
 
@@ -103,32 +95,26 @@ def f1_without_near_duplicates(
     return metrics.plain_f1(truth, predicted[name], len(experiment.labels))
 
 
-def calibration(experiment: Experiment, name: str, entry: dict) -> dict | None:
-    """The temperature that calibrates a method on validation rows, if one does, and the error that
-    it leaves on test."""
-    if entry["ece"] is None or entry["f1_macro_validation"] is None:
+def calibration(experiment: Experiment, name: str, result: results.Result) -> dict | None:
+    """The temperature that calibrates a method on validation rows, and the error that it leaves on
+    test; None for a cascade, whose halves have their own."""
+    at = contenders.temperature_of(experiment, name)
+    if at is None or result.ece is None:
         return None
-
-    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-        lines = results.read_predictions(experiment, name, split)
-        probabilities = [
-            [line["probabilities"][label] for label in experiment.labels] for line in lines
-        ]
-        return results.class_numbers(experiment, lines), np.array(probabilities)
-
-    if (at := metrics.temperature(*read("validation"), experiment.seed)) is None:
-        return None
-    truth, probabilities = read("test")
-    scaled = metrics.tempered(probabilities, at)
+    lines = results.read_predictions(experiment, name, "test")
+    truth = results.class_numbers(experiment, lines)
+    scaled = metrics.tempered(contenders.read_probabilities(experiment, name, "test"), at)
+    right = scaled.argmax(axis=1) == truth
     return {
         "temperature": at,
-        "ece": metrics.calibration_error(scaled.max(axis=1), scaled.argmax(axis=1) == truth),
+        "ece": metrics.calibration_error(scaled.max(axis=1), right),
         "ece_floor": metrics.calibration_floor(scaled.max(axis=1), experiment.seed),
     }
 
 
 def compare_pairs(experiment: Experiment, entries: dict[str, dict], answers: Answers) -> list[dict]:
-    """Every pair of trained methods, for the reader; which to ship does not hang on it.
+    """Every pair of trained methods but cascades, for the reader; which to ship does not hang on
+    it.
 
     The difference of macro F1 with the interval of one pair by itself, and McNemar's exact test;
     the p-values of either are corrected for the number of pairs.
@@ -137,7 +123,7 @@ def compare_pairs(experiment: Experiment, entries: dict[str, dict], answers: Ans
     whole = {
         name: answers[name]
         for name, entry in entries.items()
-        if verdict.is_trained(entry) and entry["n"] == n
+        if verdict.is_trained(entry) and entry["n"] == n and not entry["halves"]
     }
     truth, predicted = aligned(experiment, whole)
     pairs = []

@@ -9,11 +9,15 @@ import numpy as np
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import read_json, write_json
-from letterhead.pipeline import DECIDE, HEAD_ON_PROMPT, STAGES, method_of
+from letterhead.pipeline import DECIDE, HEAD_ON_PROMPT, STAGES, compared_methods, method_of
 from letterhead.runs import contenders, results
 from letterhead.runs.contenders import aligned
 from letterhead.runs.stage import StageRun, run, was_asked
-from letterhead.stats import decision, verdict
+from letterhead.stats import cascade, decision, metrics, verdict
+
+# Of the metric over trainings, where an experiment has one seed
+ASSUMED_SD = (0.01, 0.02)
+CURVE_POINTS = 21  # of a cascade's price and metric
 
 
 def main(experiment: Experiment) -> None:
@@ -35,49 +39,121 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     rows, with its reasons.
 
     The price is the bench's where it has measured every trained method, else the multiply-adds of a
-    row.
+    row. A cascade's is that of its cheap half, and that of its dear one times the share of rows
+    that it answers.
     """
-    n = max(entry["n"] for entry in entries.values())
+    n, classes = max(entry["n"] for entry in entries.values()), len(experiment.labels)
     names = [name for name, entry in entries.items() if entry["n"] == n]
-    answers = {name: read_trainings(experiment, name, entries[name]) for name in names}
-    truth, predicted = aligned(experiment, answers)
-    in_service = {name: cost_in_service(name, results.read_prices(experiment)) for name in entries}
-    trained = [name for name in names if method_of(name).is_trained and not method_of(name).thinks]
+    chosen = {
+        name: found
+        for method in compared_methods(experiment)
+        for name, found in contenders.choose_trainings(experiment, method).items()
+    }
+    truth, predicted = aligned(
+        experiment, {name: contenders.read_trainings(experiment, chosen[name]) for name in names}
+    )
+    in_service = {
+        name: cost_in_service(name, results.read_prices(experiment))
+        for name, entry in entries.items()
+        if not entry["halves"]
+    }
+    trained = [name for name in names if verdict.is_trained(entries[name])]
+    trained = [name for name in trained if name in in_service and not method_of(name).thinks]
     is_benched = all(in_service[name] is not None for name in trained)
     unit = "per_million_rows" if is_benched else "multiply_adds_per_row"
-    found = in_service if is_benched else {name: entries[name]["cost"][unit] for name in names}
-    prices = {name: math.inf if found[name] is None else found[name] for name in names}
-    decided = decision.decide(
-        truth, predicted, prices, len(experiment.labels), experiment.compare.margin
-    )
+    found = in_service if is_benched else {name: entries[name]["cost"][unit] for name in in_service}
+    prices = {name: [found[name]] * 2 for name in names if found.get(name) is not None}
+    prices |= {
+        name: [
+            prices[halves["cheap"]][0] + share * prices[halves["dear"]][0]
+            for share in cascade.share_interval(halves["deferred"], n)
+        ]
+        for name in names
+        if (halves := entries[name]["halves"])
+        and halves["cheap"] in prices
+        and halves["dear"] in prices
+    }
+    # A cascade is cheaper than another method if the upper end of its price is.
+    upper = {name: prices[name][1] if name in prices else math.inf for name in names}
+    margin, metric = experiment.compare.margin, contenders.metric_of(experiment)
+    served = {name: trainings[:1] for name, trainings in predicted.items()}
+
+    def decide_by(answers: dict[str, np.ndarray], training_sd: dict[str, float]) -> dict:
+        return decision.decide(truth, answers, upper, classes, margin, training_sd, metric)
+
+    decided = decide_by(served, {})
     counts = dict(
         zip(
             experiment.labels,
-            np.bincount(truth, minlength=len(experiment.labels)).tolist(),
+            np.bincount(truth, minlength=classes).tolist(),
             strict=True,
         )
     )
     decided |= {
         "n": n,
         "trainings": len(experiment.trainings()),
-        "prices": {name: price for name, price in prices.items() if price < math.inf},
+        "prices": {name: high for name, (_, high) in prices.items()},
+        "price_intervals": {name: prices[name] for name in prices if entries[name]["halves"]},
         "price_unit": unit,
         "per_million_rows": in_service,
         "rare_classes": {label: rows for label, rows in counts.items() if rows < verdict.FEW_ROWS},
     }
+    shown = [name for name in names if name in trained or entries[name]["halves"]]
+    shown += [name for name in decided["candidates"] if name not in shown]
+    top = served[decided["top"]]
+    decided["metric"] = experiment.compare.metric
+    decided["table"] = {
+        name: {
+            "reached": told(metrics.reached(truth, served[name], classes, metric), 0.025),
+            "behind": told(
+                metrics.loss(truth, served[name], top, classes, metric), decided["alpha"]
+            ),
+        }
+        for name in shown
+    }
+    for name, row in decided["table"].items():
+        row["reached"][0] = metrics.plain(truth, served[name], classes, metric)
+    decided["curves"] = {
+        name: curve(experiment, entries[name]["halves"], truth, decided)
+        for name in names
+        if entries[name]["halves"] and name in prices
+    }
+    if decided["trainings"] > 1:
+        again = {None: decide_by(predicted, {})}
+    else:
+        moves = [name for name in names if STAGES[method_of(name).stage].retrained]
+        moves += [name for name in names if entries[name]["halves"]]
+        again = {sd: decide_by(served, dict.fromkeys(moves, sd)) for sd in ASSUMED_SD}
+    decided["trained_again"] = [
+        {"sd": sd, "ship": found["ship"], "established": found["established"]}
+        for sd, found in again.items()
+    ]
     return decided | verdict.words(decided, entries)
 
 
-def read_trainings(experiment: Experiment, name: str, entry: dict) -> list[dict]:
-    """A method's answers on test rows, one dictionary a training."""
-    method = method_of(name)
-    further = experiment.trainings()[1:] if STAGES[method.stage].retrained else []
-    found = [contenders.choose(training, method) for training in further]
-    again = [
-        contenders.read_answers(training, one.name, one.result.n)
-        for training, one in zip(further, found, strict=True)
-    ]
-    return [contenders.read_answers(experiment, name, entry["n"]), *again]
+def told(estimate: metrics.Estimate, alpha: float) -> list[float]:
+    """A figure and its two bounds, each of which errs in a share `alpha` of cases."""
+    return [estimate.value, *estimate.interval(alpha)]
+
+
+def curve(
+    experiment: Experiment, halves: dict, truth: np.ndarray, decided: dict
+) -> list[list[float]]:
+    """Price and metric of a cascade whose dear half would answer any share of the test rows, the
+    first training's: to look at, for to choose a share here would be to choose on test rows."""
+    metric = contenders.metric_of(experiment)
+    cheap = contenders.read_probabilities(experiment, halves["cheap"], "test")
+    dear = contenders.read_probabilities(experiment, halves["dear"], "test").argmax(axis=1)
+    order = np.argsort(metrics.tempered(cheap, halves["temperatures"][0]).max(axis=1))
+    prices = [decided["prices"][halves[half]] for half in ("cheap", "dear")]
+    points = []
+    for share in np.linspace(0, 1, CURVE_POINTS):
+        answers = cheap.argmax(axis=1)
+        passed = order[: round(share * len(truth))]
+        answers[passed] = dear[passed]
+        value = metrics.plain(truth, answers[None], len(experiment.labels), metric)
+        points.append([prices[0] + share * prices[1], value])
+    return points
 
 
 def cost_in_service(name: str, rows: list[dict]) -> float | None:

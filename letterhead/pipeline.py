@@ -44,6 +44,8 @@ SCORING_KEYS = (
     "decoder.dtype",
     "seed",
 )
+# With so many validation rows, so many cascades
+MOST_CASCADES = ((300, 3), (100, 2))
 THINKING_KEYS = ("eval.thinking.rows", "eval.thinking.tokens")
 
 
@@ -104,6 +106,28 @@ def learns_thoughts(experiment: Experiment) -> bool:
 
 def reads_validation(experiment: Experiment) -> bool:
     return bool(experiment.decoder.sft.patience or experiment.decoder.sft.search)
+
+
+def most_cascades(experiment: Experiment) -> int:
+    """How many cascades validation rows may choose: each more is one more that chance may favour.
+
+    Raises
+    ------
+    LetterheadError : no rows were made yet
+    """
+    shared_rows(experiment)
+    rows = read_card(experiment)["rows"]["validation"]
+    return next((most for least, most in MOST_CASCADES if rows >= least), 0)
+
+
+def can_cascade(experiment: Experiment) -> bool:
+    """Whether validation rows are enough to choose a cascade.
+
+    Raises
+    ------
+    LetterheadError : no rows were made yet
+    """
+    return most_cascades(experiment) > 0
 
 
 def trains_on_options(experiment: Experiment) -> bool:
@@ -328,6 +352,16 @@ _STAGES = (
         keys=PROMPT_KEYS,
         when=trains_on_options,
     ),
+    CASCADES := Stage(
+        "cascade",
+        "choose cascades of two methods on validation rows",
+        "eval.cascade",
+        keys=("data.labels", "seeds"),
+        code=("eval.cascade", "letterhead.stats.cascade", "letterhead.stats.metrics"),
+        more="letterhead.pipeline:members_made",
+        version=FIGURES,
+        when=can_cascade,
+    ),
     COMPARE := Stage(
         "compare",
         "compare the methods, pair by pair",
@@ -443,6 +477,11 @@ class Method:
     @property
     def is_trained(self) -> bool:
         return self.trained_by is not None
+
+    @property
+    def family(self) -> str:
+        """What it shares with the method that differs from it in its training rows alone."""
+        return self.name.removesuffix("_all")
 
     @property
     def target(self) -> str:
@@ -639,6 +678,14 @@ _METHODS = (
         when=trains_on_options,
         **_HEAD | {"settings": "sft_options"},
     ),
+    CASCADE := Method(
+        "cascade",
+        "Cascade",
+        CASCADES.name,
+        CASCADES.name,
+        loader=f"{CLASSIFIER}:load_cascade_method",
+        when=can_cascade,
+    ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 # What a reader calls the bench's rows that are no method of their own
@@ -646,21 +693,36 @@ SHORT_TITLES = {HEAD_ON_PROMPT: "linear head on the prompt", FOLDED: "SFT folded
 
 
 def method_of(name: str) -> Method:
-    """The method of a full name, METHOD or METHOD@STEP.
+    """The method of a full name: METHOD, METHOD@STEP, or of a cascade METHOD:DEAR.
 
     Raises
     ------
     LetterheadError : there is none
     """
-    method = METHODS.get(name.partition("@")[0])
-    if method is None:
+    if (method := find_method(name)) is None:
         raise LetterheadError(f"{name}: no such method; choose one of {', '.join(METHODS)}")
     return method
+
+
+def find_method(name: str) -> Method | None:
+    """The method of a full name, or None."""
+    return METHODS.get(name.partition("@")[0].partition(":")[0])
 
 
 def compared_methods(experiment: Experiment) -> list[Method]:
     """The methods that an experiment compares, in their order."""
     return [method for method in METHODS.values() if method.when(experiment)]
+
+
+def cascade_members(experiment: Experiment) -> list[Method]:
+    """The methods that a cascade may be made of: those that give probabilities."""
+    methods = compared_methods(experiment)
+    return [method for method in methods if method.loader and method is not CASCADE]
+
+
+def cascades_file(experiment: Experiment) -> Path:
+    """Where the cascades that validation rows chose stand: name → one a training."""
+    return experiment.results_folder / "cascades.json"
 
 
 def arguments_of(module: str) -> list[str]:
@@ -677,6 +739,8 @@ def stage_needs(stage: Stage, experiment: Experiment) -> list[str]:
     """The stages whose files a stage reads."""
     if stage is COMPARE:
         return sorted(stages_compared(experiment), key=list(STAGES).index)
+    if stage is CASCADES:
+        return sorted(stages_of_members(experiment), key=list(STAGES).index)
     return [need.stage for need in stage.needs if need.when(experiment)]
 
 
@@ -684,6 +748,11 @@ def stages_compared(experiment: Experiment) -> set[str]:
     """The names of the stages that train and score the compared methods."""
     methods = compared_methods(experiment)
     return {name for method in methods for name in (method.stage, method.trained_by) if name}
+
+
+def stages_of_members(experiment: Experiment) -> set[str]:
+    """The names of the stages that score what cascades are made of."""
+    return {method.stage for method in cascade_members(experiment)}
 
 
 def inputs(stage: Stage, experiment: Experiment) -> dict[str, Any]:
@@ -771,6 +840,17 @@ def files_read(need: Need, experiment: Experiment) -> Any:
         for path, sha256 in files.items()
         if not need.files or Path(path).name in need.files
     }
+
+
+def members_made(experiment: Experiment) -> list[dict[str, Any]]:
+    """The results that cascades are made of: those of the experiment, then of each further seed
+    those that it makes anew."""
+    names = sorted(stages_of_members(experiment))
+    again = [name for name in names if STAGES[name].retrained]
+    first = {name: outputs(STAGES[name], experiment) for name in names}
+    return [first] + [
+        {name: outputs(STAGES[name], one) for name in again} for one in experiment.trainings()[1:]
+    ]
 
 
 def records_compared(experiment: Experiment) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from letterhead.models.prompt import (
     load_scoring_encoder,
 )
 from letterhead.pipeline import DATA
+from letterhead.plan.evidence import evidence
 from letterhead.rows.balance import repeats
 from letterhead.rows.card import summary, token_lengths
 from letterhead.rows.fetch import CACHE, fetch_model
@@ -95,6 +96,8 @@ def main(experiment: Experiment) -> None:
     stage.finish(
         [folder / name for name in FILES], headline, rows=card["rows"]["read"], device="cpu"
     )
+    if card["rows"]["test"]:
+        say(evidence(experiment, card))
     check_examples(experiment)
 
 

@@ -38,6 +38,10 @@ HERE = Path(__file__).parent
 SHOWN_ROWS = 15
 SHOWN_CHARACTERS = 400
 WHAT_A_PICTURE_SHOWS = {
+    "frontier": "What decides, on test rows, against the price of a row (logarithmic). Numbers are "
+    "those of the table; a bar is the loss against the highest with its bounds, or a cascade's "
+    "price; the ring marks what the first sentence names. Dotted: a cascade at any share of rows "
+    "for its dear half, to look at and not to choose by",
     "ranking": "Macro F1 on the test rows with 95 % intervals: the trained methods, and, on "
     "an axis of its own, zero-shot",
     "f1": "Macro F1 on test and validation rows against training step",
@@ -148,6 +152,8 @@ def environment() -> jinja2.Environment:
         "signed": verdict.signed,
         "duration": duration,
         "human": verdict.human,
+        "times": verdict.as_times,
+        "metric_title": verdict.metric_title,
         "short": short,
         "md": escape_markdown,
     }
@@ -155,8 +161,8 @@ def environment() -> jinja2.Environment:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number with so many decimals; None is a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    """A number with so many decimals, 0 without a sign; None is a dash."""
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def duration(seconds: float | None) -> str:
@@ -182,7 +188,9 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         [
             name
             for name, entry in ranked
-            if METHODS[entry["method"]].is_trained and METHODS[entry["method"]].loader
+            if METHODS[entry["method"]].is_trained
+            and METHODS[entry["method"]].loader
+            and not entry["halves"]
         ],
     )
     stages = {stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)}
@@ -197,6 +205,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "ranked": ranked,
         "titles": {name: entry["title"] for name, entry in ranked},
         "comparison": comparison,
+        "table": verdict.table(comparison, comparison["methods"]),
         "article": article if article.is_the_articles(experiment) else None,
         "evidence": evidence(experiment, read_json(experiment.data_folder / "data_card.json")),
         "overfit": overfitting(experiment),
@@ -351,6 +360,16 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
         [entry for entry in by_rows if verdict.is_trained(entry) == trained]
         for trained in (True, False)
     ]
+    pictures.draw_frontier(
+        paths["frontier"],
+        caption,
+        verdict.table(comparison, comparison["methods"]),
+        comparison["best"],
+        comparison["curves"],
+        comparison["margin"],
+        verdict.UNITS[comparison["price_unit"]],
+        verdict.metric_title(comparison["metric"]),
+    )
     pictures.draw_ranking(paths["ranking"], caption, groups)
     f1, losses = {}, {}
     for entry in (entry for entry in entries if METHODS[entry["method"]].has_steps):

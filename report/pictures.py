@@ -1,5 +1,5 @@
-"""The report's pictures: ranking with intervals, F1 and losses against step, confusion matrices,
-reliability."""
+"""The report's pictures: price against quality, ranking with intervals, F1 and losses against step,
+confusion matrices, reliability."""
 
 from pathlib import Path
 
@@ -7,8 +7,10 @@ import numpy as np
 from matplotlib import font_manager
 from sklearn.calibration import calibration_curve
 
+from letterhead.stats.decision import COSTS_MORE, FITS, UNDECIDED
 from letterhead.stats.figures import plt, save
 from letterhead.stats.metrics import ECE_BINS
+from letterhead.stats.verdict import DEARER
 
 # Labels may be Chinese; of these the ones that the machine has stand behind matplotlib's own font.
 HAN_FONTS = {
@@ -20,12 +22,64 @@ HAN_FONTS = {
     "PingFang SC",
 }
 MATRIX_LABELS = 20
+# Of a verdict: colour and marker
+MARKERS = {
+    FITS: ("#2e7d4f", "o"),
+    UNDECIDED: ("#4a6fa5", "s"),
+    COSTS_MORE: ("#b3402e", "v"),
+    DEARER: ("#777777", "D"),
+}
 
 
 def use_fonts() -> None:
     """Have matplotlib fall back on a font with Han characters, where there is one."""
     found = sorted(HAN_FONTS & {font.name for font in font_manager.fontManager.ttflist})
     plt.rcParams["font.family"] = ["DejaVu Sans", *found]
+
+
+def draw_frontier(
+    path: Path,
+    caption: str,
+    rows: list[dict],
+    shipped: str,
+    curves: dict[str, list[list[float]]],
+    margin: float,
+    unit: str,
+    metric: str,
+) -> None:
+    """Quality against price, both with their intervals; each method has its number of the first
+    table.
+
+    Parameters
+    ----------
+    rows : of `verdict.table`
+    shipped : the name of the method to be shipped, or of the highest seen
+    curves : cascade → price and metric at any share of rows for its dear half
+    unit, metric : of a price, and what is compared, in words
+    """
+    figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    known = [(number, row) for number, row in enumerate(rows, 1) if row["price"]]
+    top = max(row["value"] for row in rows)
+    for points in curves.values():
+        axes.plot(*zip(*points, strict=True), ":", color="#8fa8c8", linewidth=1.3)
+    told = set()
+    for number, row in known:
+        color, marker = MARKERS[row["verdict"]]
+        behind, low, high = row["behind"]
+        x = sum(row["price"]) / 2
+        axes.plot([x, x], [top - high, top - low], color=color, alpha=0.35, linewidth=3)
+        axes.plot(row["price"], [top - behind] * 2, color=color, alpha=0.35, linewidth=3)
+        label = None if row["verdict"] in told else row["verdict"]
+        told.add(row["verdict"])
+        axes.plot(x, top - behind, marker, color=color, markersize=7, label=label)
+        if row["name"] == shipped:
+            axes.plot(x, top - behind, "o", color="#1b3a63", markersize=15, fillstyle="none")
+        axes.annotate(str(number), (x, top - behind), (8, 5), textcoords="offset points", size=9)
+    axes.axhline(top - margin, color="grey", linestyle="--", linewidth=0.8, label="the margin")
+    axes.set(xscale="log", xlabel=f"price of a row: {unit}", ylabel=f"{metric} on test rows")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    save(figure, path, caption)
 
 
 def draw_ranking(path: Path, caption: str, groups: list[list[dict]]) -> None:

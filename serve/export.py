@@ -14,12 +14,12 @@ from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_folder, exclusive, read_json, write_json
-from letterhead.models.checkpoints import require_finite_weights
+from letterhead.models.checkpoints import require_finite_weights, temper
 from letterhead.models.classifier import ON_PROMPT, model_folder, named_method
 from letterhead.models.fitted import fit_method
 from letterhead.models.prompt import THINK, WORD, load_prompt_encoder
 from letterhead.pipeline import METHODS, STAGES, Method, inputs_sha256, method_of
-from letterhead.runs import results
+from letterhead.runs import contenders, results
 from letterhead.runs.stage import run
 from letterhead.serving.model_card import write_card
 
@@ -189,6 +189,7 @@ def export_fitted(experiment: Experiment, name: str) -> Path:
         else:
             fit_method(experiment, name).save(folder)
         require_finite_weights(folder)
+        temper(folder, contenders.temperature_of(experiment, name))
     return target
 
 
@@ -285,6 +286,7 @@ def export_head(
             source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_FILES)
         )
         require_finite_weights(folder)
+        temper(folder, contenders.temperature_of(experiment, name))
         if write_tokenizer:
             write_json(folder / ON_PROMPT, write_tokenizer(experiment, folder))
     return target

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -37,28 +38,35 @@ from letterhead.models import embeddings
 from letterhead.models.checkpoints import require_model
 from letterhead.models.classifier import (
     CHUNK,
+    CascadeClassifier,
     Classifier,
+    frozen_cascade,
     in_parts,
     load_classifier,
+    load_raw,
     model_folder,
     named_method,
 )
 from letterhead.models.precision import precision
 from letterhead.models.prompt import keep_words
-from letterhead.pipeline import DATA, METHODS, outputs
+from letterhead.pipeline import CASCADE, DATA, METHODS, find_method, outputs
 from letterhead.rows.fetch import CACHE, fetch_model
 from letterhead.rows.sources import RawRow, checked_text, column_at, every_column, open_source
+from letterhead.runs import contenders, results
 from letterhead.runs.devices import device_name, process_count
 from letterhead.runs.processes import Workers
 from letterhead.runs.stage import OFFLINE, run
 from letterhead.runs.terminal import progress
+from letterhead.stats.abstention import SURE, Promise, promise
+from letterhead.stats.metrics import tempered
 
 DIGITS = 6
 # Of 300 BBC News texts nine changed class between float32 and bfloat16, all with gaps below 0.03.
 NEAR_TIE = 0.1
 
 
-def main(experiment: Experiment, source: str, target: str, model: str) -> None:
+def main(experiment: Experiment, source: str, target: str, model: str, error: str = "") -> None:
+    allowed = as_share(error) if error else None
     if model.startswith("hf:"):
         with exclusive(CACHE / ".lock"):
             fetch_model(model, model_folder(experiment, model))
@@ -68,14 +76,18 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         raise LetterheadError(f"{target}: OUT is IN; name another file")
     header, table = read_table(source, experiment)
     name = named_method(experiment, model)
-    folder = None if is_fitted(name) else model_folder(experiment, name)
-    if folder:
+    frozen = frozen_cascade(experiment, name) if find_method(name) is CASCADE else None
+    promised = allowed and promise_of(experiment, name, allowed)
+    parts = [frozen.cheap, frozen.dear] if frozen else [name]
+    folders = [None if is_fitted(part) else model_folder(experiment, part) for part in parts]
+    for folder in filter(None, folders):
         require_model(folder)
-    is_half = (
-        folder
-        and not embeddings.is_saved(folder)
-        and precision(experiment.decoder.dtype, folder) == "bfloat16"
+    dtypes = [folder and precision(experiment.decoder.dtype, folder) for folder in folders]
+    is_half = any(
+        dtype == "bfloat16" and not embeddings.is_saved(folder)
+        for folder, dtype in zip(folders, dtypes, strict=True)
     )
+    temperatures = [contenders.temperature_of(experiment, part) for part in parts]
     if target.is_dir():
         raise LetterheadError(f"{target}: is a folder; name a file")
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
@@ -83,13 +95,15 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         {
             "source": sha256_file(source),
             "method": name,
-            "model": model_identity(folder) if folder else fitted_from(experiment, name),
-            "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
-            "device": [
-                device_name(),
-                precision(experiment.decoder.dtype, folder) if folder else None,
-                process_count(),
+            "models": [
+                model_identity(folder) if folder else fitted_from(experiment, part)
+                for part, folder in zip(parts, folders, strict=True)
             ],
+            "halves": frozen and asdict(frozen),
+            "promise": promised and asdict(promised),
+            "temperatures": temperatures,
+            "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
+            "device": [device_name(), *dtypes, process_count()],
         }
     )
     with ExitStack() as stack:
@@ -97,39 +111,48 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         done = read_json(progress_file)
         if not (
             done
-            and "near" in done
+            and "passed" in done
             and done["inputs"] == inputs
             and part.is_file()
             and part.stat().st_size >= done["bytes"]
         ):
-            done = {"inputs": inputs, "rows": 0, "without": 0, "near": 0, "bytes": 0}
+            done = {"inputs": inputs, "rows": 0, "without": 0, "near": 0, "passed": 0, "bytes": 0}
         if done["rows"]:
             print(f"{part}: goes on behind row {done['rows']:,}")
-        workers = stack.enter_context(Workers(process_count(), load_classifier, experiment, name))
-        workers.load()
+        pools = [
+            stack.enter_context(
+                Workers(process_count(), load_raw if frozen else load_classifier, experiment, part)
+            )
+            for part in parts
+        ]
+        for workers in pools:
+            workers.load()
         file = stack.enter_context(open(part, "ab"))
         bar = stack.enter_context(
             progress(desc=f"predicting with {name}", unit=" rows", initial=done["rows"])
         )
         file.truncate(done["bytes"])
+        columns = [*header, "prediction", *(["abstain"] if promised else [])]
+        columns += [f"p({label})" for label in experiment.labels]
         if not done["rows"]:
-            columns = [*header, "prediction", *(f"p({label})" for label in experiment.labels)]
             file.write(as_csv([columns]))
         rows = islice(table, done["rows"], None)
-        chunks = iter(lambda: list(islice(rows, CHUNK * workers.n)), [])
-        classify = in_parts(workers)
+        chunks = iter(lambda: list(islice(rows, CHUNK * process_count())), [])
+        classifiers = [in_parts(workers) for workers in pools]
+        classify = CascadeClassifier(frozen, *classifiers) if frozen else classifiers[0]
         # On a CPU tokenising would take from the model's cores, and torch is slower in any thread
         # but the first.
-        overlap = workers.n == 1 and device_name() != "cpu"
-        for chunk, probabilities in (
+        overlap = process_count() == 1 and device_name() != "cpu"
+        for chunk, probabilities, passed in (
             ahead(classify, chunks)
             if overlap
             else (labelled(classify, part_of_rows) for part_of_rows in chunks)
         ):
             done["near"] += near_ties(probabilities) if is_half else 0
-            found, nothing = iter(probabilities), [""] * (1 + len(experiment.labels))
+            done["passed"] += passed
+            found, nothing = iter(probabilities), [""] * (len(columns) - len(header))
             lines = [
-                [*fields, *(of_row(experiment, next(found)) if text else nothing)]
+                [*fields, *(of_row(experiment, next(found), promised) if text else nothing)]
                 for fields, text in chunk
             ]
             done["without"] += sum(not text for _, text in chunk)
@@ -145,6 +168,11 @@ def main(experiment: Experiment, source: str, target: str, model: str) -> None:
         print(
             f"{done['near']:,} rows have two classes within {NEAR_TIE:g}: in bfloat16 rounding may "
             "decide there (decoder.dtype=float32 does not hang on it)"
+        )
+    if frozen and (answered := done["rows"] - done["without"]):
+        print(
+            f"{frozen.dear} answered {done['passed']:,} of {answered:,} texts "
+            f"({done['passed'] / answered:.1%}), {frozen.cheap} the others"
         )
     left = f", {done['without']:,} of them without a text and left empty" if done["without"] else ""
     print(f"{target}: {done['rows']:,} rows labelled by {name}{left}")
@@ -172,12 +200,68 @@ def fitted_from(experiment: Experiment, name: str) -> dict[str, Any]:
     return {"rows": outputs(DATA, experiment), "encoder": frozen}
 
 
-def of_row(experiment: Experiment, probabilities: np.ndarray) -> list[str]:
-    """The label, and each label's probability."""
+def of_row(
+    experiment: Experiment, probabilities: np.ndarray, promised: Promise | None
+) -> list[str]:
+    """The label, with a promise whether to abstain from it, and each label's probability."""
+    abstains = [] if promised is None else [str(int(probabilities.max() < promised.threshold))]
     return [
         experiment.labels[int(probabilities.argmax())],
+        *abstains,
         *(f"{value:.{DIGITS}f}" for value in probabilities),
     ]
+
+
+def as_share(error: str) -> float:
+    """ERROR as a number.
+
+    Raises
+    ------
+    LetterheadError : it is no share between 0 and 1
+    """
+    try:
+        share = float(error)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise LetterheadError(f"ERROR={error}: not a share of wrong answers; write ERROR=0.05")
+    return share
+
+
+def promise_of(experiment: Experiment, name: str, error: float) -> Promise:
+    """From which confidence on a method may answer; told with what it does on test rows.
+
+    Raises
+    ------
+    LetterheadError : its validation rows promise nothing of the kind
+    """
+    if results.parse_result(results.result_files(experiment, name, "validation")[0]) is None:
+        raise LetterheadError(
+            f"{name}: no validation rows were scored, so nothing can be promised; leave ERROR= "
+            f"out, or set data.rows.validation and run: make report EXP={experiment.name}"
+        )
+    at, sure = contenders.temperature_of(experiment, name), {}
+    for split in results.SPLITS:
+        lines = results.read_predictions(experiment, name, split)
+        probabilities = contenders.read_probabilities(experiment, name, split)
+        probabilities = tempered(probabilities, at) if at else probabilities
+        right = probabilities.argmax(axis=1) == results.class_numbers(experiment, lines)
+        sure[split] = (probabilities.max(axis=1), right)
+    found = promise(*sure["validation"], error)
+    rows = len(sure["validation"][0])
+    if found is None:
+        raise LetterheadError(
+            f"{name}: {rows} validation rows can't promise that at most {error:.1%} of its answers "
+            f"are wrong; allow more with ERROR=, or label more rows for data.rows.validation"
+        )
+    answered, wrong = found.measured(*sure["test"])
+    print(
+        f"{name}: abstains below {found.threshold:.3f}; so at most {error:.1%} of its answers are "
+        f"wrong ({SURE:.0%} sure, by {rows} validation rows, of which it answers "
+        f"{found.answered:.0%}). Of the test rows it answers {answered:.0%}, {wrong:.1%} of them "
+        "wrongly"
+    )
+    return found
 
 
 @contextmanager
@@ -207,13 +291,19 @@ def alone(target: Path) -> Iterator[None]:
             path.unlink()
 
 
-def labelled(classify: Classifier, chunk: list) -> tuple[list, np.ndarray]:
-    """A chunk of (fields, text), and the probabilities of the texts that it has."""
+def labelled(classify: Classifier, chunk: list) -> tuple[list, np.ndarray, int]:
+    """A chunk of (fields, text), the probabilities of the texts that it has, and how many of them a
+    cascade's dear half answered."""
     texts = [text for _, text in chunk if text]
-    return chunk, classify(texts) if texts else np.empty((0, 0))
+    if not texts:
+        return chunk, np.empty((0, 0)), 0
+    if isinstance(classify, CascadeClassifier):
+        probabilities, deferred = classify.answer(texts)
+        return chunk, probabilities, int(deferred.sum())
+    return chunk, classify(texts), 0
 
 
-def ahead(classify: Classifier, chunks: Iterator[list]) -> Iterator[tuple[list, np.ndarray]]:
+def ahead(classify: Classifier, chunks: Iterator[list]) -> Iterator[tuple[list, np.ndarray, int]]:
     """Each chunk labelled, in order, two at work at once. What is before a chunk that can't be read
     still comes."""
     waiting, broken = deque(), None
@@ -312,5 +402,6 @@ if __name__ == "__main__":
             "in": "a CSV, TSV, JSONL or Parquet file",
             "out": "where to write",
             "model": "best, a method, or a model: hf:OWNER/ID@REVISION, or a path",
+            "error": "the share of wrong answers that is allowed; empty: answer every row",
         },
     )

@@ -15,7 +15,7 @@ from letterhead.stats.decision import (
     rows_that_decide,
     smallest_margin,
 )
-from letterhead.stats.metrics import NO_ANSWER, Estimate, f1_loss
+from letterhead.stats.metrics import NO_ANSWER, Estimate, Metric, f1_loss
 
 MARGIN = 0.01
 RIGHT, APART = (
@@ -298,3 +298,34 @@ def test_bounds_are_scipys_where_macro_f1_is_the_accuracy():
     theirs = ttest_rel(right["top"], right["cheap0"]).confidence_interval(1 - 2 * ALPHA)
     ours = f1_loss(truth, found["cheap0"], found["top"], 4).interval(ALPHA)
     assert np.abs(np.array(ours) - np.array(theirs)).max() < 3e-4
+
+
+def test_another_metric_decides_in_its_own_unit_and_not_on_a_handful_of_rows():
+    truth = np.repeat([0, 1], [900, 100])
+    good = np.where(np.arange(1000) % 50 == 0, 1 - truth, truth)
+    blind = np.where(truth == 1, np.where(np.arange(1000) % 2 == 0, 0, 1), truth)
+    found, prices = {"dear": good[None], "cheap": blind[None]}, {"dear": 9.0, "cheap": 1.0}
+    by_recall = decide(truth, found, prices, 2, 0.1, metric=Metric("recall", 1))
+    assert by_recall["candidates"]["cheap"]["verdict"] == COSTS_MORE
+    assert by_recall["candidates"]["cheap"]["loss"] == pytest.approx(0.48, abs=0.02)
+    few = np.concatenate([np.arange(900), np.arange(900, 929)])
+    alone = {name: one[:, few] for name, one in found.items()}
+    decided = decide(truth[few], alone, prices, 2, 0.1, metric=Metric("recall", 1))
+    assert {one["verdict"] for one in decided["candidates"].values()} == {UNDECIDED}
+    costs = Metric("cost", costs=np.array([[0, 1, 1], [100, 0, 100]], float))
+    by_cost = decide(truth, found, prices, 2, 8.0, metric=costs)
+    assert by_cost["candidates"]["cheap"]["loss"] == pytest.approx(5 - 0.218, abs=0.3)
+    assert by_cost["ship"] == "cheap" and by_cost["established"]
+    assert decide(truth, found, prices, 2, 2.0, metric=costs)["ship"] != "cheap"
+
+
+def test_an_assumed_spread_of_trainings_widens_every_bound_that_it_is_in():
+    truth = np.arange(3000) % 4
+    one, two = (np.where(np.arange(3000) % k == 0, (truth + 1) % 4, truth)[None] for k in (50, 45))
+    found, cost = {"dear": one, "cheap": two}, {"dear": 9.0, "cheap": 1.0}
+    plain = decide(truth, found, cost, 4, 0.02)["candidates"]["cheap"]
+    spread = decide(truth, found, cost, 4, 0.02, {"cheap": 0.02})["candidates"]["cheap"]
+    both = decide(truth, found, cost, 4, 0.02, {"cheap": 0.02, "dear": 0.02})["candidates"]["cheap"]
+    assert plain["verdict"] == FITS and spread["verdict"] == UNDECIDED
+    assert both["se"] ** 2 - plain["se"] ** 2 == pytest.approx(2 * 0.02**2)
+    assert plain["high"] < spread["high"] < both["high"]

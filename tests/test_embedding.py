@@ -11,12 +11,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
+from eval import compare
 from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import embeddings
 from letterhead.models.classifier import load_classifier
 from letterhead.models.embeddings import Embedder, fit_regression
 from letterhead.models.setfit import fit as fit_setfit
-from letterhead.runs import results
+from letterhead.runs import contenders, results
+from letterhead.stats.metrics import calibration_error, tempered
 from prep import data
 from serve import export, predict
 from tests.test_data import write_csv
@@ -134,7 +136,12 @@ def test_the_stage_predict_the_export_and_its_card_answer_alike(
     ]
     texts = [row["text"] for row in rows]
     classify = load_classifier(experiment, method)
-    assert np.abs(classify(texts) - evaluated).max() < 1e-6
+    at, answered = contenders.temperature_of(experiment, method), classify(texts)
+    assert at != 1 and np.abs(answered - tempered(np.array(evaluated), at)).max() < 1e-6
+    told = compare.calibration(experiment, method, results.read_result(experiment, method, "test"))
+    truth = results.class_numbers(experiment, rows)
+    error = calibration_error(answered.max(axis=1), answered.argmax(axis=1) == truth)
+    assert told["temperature"] == at and told["ece"] == pytest.approx(error, abs=1e-6)
     write_csv("in.csv", [(text, "") for text in texts])
     predict.main(experiment, "in.csv", "method.csv", method)
     folder, _ = export.export(experiment, method)

@@ -54,6 +54,17 @@ def test_shipped_experiments_are_valid_and_complete(monkeypatch, name):
         ),
         ("prompt.options=numbers", "prompt.options: Input should be 'letters' or 'names'"),
         ("data.labels=[a,b]", "cannot be read as YAML with SET"),
+        ("compare.metric=auc", "compare.metric: String should match pattern"),
+        ("compare.metric=recall:Sport", "compare: 'Sport' is no label; they are Business, "),
+        ("compare.metric=cost", "metric: cost and costs go together; write both"),
+        (
+            "'compare.costs={Technology: {Politics: 1}}'",
+            "metric: cost and costs go together; write",
+        ),
+        (
+            "compare.metric=cost 'compare.costs={Technology: {News: 1}}'",
+            "compare: 'News' is no label",
+        ),
         ("decoder.sft.overrides.seed=7", "seed is 42, but .*overrides say 7; name one"),
     ],
 )

@@ -14,7 +14,7 @@ from letterhead.config.experiment import load_experiment
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import heads
-from letterhead.models.classifier import load_classifier
+from letterhead.models.classifier import load_raw
 from letterhead.models.folding import load_folded
 from letterhead.models.llamafactory import planned_steps
 from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
@@ -328,7 +328,7 @@ def test_the_loss_over_the_options_starts_from_sfts_scores_and_is_predicted_as_i
     train.main(experiment, "sft_options")
     found = results.read_result(experiment, "sft_options@10", "test")
     lines = results.read_predictions(experiment, "sft_options@10", "test")
-    predicted = load_classifier(experiment, "sft_options@10")(texts)
+    predicted = load_raw(experiment, "sft_options@10")(texts)
     assert (
         np.abs(
             predicted - [[line["probabilities"][label] for label in LABELS] for line in lines]

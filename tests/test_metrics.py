@@ -1,5 +1,7 @@
 """Figures equal scikit-learn's, scipy's and torchmetrics'; intervals cover what they should."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,16 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from letterhead.stats.metrics import (
     NO_ANSWER,
+    Metric,
     calibration_error,
     calibration_floor,
     classification_figures,
     f1_loss,
     holm,
+    loss,
     macro_f1,
     mcnemar_p,
+    plain,
     temperature,
     tempered,
 )
@@ -174,22 +179,27 @@ def test_the_calibration_error_stands_beside_what_a_perfect_one_would_show():
     assert abs(calibration_floor(confidence, 1) - np.mean(shown)) < 0.003 and np.mean(shown) > 0.02
 
 
-def test_a_temperature_is_found_where_confidence_is_wrong_and_only_there():
+def test_a_temperature_is_found_where_confidence_is_wrong_and_hardly_moves_where_it_is_right():
     truth, probabilities = drawn(0, 2000, 4, skill=1.0)
-    odds = np.exp(np.log(probabilities) * 1.0)
-    calibrated = odds / odds.sum(1, keepdims=True)
+    calibrated = tempered(probabilities, temperature(truth, probabilities))
     for at in (0.4, 3.0):  # too sure, too modest
         wrong = tempered(calibrated, at)
-        found = temperature(truth[:400], wrong[:400], seed=0)
-        base = temperature(truth[:400], calibrated[:400], seed=0) or 1.0
-        assert abs(found * at / base - 1) < 0.25
+        found = temperature(truth[:400], wrong[:400])
+        assert abs(found * at - 1) < 0.25
         assert log_loss(truth[400:], tempered(wrong, found)[400:]) < log_loss(
             truth[400:], wrong[400:]
         )
         assert (wrong.argmax(1) == tempered(wrong, found).argmax(1)).all()
-    best = tempered(calibrated, temperature(truth, calibrated, seed=0) or 1.0)
-    assert temperature(truth[:300], best[:300], seed=1) is None
-    assert temperature(truth[:9], best[:9], seed=1) is None
+    assert abs(temperature(truth, calibrated) - 1) < 0.01
+
+
+def test_few_rows_hardly_move_a_temperature_and_all_right_makes_nobody_certain():
+    truth, probabilities = drawn(0, 2000, 4, skill=1.0)
+    few = [abs(math.log(temperature(truth[:n], probabilities[:n]))) for n in (0, 5)]
+    assert few[0] == 0 and few[1] < 0.5
+    right = np.full((50, 4), 0.05)
+    right[np.arange(50), np.arange(50) % 4] = 0.85
+    assert 0.3 < temperature(np.arange(50) % 4, right) < 0.7
 
 
 def test_mcnemar_is_the_binomial_test_of_the_rows_on_which_they_differ():
@@ -233,3 +243,68 @@ def test_the_interval_covers_in_simulation(mix, right, n, band):
         covered += low <= f1[np.unique(truth)].mean() <= high
     print(f"{classes} classes, accuracy {right}, n = {n}: {covered / 10:.1f} % covered")
     assert band[0] <= covered / 1000 <= band[1]
+
+
+COSTS = np.array([[0, 1, 4, 4], [2, 0, 1, 2], [9, 1, 0, 9]], float)
+METRICS = [
+    Metric("macro_f1"),
+    Metric("accuracy"),
+    Metric("f1", 1),
+    Metric("recall", 1),
+    Metric("precision", 1),
+    Metric("cost", costs=COSTS),
+]
+
+
+def by_sklearn(metric: Metric, truth: np.ndarray, predicted: np.ndarray) -> float:
+    if metric.kind == "accuracy":
+        return accuracy_score(truth, predicted)
+    if metric.kind == "cost":
+        return -COSTS[truth, predicted].mean()
+    scores = {"macro_f1": f1_score, "f1": f1_score, "recall": recall_score}
+    score = scores.get(metric.kind, precision_score)
+    labels = [0, 1, 2] if metric.label is None else [metric.label]
+    return score(truth, predicted, labels=labels, average="macro", zero_division=0)
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.kind)
+def test_a_metric_is_scikit_learns_and_its_influence_is_its_derivative(metric):
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 60)
+    predicted = np.where(rng.random(60) < 0.7, truth, rng.integers(-1, 3, 60))
+    whole = plain(truth, predicted[None], 3, metric)
+    assert whole == pytest.approx(by_sklearn(metric, truth, predicted), abs=1e-12)
+    value, influence = metric.measure(truth, predicted, np.ones(60), 3)
+    assert value == pytest.approx(whole) and abs(influence.mean()) < 1e-12
+    for row in range(60):  # a row's weight, a little higher: the share of all of it moves as much
+        weights = np.ones(60)
+        weights[row] += 1e-6
+        moved, _ = metric.measure(truth, predicted, weights, 3)
+        assert (moved - value) / 1e-6 * 60 == pytest.approx(influence[row], abs=1e-3)
+
+
+def test_the_recall_of_a_class_is_the_accuracy_on_its_rows():
+    rng = np.random.default_rng(1)
+    truth = np.repeat([0, 1], [400, 100])
+    a, b = (np.where(rng.random(500) < share, truth, 1 - truth)[None] for share in (0.9, 0.8))
+    ours = loss(truth, b, a, 2, Metric("recall", 1))
+    mine = truth == 1
+    alone = loss(truth[mine], b[:, mine], a[:, mine], 2, Metric("accuracy"))
+    assert ours.value == pytest.approx(alone.value, abs=1e-3)
+    assert ours.interval(0.025) == pytest.approx(alone.interval(0.025), abs=0.004)
+
+
+@pytest.mark.parametrize("metric", METRICS[1:], ids=lambda metric: metric.kind)
+def test_the_bounds_of_a_metrics_loss_err_as_rarely_as_they_say(metric):
+    """Two methods that are equally good; the lower bound of the loss lies above 0 in a share alpha
+    of test sets at most, and not in none."""
+    rng, n, trials, alpha = np.random.default_rng(2), 300, 600, 0.05
+    above = 0
+    for _ in range(trials):
+        truth = rng.integers(0, 3, n)
+        answers = [
+            np.where(rng.random(n) < 0.85, truth, (truth + rng.integers(1, 3, n)) % 3)[None]
+            for _ in range(2)
+        ]
+        above += loss(truth, *answers, 3, metric).interval(alpha)[0] > 0
+    assert 0 < above <= alpha * trials + 3 * math.sqrt(alpha * (1 - alpha) * trials)

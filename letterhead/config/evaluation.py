@@ -3,7 +3,7 @@ what decides."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from letterhead.config.section import Count, Section
 
@@ -87,11 +87,36 @@ class Eval(Section):
 
 
 class Compare(Section):
-    """What decides which method to ship: the loss of macro F1 that a lower price is worth, set
-    before a test row is seen."""
+    """What decides which method to ship."""
 
-    margin: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.01,
-        description="The loss of macro F1 that a lower price is worth. Set it before a test row "
-        "is seen.",
+    metric: Annotated[
+        str, Field(pattern=r"^(macro_f1|accuracy|cost|(f1|recall|precision):.+)$")
+    ] = Field(
+        "macro_f1",
+        description=(
+            "What is compared: macro_f1, accuracy, cost (the mean of compare.costs), or "
+            "f1:LABEL, recall:LABEL, precision:LABEL."
+        ),
     )
+    costs: dict[str, dict[str, Annotated[float, Field(ge=0)]]] | None = Field(
+        None,
+        description=(
+            "What an error costs: {true label: {predicted label: cost}}; what is not named costs "
+            "nothing. No answer costs as much as the dearest error."
+        ),
+    )
+    margin: Annotated[float, Field(gt=0)] = Field(
+        0.01,
+        description="The loss of the metric, in its unit, that a lower price is worth. Set it "
+        "before a test row is seen.",
+    )
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Compare":
+        if (self.metric == "cost") != (self.costs is not None):
+            raise ValueError("metric: cost and costs go together; write both, or neither")
+        if self.costs and not any(cost for row in self.costs.values() for cost in row.values()):
+            raise ValueError("costs: nothing costs anything")
+        if self.metric != "cost" and self.margin >= 1:
+            raise ValueError(f"margin: {self.margin:g} of {self.metric} is all of it; write 0.01")
+        return self

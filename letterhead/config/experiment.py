@@ -81,6 +81,18 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _known_classes(self) -> "Experiment":
+        costs = self.compare.costs or {}
+        named = [*costs, *(said for row in costs.values() for said in row)]
+        named += [label for label in [self.compare.metric.partition(":")[2]] if label]
+        for label in named:
+            if label not in self.data.label_names:
+                raise ValueError(
+                    f"compare: {label!r} is no label; they are {', '.join(self.data.label_names)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _enough_letters(self) -> "Experiment":
         labels = self.data.label_names
         if self.prompt.options == "letters" and len(labels) > len(LETTERS):

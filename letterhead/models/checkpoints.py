@@ -21,6 +21,9 @@ from letterhead.files import LetterheadError, read_json
 FLOAT = 4  # bytes of a float32, in which all weights are trained and saved
 GIB = 1 << 30
 # How the architectures of language models end
+# What the last layer of a sequence classifier is called, and of a SentenceTransformer that ends in
+# one
+LAST_LAYERS = ("score", "classifier", "classifier.out_proj", "linear")
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -187,6 +190,34 @@ def require_finite_weights(folder: Path) -> None:
                 f"{file}: its weights are not numbers; the training diverged, train anew at a "
                 f"lower rate"
             )
+
+
+def temper(folder: Path, at: float | None) -> None:
+    """Divide a classifier's last layer by a temperature, so that the softmax of its logits is
+    calibrated; nothing for None.
+
+    Raises
+    ------
+    LetterheadError : a model whose last layer has another name
+    """
+    if at is None:
+        return
+    from safetensors.torch import load_file, save_file
+
+    layers = {f"{layer}.{part}" for layer in LAST_LAYERS for part in ("weight", "bias")}
+    modules = read_json(folder / "modules.json")  # of sentence-transformers
+    for file in sorted((folder / modules[-1]["path"] if modules else folder).glob("*.safetensors")):
+        tensors = load_file(file)
+        if last := layers & set(tensors):
+            tensors |= {
+                name: (tensors[name].double() / at).to(tensors[name].dtype) for name in last
+            }
+            save_file(tensors, file, metadata={"format": "pt"})
+            return
+    raise LetterheadError(
+        f"{folder}: no layer {' or '.join(LAST_LAYERS)}, which a temperature would divide; this "
+        f"model can't be exported"
+    )
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

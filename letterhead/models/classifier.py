@@ -8,14 +8,17 @@ from threading import Lock
 
 import numpy as np
 
+from letterhead import pipeline
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints, embeddings
 from letterhead.models.fitted import fit_method
-from letterhead.pipeline import METHODS, Method, method_of
-from letterhead.runs import results
+from letterhead.pipeline import CASCADE, METHODS, Method, find_method, method_of
+from letterhead.runs import contenders, results
 from letterhead.runs.processes import Workers
+from letterhead.stats.cascade import Cascade
+from letterhead.stats.metrics import tempered
 
 # Beside an exported model that reads the prompt, not the text alone: how it was checked
 ON_PROMPT = "letterhead_export.json"
@@ -34,7 +37,7 @@ def named_method(experiment: Experiment, name: str) -> str:
     ------
     LetterheadError : nothing was compared yet, or no such method
     """
-    if "@" in name or is_source(name):
+    if "@" in name or is_source(name) or (":" in name and find_method(name) is CASCADE):
         return name
     method = METHODS.get(name)
     if name != "best" and not (method and method.loader):
@@ -46,7 +49,7 @@ def named_method(experiment: Experiment, name: str) -> str:
         raise LetterheadError(
             f"{name}: {experiment.name} has no such method, for its rows or its keys"
         )
-    if method and not method.has_steps:
+    if method and not method.has_steps and method is not CASCADE:
         return name
     decided = read_json(experiment.results_folder / "decision.json")
     comparison = read_json(experiment.results_folder / "comparison.json")
@@ -58,7 +61,7 @@ def named_method(experiment: Experiment, name: str) -> str:
     if name == "best":
         return decided["ship"]
     for full in comparison["methods"]:
-        if full.partition("@")[0] == name:
+        if find_method(full) is method:
             return full
     raise LetterheadError(
         f"{name}: no such method; choose best or one of {', '.join(comparison['methods'])}"
@@ -85,7 +88,7 @@ def model_folder(experiment: Experiment, name: str) -> Path:
             if name.startswith("hf:")
             else Path(name)
         )
-    method, step = METHODS.get(name.partition("@")[0]), name.partition("@")[2]
+    method, step = find_method(name), name.partition("@")[2]
     if method is None or not method.model:
         known = ", ".join(f"{one.name}@STEP" for one in METHODS.values() if one.has_steps)
         raise LetterheadError(f"{name}: no such method; choose best, or {known}")
@@ -126,13 +129,20 @@ def _require_same_reading(experiment: Experiment, name: str, method: Method) -> 
 
 
 def load_classifier(experiment: Experiment, name: str) -> Classifier:
-    """Load a method by its full name (see `named_method`).
+    """Load a method by its full name (see `named_method`), its probabilities at the temperature
+    that validation rows say.
 
     Raises
     ------
     LetterheadError : no such method or checkpoint, or one that gives no probabilities; the
         classifier raises it where a probability is not a number
     """
+    classify, at = load_raw(experiment, name), contenders.temperature_of(experiment, name)
+    return classify if at is None else lambda texts: tempered(classify(texts), at)
+
+
+def load_raw(experiment: Experiment, name: str) -> Classifier:
+    """The same with probabilities as the model gives them."""
     classify = _load(experiment, name)
 
     def checked(texts: Sequence[str]) -> np.ndarray:
@@ -146,7 +156,7 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
 def _load(experiment: Experiment, name: str) -> Classifier:
     if is_source(name):
         return _exported(experiment, model_folder(experiment, name))
-    method = METHODS.get(name.partition("@")[0])
+    method = find_method(name)
     if method is None or not method.loader:
         raise LetterheadError(
             f"{name}: can't be used to predict; choose one that gives probabilities, like "
@@ -177,6 +187,54 @@ def load_head_method(experiment: Experiment, name: str) -> Classifier:
 def load_options_method(experiment: Experiment, name: str) -> Classifier:
     """A decoder that answers with an option."""
     return _options(experiment, model_folder(experiment, name))
+
+
+class CascadeClassifier:
+    """Two methods as one: the dear one is asked where the cheap one is not sure.
+
+    Parameters
+    ----------
+    frozen : what validation rows said
+    cheap, dear : the two methods
+    """
+
+    def __init__(self, frozen: Cascade, cheap: Classifier, dear: Classifier):
+        self._frozen, self._cheap, self._dear = frozen, cheap, dear
+
+    def answer(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities, shape (rows, classes), and whether the dear method answered, shape
+        (rows,)."""
+        cheap = self._cheap(texts)
+        deferred = self._frozen.is_deferred(cheap)
+        passed = [text for text, is_passed in zip(texts, deferred, strict=True) if is_passed]
+        dear = self._dear(passed) if passed else cheap[:0]
+        return self._frozen.combine(cheap, dear, deferred), deferred
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return self.answer(texts)[0]
+
+
+def frozen_cascade(experiment: Experiment, name: str) -> Cascade:
+    """A cascade as validation rows froze it.
+
+    Raises
+    ------
+    LetterheadError : there is none
+    """
+    path = pipeline.cascades_file(experiment)
+    if name not in (found := read_json(path) or {}):
+        known = ", ".join(found) or "no cascade"
+        raise LetterheadError(f"{name}: {path} holds {known}; choose of these")
+    frozen = dict(found[name][0])
+    del frozen["sha256"]
+    return Cascade(**frozen)
+
+
+def load_cascade_method(experiment: Experiment, name: str) -> CascadeClassifier:
+    """A cascade: both of its methods."""
+    frozen = frozen_cascade(experiment, name)
+    halves = (load_raw(experiment, half) for half in (frozen.cheap, frozen.dear))
+    return CascadeClassifier(frozen, *halves)
 
 
 def in_parts(workers: Workers) -> Classifier:

@@ -15,12 +15,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_folder, model_identity, read_json, write_json
+from letterhead.models.checkpoints import temper
 from letterhead.models.classifier import ON_PROMPT, model_folder
 from letterhead.models.cpu import pack
 from letterhead.models.heads import ready
 from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.models.scoring import load_decoder
-from letterhead.runs import results
+from letterhead.runs import contenders, results
 from letterhead.runs.terminal import progress
 
 TOLERANCE = 1e-4
@@ -47,7 +48,9 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
         "prompt": experiment.prompt.model_dump(),
         "labels": experiment.labels,
     }
+    at = contenders.temperature_of(experiment, name)
     made_from |= {"answers": [answer.ids for answer in encoder.answers], "form": FORM}
+    made_from |= {"temperature": at}
     facts = read_json(target / ON_PROMPT)
     if facts and facts["made_from"] == made_from:
         return target, facts
@@ -65,6 +68,7 @@ def export_folded(experiment: Experiment, name: str) -> tuple[Path, dict]:
             )
         facts = {"made_from": made_from, "largest_difference": off, "same_predictions": same}
         facts |= {"architecture": type(folded).__name__, **as_written}
+        temper(folder, at)
         write_json(folder / ON_PROMPT, facts)
     return target, facts
 

@@ -2,14 +2,20 @@
 
 from typing import Any
 
+import numpy as np
+
 from letterhead.config.experiment import Experiment
-from letterhead.pipeline import compared_methods
-from letterhead.stats.decision import rows_for_margin, smallest_margin
+from letterhead.pipeline import CASCADE, compared_methods, most_cascades
+from letterhead.runs.contenders import metric_of
+from letterhead.stats.decision import least_margin, rows_for_margin, smallest_margin
+from letterhead.stats.metrics import MACRO_F1
 
 
 def contenders(experiment: Experiment) -> int:
-    """How many methods of an experiment may be shipped."""
-    return sum(method.is_trained and not method.thinks for method in compared_methods(experiment))
+    """How many methods of an experiment may be shipped, the most cascades among them."""
+    methods = [method for method in compared_methods(experiment) if method is not CASCADE]
+    alone = sum(method.is_trained and not method.thinks for method in methods)
+    return alone + most_cascades(experiment)
 
 
 def evidence(experiment: Experiment, card: dict[str, Any]) -> str:
@@ -20,11 +26,19 @@ def evidence(experiment: Experiment, card: dict[str, Any]) -> str:
     card : the data card
     """
     rows, methods, margin = card["rows"]["test"], contenders(experiment), experiment.compare.margin
-    least = smallest_margin(rows, methods)
+    metric, classes = metric_of(experiment), len(experiment.labels)
+    counts = np.array([card["label_counts"]["test"][label] for label in experiment.labels])
+
+    def least_of(n: int, methods: int) -> float:
+        truth = np.repeat(np.arange(classes), np.ceil(counts * n / max(rows, 1)).astype(int))
+        return least_margin(truth, methods, classes, metric)
+
+    find = smallest_margin if metric.kind == MACRO_F1.kind else least_of
+    least = find(rows, methods)
     can = f"{rows:,} test rows and {methods} methods can show a margin of {margin:g}"
     if least <= margin:
         return f"{can}; the smallest is {least:.3f}, for a method that answers as the best does."
-    wanted = rows_for_margin(margin, methods)
+    wanted = rows_for_margin(margin, methods, find)
     return (
         f"{can.replace('can show', 'cannot show')}: the smallest is {least:.3f}, for a method that "
         f"answers as the best does. Before you look at a test row, set a larger compare.margin, or "

@@ -11,6 +11,7 @@ from letterhead.models.checkpoints import head_disk, sft_disk
 from letterhead.models.llamafactory import planned_steps, sft_plan, step_of
 from letterhead.pipeline import (
     ALL,
+    CASCADES,
     COMPARE,
     DECIDE,
     EVAL_CKPTS,
@@ -103,7 +104,12 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
                     setfit = experiment.encoder.setfit
                     pairs = min(2 * setfit.iterations * n, setfit.most_steps * setfit.batch)
                     found[method.stage] += 2 * 3 * parameters * length * 2 * pairs / training
-    return found | {COMPARE.name: START_S, DECIDE.name: START_S / 2, REPORT.name: 2 * START_S}
+    return found | {
+        CASCADES.name: START_S,
+        COMPARE.name: START_S,
+        DECIDE.name: START_S / 2,
+        REPORT.name: 2 * START_S,
+    }
 
 
 def searching(search: Search | None, once: float) -> float:

@@ -8,11 +8,20 @@ from typing import Any
 import numpy as np
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import LetterheadError
-from letterhead.pipeline import STAGES, Method, outputs, record_of
+from letterhead.files import LetterheadError, read_json
+from letterhead.pipeline import (
+    CASCADE,
+    STAGES,
+    Method,
+    cascades_file,
+    method_of,
+    outputs,
+    record_of,
+)
 from letterhead.runs import results
 from letterhead.runs.results import Result
 from letterhead.stats import metrics
+from letterhead.stats.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Chosen:
         title = self.method.title
         if self.method.thinks and not self.method.is_trained and not self.result.thinking["begun"]:
             title += " (it does not think)"
+        if halves := self.result.halves:
+            title = " → ".join(method_of(halves[half]).title for half in ("cheap", "dear"))
         step, highest = self.highest
         kept = {
             key: value
@@ -58,19 +69,62 @@ class Chosen:
         }
 
 
-def choose(experiment: Experiment, method: Method) -> Chosen:
+def metric_of(experiment: Experiment) -> Metric:
+    """What an experiment's decision compares (`compare.metric`)."""
+    kind, _, label = experiment.compare.metric.partition(":")
+    number = experiment.labels.index(label) if label else None
+    if kind != "cost":
+        return Metric(kind, number)
+    costs, labels = experiment.compare.costs, experiment.labels
+    costs = np.array([[costs.get(true, {}).get(said, 0.0) for said in labels] for true in labels])
+    # No answer costs as much as the dearest wrong one.
+    return Metric(kind, costs=np.column_stack([costs, costs.max(axis=1)]))
+
+
+def choose_trainings(experiment: Experiment, method: Method) -> dict[str, list[Chosen]]:
+    """Full name → the checkpoint that stands for a method in each of its trainings, the
+    experiment's own first. There is one name, but for cascades.
+
+    Raises
+    ------
+    LetterheadError : a result is missing or cut off
+    """
+    trainings = experiment.trainings()
+    if method is CASCADE:
+        return {
+            name: [
+                choose(training, method, name, experiment)
+                for training, _ in zip(trainings, frozen, strict=False)
+            ]
+            for name, frozen in (read_json(cascades_file(experiment)) or {}).items()
+        }
+    again = trainings[1:] if STAGES[method.stage].retrained else []
+    chosen = [choose(training, method) for training in (experiment, *again)]
+    return {chosen[0].name: chosen}
+
+
+def choose(
+    experiment: Experiment, method: Method, name: str = "", first: Experiment | None = None
+) -> Chosen:
     """The checkpoint that stands for a method: the step that validation rows choose, else the last.
+
+    Parameters
+    ----------
+    name : the full name without its step, of a method with several
+    first : the experiment whose stage left the results, where it is another
 
     Raises
     ------
     LetterheadError : a result is missing or cut off
     """
     by_split: dict[str, dict[int, Result]] = {split: {} for split in results.SPLITS}
-    for file in outputs(STAGES[method.stage], experiment):
-        if Path(file).name.startswith((f"{method.name}.", f"{method.name}@")) and file.endswith(
-            ".json"
-        ):
-            result = results.parse_result(Path(file))
+    name = name or method.name
+    for file in outputs(STAGES[method.stage], first or experiment):
+        path = Path(file)
+        is_mine = path.parent == experiment.results_folder
+        is_mine &= path.name.startswith((f"{name}.", f"{name}@"))
+        if is_mine and path.suffix == ".json":
+            result = results.parse_result(path)
             if result is None:
                 raise LetterheadError(
                     f"{file}: missing or cut off; delete it and run: make compare "
@@ -83,7 +137,7 @@ def choose(experiment: Experiment, method: Method) -> Chosen:
     }  # before training it is another method
     if not steps:
         raise LetterheadError(
-            f"{experiment.results_folder}: no test result of {method.name}; run: make "
+            f"{experiment.results_folder}: no test result of {name}; run: make "
             f"compare EXP={experiment.name}"
         )
     if len(steps) == 1:
@@ -96,7 +150,7 @@ def choose(experiment: Experiment, method: Method) -> Chosen:
     else:
         step, how = max(steps), "the last step; no validation rows"
     highest = results.highest_f1({s: test[s] for s in steps})
-    name = f"{method.name}@{step}" if step else method.name
+    name = f"{name}@{step}" if step else name
     return Chosen(name, method, test[step], validation.get(step), how, (highest, test[highest]))
 
 
@@ -104,8 +158,33 @@ def cost(experiment: Experiment, method: Method, result: Result) -> dict[str, An
     """What a method took: rows and seconds to train, seconds to score, memory, and multiply-adds
     for a row in service.
 
-    Multiply-adds are parameters × tokens: all parameters but the embeddings, padding included.
+    Multiply-adds are parameters × tokens: all parameters but the embeddings, padding included. A
+    cascade takes what both halves take to train, and in service the cheap one's cost and the dear
+    one's times the share of rows that it answers.
     """
+    if result.halves:
+        names = [result.halves[half] for half in ("cheap", "dear")]
+        cheap, dear = (
+            cost(experiment, method_of(name), results.read_result(experiment, name, "test"))
+            for name in names
+        )
+        share = result.halves["deferred"] / result.n
+        return {
+            "train_rows": dear["train_rows"],
+            "epochs": None,
+            "multiply_adds_per_row": round(
+                cheap["multiply_adds_per_row"] + share * dear["multiply_adds_per_row"]
+            ),
+            "test_seconds": result.seconds,
+            **{
+                key: cheap[key] + dear[key]
+                for key in ("training_seconds", "stage_seconds", "scoring_seconds")
+            },
+            **{
+                peak: max((half[peak] for half in (cheap, dear) if half[peak]), default=None)
+                for peak in ("peak_memory_mb", "peak_gpu_memory_mb")
+            },
+        }
     scoring = record_of(method.stage, experiment)
     spent = {
         "train_rows": 0,
@@ -135,6 +214,14 @@ def cost(experiment: Experiment, method: Method, result: Result) -> dict[str, An
     }
 
 
+def read_trainings(experiment: Experiment, chosen: list[Chosen]) -> list[dict]:
+    """The answers of each training on test rows (see `read_answers`)."""
+    return [
+        read_answers(training, one.name, one.result.n)
+        for training, one in zip(experiment.trainings(), chosen, strict=False)
+    ]
+
+
 def read_answers(experiment: Experiment, name: str, n: int) -> dict[str, tuple[int, int]]:
     """Row id → class number of the truth and of the prediction on test.
 
@@ -151,6 +238,26 @@ def read_answers(experiment: Experiment, name: str, n: int) -> dict[str, tuple[i
         line["id"]: (number[line["label"]], number.get(line["prediction"], metrics.NO_ANSWER))
         for line in lines
     }
+
+
+def read_probabilities(experiment: Experiment, name: str, split: str) -> np.ndarray:
+    """A method's probabilities, shape (rows, classes), in the order of the experiment's labels."""
+    lines = results.read_predictions(experiment, name, split)
+    return np.array(
+        [[line["probabilities"][label] for label in experiment.labels] for line in lines]
+    )
+
+
+def temperature_of(experiment: Experiment, name: str) -> float | None:
+    """The temperature of a method's probabilities, from its validation rows; None without them, for
+    one that gives no probabilities, and for a cascade, whose halves have their own."""
+    path = results.result_files(experiment, name, "validation")[0]
+    result = results.parse_result(path)
+    if result is None or result.log_loss is None or result.halves:
+        return None
+    rows = results.read_predictions(experiment, name, "validation")
+    probabilities = read_probabilities(experiment, name, "validation")
+    return metrics.temperature(results.class_numbers(experiment, rows), probabilities)
 
 
 def aligned(

@@ -22,6 +22,7 @@ from letterhead.files import (
     write_json,
     write_jsonl,
 )
+from letterhead.pipeline import method_of
 from letterhead.runs.devices import device_name, versions
 from letterhead.stats.metrics import NO_ANSWER, classification_figures
 
@@ -47,6 +48,7 @@ class Result:
     model : a checkpoint's folder, or what the model is, in words
     training_seconds : up to this step, for heads
     thinking : how many answers hold a thought, and the like, for a method that thinks
+    halves : of a cascade: which methods, threshold and temperatures, and how many rows were deferred
     examples_cut, texts_cut : with eval.examples, how many were cut so that the prompt fits
     """
 
@@ -80,12 +82,15 @@ class Result:
     train_loss: float | None = None
     training_seconds: float | None = None
     thinking: dict[str, Any] | None = None
+    halves: dict[str, Any] | None = None
     examples_cut: int | None = None
     texts_cut: int | None = None
 
     @property
     def name(self) -> str:
-        """Its full name, METHOD or METHOD@STEP."""
+        """Its full name: METHOD, METHOD@STEP, or of a cascade METHOD:DEAR."""
+        if self.halves:
+            return f"{self.method}:{method_of(self.halves['dear']).name}"
         return self.method if self.step is None else f"{self.method}@{self.step}"
 
 
@@ -212,7 +217,7 @@ def write_result(
         experiment.labels,
         result_files(experiment, name, split),
     )
-    method, _, step = name.partition("@")
+    step = name.partition("@")[2]
     figures = classification_figures(
         class_numbers(experiment, rows), labels, experiment.seed, probabilities, predicted
     )
@@ -239,7 +244,7 @@ def write_result(
     write_jsonl(predictions_file, map(line, range(len(rows))))
     known = {
         "experiment": experiment.name,
-        "method": method,
+        "method": method_of(name).name,
         "step": int(step) if step else None,
         "seed": experiment.seed,
         "split": split,

@@ -10,7 +10,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import source_name
 from letterhead.files import LetterheadError, atomic_open, escape_markdown, read_json
 from letterhead.pipeline import ALL, method_of
-from letterhead.runs import results
+from letterhead.runs import contenders, results
 from letterhead.runs.results import Result
 
 EXPERIMENT = "experiment.yaml"
@@ -74,6 +74,11 @@ def write_card(
         "## Model",
         f"{escape_markdown(source)}, {training}, seed {experiment.seed}. "
         f"The experiment is in {EXPERIMENT}.",
+        *(
+            [f"Its last layer is divided by the temperature that validation rows say, {at:.2f}."]
+            if (at := contenders.temperature_of(experiment, name))
+            else []
+        ),
         "## How to call it",
         asked,
         f"```python\n{call.strip()}\n```",

@@ -1,5 +1,5 @@
-"""Which method to ship: the cheapest that is shown to lose less macro F1 than a margin, on the same
-test rows.
+"""Which method to ship: the cheapest that is shown to lose less macro F1 (or another metric) than a
+margin, on the same test rows.
 
 A method *fits* if the loss is below the margin against every other at once: an intersection-union
 test (Berger 1982), which needs no correction for their number, nor for having picked the best by
@@ -12,16 +12,20 @@ nothing. A test of non-inferiority with a margin set beforehand is the one of cl
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from letterhead.stats.metrics import Estimate, f1_loss, plain_f1
+from letterhead.stats import metrics
+from letterhead.stats.metrics import MACRO_F1, Estimate, Metric
 
 ALPHA = 0.05
 POWER = 0.80
 MOST_ROWS = 1e12  # a number that nobody labels
+FEWEST_ROWS = 30  # of a class, for a verdict on a metric of that class
 HOPELESS = 0.001  # how seldom a method within the margin may be taken for one that is far behind
 FITS, COSTS_MORE, UNDECIDED = "fits", "costs more", "undecided"
 
@@ -32,6 +36,8 @@ def decide(
     prices: dict[str, float],
     classes: int,
     margin: float,
+    training_sd: dict[str, float] | None = None,
+    metric: Metric = MACRO_F1,
 ) -> dict:
     """Which method to ship, and what is known of each that is no dearer than the best.
 
@@ -41,11 +47,14 @@ def decide(
     predicted : method → class numbers or NO_ANSWER, shape (trainings, rows)
     prices : method → what a row costs in service, in any unit
     classes : how many there are
-    margin : the loss of macro F1 that a lower price is worth; set before a test row is looked at
+    margin : the loss of the metric that a lower price is worth; set before a test row is looked at
+    training_sd : method → the standard deviation of its macro F1 over trainings, where it is
+        assumed and not seen
+    metric : what is compared
 
     Returns
     -------
-    dict : `top`, the highest macro F1 (of equals the cheapest); `ship`; `established`, whether what
+    dict : `top`, the highest metric (of equals the cheapest); `ship`; `established`, whether what
         is shipped is shown to fit; `alpha` of each bound after correction; `candidates`, cheapest
         first: method → verdict, the loss against the method that is nearest to refuting it, its
         bounds, and the rows that would decide
@@ -60,14 +69,20 @@ def decide(
     >>> found["ship"], found["established"], found["candidates"]["cheap"]["verdict"]
     ('copy', True, 'costs more')
     """
-    f1 = {name: plain_f1(truth, answers, classes) for name, answers in predicted.items()}
-    top = max(f1, key=lambda name: (round(f1[name], 12), -prices[name]))
+    value = {
+        name: metrics.plain(truth, answers, classes, metric) for name, answers in predicted.items()
+    }
+    top = max(value, key=lambda name: (round(value[name], 12), -prices[name]))
+    read = len(truth) if metric.label is None else int((truth == metric.label).sum())
+    assumed = training_sd or {}
+
+    def loss(name: str, other: str) -> Estimate:
+        seen = metrics.loss(truth, predicted[name], predicted[other], classes, metric)
+        more = assumed.get(name, 0.0) ** 2 + assumed.get(other, 0.0) ** 2
+        return replace(seen, training_variance=seen.training_variance + more)
+
     losses = {
-        name: {
-            other: f1_loss(truth, predicted[name], predicted[other], classes)
-            for other in predicted
-            if other != name
-        }
+        name: {other: loss(name, other) for other in predicted if other != name}
         for name in predicted
     }
     contend = [
@@ -76,12 +91,14 @@ def decide(
         if not any(one.interval(HOPELESS)[0] > margin for one in against.values())
     ] or [top]
     no_dearer = [name for name in predicted if prices[name] <= prices[top]]
-    candidates = sorted(no_dearer, key=lambda name: (prices[name], -f1[name]))
+    candidates = sorted(no_dearer, key=lambda name: (prices[name], -value[name]))
     alpha = ALPHA / max(1, len(contend) - 1)
     found = {}
     for name in candidates:
         others = sum(other in contend for other in losses[name])
         found[name] = _verdict(losses[name], margin, alpha, ALPHA / max(1, others))
+        if metric.label is not None and read < FEWEST_ROWS:
+            found[name]["verdict"] = UNDECIDED
     fitting = [name for name in candidates if found[name]["verdict"] == FITS]
     return {
         "margin": margin,
@@ -119,8 +136,8 @@ def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_mor
 
 
 def smallest_margin(rows: int, methods: int) -> float:
-    """The smallest margin at which a method that answers every test row as another does is said to
-    fit. It hangs on numbers alone: the pseudo-rows of `f1_loss` keep the error above zero.
+    """The smallest margin of macro F1 at which a method that answers every test row as another does
+    is said to fit. It hangs on numbers alone: pseudo-rows keep the error above zero.
 
     Parameters
     ----------
@@ -131,13 +148,23 @@ def smallest_margin(rows: int, methods: int) -> float:
     >>> [round(smallest_margin(rows, methods), 4) for rows, methods in ((280, 2), (600, 9))]
     [0.0099, 0.0099]
     """
-    truth = np.arange(rows) % 2
+    return least_margin(np.arange(rows) % 2, methods, 2, MACRO_F1)
+
+
+def least_margin(truth: np.ndarray, methods: int, classes: int, metric: Metric) -> float:
+    """The same for any metric, which may hang on the classes of the test rows, shape (rows,)."""
     alpha = ALPHA / max(1, methods - 1)
-    return f1_loss(truth, truth[None], truth[None], 2).interval(alpha)[1]
+    return metrics.loss(truth, truth[None], truth[None], classes, metric).interval(alpha)[1]
 
 
-def rows_for_margin(margin: float, methods: int) -> int:
-    """The number of test rows from which a margin can be shown (`smallest_margin`), to 10 rows.
+def rows_for_margin(
+    margin: float, methods: int, least: Callable[[int, int], float] = smallest_margin
+) -> int:
+    """The number of test rows from which a margin can be shown, to 10 rows.
+
+    Parameters
+    ----------
+    least : the smallest margin of so many rows and methods
 
     Examples
     --------
@@ -145,11 +172,11 @@ def rows_for_margin(margin: float, methods: int) -> int:
     530
     """
     low, high = 10, 20
-    while smallest_margin(high, methods) > margin:
+    while least(high, methods) > margin:
         low, high = high, 2 * high
     while high - low > 10:
         middle = (low + high) // 20 * 10
-        if smallest_margin(middle, methods) > margin:
+        if least(middle, methods) > margin:
             low = middle
         else:
             high = middle

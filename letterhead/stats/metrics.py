@@ -27,7 +27,7 @@ from statsmodels.stats.multitest import multipletests
 ECE_BINS = 15
 FLOOR_DRAWS = 1000
 SCORE_STEPS = 4
-FOLDS = 5
+LOG_TEMPERATURE_SD = 0.5  # before any row is seen
 NO_ANSWER = -1
 SMALLEST_LOG_P = -60.0  # below that a p-value is told as this one
 
@@ -123,6 +123,64 @@ class Estimate:
         return 2 * math.exp(brentq(beyond, SMALLEST_LOG_P, math.log(0.5)))
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What a decision compares; more is better.
+
+    Attributes
+    ----------
+    kind : macro_f1, accuracy, f1, recall, precision or cost
+    label : the class of an f1, a recall or a precision
+    costs : of a cost, shape (classes, classes + 1): what a prediction costs, of each true class;
+        the last column is for a row without an answer
+    """
+
+    kind: str = "macro_f1"
+    label: int | None = None
+    costs: np.ndarray | None = None
+
+    def pseudo_classes(self, present: np.ndarray) -> np.ndarray:
+        """The true classes that pseudo-rows are spread over: those whose rows the metric reads."""
+        if self.kind == "recall":
+            return np.array([self.label])
+        if self.label is not None and len(present) > 1:
+            return np.array([self.label, present[present != self.label][0]])
+        return present
+
+    def measure(
+        self, truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, classes: int
+    ) -> tuple[float, np.ndarray]:
+        """The metric of weighted rows, and each row's influence on it, which has mean 0 (Hampel
+        1974: the derivative by the row's weight)."""
+        if self.kind == "macro_f1":
+            return _macro_f1(truth, predicted, weights, classes)
+        share = weights / weights.sum()
+        right = truth == predicted
+        if self.kind == "accuracy":
+            value = float(share @ right)
+            return value, right - value
+        if self.kind == "cost":
+            cost = self.costs[truth, predicted]  # NO_ANSWER is the last column
+            mean = float(share @ cost)
+            return -mean, mean - cost
+        is_true, is_said = truth == self.label, predicted == self.label
+        hit = is_true & is_said
+        # A ratio N / D of shares has the influence (n - (N / D) d) / D.
+        over = {
+            "recall": is_true.astype(float),
+            "precision": is_said.astype(float),
+            "f1": (is_true.astype(float) + is_said) / 2,
+        }[self.kind]
+        total = float(share @ over)
+        if not total:
+            return 0.0, np.zeros(len(truth))
+        value = float(share @ hit) / total
+        return value, (hit - value * over) / total
+
+
+MACRO_F1 = Metric()
+
+
 def macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> Estimate:
     """Macro F1 of one or more trainings of a method, over the classes that have rows.
 
@@ -132,7 +190,12 @@ def macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> Estimate
     predicted : class numbers or NO_ANSWER, shape (trainings, rows)
     classes : how many there are
     """
-    return _estimate(truth, [(1.0, predicted)], classes, pseudo_rows=0.5)
+    return reached(truth, predicted, classes, MACRO_F1)
+
+
+def reached(truth: np.ndarray, predicted: np.ndarray, classes: int, metric: Metric) -> Estimate:
+    """A metric of one or more trainings of a method; parameters as for `macro_f1`."""
+    return _estimate(truth, [(1.0, predicted)], classes, 0.5, metric)
 
 
 def plain_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
@@ -144,7 +207,12 @@ def plain_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
     >>> round(plain_f1(truth, np.array([[0, 0, 1, 0]]), 2), 3)  # the mean of 4/5 and 2/3
     0.733
     """
-    return _estimate(truth, [(1.0, predicted)], classes, pseudo_rows=0).value
+    return plain(truth, predicted, classes, MACRO_F1)
+
+
+def plain(truth: np.ndarray, predicted: np.ndarray, classes: int, metric: Metric) -> float:
+    """A metric without pseudo-rows, the mean over trainings; parameters as for `macro_f1`."""
+    return _estimate(truth, [(1.0, predicted)], classes, 0, metric).value
 
 
 def f1_loss(truth: np.ndarray, candidate: np.ndarray, other: np.ndarray, classes: int) -> Estimate:
@@ -160,31 +228,46 @@ def f1_loss(truth: np.ndarray, candidate: np.ndarray, other: np.ndarray, classes
     >>> low < 0.1 < high
     True
     """
-    return _estimate(truth, [(1.0, other), (-1.0, candidate)], classes, pseudo_rows=2)
+    return loss(truth, candidate, other, classes, MACRO_F1)
+
+
+def loss(
+    truth: np.ndarray, candidate: np.ndarray, other: np.ndarray, classes: int, metric: Metric
+) -> Estimate:
+    """By how much a metric is lower with `candidate` than with `other`; parameters as for
+    `macro_f1`."""
+    return _estimate(truth, [(1.0, other), (-1.0, candidate)], classes, 2, metric)
 
 
 def _estimate(
-    truth: np.ndarray, parts: list[tuple[float, np.ndarray]], classes: int, pseudo_rows: int
+    truth: np.ndarray,
+    parts: list[tuple[float, np.ndarray]],
+    classes: int,
+    pseudo_rows: float,
+    metric: Metric,
 ) -> Estimate:
-    """A sum of macro F1s, each times its sign and averaged over its trainings.
+    """A sum of metrics, each times its sign and averaged over its trainings.
 
     Several trainings add the variance over them, divided by their number; where several methods
     have some, the degrees of freedom of the sum are Satterthwaite's (1946).
     """
-    present = np.unique(truth)
+    present = metric.pseudo_classes(np.unique(truth))
     rights = np.indices((2,) * len(parts)).reshape(
         len(parts), -1
     )  # each combination of right and wrong
     more = np.repeat(present, rights.shape[1])
     # A wrong pseudo-row names the next class, so that it weighs as much as a wrong row does.
-    wrong = np.repeat(np.roll(present, -1) if len(present) > 1 else [NO_ANSWER], rights.shape[1])
+    others = np.roll(present, -1) if len(present) > 1 else [NO_ANSWER]
+    if metric.kind == "cost":  # the dearest error
+        others = metric.costs[present, :-1].argmax(axis=1)
+    wrong = np.repeat(others, rights.shape[1])
     weights = np.concatenate([np.ones(len(truth)), np.full(len(more), pseudo_rows / len(more))])
     n, value, influence = len(truth) + pseudo_rows, 0.0, np.zeros(len(weights))
     variances, dfs = [], []
     for (sign, predicted), right in zip(parts, rights, strict=True):
         added = np.where(np.tile(right, len(present)) == 1, more, wrong)
         found = [
-            _influence(np.append(truth, more), np.append(one, added), weights, classes)
+            metric.measure(np.append(truth, more), np.append(one, added), weights, classes)
             for one in predicted
         ]
         values = np.array([figure for figure, _ in found])
@@ -202,7 +285,7 @@ def _estimate(
     return Estimate(float(value), n, distinct[kept], shares[kept] / n, total, df)
 
 
-def _influence(
+def _macro_f1(
     truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, classes: int
 ) -> tuple[float, np.ndarray]:
     """Macro F1 of weighted rows over the classes that have some, and each row's influence on it,
@@ -257,40 +340,30 @@ def calibration_floor(confidence: np.ndarray, seed: int) -> float:
     return float(np.mean(list(drawn)))
 
 
-def temperature(truth: np.ndarray, probabilities: np.ndarray, seed: int) -> float | None:
-    """The temperature that calibrates probabilities (Guo et al. 2017), or None where it does not
-    help.
+def temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
+    """The temperature that calibrates probabilities (Guo et al. 2017).
 
-    It is fitted to the log loss, and helps if on folds left out it lowers the log loss by more than
-    a standard error.
+    The most probable one given the rows, where log T is normal around 0 beforehand: few rows move
+    it little, and a method that is right on all of them does not become certain.
 
     Parameters
     ----------
     truth : class numbers, shape (rows,); of rows that decide nothing else than the checkpoint
     probabilities : shape (rows, classes)
-    seed : of the folds
+
+    Examples
+    --------
+    >>> temperature(np.array([], int), np.empty((0, 2)))
+    1.0
     """
     logits = np.log(np.clip(probabilities, 1e-12, None))
 
-    def losses(rows: np.ndarray, at: float) -> np.ndarray:
-        return -log_softmax(logits[rows] / at, axis=1)[np.arange(len(rows)), truth[rows]]
+    def improbability(log_t: float) -> float:
+        losses = -log_softmax(logits / math.exp(log_t), axis=1)[np.arange(len(truth)), truth]
+        return losses.sum() + (log_t / LOG_TEMPERATURE_SD) ** 2 / 2
 
-    def fitted(rows: np.ndarray) -> float:
-        found = minimize_scalar(
-            lambda log: losses(rows, math.exp(log)).mean(), bounds=(-3, 3), method="bounded"
-        )
-        return math.exp(found.x)
-
-    if len(truth) < 2 * FOLDS:
-        return None
-    everything = np.random.default_rng(seed).permutation(len(truth))
-    gain = np.concatenate(
-        [
-            losses(part, 1.0) - losses(part, fitted(np.setdiff1d(everything, part)))
-            for part in np.array_split(everything, FOLDS)
-        ]
-    )
-    return fitted(everything) if gain.mean() > gain.std(ddof=1) / math.sqrt(len(gain)) else None
+    found = minimize_scalar(improbability, bounds=(-3, 3), method="bounded")
+    return math.exp(found.x) if len(truth) else 1.0
 
 
 def tempered(probabilities: np.ndarray, at: float) -> np.ndarray:

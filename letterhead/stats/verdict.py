@@ -15,6 +15,11 @@ from letterhead.stats import decision
 NEAR_GUESSING, LITTLE = 0.7, 0.5
 FEW_ROWS = 10  # a class with fewer test rows is named
 FEW_SHOWN = 5
+UNITS = {
+    "per_million_rows": "a million rows in service, in the currency of bench.price_per_hour",
+    "multiply_adds_per_row": "multiply-adds a row",
+}
+DEARER = "dearer than the highest"
 ROWS_THAT_DECIDE = {
     "rows_if_as_seen": "if the loss is as seen",
     "rows_if_equal": "if the two are equal",
@@ -39,8 +44,10 @@ def sentence(pair: dict, chosen: dict[str, dict]) -> str:
         f"to {signed(high)}, "
         f"p = {pair['f1_p_holm']:.2g} after Holm"
     )
+    once = all(len(chosen[name]["trainings"]) == 1 for name in (better, worse))
+    files = ", as files" if once else ""
     if pair["f1_p_holm"] < decision.ALPHA:
-        return f"{named(better)} has a higher macro F1 than {named(worse)}: {figures}."
+        return f"{named(better)} has a higher macro F1 than {named(worse)}{files}: {figures}."
     return f"{named(better)} over {named(worse)}: {figures}: chance could do that."
 
 
@@ -58,14 +65,16 @@ def signed(value: float, digits: int = 3) -> str:
 def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     """The decision in sentences: `why`, `how_sure`, `how_dear`, `what_would_change`."""
     n, margin, top, ship = decided["n"], decided["margin"], decided["top"], decided["ship"]
-    prices, found, unit = decided["prices"], decided["candidates"], decided["price_unit"]
+    prices, found = decided["prices"], decided["candidates"]
+    metric = metric_title(decided["metric"])
 
     def named(name: str) -> str:
         rows = chosen[name]["cost"]["train_rows"]
         return f"{chosen[name]['title']} ({f'{rows:,} training rows' if rows else 'no training'})"
 
     best = (
-        f"{named(top)} has the highest macro F1, {chosen[top]['f1_macro']:.3f} on {n:,} test rows"
+        f"{named(top)} has the highest {metric}, {decided['table'][top]['reached'][0]:.3f} on "
+        f"{n:,} test rows"
     )
     cheaper = [name for name in found if prices.get(name, math.inf) < prices.get(top, math.inf)]
     if not decided["established"]:
@@ -75,9 +84,9 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         )
     elif ship != top:
         why = (
-            f"{named(ship)}, macro F1 {chosen[ship]['f1_macro']:.3f} on {n:,} test rows, is "
-            f"the cheapest that is shown to "
-            f"lose less than {margin:g}. {best}."
+            f"{named(ship)}, {metric} {decided['table'][ship]['reached'][0]:.3f} on {n:,} test "
+            f"rows, "
+            f"is the cheapest that is shown to lose less than {margin:g}. {best}."
         )
     elif cheaper:
         why = f"{best}; no cheaper method is shown to be within {margin:g} of it."
@@ -90,17 +99,17 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
             signed(candidate[key]).removeprefix("+") for key in ("loss", "low", "high")
         )
         if candidate["verdict"] == decision.FITS:
-            ahead = f"at least {-candidate['high']:.3f} of macro F1 ahead of {other}, the nearest."
-            behind = f"a loss of macro F1 of at most {high} against {other}; {margin:g} is allowed."
+            ahead = f"at least {-candidate['high']:.3f} of {metric} ahead of {other}, the nearest."
+            behind = f"a loss of {metric} of at most {high} against {other}; {margin:g} is allowed."
             line = f"{named(name)} is good enough: {ahead if candidate['high'] < 0 else behind}"
         elif candidate["verdict"] == decision.COSTS_MORE:
             line = (
-                f"{named(name)} loses too much: {loss} of macro F1 against {other}, at least "
+                f"{named(name)} loses too much: {loss} of {metric} against {other}, at least "
                 f"{low}; {margin:g} is allowed."
             )
         else:
             line = (
-                f"{named(name)} is undecided: a loss of macro F1 of {loss} against {other}, "
+                f"{named(name)} is undecided: a loss of {metric} of {loss} against {other}, "
                 f"and anything from {low} to "
             )
             line += f"{high} goes with these rows; {margin:g} is allowed."
@@ -129,16 +138,13 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         for name, entry in chosen.items()
         if is_trained(entry) and entry["step"] and (losses := hardly_learnt(entry))
     ]
-    if decided["trainings"] == 1:
+    sure.append(trained_again(decided, named))
+    if any(entry["halves"] for entry in chosen.values()):
         sure.append(
-            "The bounds hold the noise of the rows, for these trained files; seeds: [1, 2, "
-            "3] adds that of training."
-        )
-    else:
-        sure.append(
-            f"The bounds hold the noise of the rows and of {decided['trainings']} trainings "
-            f"(TF-IDF, embeddings and zero-shot: one); "
-            "what is served are the first training's files."
+            "An arrow is a cascade: the method before it answers where it is at least as sure as "
+            "the method behind it is right on validation rows, and that one answers the others. "
+            "Validation rows fixed its methods, temperatures and threshold before a test row was "
+            "read."
         )
     if few := list(decided["rare_classes"].items()):
         some = ", ".join(f"{label} ({rows})" for label, rows in few[:FEW_SHOWN]) + (
@@ -151,7 +157,9 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     known = sorted((name for name in chosen if name in prices), key=lambda name: prices[name])
     compared = [name for name in known if is_trained(chosen[name]) or name in found]
     dear = [
-        f"{named(name)}: {priced(prices[name], unit)}{timed(chosen[name])}." for name in compared
+        f"{named(name)}: {priced(decided, name)}{timed(chosen[name])}"
+        f"{passed_on(decided, chosen, name)}."
+        for name in compared
     ]
     others = [name for name in compared if name != ship] if ship in prices else []
     pairs = [(ship, name) if prices[name] > prices[ship] else (name, ship) for name in others]
@@ -159,6 +167,33 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))
     ]
     return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
+
+
+def trained_again(decided: dict[str, Any], named: Callable[[str], str]) -> str:
+    """What training again would do to the decision, in words: as the further seeds say, or, with
+    one, if it moved the metric by so much."""
+
+    def outcome(found: dict[str, Any]) -> str:
+        if not found["established"]:
+            return "nothing is decided"
+        still = "still " if decided["established"] and found["ship"] == decided["ship"] else ""
+        return f"{still}ship {named(found['ship'])}"
+
+    if decided["trainings"] > 1:
+        [found] = decided["trained_again"]
+        return (
+            "The bounds hold the noise of the test rows, for the files of the first training, "
+            f"which are served. By the mean of {decided['trainings']} trainings, with the noise of "
+            f"both: {outcome(found)}."
+        )
+    assumed = "; ".join(
+        f"by {found['sd']:g}: {outcome(found)}" for found in decided["trained_again"]
+    )
+    return (
+        "The bounds hold the noise of the test rows, for these trained files. Training again moves "
+        f"{metric_title(decided['metric'])}, too. If its standard deviation is as follows, "
+        f"{assumed}. seeds: [1, 2, 3] measures it."
+    )
 
 
 def training_key(entry: dict) -> str:
@@ -183,11 +218,26 @@ def hardly_learnt(entry: dict) -> tuple[float, float] | None:
     return (loss, guessing) if near and kappa < LITTLE else None
 
 
-def priced(price: float, unit: str) -> str:
-    """A price in words."""
-    if unit == "per_million_rows":
-        return f"{price:.3g} for a million rows in service, in the currency of bench.price_per_hour"
-    return f"{human(price)} multiply-adds a row"
+def priced(decided: dict[str, Any], name: str) -> str:
+    """A method's price in words, a cascade's with its interval."""
+    ends = decided["price_intervals"].get(name, [decided["prices"][name]])
+    if decided["price_unit"] == "per_million_rows":
+        numbers = " to ".join(f"{end:.3g}" for end in ends)
+        return f"{numbers} for {UNITS['per_million_rows']}"
+    return f"{' to '.join(map(human, ends))} {UNITS['multiply_adds_per_row']}"
+
+
+def passed_on(decided: dict[str, Any], chosen: dict[str, dict], name: str) -> str:
+    """How many rows a cascade passes on to its dear half, in words; nothing for another method."""
+    halves = chosen[name]["halves"]
+    if not halves:
+        return ""
+    share, seen = halves["deferred"] / chosen[name]["n"], halves["validation_share"]
+    cheap, dear = (decided["prices"][halves[half]] for half in ("cheap", "dear"))
+    return (
+        f"; {chosen[halves['dear']]['title']} answers {share:.0%} of the test rows, and {seen:.0%} "
+        f"of the validation rows; at {1 - cheap / dear:.0%} it would cost as much as alone"
+    )
 
 
 def timed(entry: dict) -> str:
@@ -217,16 +267,83 @@ def break_even(
     )
 
 
+def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, Any]]:
+    """The methods that may be shipped, the best first, as the first table shows them.
+
+    Returns
+    -------
+    list : of each `name`, `title`, `rows` to train on, the metric's `value` and `ci95` of the
+        file that would be served, `price` with its interval and
+        `times` the cheapest one's (None where nobody knows), `behind` the top method with its
+        bounds, `verdict` in words, and `would_decide`, a number of test rows or None
+    """
+    prices, found = decided["prices"], decided["candidates"]
+    least = min(prices.values(), default=0.0)
+    rows = []
+    for name in sorted(decided["table"], key=lambda name: decided["table"][name]["behind"][0]):
+        entry, candidate = chosen[name], found.get(name)
+        price = prices.get(name)
+        interval = decided["price_intervals"].get(name, [price, price])
+        value, *ci95 = decided["table"][name]["reached"]
+        undecided = candidate and candidate["verdict"] == decision.UNDECIDED
+        rows.append(
+            {
+                "name": name,
+                "title": entry["title"],
+                "rows": entry["cost"]["train_rows"],
+                "value": value,
+                "ci95": ci95,
+                "price": interval if price is not None else None,
+                "times": price / least if price is not None and least else None,
+                "behind": decided["table"][name]["behind"],
+                "verdict": candidate["verdict"] if candidate else DEARER,
+                "would_decide": candidate["rows_if_as_seen"] if undecided else None,
+            }
+        )
+    return rows
+
+
+def metric_title(metric: str) -> str:
+    """`compare.metric` in words.
+
+    Examples
+    --------
+    >>> metric_title("macro_f1"), metric_title("recall:spam"), metric_title("cost")
+    ('macro F1', 'recall of spam', 'minus the mean cost')
+    """
+    kind, _, label = metric.partition(":")
+    words = {"macro_f1": "macro F1", "cost": "minus the mean cost", "f1": "F1"}
+    return words.get(kind, kind) + (f" of {label}" if label else "")
+
+
+def as_times(times: float | None) -> str:
+    """A price as a multiple of the cheapest one's, in words.
+
+    Examples
+    --------
+    >>> as_times(1.0), as_times(9.53), as_times(41600), as_times(None)
+    ('1', '9.5', '42,000', '–')
+    """
+    if times is None:
+        return "–"
+    if times < 10:
+        return f"{times:.1f}".removesuffix(".0")
+    return f"{float(f'{times:.2g}'):,.0f}"
+
+
 def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
-    """The ranking, and which to ship, for the terminal."""
-    wide = max(len(entry["title"]) for entry in comparison["methods"].values())
-    lines = [
-        f"{'method':{wide}} {'step':>6} {'rows':>6} {'accuracy':>9} {'macro F1':>9}  95 % interval"
-    ]
-    for entry in sorted(comparison["methods"].values(), key=lambda entry: -entry["f1_macro"]):
-        low, high = entry["f1_macro_ci95"]
-        figures = f"{entry['accuracy']:9.4f} {entry['f1_macro']:9.4f}  {low:.3f} to {high:.3f}"
-        lines.append(f"{entry['title']:{wide}} {entry['step'] or '':>6} {entry['n']:6} {figures}")
+    """The methods that may be shipped, and the decision, for the terminal."""
+    rows = table(decided, comparison["methods"])
+    wide = max(len(row["title"]) for row in rows)
+    metric = metric_title(decided["metric"])
+    lines = [f"{'':{wide}} {'rows':>6} {metric:>8}  95 % interval  {'price':>8}  verdict"]
+    for row in rows:
+        low, high = row["ci95"]
+        times = f"{as_times(row['times'])}x" if row["times"] else "–"
+        lines.append(
+            f"{row['title']:{wide}} {row['rows'] or '–':>6} {row['value']:8.3f}  {low:.3f} to "
+            f"{high:.3f} {times:>9}  {row['verdict']}"
+        )
     return "\n".join([*lines, f"{headline(decided, decided['ship'])} {decided['why']}"])
 
 

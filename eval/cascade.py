@@ -1,0 +1,152 @@
+"""Choose cascades on validation rows, freeze them, and only then put them to the test rows.
+
+python -m eval.cascade --experiment quick
+"""
+
+from dataclasses import asdict
+
+import numpy as np
+
+from letterhead.config.experiment import Experiment
+from letterhead.files import sha256_file, write_json
+from letterhead.pipeline import (
+    CASCADE,
+    CASCADES,
+    cascade_members,
+    cascades_file,
+    most_cascades,
+)
+from letterhead.runs import contenders, results
+from letterhead.runs.contenders import Chosen
+from letterhead.runs.stage import StageRun, run, tell_absent
+from letterhead.stats import cascade
+from letterhead.stats.cascade import Cascade, Member
+
+
+def main(experiment: Experiment) -> None:
+    if not CASCADES.when(experiment):
+        tell_absent(CASCADES, "too few validation rows to choose a cascade")
+        return
+    stage = StageRun(experiment, CASCADES)
+    if stage.is_current():
+        stage.tell_current()
+        return
+    stage.start()
+    path, pairs = cascades_file(experiment), choose(experiment)
+    frozen = {name: [freeze(*halves) for halves in trainings] for name, trainings in pairs.items()}
+    write_json(
+        path,
+        {
+            name: [
+                asdict(one) | {"sha256": [half.sha256 for half in halves]}
+                for one, halves in zip(frozen[name], trainings, strict=True)
+            ]
+            for name, trainings in pairs.items()
+        },
+    )
+    # From here on nothing is chosen.
+    files = [path]
+    for name, trainings in pairs.items():
+        for training, one, halves in zip(
+            experiment.trainings(), frozen[name], trainings, strict=False
+        ):
+            for split in results.SPLITS:
+                put_to(training, name, one, halves, split, stage.inputs_sha256)
+                files += results.result_files(training, name, split)
+    found = ", ".join(pairs) or "no dear method is right more often than a cheap one"
+    rows = len(results.read_rows(experiment, "test"))
+    stage.finish(files, found, rows=rows, training_seconds=0.0, scoring_seconds=0.0)
+
+
+class Half:
+    """A method in one of its trainings, and its answers.
+
+    Parameters
+    ----------
+    experiment : that of the training
+    """
+
+    def __init__(self, experiment: Experiment, chosen: Chosen):
+        self.experiment, self.chosen, self.name = experiment, chosen, chosen.name
+
+    @property
+    def sha256(self) -> str:
+        """Of its predictions on validation rows."""
+        return sha256_file(results.result_files(self.experiment, self.name, "validation")[1])
+
+    def probabilities(self, split: str) -> np.ndarray:
+        """Shape (rows, classes)."""
+        return contenders.read_probabilities(self.experiment, self.name, split)
+
+    def member(self) -> Member:
+        """What validation rows show of it."""
+        result = self.chosen.validation
+        price = result.parameters * result.tokens / result.n
+        family = self.chosen.method.family
+        return Member(self.name, family, price, self.probabilities("validation"))
+
+
+def choose(experiment: Experiment) -> dict[str, list[tuple[Half, Half]]]:
+    """Each cascade's name → its cheap and its dear half, once a training. The pair is chosen by the
+    first."""
+    halves = {}
+    for method in cascade_members(experiment):
+        for name, chosen in contenders.choose_trainings(experiment, method).items():
+            trainings = zip(experiment.trainings(), chosen, strict=False)
+            halves[name] = [Half(*training) for training in trainings]
+    known = {name: found for name, found in halves.items() if found[0].chosen.validation}
+    pairs = cascade.choose_pairs(
+        validation_truth(experiment),
+        [found[0].member() for found in known.values()],
+        most_cascades(experiment),
+    )
+    return {
+        f"{CASCADE.name}:{known[dear][0].chosen.method.name}": [
+            tuple(known[half][number % len(known[half])] for half in (cheap, dear))
+            for number in range(max(len(known[cheap]), len(known[dear])))
+        ]
+        for cheap, dear in pairs
+    }
+
+
+def freeze(cheap: Half, dear: Half) -> Cascade:
+    """The cascade of two methods, from validation rows alone."""
+    return cascade.freeze(validation_truth(cheap.experiment), cheap.member(), dear.member())
+
+
+def validation_truth(experiment: Experiment) -> np.ndarray:
+    """Class numbers, shape (rows,)."""
+    return results.class_numbers(experiment, results.read_rows(experiment, "validation"))
+
+
+def put_to(
+    training: Experiment,
+    name: str,
+    frozen: Cascade,
+    halves: tuple[Half, Half],
+    split: str,
+    inputs_sha256: str,
+) -> None:
+    """Write a cascade's answers to the rows of a split, and their figures."""
+    cheap, dear = (half.probabilities(split) for half in halves)
+    deferred = frozen.is_deferred(cheap)
+    of_cheap, of_dear = (results.read_result(half.experiment, half.name, split) for half in halves)
+    share = float(deferred.mean())
+    results.write_result(
+        training,
+        name,
+        split,
+        results.read_rows(training, split),
+        probabilities=frozen.combine(cheap, dear[deferred], deferred),
+        halves=asdict(frozen) | {"deferred": int(deferred.sum())},
+        seconds=of_cheap.seconds + share * of_dear.seconds,
+        tokens=of_cheap.tokens,
+        parameters=of_cheap.parameters + of_dear.parameters,
+        dtype=of_dear.dtype,
+        model=f"{of_cheap.model}; {of_dear.model}",
+        inputs_sha256=inputs_sha256,
+    )
+
+
+if __name__ == "__main__":
+    run(main, __doc__.splitlines()[0])
