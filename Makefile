@@ -55,7 +55,7 @@ NEAREST += ; print(*(known[name] for name in difflib.get_close_matches(sys.argv[
 nearest = $(shell $(PYTHON) -c '$(NEAREST)' '$(1)' $(2))
 $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(or $(patsubst %,did you mean %=?,$(call nearest,$(UNKNOWN),$(KNOWN))),choose of $(KNOWN))))
 # A misspelt target would end in make's own words.
-TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot tfidf embedding setfit bert bert-all linear-head sft-options cascade compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
+TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot endpoint tfidf embedding setfit bert bert-all linear-head sft-options cascade compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
 NO_TARGET := $(firstword $(filter-out $(TARGETS) $(READY) $(READY_SBOM) $(READY_SERVE),$(MAKECMDGOALS)))
 $(if $(NO_TARGET),$(error no target $(NO_TARGET); $(or $(patsubst %,did you mean make %?,$(call nearest,$(NO_TARGET),$(TARGETS))),make help lists them)))
 ONLY_NEW := $(firstword $(filter DATA TEXT LABEL,$(GIVEN)))
@@ -105,6 +105,9 @@ eval-ckpts: sft ## score step 0 and every SFT checkpoint on test and validation 
 zero-shot: data ## the decoder untrained: option perplexity, calibrated, and with thinking
 	@$(RUN) eval.zero_shot $(STAGE)
 
+endpoint: data ## ask a hosted LLM the experiment's question (section endpoint; resumable)
+	@$(RUN) eval.endpoint $(STAGE)
+
 tfidf: data ## the floor: TF-IDF with logistic regression, on the rows that the methods share and on all
 	@$(RUN) train.fitted tfidf $(STAGE)
 	@$(RUN) train.fitted tfidf_all $(STAGE)
@@ -134,7 +137,7 @@ seeds: data ## train every method once more for each further seed that the exper
 cascade: eval-ckpts zero-shot tfidf embedding setfit bert bert-all linear-head sft-options seeds ## pairs of methods, chosen on validation rows: a cheap one answers where it is sure, a dear one the rest
 	@$(RUN) eval.cascade $(STAGE)
 
-compare: cascade sft-think ## every method on the same rows, every pair tested
+compare: cascade sft-think endpoint ## every method on the same rows, every pair tested
 	@$(RUN) eval.compare $(STAGE)
 
 decide: compare ## which method to ship, and why

@@ -9,7 +9,15 @@ import numpy as np
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import read_json, write_json
-from letterhead.pipeline import DECIDE, HEAD_ON_PROMPT, STAGES, compared_methods, method_of
+from letterhead.pipeline import (
+    CASCADE,
+    DECIDE,
+    HEAD_ON_PROMPT,
+    HOSTED_LLM,
+    STAGES,
+    compared_methods,
+    method_of,
+)
 from letterhead.runs import contenders, results
 from letterhead.runs.contenders import aligned
 from letterhead.runs.stage import StageRun, run, was_asked
@@ -53,7 +61,9 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
         experiment, {name: contenders.read_trainings(experiment, chosen[name]) for name in names}
     )
     in_service = {
-        name: cost_in_service(name, results.read_prices(experiment))
+        name: entry["hosted"]["cost_per_million"]
+        if entry["hosted"]
+        else cost_in_service(name, results.read_prices(experiment))
         for name, entry in entries.items()
         if not entry["halves"]
     }
@@ -61,7 +71,14 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     trained = [name for name in trained if name in in_service and not method_of(name).thinks]
     is_benched = all(in_service[name] is not None for name in trained)
     unit = "per_million_rows" if is_benched else "multiply_adds_per_row"
-    found = in_service if is_benched else {name: entries[name]["cost"][unit] for name in in_service}
+    found = (
+        in_service
+        if is_benched
+        else {
+            name: None if entries[name]["hosted"] else entries[name]["cost"][unit]
+            for name in in_service
+        }
+    )
     prices = {name: [found[name]] * 2 for name in names if found.get(name) is not None}
     prices |= {
         name: [
@@ -98,7 +115,7 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
         "per_million_rows": in_service,
         "rare_classes": {label: rows for label, rows in counts.items() if rows < verdict.FEW_ROWS},
     }
-    shown = [name for name in names if name in trained or entries[name]["halves"]]
+    shown = [name for name in names if name in trained or method_of(name) in (CASCADE, HOSTED_LLM)]
     shown += [name for name in decided["candidates"] if name not in shown]
     top = served[decided["top"]]
     decided["metric"] = experiment.compare.metric

@@ -98,6 +98,10 @@ def has_teacher(experiment: Experiment) -> bool:
     return experiment.distill is not None
 
 
+def has_endpoint(experiment: Experiment) -> bool:
+    return experiment.endpoint is not None
+
+
 def learns_thoughts(experiment: Experiment) -> bool:
     return has_teacher(experiment) and "distilled" in experiment.sft_arguments()["dataset"].split(
         ","
@@ -308,6 +312,21 @@ _STAGES = (
         keys=(*SCORING_KEYS, *THINKING_KEYS),
         models=("decoder",),
         version=10 * FIGURES + READING,
+    ),
+    HOSTED := Stage(
+        "endpoint",
+        "ask a hosted LLM",
+        "eval.endpoint",
+        needs=(Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES)),),
+        keys=(
+            "endpoint:url,model,examples,choose,rows,tokens,logprobs",
+            "endpoint:price_of_prompts,price_of_replies",
+            *PROMPT_KEYS,
+            "seed",
+        ),
+        models=("encoder",),
+        version=10 * FIGURES + READING,
+        when=has_endpoint,
     ),
     *_fitted_stages("tfidf", "fit TF-IDF with logistic regression", "letterhead.models.tfidf"),
     *_fitted_stages(
@@ -544,6 +563,7 @@ _METHODS = (
     ZERO_SHOT_THINKING := Method(
         "zero_shot_think", "LLM zero-shot, thinking", "zero-shot", thinks=True
     ),
+    HOSTED_LLM := Method("endpoint", "Hosted LLM", HOSTED.name, when=has_endpoint),
     TFIDF := Method(
         "tfidf",
         "TF-IDF + logistic regression",

@@ -402,6 +402,6 @@ if __name__ == "__main__":
             "in": "a CSV, TSV, JSONL or Parquet file",
             "out": "where to write",
             "model": "best, a method, or a model: hf:OWNER/ID@REVISION, or a path",
-            "error": "the share of wrong answers that is allowed; empty: answer every row",
         },
+        optional={"error": "the share of wrong answers that is allowed; none: answer every row"},
     )

@@ -125,7 +125,7 @@ class Endpoint(Quiet):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
+        text = body["messages"][-1]["content"]
         number = int(re.search(r"text (\d+)", text)[1])
         cls, key = type(self), (number, body["seed"])
         if number in cls.burning:
@@ -159,15 +159,13 @@ class Endpoint(Quiet):
             self.send(status, reply, headers={"Retry-After": "0"} if status == 429 else {})
             return
         cls.answered[number] += 1
-        label = "abc"[number % 3]
-        if number % 5 == 1 and (cls.answered[number] < 2 or number % 10 == 1):
-            label = "abc"[(number + 1) % 3]
-        self.send(
-            200,
-            json.dumps(
-                completion(f"<think>{THOUGHT}</think>\n{'ABC'['abc'.index(label)]}")
-            ).encode(),
-        )
+        self.send(200, json.dumps(self.answer(number, body)).encode())
+
+    def answer(self, number: int, body: dict) -> dict:
+        right = "ABC"[number % 3]
+        if number % 5 == 1 and (self.answered[number] < 2 or number % 10 == 1):
+            right = "ABC"[(number + 1) % 3]
+        return completion(f"<think>{THOUGHT}</think>\n{right}")
 
     def send(
         self, status: int, body: bytes, length: int | None = None, headers: dict | None = None
@@ -177,6 +175,27 @@ class Endpoint(Quiet):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+
+class LetterEndpoint(Endpoint):
+    """Replies with a letter and, where it is asked to, with the likeliest tokens; every tenth is
+    wrong, and every seventh of those that are asked a second time another one."""
+
+    asked: list[dict] = []
+
+    def answer(self, number: int, body: dict) -> dict:
+        self.asked.append(body)
+        shift = (number % 10 == 0) + (self.answered[number] > 1 and number % 7 == 0)
+        letter = "ABC"[(number + shift) % 3]
+        reply = completion(f"{letter}. That one")
+        if body.get("logprobs"):
+            tokens = [
+                {"token": token, "logprob": value}
+                for token, value in ((letter, -0.2), (f" {letter}", -2.5), ("The", -3.0))
+            ]
+            first = {"token": letter, "logprob": -0.2, "top_logprobs": tokens}
+            reply["choices"][0]["logprobs"] = {"content": [first]}
+        return reply
 
 
 class Stub(Quiet):

@@ -21,7 +21,7 @@ from letterhead.pipeline import DATA, outputs
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun
 from letterhead.serving import endpoint as teacher
-from letterhead.serving.endpoint import Teacher, read_reply
+from letterhead.serving.endpoint import HostedLLM, read_reply, user_turn
 from prep import data
 from tests.fakes import Endpoint, completion, running
 from tests.test_data import write_csv
@@ -267,9 +267,11 @@ def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch
     settings = Distill(endpoint=endpoint, model="big", requests_per_minute=30, concurrency=3)
 
     async def ask(*questions: tuple) -> list:
-        return [key async for key, _ in Teacher(settings).ask_all(questions)]
+        return [key async for key, _ in HostedLLM(endpoint, settings).ask_all(questions)]
 
-    assert sorted(asyncio.run(ask(*((i, f"text {i} .", i) for i in range(5))))) == list(range(5))
+    assert sorted(asyncio.run(ask(*((i, user_turn(f"text {i} ."), i) for i in range(5))))) == list(
+        range(5)
+    )
     assert [round(seconds) for seconds in sorted(slept)] == [
         2,
         4,
@@ -281,14 +283,14 @@ def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch
         Endpoint, "do_POST", lambda self: (asked.append(1), self.send(400, b"too long"))
     )
     assert (
-        asyncio.run(ask((0, "text 0 .", 0))) == [0] and len(asked) == 1
+        asyncio.run(ask((0, user_turn("text 0 ."), 0))) == [0] and len(asked) == 1
     )  # this one is, others may not be
     garbage = {"choices": [{"message": {"content": [{"text": "B"}]}, "finish_reason": "stop"}]}
     monkeypatch.setattr(
         Endpoint, "do_POST", lambda self: self.send(200, json.dumps(garbage).encode())
     )
     with pytest.raises(LetterheadError, match="8 attempts, the last: not a completion"):
-        asyncio.run(ask((0, "text 0 .", 0)))
+        asyncio.run(ask((0, user_turn("text 0 ."), 0)))
     slept.clear()
     asked.clear()
     monkeypatch.setattr(
@@ -296,7 +298,7 @@ def test_a_refusal_is_not_asked_again_and_the_rate_is_kept(endpoint, monkeypatch
     )
     settings = Distill(endpoint=endpoint, model="big", concurrency=3)
     with pytest.raises(LetterheadError, match="chat/completions: status 401: no key"):
-        asyncio.run(ask(*((i, f"text {i} .", i) for i in range(9))))
+        asyncio.run(ask(*((i, user_turn(f"text {i} ."), i) for i in range(9))))
     assert not slept and len(asked) <= 3  # what was on its way, and nothing after
 
 
@@ -307,7 +309,9 @@ def test_retry_after_is_heard(endpoint, monkeypatch):
         slept.append(seconds)
 
     async def ask() -> list:
-        asked = Teacher(Distill(endpoint=endpoint, model="big")).ask_all([(0, "text 0 .", 0)])
+        asked = HostedLLM(endpoint, Distill(endpoint=endpoint, model="big")).ask_all(
+            [(0, user_turn("text 0 ."), 0)]
+        )
         return [reply.content async for _, reply in asked]
 
     monkeypatch.setattr(teacher.asyncio, "sleep", sleep)

@@ -29,7 +29,7 @@ from letterhead.pipeline import DISTILL
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run, tell_absent
 from letterhead.runs.terminal import progress
-from letterhead.serving.endpoint import Reply, Teacher
+from letterhead.serving.endpoint import HostedLLM, Reply, user_turn
 
 # What the teacher is told besides the question; the student is not.
 HOW = (
@@ -163,7 +163,9 @@ async def teach(
         if one["id"] in questions and one["question"] == sha256_json(questions[one["id"]]):
             tries[one["id"]][one["try"]] = Reply(**one["reply"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    teacher = Teacher(settings)
+    teacher = HostedLLM(
+        settings.endpoint, settings, max_tokens=settings.tokens, temperature=settings.temperature
+    )
     with (
         open(path, "a", encoding="utf-8") as file,
         progress(total=len(rows), unit=" rows right") as bar,
@@ -175,7 +177,7 @@ async def teach(
             }
             bar.update(len(rows) - len(open_rows) - bar.n)
             asked = [
-                (row_id, questions[row_id], experiment.seed + number)
+                (row_id, user_turn(questions[row_id]), experiment.seed + number)
                 for row_id in open_rows
                 if number not in tries[row_id]
             ]

@@ -182,6 +182,8 @@ def trial_loss(experiment: Experiment, rate: float, stage: StageRun) -> float:
     """
     folder = stage.folder / "trial"
     shutil.rmtree(folder, ignore_errors=True)
+    stored = checkpoints.FLOAT * checkpoints.stored_parameters(experiment.decoder.folder)
+    checkpoints.require_disk(folder, stored, "a trial of SFT")
     more = experiment.sft_validated() | {
         "output_dir": str(folder),
         "learning_rate": rate,

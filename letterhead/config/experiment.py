@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from letterhead.config.data import Data
 from letterhead.config.evaluation import LETTERS, Compare, Eval, Prompt
-from letterhead.config.models import Decoder, Distill, Encoder, Grpo, Parts
+from letterhead.config.models import Decoder, Distill, Encoder, Endpoint, Grpo, Parts
 from letterhead.config.section import Section
 from letterhead.config.service import Bench, Serve
 from letterhead.files import LetterheadError
@@ -49,6 +49,7 @@ class Experiment(Section):
     encoder: Encoder = Field(default_factory=Encoder)
     eval: Eval = Field(default_factory=Eval)
     distill: Distill | None = None
+    endpoint: Endpoint | None = None
     grpo: Grpo = Field(default_factory=Grpo)
     bench: Bench = Field(default_factory=Bench)
     serve: Serve = Field(default_factory=Serve)

@@ -282,22 +282,11 @@ class Encoder(Section):
         )
 
 
-class Distill(Section):
-    """A teacher that writes its thinking for training rows, to be learnt by SFT
-    (decoder.sft.overrides.dataset names `distilled`, alone or beside the answers without thinking:
-    sft_train,distilled)."""
+class Hosted(Section):
+    """How an OpenAI-compatible service is asked."""
 
-    endpoint: Annotated[str, Field(pattern="^https?://")] = Field(
-        description="The address of an OpenAI-compatible service, up to /v1."
-    )
     model: str = Field(description="The model's name there.")
     key: str = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
-    rows: Count = Field(100, description="How many training rows the teacher is asked about.")
-    tries: Count = Field(4, description="How often it is asked about a row at most.")
-    tokens: Count = Field(512, description="How many tokens a reply may have.")
-    temperature: Annotated[float, Field(ge=0)] = Field(
-        0.7, description="The temperature of its replies."
-    )
     concurrency: Count = Field(4, description="How many questions are asked at a time.")
     requests_per_minute: Annotated[float, Field(gt=0)] | None = Field(
         None, description="The limit of questions a minute."
@@ -308,7 +297,46 @@ class Distill(Section):
     price_of_replies: Annotated[float, Field(ge=0)] = Field(
         0, description="The price of a million tokens written."
     )
+
+
+class Distill(Hosted):
+    """A teacher that writes its thinking for training rows, to be learnt by SFT
+    (decoder.sft.overrides.dataset names `distilled`, alone or beside the answers without thinking:
+    sft_train,distilled)."""
+
+    endpoint: Annotated[str, Field(pattern="^https?://")] = Field(
+        description="The address of an OpenAI-compatible service, up to /v1."
+    )
+    rows: Count = Field(100, description="How many training rows the teacher is asked about.")
+    tries: Count = Field(4, description="How often it is asked about a row at most.")
+    tokens: Count = Field(512, description="How many tokens a reply may have.")
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        0.7, description="The temperature of its replies."
+    )
     of: str | None = Field(None, description="The experiment whose teacher was asked already.")
+
+
+class Endpoint(Hosted):
+    """A hosted LLM that is asked the experiment's question: a contender that is not trained."""
+
+    url: Annotated[str, Field(pattern="^https?://")] = Field(
+        description="The address of an OpenAI-compatible service, up to /v1."
+    )
+    examples: Annotated[int, Field(ge=0)] = Field(
+        0, description="How many training rows are asked and answered before each question."
+    )
+    choose: Literal["random", "nearest"] = Field(
+        "nearest",
+        description="Which: drawn by seed, or those whose frozen embeddings lie nearest.",
+    )
+    rows: Count | None = Field(
+        None, description="On how many test and validation rows each. null takes all."
+    )
+    tokens: Count = Field(16, description="How many tokens a reply may have.")
+    logprobs: bool = Field(
+        True,
+        description="Whether log-probabilities are asked for, which services without them refuse.",
+    )
 
 
 class Grpo(Section):

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from letterhead.config.experiment import Experiment
-from letterhead.pipeline import CASCADE, compared_methods, most_cascades
+from letterhead.pipeline import CASCADE, HOSTED_LLM, compared_methods, most_cascades
 from letterhead.runs.contenders import metric_of
 from letterhead.stats.decision import least_margin, rows_for_margin, smallest_margin
 from letterhead.stats.metrics import MACRO_F1
@@ -14,7 +14,9 @@ from letterhead.stats.metrics import MACRO_F1
 def contenders(experiment: Experiment) -> int:
     """How many methods of an experiment may be shipped, the most cascades among them."""
     methods = [method for method in compared_methods(experiment) if method is not CASCADE]
-    alone = sum(method.is_trained and not method.thinks for method in methods)
+    alone = sum(
+        (method.is_trained and not method.thinks) or method is HOSTED_LLM for method in methods
+    )
     return alone + most_cascades(experiment)
 
 

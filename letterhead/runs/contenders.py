@@ -50,6 +50,8 @@ class Chosen:
         title = self.method.title
         if self.method.thinks and not self.method.is_trained and not self.result.thinking["begun"]:
             title += " (it does not think)"
+        if self.result.hosted:
+            title += f" ({self.result.model})"
         if halves := self.result.halves:
             title = " → ".join(method_of(halves[half]).title for half in ("cheap", "dear"))
         step, highest = self.highest

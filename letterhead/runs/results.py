@@ -48,7 +48,9 @@ class Result:
     model : a checkpoint's folder, or what the model is, in words
     training_seconds : up to this step, for heads
     thinking : how many answers hold a thought, and the like, for a method that thinks
-    halves : of a cascade: which methods, threshold and temperatures, and how many rows were deferred
+    halves : of a cascade: its methods, threshold and temperatures, and how many rows went to the
+        dear one
+    hosted : of a hosted LLM: tokens, price, refusals, and how often it contradicted itself
     examples_cut, texts_cut : with eval.examples, how many were cut so that the prompt fits
     """
 
@@ -83,6 +85,7 @@ class Result:
     training_seconds: float | None = None
     thinking: dict[str, Any] | None = None
     halves: dict[str, Any] | None = None
+    hosted: dict[str, Any] | None = None
     examples_cut: int | None = None
     texts_cut: int | None = None
 

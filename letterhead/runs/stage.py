@@ -215,6 +215,7 @@ def run(
     description: str,
     choices: Sequence[str] = (),
     options: dict[str, str] | None = None,
+    optional: dict[str, str] | None = None,
     devices: Callable[[], None] = choose_devices,
     with_arguments: bool = False,
 ) -> None:
@@ -222,9 +223,9 @@ def run(
     into one message.
 
     With `choices` the first argument is one of them, and `main` gets it after the experiment; then
-    it gets the values of `options` (name → what it is), each of which must be given. `devices`
-    chooses the devices before anything starts them. `with_arguments` hands on what --experiment and
-    --set said, to who starts other stages.
+    it gets the values of `options` (name → what it is), each of which must be given, and those of
+    `optional`. `devices` chooses the devices before anything starts them. `with_arguments` hands on
+    what --experiment and --set said, to who starts other stages.
     """
     parser = argparse.ArgumentParser(description=description)
     if choices:
@@ -235,6 +236,8 @@ def run(
     parser.add_argument("--set", default="", help='keys to override: "data.rows.test=100 seed=1"')
     for name, meaning in (options or {}).items():
         parser.add_argument(f"--{name}", required=True, help=meaning)
+    for name, meaning in (optional or {}).items():
+        parser.add_argument(f"--{name}", default="", help=meaning)
     arguments = parser.parse_args()
     values = [getattr(arguments, name) for name in options or ()]
     asked = zip((options or {}).items(), values, strict=True)
@@ -249,6 +252,7 @@ def run(
         devices()
         experiment = load_experiment(arguments.experiment, arguments.set)
         command_line = [arguments.experiment, arguments.set] if with_arguments else []
+        values += [getattr(arguments, name) for name in optional or ()]
         main(experiment, *([arguments.choice] if choices else []), *command_line, *values)
 
 

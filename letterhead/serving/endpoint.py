@@ -1,5 +1,5 @@
-"""A teacher at an OpenAI-compatible endpoint: asked once for every try, whatever the endpoint does
-in between.
+"""An LLM at an OpenAI-compatible endpoint: asked once for every question, whatever the endpoint
+does in between.
 
 A reply that does not come whole (time-out, 429, 5xx, a broken connection, no JSON) is asked for
 again, later and later; one that came is on disk before the next is awaited. A question that alone
@@ -28,7 +28,7 @@ from tenacity import (
     wait_exponential,
 )
 
-from letterhead.config.models import Distill
+from letterhead.config.models import Hosted
 from letterhead.files import LetterheadError
 
 TIMEOUT_S = 300
@@ -58,9 +58,10 @@ class TryAgain(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a teacher wrote, as it came: the text, the field for its reasoning where the endpoint
-    has one, whether it came to its end, and the tokens that were paid for (None: not told); or why
-    there is no answer."""
+    """What an LLM wrote, as it came: the text, the field for its reasoning where the endpoint has
+    one, whether it came to its end, and the tokens that were paid for (None: not told); or why
+    there is no answer. `first` holds the likeliest first tokens with their log-probabilities, where
+    they were asked for."""
 
     content: str
     reasoning: str | None
@@ -68,6 +69,7 @@ class Reply:
     prompt_tokens: int | None
     reply_tokens: int | None
     refused: str = ""
+    first: dict[str, float] | None = None
 
     def parts(self) -> tuple[str, str]:
         """Thought and answer: the thought is in its own field, else in <think> and </think>, else
@@ -84,24 +86,26 @@ class Reply:
         return (before if thought is None else thought).strip(), answer
 
 
-class Teacher:
-    """An endpoint, its limits kept.
+class HostedLLM:
+    """An LLM at an endpoint, its limits kept.
 
     Parameters
     ----------
-    settings : where it is, and how fast it may be asked
+    url : of the service, up to /v1
+    settings : which model, and how fast it may be asked
+    asked : what each request says besides model, messages and seed
     """
 
-    def __init__(self, settings: Distill):
-        self._settings = settings
-        self._url = settings.endpoint.rstrip("/") + "/chat/completions"
+    def __init__(self, url: str, settings: Hosted, **asked: Any):
+        self._settings, self._asked = settings, asked
+        self._url = url.rstrip("/") + "/chat/completions"
         self._next = 0.0
 
     async def ask_all(
-        self, questions: Sequence[tuple[Any, str, int]]
+        self, questions: Sequence[tuple[Any, list[dict[str, str]], int]]
     ) -> AsyncIterator[tuple[Any, Reply]]:
-        """Ask questions (a key, the text, a seed), `concurrency` at once; yields key and reply as
-        they come.
+        """Ask questions (a key, the messages, a seed), `concurrency` at once; yields key and reply
+        as they come.
 
         A question that got no whole reply in ATTEMPTS attempts is held back until another is
         answered, which tells that it is the question's fault.
@@ -115,7 +119,7 @@ class Teacher:
         any_answered = False
         secret = os.environ.get(self._settings.key)
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        # A proxy leads out of this machine; a teacher on it is not there.
+        # A proxy leads out of this machine; a service on it is not there.
         here = urlsplit(self._url).hostname in ("127.0.0.1", "::1", "localhost")
         async with httpx.AsyncClient(
             timeout=TIMEOUT_S, headers=headers, trust_env=not here
@@ -154,15 +158,10 @@ class Teacher:
         for given_up, error in unanswered.items():
             yield given_up, refusal(str(error))
 
-    async def _ask(self, client: httpx.AsyncClient, text: str, seed: int) -> Reply:
-        settings = self._settings
-        body = {
-            "model": settings.model,
-            "messages": [{"role": "user", "content": text}],
-            "seed": seed,
-            "max_tokens": settings.tokens,
-            "temperature": settings.temperature,
-        }
+    async def _ask(
+        self, client: httpx.AsyncClient, messages: list[dict[str, str]], seed: int
+    ) -> Reply:
+        body = {"model": self._settings.model, "messages": messages, "seed": seed, **self._asked}
         again = AsyncRetrying(
             retry=retry_if_exception_type(TryAgain),
             stop=stop_after_attempt(ATTEMPTS),
@@ -249,7 +248,18 @@ def read_reply(reply: dict) -> Reply:
         n if isinstance(n := usage.get(key), int) else None
         for key in ("prompt_tokens", "completion_tokens")
     )
-    return Reply(content, reasoning, choice["finish_reason"] == "stop", *paid)
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    first = (
+        {one["token"]: float(one["logprob"]) for one in tokens[0]["top_logprobs"]}
+        if tokens
+        else None
+    )
+    return Reply(content, reasoning, choice["finish_reason"] == "stop", *paid, first=first)
+
+
+def user_turn(text: str) -> list[dict[str, str]]:
+    """The messages of a question without turns before it."""
+    return [{"role": "user", "content": text}]
 
 
 def split_answer(text: str) -> tuple[str, str]:

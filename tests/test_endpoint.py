@@ -1,0 +1,129 @@
+"""A hosted LLM whose service fails in every way: no row is asked twice, what it says is read, and
+what it costs is counted."""
+
+import gc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import endpoint as ask
+from letterhead.files import LetterheadError, read_json, read_jsonl
+from letterhead.runs import results
+from letterhead.serving import endpoint as service
+from prep import data
+from tests.fakes import LetterEndpoint, running
+from tests.test_data import write_csv
+
+LABELS = ["a", "b", "c"]
+
+
+@pytest.fixture
+def address(monkeypatch):
+    monkeypatch.setattr(service, "WAIT_S", 0.01)
+    monkeypatch.setattr(service, "TIMEOUT_S", 0.5)
+    LetterEndpoint.answered, LetterEndpoint.failed = Counter(), Counter()
+    LetterEndpoint.refuse_after, LetterEndpoint.asked = None, []
+    with running(LetterEndpoint) as url:
+        yield f"{url}/v1"
+
+
+@pytest.fixture
+def make(make_experiment, address):
+    def make(**keys):
+        write_csv("rows.csv", [(f"text {i} of news", LABELS[i % 3]) for i in range(90)])
+        settings = {"url": address, "model": "big", "price_of_prompts": 2, "price_of_replies": 5}
+        experiment = make_experiment(
+            "rows.csv",
+            LABELS,
+            data={"rows": {"validation": 20, "test": 30}},
+            endpoint=settings | keys,
+        )
+        data.main(experiment)
+        return experiment
+
+    return make
+
+
+def number_of(row: dict) -> int:
+    return int(row["text"].split()[1])
+
+
+def test_a_service_that_fails_in_every_way_is_asked_about_no_row_twice(make):
+    experiment = make()
+    LetterEndpoint.refuse_after = 31
+    with pytest.raises(LetterheadError, match=r"no whole reply in 8 attempts.*run again to go on"):
+        ask.main(experiment)
+    gc.collect()  # the failed run's frames hold its lock
+    assert not results.result_files(experiment, "endpoint", "test")[0].exists()
+    (kept,) = Path("runs/mine/endpoint").glob("replies-*.jsonl")
+    before = list(read_jsonl(kept))
+    assert len(before) == sum(LetterEndpoint.answered.values()) >= 31
+    with open(kept, "a") as file:
+        file.write('{"id": "cut o')  # what a kill leaves
+    LetterEndpoint.refuse_after = None
+    ask.main(experiment)
+    lines = list(read_jsonl(kept))
+    assert lines[: len(before)] == before
+    # 30 test rows twice, 20 validation rows once
+    assert len(lines) == sum(LetterEndpoint.answered.values()) == 80
+    asked = len(LetterEndpoint.asked)
+    ask.main(experiment)
+    assert len(LetterEndpoint.asked) == asked
+
+    result = results.read_result(experiment, "endpoint", "test")
+    rows = results.read_rows(experiment, "test")
+    wrong = sum(number_of(row) % 10 == 0 for row in rows)
+    assert result.accuracy == pytest.approx(1 - wrong / 30)
+    told = result.hosted
+    assert (told["prompt_tokens"], told["reply_tokens"]) == (3000, 300)
+    assert told["cost"] == pytest.approx((3000 * 2 + 300 * 5) / 1e6)
+    assert told["cost_per_million"] == pytest.approx(1e6 * told["cost"] / 30)
+    assert told["asked_again"] == 30
+    assert told["answered_otherwise"] == sum(number_of(row) % 7 == 0 for row in rows) > 0
+
+
+def test_probabilities_come_from_the_first_token_and_without_them_the_text_is_read(make):
+    experiment = make()
+    ask.main(experiment)
+    shares = np.exp([-0.2, -3.0, -3.0]) / np.exp([-0.2, -3.0, -3.0]).sum()
+    for line in results.read_predictions(experiment, "endpoint", "test"):
+        assert sorted(line["probabilities"].values()) == pytest.approx(sorted(shares))
+    without = make(logprobs=False)
+    ask.main(without)
+    result = results.read_result(without, "endpoint", "test")
+    assert result.log_loss is None and result.ece is None
+    assert not any("logprobs" in body for body in LetterEndpoint.asked[80:])
+    assert result.accuracy > 0.8
+
+
+@pytest.mark.parametrize("choose", ["random", "nearest"])
+def test_examples_are_training_rows_asked_and_answered_before_the_question(make, choose):
+    experiment = make(examples=2, choose=choose, rows=5)
+    ask.main(experiment)
+    train = {row["text"]: row["label"] for row in results.read_rows(experiment, "decoder_train")}
+    assert len(LetterEndpoint.asked) == 15 and LetterEndpoint.asked[0]["temperature"] == 0
+    for body in LetterEndpoint.asked:
+        turns = body["messages"]
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
+        for question, answer in zip(turns[:-1:2], turns[1::2], strict=True):
+            text = next(line for line in question["content"].splitlines() if "of news" in line)
+            assert answer["content"] == "ABC"[LABELS.index(train[text])]
+        assert "/no_think" not in turns[-1]["content"]
+    assert results.read_result(experiment, "endpoint", "test").n == 5
+
+
+def test_a_service_that_refuses_every_question_is_told_with_its_words(make, monkeypatch):
+    experiment = make()
+    monkeypatch.setattr(LetterEndpoint, "do_POST", lambda self: self.send(400, b"no logprobs here"))
+    with pytest.raises(LetterheadError, match=r"refuses every question: status 400: no logprobs"):
+        ask.main(experiment)
+    assert read_json("runs/mine/endpoint/stage.json") is None
+
+
+def test_more_examples_than_training_rows_are_refused(make):
+    with pytest.raises(
+        LetterheadError, match="endpoint.examples asks for 99 rows, but train holds"
+    ):
+        ask.main(make(examples=99))
