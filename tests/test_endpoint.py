@@ -95,7 +95,7 @@ def test_probabilities_come_from_the_first_token_and_without_them_the_text_is_re
     result = results.read_result(without, "endpoint", "test")
     assert result.log_loss is None and result.ece is None
     assert not any("logprobs" in body for body in LetterEndpoint.asked[80:])
-    assert result.accuracy > 0.8
+    assert result.accuracy > 0.7
 
 
 @pytest.mark.parametrize("choose", ["random", "nearest"])

@@ -123,7 +123,7 @@ def choose(
     name = name or method.name
     for file in outputs(STAGES[method.stage], first or experiment):
         path = Path(file)
-        is_mine = path.parent == experiment.results_folder
+        is_mine = first is None or path.parent == experiment.results_folder
         is_mine &= path.name.startswith((f"{name}.", f"{name}@"))
         if is_mine and path.suffix == ".json":
             result = results.parse_result(path)
