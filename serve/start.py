@@ -83,7 +83,10 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
             f"{name}: vLLM serves {known} and {FOLDED_MODEL}; choose one with MODEL="
         )
     length = cutoff if method.reads_prompt else method.head(experiment).max_length
-    return name, model_folder(experiment, name), method.runner, length
+    # An exported classifier's probabilities are calibrated.
+    is_classifier = method.runner == "pooling"
+    folder = export(experiment, name)[0] if is_classifier else model_folder(experiment, name)
+    return name, folder, method.runner, length
 
 
 if __name__ == "__main__":

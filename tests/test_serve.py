@@ -504,7 +504,8 @@ def test_an_exported_model_labels_rows_from_its_path_and_from_a_hub(experiment, 
         load_folded(experiment, encoder).save_pretrained(checkpoint)
         encoder.tokenizer.save_pretrained(checkpoint)
         write_json(checkpoint / "trainer_state.json", {"global_step": 30})
-        assert served(experiment, "sft_options@30")[1:3] == (checkpoint, "pooling")
+        folder = Path("runs/mine/export/sft_options@30")
+        assert served(experiment, "sft_options@30")[1:3] == (folder, "pooling")
     name = {"head": "bert@30", "folded": "sft@0", "options": "sft_options@30"}[form]
     export.main(experiment, name)
     exported = Path("runs/mine/export") / name

@@ -7,8 +7,10 @@ import numpy as np
 from letterhead.config.experiment import Experiment
 from letterhead.pipeline import CASCADE, HOSTED_LLM, compared_methods, most_cascades
 from letterhead.runs.contenders import metric_of
-from letterhead.stats.decision import least_margin, rows_for_margin, smallest_margin
+from letterhead.stats.decision import POWER, least_margin, rows_for_margin, smallest_margin
 from letterhead.stats.metrics import MACRO_F1
+
+WORSE = 0.005  # a share of rows
 
 
 def contenders(experiment: Experiment) -> int:
@@ -31,18 +33,23 @@ def evidence(experiment: Experiment, card: dict[str, Any]) -> str:
     metric, classes = metric_of(experiment), len(experiment.labels)
     counts = np.array([card["label_counts"]["test"][label] for label in experiment.labels])
 
-    def least_of(n: int, methods: int) -> float:
+    def least_of(n: int, methods: int, worse: float = 0.0) -> float:
         truth = np.repeat(np.arange(classes), np.ceil(counts * n / max(rows, 1)).astype(int))
-        return least_margin(truth, methods, classes, metric)
+        return least_margin(truth, methods, classes, metric, worse)
 
     find = smallest_margin if metric.kind == MACRO_F1.kind else least_of
     least = find(rows, methods)
-    can = f"{rows:,} test rows and {methods} methods can show a margin of {margin:g}"
+    can = "can" if least <= margin else "cannot"
+    told = (
+        f"{rows:,} test rows and {methods} methods {can} show a margin of {margin:g}: the smallest "
+        f"is {least:.3f} for a method that answers as the best does, and "
+        f"{find(rows, methods, WORSE):.3f} (in {POWER:.0%} of test sets) for one that gets "
+        f"{1000 * WORSE:g} rows of 1,000 more wrong."
+    )
     if least <= margin:
-        return f"{can}; the smallest is {least:.3f}, for a method that answers as the best does."
+        return told
     wanted = rows_for_margin(margin, methods, find)
     return (
-        f"{can.replace('can show', 'cannot show')}: the smallest is {least:.3f}, for a method that "
-        f"answers as the best does. Before you look at a test row, set a larger compare.margin, or "
-        f"data.rows.test to more than {wanted:,}."
+        f"{told} Before you look at a test row, set a larger compare.margin, or data.rows.test to "
+        f"more than {wanted:,}."
     )

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from letterhead.stats import metrics
 from letterhead.stats.metrics import MACRO_F1, Estimate, Metric
@@ -135,26 +135,36 @@ def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_mor
     }
 
 
-def smallest_margin(rows: int, methods: int) -> float:
+def smallest_margin(rows: int, methods: int, worse: float = 0.0) -> float:
     """The smallest margin of macro F1 at which a method that answers every test row as another does
     is said to fit. It hangs on numbers alone: pseudo-rows keep the error above zero.
 
     Parameters
     ----------
     methods : how many are in contention
+    worse : the share of rows that it gets wrong besides; the margin is then that of `POWER` of test
+        sets
 
     Examples
     --------
     >>> [round(smallest_margin(rows, methods), 4) for rows, methods in ((280, 2), (600, 9))]
     [0.0099, 0.0099]
+    >>> round(smallest_margin(1000, 6, worse=0.005), 3)
+    0.016
     """
-    return least_margin(np.arange(rows) % 2, methods, 2, MACRO_F1)
+    return least_margin(np.arange(rows) % 2, methods, 2, MACRO_F1, worse)
 
 
-def least_margin(truth: np.ndarray, methods: int, classes: int, metric: Metric) -> float:
+def least_margin(
+    truth: np.ndarray, methods: int, classes: int, metric: Metric, worse: float = 0.0
+) -> float:
     """The same for any metric, which may hang on the classes of the test rows, shape (rows,)."""
     alpha = ALPHA / max(1, methods - 1)
-    return metrics.loss(truth, truth[None], truth[None], classes, metric).interval(alpha)[1]
+    wrong = int(binom.ppf(POWER, len(truth), worse)) if worse else 0
+    rows = np.linspace(0, len(truth), wrong, endpoint=False).astype(int)
+    candidate = truth.copy()
+    candidate[rows] = (truth[rows] + 1) % classes
+    return metrics.loss(truth, candidate[None], truth[None], classes, metric).interval(alpha)[1]
 
 
 def rows_for_margin(
