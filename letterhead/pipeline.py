@@ -460,8 +460,8 @@ class Method:
     model, settings : the section of its model, and the key in it that says how it is trained
     loader : MODULE:FUNCTION that loads it, given experiment and full name, as a function from texts
         to probabilities; none for one that writes freely
-    fitter : MODULE:FUNCTION that fits it in seconds, given experiment, rows and validation rows,
-        wherever it is needed
+    fitter : MODULE:FUNCTION that fits it in seconds, given experiment and rows, wherever it is
+        needed
     reads_prompt : it reads the prompt, not the text alone
     has_steps : its checkpoints are scored and kept
     thinks : it writes freely

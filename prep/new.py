@@ -280,7 +280,7 @@ def choose_balance(experiment: Experiment) -> tuple[str, str] | None:
         return None
     truth, reached = results.class_numbers(experiment, validation), {}
     for balance in ("none", "weights"):
-        fitted = tfidf.fit(experiment.model_copy(update={"balance": balance}), rows, validation)
+        fitted = tfidf.fit(experiment.model_copy(update={"balance": balance}), rows)
         answers = fitted.score([row["text"] for row in validation]).probabilities.argmax(axis=1)
         reached[balance] = plain_f1(truth, answers[None], len(experiment.labels))
     better = "weights" if reached["weights"] > reached["none"] else "none"

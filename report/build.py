@@ -16,7 +16,7 @@ import yaml
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import source_name
 from letterhead.files import atomic_open, escape_markdown, read_json, read_jsonl, sha256_file
-from letterhead.models import checkpoints, tfidf
+from letterhead.models import checkpoints
 from letterhead.pipeline import (
     BERT,
     METHODS,
@@ -226,7 +226,6 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
             sorted({f"{stages[name]['device']} ({stages[name]['machine']})" for name in trained_by})
         ),
         "pictures": WHAT_A_PICTURE_SHOWS,
-        "tfidf_settings": len(tfidf.MODEL["C"]),
     }
 
 

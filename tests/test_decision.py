@@ -99,6 +99,30 @@ def test_how_often_each_verdict_falls(n, classes):
         )  # with rows enough it is not always undecided
 
 
+@pytest.mark.parametrize(("n", "margin"), [(300, 0.01), (2000, 0.02)])
+def test_how_often_the_decision_is_wrong_and_how_often_there_is_none(n, margin):
+    """Seven methods whose losses against the best are drawn up to 0.06, cheap or dear by chance;
+    `pytest -s` prints the shares. Wrong is a method that truly loses more than the margin. With the
+    highest seen shipped where nothing is established, as many decisions would be wrong as are told
+    under `before`."""
+    rng, trials = np.random.default_rng(n), 150
+    counted = dict.fromkeys(("wrong", "none", "cheaper", "wrong before"), 0)
+    for _ in range(trials):
+        lost = rng.uniform(0, 0.06, 6).round(4).tolist()
+        truth, found = answers(rng, n, 5, lost)
+        true = dict(zip(found, [0.0, *lost], strict=True))
+        cost = dict(zip(found, rng.permutation(7) + 1.0, strict=True))
+        decided = decide(truth, found, cost, 5, margin)
+        counted["none"] += not decided["established"]
+        counted["wrong"] += decided["established"] and true[decided["ship"]] > margin
+        counted["cheaper"] += decided["established"] and cost[decided["ship"]] < cost["top"]
+        counted["wrong before"] += true[decided["ship"]] > margin
+    shares = {what: number / trials for what, number in counted.items()}
+    print(f"{n} rows, margin {margin}: {shares}")
+    assert shares["wrong"] <= ALPHA + 2.33 * (ALPHA * (1 - ALPHA) / trials) ** 0.5
+    assert shares["none"] < 0.9 or n == 300
+
+
 @pytest.mark.parametrize("true", [0.0, 0.02])
 def test_the_promised_number_of_rows_decides(true):
     rng, classes = np.random.default_rng(3), 4

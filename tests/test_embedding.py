@@ -15,7 +15,8 @@ from eval import compare
 from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import embeddings
 from letterhead.models.classifier import load_classifier
-from letterhead.models.embeddings import Embedder, fit_regression
+from letterhead.models.embeddings import C, Embedder
+from letterhead.models.fitted import fit_regression
 from letterhead.models.setfit import fit as fit_setfit
 from letterhead.runs import contenders, results
 from letterhead.stats.metrics import calibration_error, tempered
@@ -88,25 +89,22 @@ def test_c_is_chosen_on_training_rows_alone_as_scikit_learn_does_it():
     truth = np.array(["a", "b", "c"])[rng.integers(0, 3, 150)]
     centres = {"a": 0, "b": 1, "c": 2}
     features = rng.normal(size=(150, 8)) + np.array([centres[one] for one in truth])[:, None]
-    chosen = fit_regression(features, truth, 42)
+    chosen = fit_regression(features, truth, C, 42, None)
     assert chosen.C in embeddings.C
     plain = LogisticRegression(C=chosen.C, max_iter=1000).fit(features, truth)
     assert np.allclose(chosen.coef_, plain.coef_, atol=1e-2)
-    lone = fit_regression(features[:4], ["a", "a", "a", "b"], 42)
+    lone = fit_regression(features[:4], ["a", "a", "a", "b"], C, 42, None)
     assert embeddings.C[0] == lone.C
 
 
-def test_validation_rows_and_absent_classes_change_nothing(make_experiment):
+def test_a_class_without_training_rows_has_no_share_and_one_class_is_refused(make_experiment):
     experiment = make(make_experiment, labels=[*LABELS, "Nowhere"])
     data.main(experiment)
     rows = results.read_rows(experiment, "train")
-    with_rows = embeddings.fit(experiment, rows, results.read_rows(experiment, "validation"))
-    without = embeddings.fit(experiment, rows, [])
-    shares = with_rows.score(TEXTS).probabilities
-    assert np.array_equal(shares, without.score(TEXTS).probabilities)
+    shares = embeddings.fit(experiment, rows).score(TEXTS).probabilities
     assert not shares[:, -1].any() and np.allclose(shares.sum(axis=1), 1)
     with pytest.raises(LetterheadError, match="rows of one class only"):
-        embeddings.fit(experiment, [row for row in rows if row["label"] == LABELS[0]], [])
+        embeddings.fit(experiment, [row for row in rows if row["label"] == LABELS[0]])
 
 
 @pytest.mark.parametrize(
@@ -178,9 +176,9 @@ def test_setfit_reads_its_pairs_once(make_experiment, monkeypatch, most, steps):
 
     monkeypatch.setattr(setfit.Trainer, "train", watched)
     rows = results.read_rows(experiment, "train")[:20]
-    found = fit_setfit(experiment, rows, [])
+    found = fit_setfit(experiment, rows)
     assert made == [steps]
-    frozen = embeddings.fit(experiment, rows, [])
+    frozen = embeddings.fit(experiment, rows)
     texts = [row["text"] for row in rows]
     shares = [one.score(texts).probabilities for one in (found, frozen)]
     assert np.allclose(shares[0].sum(axis=1), 1) and np.abs(shares[0] - shares[1]).max() > 1e-3

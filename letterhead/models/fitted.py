@@ -1,16 +1,20 @@
 """A method that is fitted in seconds: it is fitted again where it is needed and never pickled."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError
 from letterhead.pipeline import METHODS
 from letterhead.runs import results
+
+FOLDS = 5  # to choose C
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def fit_method(experiment: Experiment, name: str) -> Fitted:
     """Fit a method on the rows that it is trained on."""
     method = METHODS[name]
     rows = results.read_rows(experiment, method.rows)
-    return method.fit()(experiment, rows, results.read_rows(experiment, "validation"))
+    return method.fit()(experiment, rows)
 
 
 def class_weight(experiment: Experiment) -> str | None:
@@ -78,6 +82,34 @@ def require_classes(rows: Sequence[dict]) -> None:
         raise LetterheadError(
             "train holds rows of one class only; raise data.rows.train, or mend the labels"
         )
+
+
+def fit_regression(
+    features, truth: Sequence[str], strengths: Sequence[float], seed: int, weight: str | None
+) -> LogisticRegression:
+    """Logistic regression, its C chosen by stratified cross-validation on the same rows, so that
+    validation rows stay for checkpoints, temperatures and cascades.
+
+    Parameters
+    ----------
+    features : shape (rows, width), sparse or not
+    strengths : values of C; the first where a class has one row alone
+    weight : scikit-learn's `class_weight`
+    """
+    folds = min(FOLDS, min(Counter(truth).values()))
+    # On embeddings of 1,658 rows of BBC News, on two cores, 1.2 s for the whole search; with lbfgs
+    # 7.4 s.
+    settings = {"solver": "newton-cg", "class_weight": weight, "random_state": seed}
+    model = LogisticRegression(C=strengths[0], max_iter=1000, **settings)
+    if folds < 2:
+        return model.fit(features, truth)
+    search = GridSearchCV(
+        model,
+        {"C": list(strengths)},
+        scoring="neg_log_loss",
+        cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
+    )
+    return search.fit(features, truth).best_estimator_
 
 
 def class_probabilities(

@@ -11,8 +11,8 @@ from letterhead.models.embeddings import Embedder, as_fitted
 from letterhead.models.fitted import Fitted, class_weight, require_classes
 
 
-def fit(experiment: Experiment, rows: list[dict], validation: list[dict]) -> Fitted:
-    """Train it on rows; validation rows are not looked at.
+def fit(experiment: Experiment, rows: list[dict]) -> Fitted:
+    """Train it on rows.
 
     Raises
     ------
