@@ -15,10 +15,24 @@ from pathlib import Path
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_folder, exclusive, read_json, write_json
 from letterhead.models.checkpoints import require_finite_weights, temper
-from letterhead.models.classifier import ON_PROMPT, model_folder, named_method
+from letterhead.models.classifier import (
+    EXPORTED_CASCADE,
+    ON_PROMPT,
+    frozen_cascade,
+    model_folder,
+    named_method,
+)
 from letterhead.models.fitted import fit_method
 from letterhead.models.prompt import THINK, WORD, load_prompt_encoder
-from letterhead.pipeline import METHODS, STAGES, Method, inputs_sha256, method_of
+from letterhead.pipeline import (
+    CASCADE,
+    METHODS,
+    STAGES,
+    Method,
+    find_method,
+    inputs_sha256,
+    method_of,
+)
 from letterhead.runs import contenders, results
 from letterhead.runs.stage import run
 from letterhead.serving.model_card import write_card
@@ -89,6 +103,35 @@ model = AutoModelForSequenceClassification.from_pretrained("{folder}")
 ids = torch.tensor([encoder.encode_before_option({text!r})])
 print(model.config.id2label, model(ids).logits.softmax(-1))
 """
+CALL_TFIDF = """
+import json
+import re
+
+import numpy
+from safetensors.numpy import load_file
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+folder = {folder!r}
+config = json.load(open(folder + "/config.json", encoding="utf-8"))
+settings = config["vectorizer"] | {{"ngram_range": tuple(config["vectorizer"]["ngram_range"])}}
+vectorizer = TfidfVectorizer(**settings, vocabulary=config["terms"])
+vectorizer.idf_ = numpy.array(config["idf"])
+layer = load_file(folder + "/model.safetensors")
+words = [word.end() for word in re.finditer({word!r}, text := {text!r})]
+text = text[: words[{words} - 1]].strip() if {words} and len(words) > {words} else text.strip()
+logits = (vectorizer.transform([text]) @ layer["linear.weight"].T + layer["linear.bias"])[0]
+shares = numpy.exp(logits - logits.max())
+print(config["id2label"], (shares / shares.sum()).tolist())
+"""
+CASCADE_CARD = """# {name}
+
+Two classifiers: {cheap} in `cheap/`, {dear} in `dear/`. The card of each says how to call it.
+
+Ask the cheap one first. Where its highest probability lies below {threshold:.6f} (`cascade.json`),
+take the dear one's answer; on validation rows that was a share of {validation_share:.3f}.
+
+`make predict MODEL={folder}` does so for a file.
+"""
 TEXT_CLASSIFICATION = "text-classification"
 EXAMPLE = "The text that is to be labelled."
 
@@ -115,14 +158,19 @@ def export(experiment: Experiment, name: str) -> tuple[Path, str]:
 
 
 def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
-    method = METHODS.get(name.partition("@")[0])
+    method = find_method(name)
+    if method is CASCADE:
+        return export_cascade(experiment, name)
     if method is None or not can_export(method):
         known = ", ".join(one.name for one in METHODS.values() if can_export(one))
         raise LetterheadError(f"{name}: can't be exported; choose {known}")
     if method.fitter:
         folder = export_fitted(experiment, name)
-        write_card(experiment, name, folder, *fitted_call(experiment, folder), TEXT_CLASSIFICATION)
-        return folder, "the encoder with logistic regression as its last layer"
+        write_card(
+            experiment, name, folder, *fitted_call(experiment, name, folder), TEXT_CLASSIFICATION
+        )
+        what = "the encoder" if method.model else "terms"
+        return folder, f"{what} with logistic regression as the last layer"
     if not method.reads_prompt:
         folder = export_head(experiment, name)
         how = "the checkpoint without its trainer's files"
@@ -164,7 +212,26 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
 
 def can_export(method: Method) -> bool:
     """Whether a method can be written as a model of its own."""
-    return bool(method.loader and (method.has_steps or (method.fitter and method.model)))
+    return bool(method.loader and (method.has_steps or method.fitter))
+
+
+def export_cascade(experiment: Experiment, name: str) -> tuple[Path, str]:
+    """Export both methods of a cascade, and write them to one folder with its threshold."""
+    frozen = frozen_cascade(experiment, name)
+    halves = {"cheap": frozen.cheap, "dear": frozen.dear}
+    folders = {half: _export(experiment, full)[0] for half, full in halves.items()}
+    target = experiment.run_folder / "export" / name
+    with atomic_folder(target) as folder:
+        for half, source in folders.items():
+            shutil.copytree(source, folder / half)
+        write_json(
+            folder / EXPORTED_CASCADE,
+            halves | {"threshold": frozen.threshold, "validation_share": frozen.validation_share},
+        )
+        (folder / "README.md").write_text(
+            CASCADE_CARD.format(name=name, folder=target, **vars(frozen)), encoding="utf-8"
+        )
+    return target, f"{frozen.cheap} and {frozen.dear}, each with its own card"
 
 
 def export_fitted(experiment: Experiment, name: str) -> Path:
@@ -193,10 +260,15 @@ def export_fitted(experiment: Experiment, name: str) -> Path:
     return target
 
 
-def fitted_call(experiment: Experiment, folder: Path) -> tuple[str, str]:
-    """What an exported encoder with logistic regression reads, in Markdown, and lines of Python
-    that call it."""
+def fitted_call(experiment: Experiment, name: str, folder: Path) -> tuple[str, str]:
+    """What an exported method that was fitted reads, in Markdown, and lines of Python that call
+    it."""
     max_words, length = experiment.data.max_words, experiment.encoder.head.max_length
+    if not method_of(name).model:
+        call = CALL_TFIDF.format(
+            folder=str(folder), word=WORD.pattern, words=max_words or 0, text=EXAMPLE
+        )
+        return f"It reads the raw text, as in training {cut_in_words(max_words)}.", call
     asked = (
         f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} "
         "tokens. What it gives are logits, one for each class."

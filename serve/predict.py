@@ -34,7 +34,7 @@ from letterhead.files import (
     sha256_json,
     write_json,
 )
-from letterhead.models import embeddings
+from letterhead.models import embeddings, tfidf
 from letterhead.models.checkpoints import require_model
 from letterhead.models.classifier import (
     CHUNK,
@@ -42,6 +42,7 @@ from letterhead.models.classifier import (
     Classifier,
     frozen_cascade,
     in_parts,
+    is_cascade,
     load_classifier,
     load_raw,
     model_folder,
@@ -49,7 +50,7 @@ from letterhead.models.classifier import (
 )
 from letterhead.models.precision import precision
 from letterhead.models.prompt import keep_words
-from letterhead.pipeline import CASCADE, DATA, METHODS, find_method, outputs
+from letterhead.pipeline import DATA, METHODS, outputs
 from letterhead.rows.fetch import CACHE, fetch_model
 from letterhead.rows.sources import RawRow, checked_text, column_at, every_column, open_source
 from letterhead.runs import contenders, results
@@ -76,17 +77,19 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
         raise LetterheadError(f"{target}: OUT is IN; name another file")
     header, table = read_table(source, experiment)
     name = named_method(experiment, model)
-    frozen = frozen_cascade(experiment, name) if find_method(name) is CASCADE else None
+    frozen = frozen_cascade(experiment, name) if is_cascade(name) else None
     promised = allowed and promise_of(experiment, name, allowed)
     parts = [frozen.cheap, frozen.dear] if frozen else [name]
     folders = [None if is_fitted(part) else model_folder(experiment, part) for part in parts]
     for folder in filter(None, folders):
         require_model(folder)
-    dtypes = [folder and precision(experiment.decoder.dtype, folder) for folder in folders]
-    is_half = any(
-        dtype == "bfloat16" and not embeddings.is_saved(folder)
-        for folder, dtype in zip(folders, dtypes, strict=True)
-    )
+    dtypes = [
+        folder
+        and not any(module.is_saved(folder) for module in (embeddings, tfidf))
+        and precision(experiment.decoder.dtype, folder)
+        for folder in folders
+    ]
+    is_half = "bfloat16" in dtypes
     temperatures = [contenders.temperature_of(experiment, part) for part in parts]
     if target.is_dir():
         raise LetterheadError(f"{target}: is a folder; name a file")

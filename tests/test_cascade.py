@@ -21,11 +21,12 @@ from letterhead.stats.cascade import Cascade, Member, choose_pairs, freeze
 from letterhead.stats.decision import decide as decide_among
 from letterhead.stats.metrics import temperature, tempered
 from prep import data
-from serve import predict
+from serve import export, predict
 from tests.conftest import experiment_maker
 from tests.test_data import write_csv
 from tests.test_prompt import LABELS, nasty_rows
 from tests.test_report import drawn
+from tests.test_serve import read, said_by_the_cards_code
 from train import fitted
 
 CLASSES = 3
@@ -235,6 +236,30 @@ def test_predict_answers_as_the_comparison_does_and_says_who_answered(
     deferred = results.read_result(experiment, "cascade:embedding", "test").halves["deferred"]
     assert 0 < deferred < 60
     assert f"embedding answered {deferred} of 60 texts" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tfidf", "cascade:embedding"])
+def test_what_is_exported_answers_as_the_method_does(experiment, name):
+    rows = [(row["text"], "") for row in results.read_rows(experiment, "test")]
+    write_csv("in.csv", rows)
+    predict.main(experiment, "in.csv", "method.csv", name)
+    folder, _ = export.export(experiment, name)
+    assert not [file for file in folder.rglob("*") if file.suffix in (".pkl", ".joblib", ".pt")]
+    predict.main(experiment, "in.csv", "export.csv", str(folder))
+    own, exported = read("method.csv"), read("export.csv")
+    width = len(LABELS)
+    assert [line[:-width] for line in own] == [line[:-width] for line in exported]
+    shares = [np.array([line[-width:] for line in one[1:]], float) for one in (own, exported)]
+    assert np.abs(shares[0] - shares[1]).max() < 1e-4
+    if name == "tfidf":
+        said = said_by_the_cards_code(folder)
+        printed = [float(one) for one in said.partition("[")[2].rstrip("]\n").split(", ")]
+        [expected] = classifier.load_classifier(experiment, name)([export.EXAMPLE])
+        assert printed == pytest.approx(expected, abs=1e-6)
+        assert all(repr(label) in said for label in LABELS)
+    else:
+        threshold = read_json(pipeline.cascades_file(experiment))[name][0]["threshold"]
+        assert f"{threshold:.6f}" in (folder / "README.md").read_text()
 
 
 def test_a_cascade_that_was_not_frozen_is_refused_by_name(experiment):

@@ -408,8 +408,8 @@ def test_names_of_several_tokens_cannot_be_folded(make_experiment):
         LetterheadError, match="only single letters can be folded; set prompt.options: letters"
     ):
         export.main(experiment, "sft@0")
-    with pytest.raises(LetterheadError, match="tfidf: can't be exported; choose embedding"):
-        export.main(experiment, "tfidf")
+    with pytest.raises(LetterheadError, match="no_think: can't be exported; choose tfidf"):
+        export.main(experiment, "zero_shot_no_think")
 
 
 def test_an_export_carries_a_card_that_hubs_read_and_code_that_runs(experiment):

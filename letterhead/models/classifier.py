@@ -12,7 +12,7 @@ from letterhead import pipeline
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError, read_json
-from letterhead.models import checkpoints, embeddings
+from letterhead.models import checkpoints, embeddings, tfidf
 from letterhead.models.fitted import fit_method
 from letterhead.pipeline import CASCADE, METHODS, Method, find_method, method_of
 from letterhead.runs import contenders, results
@@ -22,6 +22,8 @@ from letterhead.stats.metrics import tempered
 
 # Beside an exported model that reads the prompt, not the text alone: how it was checked
 ON_PROMPT = "letterhead_export.json"
+# In the folder of an exported cascade, beside those of its halves
+EXPORTED_CASCADE = "cascade.json"
 # An encoder knows some 512 positions, a decoder thousands.
 MANY_POSITIONS = 1024
 CHUNK = 1024  # rows that are labelled at a time
@@ -154,6 +156,8 @@ def load_raw(experiment: Experiment, name: str) -> Classifier:
 
 
 def _load(experiment: Experiment, name: str) -> Classifier:
+    if is_cascade(name):
+        return load_cascade_method(experiment, name)
     if is_source(name):
         return _exported(experiment, model_folder(experiment, name))
     method = find_method(name)
@@ -214,6 +218,14 @@ class CascadeClassifier:
         return self.answer(texts)[0]
 
 
+def is_cascade(name: str) -> bool:
+    """Whether a name stands for a cascade of the comparison, or for the folder of an exported
+    one."""
+    if is_source(name):
+        return (Path(name) / EXPORTED_CASCADE).is_file()
+    return find_method(name) is CASCADE
+
+
 def frozen_cascade(experiment: Experiment, name: str) -> Cascade:
     """A cascade as validation rows froze it.
 
@@ -221,6 +233,10 @@ def frozen_cascade(experiment: Experiment, name: str) -> Cascade:
     ------
     LetterheadError : there is none
     """
+    if is_source(name):  # its halves have their temperatures in them
+        halves = (str(Path(name) / half) for half in ("cheap", "dear"))
+        frozen = read_json(Path(name) / EXPORTED_CASCADE)
+        return Cascade(*halves, (1.0, 1.0), frozen["threshold"], frozen["validation_share"])
     path = pipeline.cascades_file(experiment)
     if name not in (found := read_json(path) or {}):
         known = ", ".join(found) or "no cascade"
@@ -293,9 +309,10 @@ def _exported(experiment: Experiment, folder: Path) -> Classifier:
             f"so in its config.json (id2label)"
         )
     columns = [labels.index(label) for label in experiment.labels]
-    if embeddings.is_saved(folder):
-        embed = embeddings.load_saved(folder)
-        return lambda texts: embed(texts)[:, columns]
+    for saved in (embeddings, tfidf):
+        if saved.is_saved(folder):
+            classify_saved = saved.load_saved(folder)
+            return lambda texts: classify_saved(texts)[:, columns]
     on_prompt = (folder / ON_PROMPT).is_file()
     section = (
         experiment.encoder

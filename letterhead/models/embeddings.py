@@ -37,6 +37,7 @@ from letterhead.models.fitted import (
     class_probabilities,
     class_weight,
     fit_regression,
+    last_layer,
     require_classes,
 )
 from letterhead.models.prompt import TextEncoder
@@ -52,8 +53,6 @@ C = (10, 1, 100, 1000)
 BATCH = 32
 # The file by which a SentenceTransformer is known
 MODULES = "modules.json"
-# The logit of a class that no training row has
-ABSENT = -1e4
 CHUNK = 1024  # texts that are embedded, and kept, at a time
 ASKED_AT_ONCE = 500  # keys of a query
 PROMPT = "text"  # the name of the prefix among a SentenceTransformer's prompts
@@ -269,16 +268,11 @@ def save(model, regression: LogisticRegression, labels: Sequence[str], folder: P
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Normalize
 
-    weight, bias = regression.coef_, regression.intercept_
-    if len(regression.classes_) == 2:  # one row, of the second class against the first
-        weight, bias = np.vstack([0 * weight, weight]), np.hstack([0 * bias, bias])
-    columns = [labels.index(name) for name in regression.classes_]
+    weight, bias = last_layer(regression, labels)
     dense = Dense(weight.shape[1], len(labels), activation_function=None)
     with torch.no_grad():
-        dense.linear.weight.zero_()
-        dense.linear.bias.fill_(ABSENT)
-        dense.linear.weight[columns] = torch.from_numpy(weight).float()
-        dense.linear.bias[columns] = torch.from_numpy(bias).float()
+        dense.linear.weight.copy_(torch.from_numpy(weight))
+        dense.linear.bias.copy_(torch.from_numpy(bias))
     config = model[0].auto_model.config
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}

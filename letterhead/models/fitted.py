@@ -15,6 +15,7 @@ from letterhead.pipeline import METHODS
 from letterhead.runs import results
 
 FOLDS = 5  # to choose C
+ABSENT = -1e4  # the logit of a class that train lacks
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,20 @@ def fit_regression(
         cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
     )
     return search.fit(features, truth).best_estimator_
+
+
+def last_layer(
+    regression: LogisticRegression, labels: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A regression as a linear layer whose softmax gives its probabilities: weight, shape (classes,
+    features), and bias; a class that train lacks gets none."""
+    weight, bias = regression.coef_, regression.intercept_
+    if len(regression.classes_) == 2:  # one row, of the second class against the first
+        weight, bias = np.vstack([0 * weight, weight]), np.hstack([0 * bias, bias])
+    columns = [labels.index(name) for name in regression.classes_]
+    whole = np.zeros((len(labels), weight.shape[1])), np.full(len(labels), ABSENT)
+    whole[0][columns], whole[1][columns] = weight, bias
+    return whole
 
 
 def class_probabilities(
