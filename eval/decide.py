@@ -121,8 +121,8 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     decided["metric"] = experiment.compare.metric
     decided["table"] = {
         name: {
-            "reached": told(metrics.reached(truth, served[name], classes, metric), 0.025),
-            "behind": told(
+            "reached": with_bounds(metrics.reached(truth, served[name], classes, metric), 0.025),
+            "behind": with_bounds(
                 metrics.loss(truth, served[name], top, classes, metric), decided["alpha"]
             ),
         }
@@ -148,7 +148,7 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     return decided | verdict.words(decided, entries)
 
 
-def told(estimate: metrics.Estimate, alpha: float) -> list[float]:
+def with_bounds(estimate: metrics.Estimate, alpha: float) -> list[float]:
     """A figure and its two bounds, each of which errs in a share `alpha` of cases."""
     return [estimate.value, *estimate.interval(alpha)]
 

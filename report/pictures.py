@@ -62,15 +62,15 @@ def draw_frontier(
     top = max(row["value"] for row in rows)
     for points in curves.values():
         axes.plot(*zip(*points, strict=True), ":", color="#8fa8c8", linewidth=1.3)
-    told = set()
+    labelled = set()
     for number, row in known:
         color, marker = MARKERS[row["verdict"]]
         behind, low, high = row["behind"]
         x = sum(row["price"]) / 2
         axes.plot([x, x], [top - high, top - low], color=color, alpha=0.35, linewidth=3)
         axes.plot(row["price"], [top - behind] * 2, color=color, alpha=0.35, linewidth=3)
-        label = None if row["verdict"] in told else row["verdict"]
-        told.add(row["verdict"])
+        label = None if row["verdict"] in labelled else row["verdict"]
+        labelled.add(row["verdict"])
         axes.plot(x, top - behind, marker, color=color, markersize=7, label=label)
         if row["name"] == shipped:
             axes.plot(x, top - behind, "o", color="#1b3a63", markersize=15, fillstyle="none")

@@ -84,7 +84,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _known_classes(self) -> "Experiment":
         costs = self.compare.costs or {}
-        named = [*costs, *(said for row in costs.values() for said in row)]
+        named = [*costs, *(label for row in costs.values() for label in row)]
         named += [label for label in [self.compare.metric.partition(":")[2]] if label]
         for label in named:
             if label not in self.data.label_names:

@@ -40,16 +40,16 @@ def evidence(experiment: Experiment, card: dict[str, Any]) -> str:
     find = smallest_margin if metric.kind == MACRO_F1.kind else least_of
     least = find(rows, methods)
     can = "can" if least <= margin else "cannot"
-    told = (
+    sentence = (
         f"{rows:,} test rows and {methods} methods {can} show a margin of {margin:g}: the smallest "
         f"is {least:.3f} for a method that answers as the best does, and "
         f"{find(rows, methods, WORSE):.3f} (in {POWER:.0%} of test sets) for one that gets "
         f"{1000 * WORSE:g} rows of 1,000 more wrong."
     )
     if least <= margin:
-        return told
+        return sentence
     wanted = rows_for_margin(margin, methods, find)
     return (
-        f"{told} Before you look at a test row, set a larger compare.margin, or data.rows.test to "
-        f"more than {wanted:,}."
+        f"{sentence} Before you look at a test row, set a larger compare.margin, or "
+        f"data.rows.test to more than {wanted:,}."
     )

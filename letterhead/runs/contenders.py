@@ -78,7 +78,7 @@ def metric_of(experiment: Experiment) -> Metric:
     if kind != "cost":
         return Metric(kind, number)
     costs, labels = experiment.compare.costs, experiment.labels
-    costs = np.array([[costs.get(true, {}).get(said, 0.0) for said in labels] for true in labels])
+    costs = np.array([[costs.get(true, {}).get(label, 0.0) for label in labels] for true in labels])
     # No answer costs as much as the dearest wrong one.
     return Metric(kind, costs=np.column_stack([costs, costs.max(axis=1)]))
 
