@@ -90,7 +90,7 @@ def trained_methods(experiment: Experiment) -> dict[str, str]:
 
 def parts_of(entry: dict, name: str) -> list[str]:
     """The methods that an entry of the comparison asks: itself, or a cascade's halves."""
-    halves = entry["halves"]
+    halves = entry.get("halves")
     return [halves["cheap"], halves["dear"]] if halves else [name]
 
 

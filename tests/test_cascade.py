@@ -14,7 +14,7 @@ from letterhead import pipeline
 from letterhead.config.experiment import load_experiment
 from letterhead.files import LetterheadError, read_json, read_jsonl, write_jsonl
 from letterhead.models import classifier
-from letterhead.pipeline import CASCADES, EMBEDDING, TFIDF
+from letterhead.pipeline import CASCADES, EMBEDDING, METHODS, STAGES, TFIDF
 from letterhead.runs import contenders, results
 from letterhead.stats import cascade
 from letterhead.stats.cascade import Cascade, Member, choose_pairs, freeze
@@ -189,6 +189,24 @@ def test_a_cascade_is_compared_priced_with_an_interval_and_counted(compared):
         assert decided["prices"][name] == high
         assert any("of the test rows" in line for line in decided["how_dear"])
     assert not any(name in (pair["a"], pair["b"]) for pair in comparison["pairs"] for name in names)
+
+
+def test_each_training_has_a_cascade_of_its_own_files(make_experiment):
+    experiment = drawn(make_experiment, validation=120, seeds=[7, 8, 9])
+    frozen = read_json(pipeline.cascades_file(experiment))
+    comparison = read_json(experiment.results_folder / "comparison.json")
+    assert frozen
+    for name, trainings in frozen.items():
+        halves = [METHODS[one["dear"].partition("@")[0]] for one in trainings]
+        assert len(trainings) == 3 and STAGES[halves[0].stage].retrained
+        assert len({one["threshold"] for one in trainings}) > 1
+        assert len({one["sha256"][1] for one in trainings}) == 3
+        entry = comparison["methods"][name]
+        assert [training["seed"] for training in entry["trainings"]] == [7, 8, 9]
+        values = [training["f1_macro"] for training in entry["trainings"]]
+        assert entry["f1_macro"] == pytest.approx(np.mean(values))
+        for training in experiment.trainings():
+            assert results.read_result(training, name, "test").seed == training.seed
 
 
 @pytest.fixture(scope="module")

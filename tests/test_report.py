@@ -355,7 +355,7 @@ def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(make_expe
         assert (
             "No decision: these rows can" in shown
             and "is the highest seen" in shown
-            and "Test rows that would decide" in shown
+            and "Fresh test rows that would decide" in shown
             and "What would change it?" in shown
         )
         assert (

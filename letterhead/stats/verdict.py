@@ -119,7 +119,8 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
                 if candidate[key]
             ]
             line += (
-                f" Test rows that would decide: {', '.join(needed)}."
+                f" Fresh test rows that would decide in 80 % of cases, against that one alone: "
+                f"{', '.join(needed)}."
                 if needed
                 else " Only more trainings would decide."
             )
