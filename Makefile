@@ -134,10 +134,10 @@ sft-options: data ## train the decoder as SFT does, with the loss over the optio
 seeds: data ## train every method once more for each further seed that the experiment names
 	@$(RUN) study.seeds $(STAGE)
 
-cascade: eval-ckpts zero-shot tfidf embedding setfit bert bert-all linear-head sft-options seeds ## pairs of methods, chosen on validation rows: a cheap one answers where it is sure, a dear one the rest
+cascade: eval-ckpts zero-shot endpoint tfidf embedding setfit bert bert-all linear-head sft-options seeds ## pairs of methods, chosen on validation rows: a cheap one answers where it is sure, a dear one the rest
 	@$(RUN) eval.cascade $(STAGE)
 
-compare: cascade sft-think endpoint ## every method on the same rows, every pair tested
+compare: cascade sft-think ## every method on the same rows, every pair tested
 	@$(RUN) eval.compare $(STAGE)
 
 decide: compare ## which method to ship, and why

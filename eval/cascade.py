@@ -3,6 +3,7 @@
 python -m eval.cascade --experiment quick
 """
 
+import math
 from dataclasses import asdict
 
 import numpy as np
@@ -21,6 +22,7 @@ from letterhead.runs.contenders import Chosen
 from letterhead.runs.stage import StageRun, run, tell_absent
 from letterhead.stats import cascade
 from letterhead.stats.cascade import Cascade, Member
+from letterhead.stats.metrics import NO_ANSWER
 
 
 def main(experiment: Experiment) -> None:
@@ -76,12 +78,18 @@ class Half:
 
     def probabilities(self, split: str) -> np.ndarray:
         """Shape (rows, classes)."""
-        return contenders.read_probabilities(self.experiment, self.name, split)
+        if self.chosen.result.log_loss is not None:
+            return contenders.read_probabilities(self.experiment, self.name, split)
+        number = {label: i for i, label in enumerate(self.experiment.labels)}
+        lines = results.read_predictions(self.experiment, self.name, split)
+        answers = np.array([number.get(line["prediction"], NO_ANSWER) for line in lines])
+        share = contenders.share_of_hits(self.experiment, self.name)
+        return contenders.as_probabilities(answers, len(number), share)
 
     def member(self) -> Member:
         """What validation rows show of it."""
         result = self.chosen.validation
-        price = result.parameters * result.tokens / result.n
+        price = math.inf if result.hosted else result.parameters * result.tokens / result.n
         family = self.chosen.method.family
         return Member(self.name, family, price, self.probabilities("validation"))
 
@@ -94,7 +102,13 @@ def choose(experiment: Experiment) -> dict[str, list[tuple[Half, Half]]]:
         for name, chosen in contenders.choose_trainings(experiment, method).items():
             trainings = zip(experiment.trainings(), chosen, strict=False)
             halves[name] = [Half(*training) for training in trainings]
-    known = {name: found for name, found in halves.items() if found[0].chosen.validation}
+    rows = {split: len(results.read_rows(experiment, split)) for split in results.SPLITS}
+    known = {
+        name: found
+        for name, found in halves.items()
+        if (one := found[0].chosen).validation
+        and (one.result.n, one.validation.n) == (rows["test"], rows["validation"])
+    }
     pairs = cascade.choose_pairs(
         validation_truth(experiment),
         [found[0].member() for found in known.values()],

@@ -160,13 +160,16 @@ def curve(
     first training's: to look at, for to choose a share here would be to choose on test rows."""
     metric = contenders.metric_of(experiment)
     cheap = contenders.read_probabilities(experiment, halves["cheap"], "test")
-    dear = contenders.read_probabilities(experiment, halves["dear"], "test").argmax(axis=1)
+    number = {label: i for i, label in enumerate(experiment.labels)}
+    lines = results.read_predictions(experiment, halves["dear"], "test")
+    dear = np.array([number.get(line["prediction"], metrics.NO_ANSWER) for line in lines])
     order = np.argsort(metrics.tempered(cheap, halves["temperatures"][0]).max(axis=1))
     prices = [decided["prices"][halves[half]] for half in ("cheap", "dear")]
     points = []
     for share in np.linspace(0, 1, CURVE_POINTS):
         answers = cheap.argmax(axis=1)
         passed = order[: round(share * len(truth))]
+        passed = passed[dear[passed] != metrics.NO_ANSWER]
         answers[passed] = dear[passed]
         value = metrics.plain(truth, answers[None], len(experiment.labels), metric)
         points.append([prices[0] + share * prices[1], value])

@@ -10,27 +10,21 @@ a run that was cut off asks no row again.
 import asyncio
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.special import softmax
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, sha256_json, whole_lines
-from letterhead.models.answers import read_answer
-from letterhead.models.embeddings import Embedder
 from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.pipeline import HOSTED, HOSTED_LLM
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run, tell_absent
 from letterhead.runs.terminal import progress
-from letterhead.serving.endpoint import HostedLLM, Reply, user_turn
-from letterhead.stats.metrics import NO_ANSWER
+from letterhead.serving.endpoint import Reply
+from letterhead.serving.hosted import ALONE, ask_about, hosted_llm, read
 
-ALONE = "\n\nReply with the chosen option alone."
 AGAIN = 100  # test rows that are asked a second time
-FIRST_TOKENS = 20  # whose log-probabilities are asked for, the most that services give
 # (split, row's id, number of the time that it is asked)
 Question = tuple[str, str, int]
 
@@ -47,7 +41,13 @@ def main(experiment: Experiment) -> None:
     settings, encoder = experiment.endpoint, load_prompt_encoder(experiment, thinking=True)
     rows = {split: draw(experiment, split) for split in results.SPLITS}
     rows = {split: drawn for split, drawn in rows.items() if drawn}
-    messages = ask_about(experiment, encoder, rows)
+    messages = {
+        (split, row["id"], 0): asked
+        for split, drawn in rows.items()
+        for row, asked in zip(
+            drawn, ask_about(experiment, encoder, [row["text"] for row in drawn]), strict=True
+        )
+    }
     again = [("test", row["id"], 1) for row in rows["test"][:AGAIN]]
     messages |= {key: messages[(*key[:2], 0)] for key in again}
     asked = {"messages": ALONE, "seed": experiment.seed}
@@ -115,47 +115,6 @@ def draw(experiment: Experiment, split: str) -> list[dict]:
     return [rows[i] for i in sorted(drawn)]
 
 
-def ask_about(
-    experiment: Experiment, encoder: PromptEncoder, rows: dict[str, list[dict]]
-) -> dict[Question, list[dict[str, str]]]:
-    """The messages of each question: the examples, asked and answered, and the row."""
-    train = results.read_rows(experiment, "decoder_train")
-    option = dict(zip(encoder.labels, encoder.options, strict=True))
-
-    def turns(example: dict) -> list[dict[str, str]]:
-        question = user_turn(encoder.instruction(example["text"]) + ALONE)
-        return [*question, {"role": "assistant", "content": option[example["label"]]}]
-
-    messages = {}
-    for split, drawn in rows.items():
-        chosen = choose_examples(experiment, train, [row["text"] for row in drawn])
-        for row, near in zip(drawn, chosen, strict=True):
-            before = [turn for i in near for turn in turns(train[i])]
-            question = user_turn(encoder.instruction(row["text"]) + ALONE)
-            messages[(split, row["id"], 0)] = [*before, *question]
-    return messages
-
-
-def choose_examples(
-    experiment: Experiment, train: Sequence[dict], texts: Sequence[str]
-) -> list[list[int]]:
-    """The places in train of each text's examples, the nearest last."""
-    settings = experiment.endpoint
-    if not settings.examples:
-        return [[] for _ in texts]
-    if settings.examples > len(train):
-        raise LetterheadError(
-            f"endpoint.examples asks for {settings.examples} rows, but train holds {len(train)}"
-        )
-    if settings.choose == "random":
-        rng = np.random.default_rng([experiment.seed, 5])
-        return [rng.permutation(len(train))[: settings.examples].tolist()] * len(texts)
-    embedder = Embedder(experiment)
-    known = embedder.embed([row["text"] for row in train], keep=True).vectors
-    near = embedder.embed(texts, keep=True).vectors @ known.T
-    return np.argsort(near, axis=1, kind="stable")[:, -settings.examples :].tolist()
-
-
 async def ask(
     experiment: Experiment,
     messages: dict[Question, list[dict[str, str]]],
@@ -181,13 +140,11 @@ async def ask(
         f"{len(left):,} questions of about {tokens:,} tokens, for about {cost:.2f} in the currency "
         f"of endpoint.price_of_prompts; {len(replies):,} were answered before"
     )
-    more = {"logprobs": True, "top_logprobs": FIRST_TOKENS} if settings.logprobs else {}
-    llm = HostedLLM(settings.url, settings, max_tokens=settings.tokens, temperature=0, **more)
     with (
         open(path, "a", encoding="utf-8") as file,
         progress(total=len(messages), initial=len(replies), unit=" rows", desc="asking") as bar,
     ):
-        async for key, reply in llm.ask_all(left):
+        async for key, reply in hosted_llm(experiment).ask_all(left):
             split, row, number = key
             one = {"split": split, "id": row, "time": number, "question": hashes[key]}
             file.write(json.dumps(one | {"reply": vars(reply)}, ensure_ascii=False) + "\n")
@@ -195,23 +152,6 @@ async def ask(
             replies[key] = reply
             bar.update()
     return replies
-
-
-def read(reply: Reply, encoder: PromptEncoder) -> tuple[int, list[float] | None]:
-    """The option that a reply names, and the probability of each: from the log-probabilities of
-    the first token where every option has one token of its own, an option that is not among the
-    likeliest counting as the least of them; without them None, and the text is read."""
-    if reply.first and all(len(option) == 1 for option in encoder.options):
-        scores = {}
-        for token, value in reply.first.items():
-            if (letter := token.strip()) in encoder.options:
-                scores[letter] = max(value, scores.get(letter, -np.inf))
-        if scores:
-            least = min(reply.first.values())
-            shares = softmax([scores.get(option, least) for option in encoder.options])
-            return int(shares.argmax()), shares.tolist()
-    option, _ = read_answer(reply.content, True, encoder.options, encoder.labels)
-    return (NO_ANSWER if reply.refused else option), None
 
 
 def paid_for(replies: list[Reply]) -> dict[str, int]:

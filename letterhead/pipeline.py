@@ -563,7 +563,13 @@ _METHODS = (
     ZERO_SHOT_THINKING := Method(
         "zero_shot_think", "LLM zero-shot, thinking", "zero-shot", thinks=True
     ),
-    HOSTED_LLM := Method("endpoint", "Hosted LLM", HOSTED.name, when=has_endpoint),
+    HOSTED_LLM := Method(
+        "endpoint",
+        "Hosted LLM",
+        HOSTED.name,
+        loader="letterhead.serving.hosted:load_hosted_method",
+        when=has_endpoint,
+    ),
     TFIDF := Method(
         "tfidf",
         "TF-IDF + logistic regression",

@@ -114,12 +114,20 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
         done = read_json(progress_file)
         if not (
             done
-            and "passed" in done
+            and "unanswered" in done
             and done["inputs"] == inputs
             and part.is_file()
             and part.stat().st_size >= done["bytes"]
         ):
-            done = {"inputs": inputs, "rows": 0, "without": 0, "near": 0, "passed": 0, "bytes": 0}
+            done = {
+                "inputs": inputs,
+                "rows": 0,
+                "without": 0,
+                "near": 0,
+                "passed": 0,
+                "unanswered": 0,
+                "bytes": 0,
+            }
         if done["rows"]:
             print(f"{part}: goes on behind row {done['rows']:,}")
         pools = [
@@ -159,6 +167,7 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
                 for fields, text in chunk
             ]
             done["without"] += sum(not text for _, text in chunk)
+            done["unanswered"] += int((~probabilities.any(axis=-1)).sum())
             file.write(as_csv(lines))
             file.flush()
             os.fsync(file.fileno())
@@ -177,6 +186,8 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
             f"{frozen.dear} answered {done['passed']:,} of {answered:,} texts "
             f"({done['passed'] / answered:.1%}), {frozen.cheap} the others"
         )
+    if done["unanswered"]:
+        print(f"{done['unanswered']:,} rows got no answer and are left empty")
     left = f", {done['without']:,} of them without a text and left empty" if done["without"] else ""
     print(f"{target}: {done['rows']:,} rows labelled by {name}{left}")
 
@@ -206,7 +217,10 @@ def fitted_from(experiment: Experiment, name: str) -> dict[str, Any]:
 def of_row(
     experiment: Experiment, probabilities: np.ndarray, promised: Promise | None
 ) -> list[str]:
-    """The label, with a promise whether to abstain from it, and each label's probability."""
+    """The label, with a promise whether to abstain from it, and each label's probability; of a
+    hosted LLM that named none, nothing."""
+    if not probabilities.any():
+        return [""] * (1 + (promised is not None) + len(probabilities))
     abstains = [] if promised is None else [str(int(probabilities.max() < promised.threshold))]
     return [
         experiment.labels[int(probabilities.argmax())],

@@ -1,6 +1,7 @@
 """A hosted LLM whose service fails in every way: no row is asked twice, what it says is read, and
 what it costs is counted."""
 
+import csv
 import gc
 from collections import Counter
 from pathlib import Path
@@ -8,13 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eval import cascade
 from eval import endpoint as ask
+from letterhead import pipeline
 from letterhead.files import LetterheadError, read_json, read_jsonl
-from letterhead.runs import results
+from letterhead.pipeline import HOSTED_LLM, TFIDF
+from letterhead.runs import contenders, results
 from letterhead.serving import endpoint as service
+from letterhead.stats.cascade import Cascade
+from letterhead.stats.metrics import NO_ANSWER
 from prep import data
+from serve import predict
 from tests.fakes import LetterEndpoint, running
 from tests.test_data import write_csv
+from train import fitted
 
 LABELS = ["a", "b", "c"]
 
@@ -31,13 +39,13 @@ def address(monkeypatch):
 
 @pytest.fixture
 def make(make_experiment, address):
-    def make(**keys):
-        write_csv("rows.csv", [(f"text {i} of news", LABELS[i % 3]) for i in range(90)])
+    def make(rows: int = 90, validation: int = 20, **keys):
+        write_csv("rows.csv", [(f"text {i} of news", LABELS[i % 3]) for i in range(rows)])
         settings = {"url": address, "model": "big", "price_of_prompts": 2, "price_of_replies": 5}
         experiment = make_experiment(
             "rows.csv",
             LABELS,
-            data={"rows": {"validation": 20, "test": 30}},
+            data={"rows": {"validation": validation, "test": 30}},
             endpoint=settings | keys,
         )
         data.main(experiment)
@@ -127,3 +135,53 @@ def test_more_examples_than_training_rows_are_refused(make):
         LetterheadError, match="endpoint.examples asks for 99 rows, but train holds"
     ):
         ask.main(make(examples=99))
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_it_is_the_dear_half_of_a_cascade_which_predict_asks_for_the_rows_that_go_to_it(
+    make, monkeypatch, logprobs
+):
+    monkeypatch.setattr(LetterEndpoint, "failures", ())
+    experiment = make(rows=240, validation=100, logprobs=logprobs)
+    for module in (cascade, pipeline):
+        monkeypatch.setattr(module, "cascade_members", lambda _: [TFIDF, HOSTED_LLM])
+    fitted.main(experiment, "tfidf")
+    ask.main(experiment)
+    cascade.main(experiment)
+    [frozen] = read_json(pipeline.cascades_file(experiment))["cascade:endpoint"]
+    lines = results.read_predictions(experiment, "endpoint", "validation")
+    hits = sum(line["label"] == line["prediction"] for line in lines)
+    assert (frozen["cheap"], frozen["dear"]) == ("tfidf", "endpoint")
+    assert frozen["threshold"] == pytest.approx((hits + 1) / 102)
+    asked = len(LetterEndpoint.asked)
+    LetterEndpoint.answered.clear()
+    rows = results.read_rows(experiment, "test")
+    write_csv("in.csv", [(row["text"], "") for row in rows])
+    predict.main(experiment, "in.csv", "out.csv", "cascade:endpoint")
+    expected = results.read_predictions(experiment, "cascade:endpoint", "test")
+    with open("out.csv", encoding="utf-8", newline="") as file:
+        found = [line["prediction"] for line in csv.DictReader(file)]
+    assert found == [line["prediction"] for line in expected]
+    deferred = results.read_result(experiment, "cascade:endpoint", "test").halves["deferred"]
+    assert len(LetterEndpoint.asked) - asked == deferred > 0
+
+
+def test_without_an_answer_the_cheap_halfs_stays_and_predict_leaves_the_row_empty(
+    make, monkeypatch
+):
+    shares = contenders.as_probabilities(np.array([1, NO_ANSWER]), 3, 0.9)
+    assert shares[0] == pytest.approx([0.05, 0.9, 0.05]) and not shares[1].any()
+    frozen = Cascade("cheap", "dear", (1.0, 1.0), 0.99, 0.0)
+    cheap = np.array([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [1.0, 0.0, 0.0]])
+    deferred = frozen.is_deferred(cheap)
+    assert deferred.tolist() == [True, True, False]
+    both = frozen.combine(cheap, shares, deferred)
+    assert both.argmax(axis=1).tolist() == [1, 0, 0] and both[1] == pytest.approx(cheap[1])
+
+    monkeypatch.setattr(LetterEndpoint, "failures", ())
+    experiment = make(logprobs=False)
+    reply = {"choices": [{"message": {"content": "Hm."}, "finish_reason": "stop"}]}
+    monkeypatch.setattr(LetterEndpoint, "answer", lambda *_: reply)
+    write_csv("in.csv", [("text 1 of news", "")])
+    predict.main(experiment, "in.csv", "out.csv", "endpoint")
+    assert Path("out.csv").read_text().splitlines()[1] == "text 1 of news,,,,,"

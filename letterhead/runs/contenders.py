@@ -250,6 +250,26 @@ def read_probabilities(experiment: Experiment, name: str, split: str) -> np.ndar
     )
 
 
+def share_of_hits(experiment: Experiment, name: str) -> float:
+    """The share of validation rows that a method gets right, with one more right and one more
+    wrong (Laplace)."""
+    path = results.result_files(experiment, name, "validation")[0]
+    is_scored = results.parse_result(path) is not None
+    lines = results.read_predictions(experiment, name, "validation") if is_scored else []
+    hits = sum(line["label"] == line["prediction"] for line in lines)
+    return (hits + 1) / (len(lines) + 2)
+
+
+def as_probabilities(answers: np.ndarray, classes: int, share: float) -> np.ndarray:
+    """Answers without probabilities, class numbers or NO_ANSWER of shape (rows,), as some: the
+    named class has `share`, the others the rest; a row without an answer is all 0."""
+    probabilities = np.full((len(answers), classes), (1 - share) / (classes - 1))
+    named = answers != metrics.NO_ANSWER
+    probabilities[named, answers[named]] = share
+    probabilities[~named] = 0.0
+    return probabilities
+
+
 def temperature_of(experiment: Experiment, name: str) -> float | None:
     """The temperature of a method's probabilities, from its validation rows; None without them, for
     one that gives no probabilities, and for a cascade, whose halves have their own."""

@@ -25,8 +25,8 @@ class Member:
     Attributes
     ----------
     family : methods that differ in their training rows alone share one
-    price : of a row, in any unit
-    probabilities : shape (rows, classes)
+    price : of a row, in any unit; infinite where nobody knows
+    probabilities : shape (rows, classes); all 0 for a row without an answer
     """
 
     name: str
@@ -64,11 +64,13 @@ class Cascade:
         Parameters
         ----------
         cheap : the cheap method's, shape (rows, classes)
-        dear : the dear one's for the deferred rows alone
+        dear : the dear one's for the deferred rows alone; where it has no answer, all 0, the cheap
+            one's stays
         deferred : shape (rows,)
         """
         both = tempered(cheap, self.temperatures[0])
-        both[deferred] = tempered(dear, self.temperatures[1])
+        answered = dear.any(axis=1)
+        both[np.flatnonzero(deferred)[answered]] = tempered(dear[answered], self.temperatures[1])
         return both
 
 
@@ -86,20 +88,17 @@ def choose_pairs(truth: np.ndarray, members: Sequence[Member], most: int) -> lis
     """
     accuracy = {one.name: _accuracy(truth, one.probabilities) for one in members}
     classes = range(members[0].probabilities.shape[1]) if members else ()
-    loss = {
-        one.name: log_loss(
-            truth,
-            tempered(one.probabilities, temperature(truth, one.probabilities)),
-            labels=classes,
-        )
-        for one in members
-    }
+
+    def loss(one: Member) -> float:
+        at = temperature(truth, one.probabilities)
+        return float(log_loss(truth, tempered(one.probabilities, at), labels=classes))
+
     pairs, families = [], set()
     for dear in sorted(members, key=lambda one: (-accuracy[one.name], one.price)):
-        partners = [one for one in members if one.price * CHEAPER <= dear.price]
+        partners = [one for one in members if one is not dear and one.price * CHEAPER <= dear.price]
         if not partners or dear.family in families:
             continue
-        cheap = min(partners, key=lambda one: loss[one.name])
+        cheap = min(partners, key=loss)
         if accuracy[cheap.name] < accuracy[dear.name]:
             pairs.append((cheap.name, dear.name))
             families.add(dear.family)
@@ -125,7 +124,7 @@ def freeze(truth: np.ndarray, cheap: Member, dear: Member) -> Cascade:
     (0.995, 0.5)
     """
     temperatures = tuple(temperature(truth, one.probabilities) for one in (cheap, dear))
-    hits = int((dear.probabilities.argmax(axis=1) == truth).sum())
+    hits = round(_accuracy(truth, dear.probabilities) * len(truth))
     threshold = (hits + 1) / (len(truth) + 2)
     found = Cascade(cheap.name, dear.name, temperatures, threshold, 0.0)
     share = float(found.is_deferred(cheap.probabilities).mean())
@@ -140,4 +139,5 @@ def share_interval(deferred: int, rows: int) -> tuple[float, float]:
 
 
 def _accuracy(truth: np.ndarray, probabilities: np.ndarray) -> float:
-    return float((probabilities.argmax(axis=1) == truth).mean())
+    right = (probabilities.argmax(axis=1) == truth) & probabilities.any(axis=1)
+    return float(right.mean())
