@@ -40,10 +40,10 @@ def main(experiment: Experiment) -> None:
         path,
         {
             name: [
-                asdict(one) | {"sha256": [half.sha256 for half in halves]}
+                asdict(one) | {"rank": rank, "sha256": [half.sha256 for half in halves]}
                 for one, halves in zip(frozen[name], trainings, strict=True)
             ]
-            for name, trainings in pairs.items()
+            for rank, (name, trainings) in enumerate(pairs.items(), 1)
         },
     )
     # From here on nothing is chosen.
@@ -77,14 +77,16 @@ class Half:
         return sha256_file(results.result_files(self.experiment, self.name, "validation")[1])
 
     def probabilities(self, split: str) -> np.ndarray:
-        """Shape (rows, classes)."""
-        if self.chosen.result.log_loss is not None:
-            return contenders.read_probabilities(self.experiment, self.name, split)
+        """Shape (rows, classes); all 0 for a row without an answer."""
         number = {label: i for i, label in enumerate(self.experiment.labels)}
         lines = results.read_predictions(self.experiment, self.name, split)
         answers = np.array([number.get(line["prediction"], NO_ANSWER) for line in lines])
-        share = contenders.share_of_hits(self.experiment, self.name)
-        return contenders.as_probabilities(answers, len(number), share)
+        if results.read_result(self.experiment, self.name, split).log_loss is None:
+            share = contenders.share_of_hits(self.experiment, self.name)
+            return contenders.as_probabilities(answers, len(number), share)
+        probabilities = contenders.read_probabilities(self.experiment, self.name, split)
+        probabilities[answers == NO_ANSWER] = 0.0
+        return probabilities
 
     def member(self) -> Member:
         """What validation rows show of it."""

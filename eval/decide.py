@@ -22,6 +22,7 @@ from letterhead.runs import contenders, results
 from letterhead.runs.contenders import aligned
 from letterhead.runs.stage import StageRun, run, was_asked
 from letterhead.stats import cascade, decision, metrics, verdict
+from letterhead.stats.metrics import Metric
 
 # Of the metric over trainings, where an experiment has one seed
 ASSUMED_SD = (0.01, 0.02)
@@ -119,6 +120,13 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     shown += [name for name in decided["candidates"] if name not in shown]
     top = served[decided["top"]]
     decided["metric"] = experiment.compare.metric
+    decided["right_more"] = {
+        name: with_bounds(
+            metrics.loss(truth, served[decided["ship"]], served[name], classes, Metric("accuracy")),
+            0.025,
+        )
+        for name in names
+    }
     decided["table"] = {
         name: {
             "reached": with_bounds(metrics.reached(truth, served[name], classes, metric), 0.025),
@@ -138,14 +146,21 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     if decided["trainings"] > 1:
         again = {None: decide_by(predicted, {})}
     else:
-        moves = [name for name in names if STAGES[method_of(name).stage].retrained]
-        moves += [name for name in names if entries[name]["halves"]]
-        again = {sd: decide_by(served, dict.fromkeys(moves, sd)) for sd in ASSUMED_SD}
+        moves = [name for name in names if is_retrained(entries, name)]
+        assumed = () if metric.kind == "cost" else ASSUMED_SD
+        again = {sd: decide_by(served, dict.fromkeys(moves, sd)) for sd in assumed}
     decided["trained_again"] = [
         {"sd": sd, "ship": found["ship"], "established": found["established"]}
         for sd, found in again.items()
     ]
     return decided | verdict.words(decided, entries)
+
+
+def is_retrained(entries: dict[str, dict], name: str) -> bool:
+    """Whether another seed makes another method of it, or of a cascade's half."""
+    halves = entries[name]["halves"]
+    parts = [halves["cheap"], halves["dear"]] if halves else [name]
+    return any(STAGES[method_of(part).stage].retrained for part in parts)
 
 
 def with_bounds(estimate: metrics.Estimate, alpha: float) -> list[float]:

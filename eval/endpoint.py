@@ -23,6 +23,7 @@ from letterhead.runs.stage import StageRun, run, tell_absent
 from letterhead.runs.terminal import progress
 from letterhead.serving.endpoint import Reply
 from letterhead.serving.hosted import ALONE, ask_about, hosted_llm, read
+from letterhead.stats.metrics import NO_ANSWER
 
 AGAIN = 100  # test rows that are asked a second time
 # (split, row's id, number of the time that it is asked)
@@ -55,20 +56,20 @@ def main(experiment: Experiment) -> None:
         key: getattr(settings, key) for key in ("url", "model", "tokens", "logprobs")
     }
     path = stage.folder / f"replies-{sha256_json(asked)[:16]}.jsonl"
-    start = time.monotonic()
-    replies = asyncio.run(ask(experiment, messages, encoder, path))
+    replies, took = asyncio.run(ask(experiment, messages, encoder, path))
     if all(reply.refused for reply in replies.values()):
         raise LetterheadError(
             f"{settings.url}: it refuses every question: {next(iter(replies.values())).refused}; "
             f"mend the section endpoint (endpoint.logprobs: false where it gives none)"
         )
-    seconds, files = time.monotonic() - start, []
+    files: list[Path] = []
     answers = {key: read(reply, encoder) for key, reply in replies.items()}
     changed = [answers[key][0] != answers[(*key[:2], 0)][0] for key in again]
     for split, drawn in rows.items():
         keys = [(split, row["id"], 0) for row in drawn]
-        shares = [answers[key][1] for key in keys]
+        shares = shares_of([answers[key] for key in keys], len(experiment.labels))
         paid = paid_for([replies[key] for key in keys])
+        told = len(drawn) - paid["uncounted"]
         cost = (
             paid["prompt_tokens"] * settings.price_of_prompts
             + paid["reply_tokens"] * settings.price_of_replies
@@ -79,8 +80,8 @@ def main(experiment: Experiment) -> None:
             split,
             drawn,
             predicted=np.array([answers[key][0] for key in keys]),
-            probabilities=None if None in shares else np.array(shares),
-            seconds=max(seconds * len(drawn) / len(messages), 1e-3),
+            probabilities=shares,
+            seconds=max(sum(took[key] for key in keys), 1e-3),
             tokens=paid["prompt_tokens"] + paid["reply_tokens"],
             parameters=0,
             dtype="hosted",
@@ -89,7 +90,8 @@ def main(experiment: Experiment) -> None:
             hosted=paid
             | {
                 "cost": cost,
-                "cost_per_million": 1e6 * cost / len(drawn) or None,  # no price was named
+                # None where no price was named, or no reply told its tokens
+                "cost_per_million": 1e6 * cost / told if told and cost else None,
                 "asked_again": len(again),
                 "answered_otherwise": sum(changed),
             },
@@ -101,7 +103,7 @@ def main(experiment: Experiment) -> None:
         f"{whole['prompt_tokens']:,} tokens asked, {whole['reply_tokens']:,} written; "
         f"{sum(changed)} of {len(again)} rows answered otherwise when asked again",
         rows=len(rows["test"]),
-        scoring_seconds=seconds,
+        scoring_seconds=sum(took.values()),
         **whole,
     )
 
@@ -120,15 +122,17 @@ async def ask(
     messages: dict[Question, list[dict[str, str]]],
     encoder: PromptEncoder,
     path: Path,
-) -> dict[Question, Reply]:
-    """The reply to each question; those on disk are not asked for again."""
+) -> tuple[dict[Question, Reply], dict[Question, float]]:
+    """The reply to each question, and the seconds that passed for it; those on disk are not asked
+    for again, but for refusals."""
     settings = experiment.endpoint
     hashes = {key: sha256_json(asked) for key, asked in messages.items()}
-    replies = {}
+    replies, took = {}, {}
     for one in whole_lines(path):
+        key, reply = (one["split"], one["id"], one["time"]), Reply(**one["reply"])
         # An id tells a place in a file, where another text may stand by now.
-        if hashes.get(key := (one["split"], one["id"], one["time"])) == one["question"]:
-            replies[key] = Reply(**one["reply"])
+        if hashes.get(key) == one["question"] and not reply.refused:
+            replies[key], took[key] = reply, one["seconds"]
     left = [(key, asked, experiment.seed) for key, asked in messages.items() if key not in replies]
     tokens = sum(
         len(encoder.tokenizer(turn["content"])["input_ids"])
@@ -144,14 +148,24 @@ async def ask(
         open(path, "a", encoding="utf-8") as file,
         progress(total=len(messages), initial=len(replies), unit=" rows", desc="asking") as bar,
     ):
+        before = time.monotonic()
         async for key, reply in hosted_llm(experiment).ask_all(left):
-            split, row, number = key
-            one = {"split": split, "id": row, "time": number, "question": hashes[key]}
-            file.write(json.dumps(one | {"reply": vars(reply)}, ensure_ascii=False) + "\n")
+            took[key], before = time.monotonic() - before, time.monotonic()
+            one = dict(zip(("split", "id", "time"), key, strict=True))
+            one |= {"question": hashes[key], "seconds": took[key], "reply": vars(reply)}
+            file.write(json.dumps(one, ensure_ascii=False) + "\n")
             file.flush()
             replies[key] = reply
             bar.update()
-    return replies
+    return replies, took
+
+
+def shares_of(answers: list[tuple[int, list[float] | None]], classes: int) -> np.ndarray | None:
+    """The options' probabilities, shape (rows, classes), equal ones in a row without an answer;
+    None where an answered row has none."""
+    even = [1 / classes] * classes
+    rows = [shares or (even if option == NO_ANSWER else None) for option, shares in answers]
+    return None if None in rows or not any(shares for _, shares in answers) else np.array(rows)
 
 
 def paid_for(replies: list[Reply]) -> dict[str, int]:

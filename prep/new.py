@@ -27,7 +27,7 @@ from letterhead.config.models import Head
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import tfidf
 from letterhead.models.prompt import WORD, keep_words
-from letterhead.plan.evidence import contenders
+from letterhead.plan.evidence import contenders, margin_finder
 from letterhead.plan.time import stage_bytes, stage_seconds
 from letterhead.rows.sources import (
     RawRow,
@@ -39,7 +39,7 @@ from letterhead.rows.sources import (
 )
 from letterhead.runs import results
 from letterhead.runs.stage import minutes, telling
-from letterhead.stats.decision import rows_for_margin, smallest_margin
+from letterhead.stats.decision import rows_for_margin
 from letterhead.stats.metrics import plain_f1
 from prep import data
 
@@ -256,8 +256,9 @@ def write_experiment(target: Path, values: dict[str, Any], path: str, reasons: l
 
 def choose_margin(experiment: Experiment) -> tuple[float, str]:
     """A margin that the test rows can bear, and the reason."""
-    rows, methods = len(results.read_rows(experiment, "test")), contenders(experiment)
-    least = smallest_margin(rows, methods)
+    card = read_json(experiment.data_folder / "data_card.json")
+    rows, methods = card["rows"]["test"], contenders(experiment)
+    least = margin_finder(experiment, card)(rows, methods)
     margin = next((each for each in MARGINS if each >= 2 * least), MARGINS[-1])
     return margin, (
         f"compare.margin: {margin:g}; {rows:,} test rows and {methods} methods can show none "

@@ -25,6 +25,7 @@ from letterhead.pipeline import (
     SHORT_TITLES,
     Stage,
     record_of,
+    source_of,
     stages_of,
 )
 from letterhead.plan.evidence import evidence
@@ -75,7 +76,9 @@ def shown(experiment: Experiment) -> dict[str, Any]:
             stage.name: record_of(stage.name, experiment) for stage in shown_stages(experiment)
         },
         "sources": {
-            path.name: sha256_file(path) for path in sorted(HERE.iterdir()) if path.is_file()
+            path.name: sha256_file(path)
+            for path in (*sorted(HERE.iterdir()), source_of("letterhead.plan.evidence"))
+            if path.is_file()
         },
         "config": experiment.model_dump(mode="json"),
         "bench": results.read_bench(experiment),

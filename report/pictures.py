@@ -10,7 +10,7 @@ from sklearn.calibration import calibration_curve
 from letterhead.stats.decision import COSTS_MORE, FITS, UNDECIDED
 from letterhead.stats.figures import plt, save
 from letterhead.stats.metrics import ECE_BINS
-from letterhead.stats.verdict import DEARER
+from letterhead.stats.verdict import DEARER, UNPRICED
 
 # Labels may be Chinese; of these the ones that the machine has stand behind matplotlib's own font.
 HAN_FONTS = {
@@ -28,6 +28,7 @@ MARKERS = {
     UNDECIDED: ("#4a6fa5", "s"),
     COSTS_MORE: ("#b3402e", "v"),
     DEARER: ("#777777", "D"),
+    UNPRICED: ("#777777", "x"),
 }
 
 
@@ -65,8 +66,8 @@ def draw_frontier(
     labelled = set()
     for number, row in known:
         color, marker = MARKERS[row["verdict"]]
-        behind, low, high = row["behind"]
-        x = sum(row["price"]) / 2
+        behind, low, high = row["behind"] or (0, 0, 0)
+        x = row["price_seen"]
         axes.plot([x, x], [top - high, top - low], color=color, alpha=0.35, linewidth=3)
         axes.plot(row["price"], [top - behind] * 2, color=color, alpha=0.35, linewidth=3)
         label = None if row["verdict"] in labelled else row["verdict"]
@@ -76,7 +77,11 @@ def draw_frontier(
             axes.plot(x, top - behind, "o", color="#1b3a63", markersize=15, fillstyle="none")
         axes.annotate(str(number), (x, top - behind), (8, 5), textcoords="offset points", size=9)
     axes.axhline(top - margin, color="grey", linestyle="--", linewidth=0.8, label="the margin")
-    axes.set(xscale="log", xlabel=f"price of a row: {unit}", ylabel=f"{metric} on test rows")
+    axes.set(
+        xscale="log",
+        xlabel=f"price of a row: {unit}",
+        ylabel=f"{metric} on test rows".replace("$", r"\$"),
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     save(figure, path, caption)

@@ -27,7 +27,7 @@ DONE = "done"
 def main(experiment: Experiment) -> None:
     print(f"{experiment.name}: {experiment.title}")
     card = pipeline.read_card(experiment)
-    if card and was_asked("status"):
+    if card and card["rows"]["test"] and was_asked("status"):
         print(evidence(experiment, card))
     states: dict[str, str] = {}
     for stage in pipeline.stages_of(experiment) if card else usual_stages(experiment):

@@ -186,8 +186,8 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
     else:
         folder, facts = export_folded(experiment, name)
         how = (
-            f"{facts['architecture']}, logits within {facts['largest_difference']:.2g} of "
-            f"the decoder's, the same "
+            f"{facts['architecture']}, logits (before their temperature) within "
+            f"{facts['largest_difference']:.2g} of the decoder's, the same "
             f"answer on {facts['same_predictions']} of {facts['rows_checked']} rows"
         )
     checked = facts["rows_checked"]
@@ -212,13 +212,16 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
 
 def can_export(method: Method) -> bool:
     """Whether a method can be written as a model of its own."""
-    return bool(method.loader and (method.has_steps or method.fitter))
+    return bool(method.loader and (method.has_steps or method.fitter) and method.is_trained)
 
 
 def export_cascade(experiment: Experiment, name: str) -> tuple[Path, str]:
     """Export both methods of a cascade, and write them to one folder with its threshold."""
     frozen = frozen_cascade(experiment, name)
     halves = {"cheap": frozen.cheap, "dear": frozen.dear}
+    for full in halves.values():
+        if not can_export(method_of(full)):
+            raise LetterheadError(f"{name}: {full} can't be exported, so the cascade can't")
     folders = {half: _export(experiment, full)[0] for half, full in halves.items()}
     target = experiment.run_folder / "export" / name
     with atomic_folder(target) as folder:

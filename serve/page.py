@@ -19,7 +19,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json
 from letterhead.models.classifier import Classifier, load_classifier, model_folder
 from letterhead.models.prompt import keep_words, load_prompt_encoder
-from letterhead.pipeline import METHODS, method_of
+from letterhead.pipeline import HOSTED_LLM, METHODS, method_of
 from letterhead.rows.sources import READERS
 from letterhead.runs.stage import OFFLINE, run
 from serve import predict
@@ -77,7 +77,7 @@ def trained_methods(experiment: Experiment) -> dict[str, str]:
         if (
             method.is_trained
             and method.loader
-            and all(_has_model(experiment, part) for part in parts_of(entry, name))
+            and all(_answers_here(experiment, part) for part in parts_of(entry, name))
         ):
             best = ", to be shipped" if name == decided.get("ship") else ""
             found[name] = f"{entry['title']} (macro F1 {entry['f1_macro']:.3f}{best})"
@@ -94,9 +94,10 @@ def parts_of(entry: dict, name: str) -> list[str]:
     return [halves["cheap"], halves["dear"]] if halves else [name]
 
 
-def _has_model(experiment: Experiment, name: str) -> bool:
+def _answers_here(experiment: Experiment, name: str) -> bool:
+    """Whether a method's model is on this machine: the page asks nobody else."""
     if not method_of(name).model:
-        return True
+        return method_of(name) is not HOSTED_LLM
     try:
         return model_folder(experiment, name).is_dir()
     except LetterheadError as missing:

@@ -50,7 +50,7 @@ from letterhead.models.classifier import (
 )
 from letterhead.models.precision import precision
 from letterhead.models.prompt import keep_words
-from letterhead.pipeline import DATA, METHODS, outputs
+from letterhead.pipeline import DATA, HOSTED_LLM, METHODS, find_method, outputs
 from letterhead.rows.fetch import CACHE, fetch_model
 from letterhead.rows.sources import RawRow, checked_text, column_at, every_column, open_source
 from letterhead.runs import contenders, results
@@ -132,7 +132,13 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
             print(f"{part}: goes on behind row {done['rows']:,}")
         pools = [
             stack.enter_context(
-                Workers(process_count(), load_raw if frozen else load_classifier, experiment, part)
+                Workers(
+                    # A service counts the questions of a minute, whoever asks them.
+                    1 if find_method(part) is HOSTED_LLM else process_count(),
+                    load_raw if frozen else load_classifier,
+                    experiment,
+                    part,
+                )
             )
             for part in parts
         ]
@@ -183,8 +189,8 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
         )
     if frozen and (answered := done["rows"] - done["without"]):
         print(
-            f"{frozen.dear} answered {done['passed']:,} of {answered:,} texts "
-            f"({done['passed'] / answered:.1%}), {frozen.cheap} the others"
+            f"{frozen.dear} was asked about {done['passed']:,} of {answered:,} texts "
+            f"({done['passed'] / answered:.1%}), {frozen.cheap} answered the others"
         )
     if done["unanswered"]:
         print(f"{done['unanswered']:,} rows got no answer and are left empty")
@@ -252,10 +258,11 @@ def promise_of(experiment: Experiment, name: str, error: float) -> Promise:
     ------
     LetterheadError : its validation rows promise nothing of the kind
     """
-    if results.parse_result(results.result_files(experiment, name, "validation")[0]) is None:
+    scored = results.parse_result(results.result_files(experiment, name, "validation")[0])
+    if scored is None or scored.log_loss is None:
         raise LetterheadError(
-            f"{name}: no validation rows were scored, so nothing can be promised; leave ERROR= "
-            f"out, or set data.rows.validation and run: make report EXP={experiment.name}"
+            f"{name}: no validation row has probabilities, so nothing can be promised; leave "
+            f"ERROR= out, or set data.rows.validation and run: make report EXP={experiment.name}"
         )
     at, sure = contenders.temperature_of(experiment, name), {}
     for split in results.SPLITS:

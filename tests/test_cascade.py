@@ -253,7 +253,7 @@ def test_predict_answers_as_the_comparison_does_and_says_who_answered(
     assert np.abs(shown - told).max() < 1e-4
     deferred = results.read_result(experiment, "cascade:embedding", "test").halves["deferred"]
     assert 0 < deferred < 60
-    assert f"embedding answered {deferred} of 60 texts" in capfd.readouterr().out
+    assert f"embedding was asked about {deferred} of 60 texts" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["tfidf", "cascade:embedding"])

@@ -23,7 +23,7 @@ GIB = 1 << 30
 # How the architectures of language models end
 # What the last layer of a sequence classifier is called, and of a SentenceTransformer that ends in
 # one
-LAST_LAYERS = ("score", "classifier", "classifier.out_proj", "linear")
+LAST_LAYERS = ("score", "classifier", "classifier.out_proj", "logits_proj", "linear")
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 

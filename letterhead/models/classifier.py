@@ -3,6 +3,7 @@ bench measures."""
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from threading import Lock
 
@@ -60,8 +61,11 @@ def named_method(experiment: Experiment, name: str) -> str:
             f"{name}: {experiment.name} has no report yet, which chooses it; run: make report "
             f"EXP={experiment.name}"
         )
-    if name == "best":
-        return decided["ship"]
+    shipped = decided and decided["ship"]
+    if name == "best" or (method is CASCADE and shipped and find_method(shipped) is CASCADE):
+        return shipped
+    if method is CASCADE and (frozen := read_json(pipeline.cascades_file(experiment))):
+        return min(frozen, key=lambda full: frozen[full][0]["rank"])
     for full in comparison["methods"]:
         if find_method(full) is method:
             return full
@@ -140,7 +144,16 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
         classifier raises it where a probability is not a number
     """
     classify, at = load_raw(experiment, name), contenders.temperature_of(experiment, name)
-    return classify if at is None else lambda texts: tempered(classify(texts), at)
+    if at is None:
+        return classify
+
+    def calibrated(texts: Sequence[str]) -> np.ndarray:
+        probabilities = classify(texts)
+        answered = probabilities.any(axis=1)
+        probabilities[answered] = tempered(probabilities[answered], at)
+        return probabilities
+
+    return calibrated
 
 
 def load_raw(experiment: Experiment, name: str) -> Classifier:
@@ -238,12 +251,13 @@ def frozen_cascade(experiment: Experiment, name: str) -> Cascade:
         frozen = read_json(Path(name) / EXPORTED_CASCADE)
         return Cascade(*halves, (1.0, 1.0), frozen["threshold"], frozen["validation_share"])
     path = pipeline.cascades_file(experiment)
+    if not CASCADE.when(experiment):
+        raise LetterheadError(f"{name}: {experiment.name} has too few validation rows for cascades")
     if name not in (found := read_json(path) or {}):
         known = ", ".join(found) or "no cascade"
         raise LetterheadError(f"{name}: {path} holds {known}; choose of these")
-    frozen = dict(found[name][0])
-    del frozen["sha256"]
-    return Cascade(**frozen)
+    known = {field.name for field in fields(Cascade)}
+    return Cascade(**{key: value for key, value in found[name][0].items() if key in known})
 
 
 def load_cascade_method(experiment: Experiment, name: str) -> CascadeClassifier:

@@ -1,5 +1,6 @@
 """What an experiment's test rows can decide, told before anything is trained."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,7 @@ import numpy as np
 from letterhead.config.experiment import Experiment
 from letterhead.pipeline import CASCADE, HOSTED_LLM, compared_methods, most_cascades
 from letterhead.runs.contenders import metric_of
-from letterhead.stats.decision import POWER, least_margin, rows_for_margin, smallest_margin
-from letterhead.stats.metrics import MACRO_F1
+from letterhead.stats.decision import POWER, least_margin, rows_for_margin
 
 WORSE = 0.005  # a share of rows
 
@@ -22,6 +22,30 @@ def contenders(experiment: Experiment) -> int:
     return alone + most_cascades(experiment)
 
 
+def margin_finder(
+    experiment: Experiment, card: dict[str, Any]
+) -> Callable[[int, int, float], float] | None:
+    """The smallest margin by numbers of test rows and of methods, and the share of rows that a
+    method gets wrong besides (`decision.least_margin`), the classes in the shares that they have
+    among the test rows; None where the metric's class has no test row.
+
+    Parameters
+    ----------
+    card : the data card
+    """
+    metric, labels = metric_of(experiment), experiment.labels
+    counts = np.array([card["label_counts"]["test"][label] for label in labels])
+    if metric.label is not None and not counts[metric.label]:
+        return None
+
+    def find(rows: int, methods: int, worse: float = 0.0) -> float:
+        each = np.ceil(counts * rows / counts.sum()).astype(int)
+        truth = np.repeat(np.arange(len(labels)), each)
+        return least_margin(truth, methods, len(labels), metric, worse)
+
+    return find
+
+
 def evidence(experiment: Experiment, card: dict[str, Any]) -> str:
     """Whether the test rows can show `compare.margin`, in a sentence or two.
 
@@ -30,14 +54,11 @@ def evidence(experiment: Experiment, card: dict[str, Any]) -> str:
     card : the data card
     """
     rows, methods, margin = card["rows"]["test"], contenders(experiment), experiment.compare.margin
-    metric, classes = metric_of(experiment), len(experiment.labels)
-    counts = np.array([card["label_counts"]["test"][label] for label in experiment.labels])
-
-    def least_of(n: int, methods: int, worse: float = 0.0) -> float:
-        truth = np.repeat(np.arange(classes), np.ceil(counts * n / max(rows, 1)).astype(int))
-        return least_margin(truth, methods, classes, metric, worse)
-
-    find = smallest_margin if metric.kind == MACRO_F1.kind else least_of
+    find = margin_finder(experiment, card)
+    if find is None:
+        return (
+            f"No test row is of the class that compare.metric ({experiment.compare.metric}) reads."
+        )
     least = find(rows, methods)
     can = "can" if least <= margin else "cannot"
     sentence = (

@@ -73,13 +73,17 @@ def read(reply: Reply, encoder: PromptEncoder) -> tuple[int, list[float] | None]
     the first token where every option has one token of its own, an option that is not among the
     likeliest counting as the least of them; without them None, and the text is read."""
     if reply.first and all(len(option) == 1 for option in encoder.options):
-        scores = {}
-        for token, value in reply.first.items():
-            if (letter := token.strip()) in encoder.options:
-                scores[letter] = max(value, scores.get(letter, -np.inf))
-        if scores:
+        likeliest = max(reply.first, key=reply.first.get)
+        if likeliest.strip() in encoder.options:  # else an "A" may begin a sentence
             least = min(reply.first.values())
-            shares = softmax([scores.get(option, least) for option in encoder.options])
+            scores = [
+                np.logaddexp.reduce(
+                    [value for token, value in reply.first.items() if token.strip() == option]
+                    or [least]
+                )
+                for option in encoder.options
+            ]
+            shares = softmax(scores)
             return int(shares.argmax()), shares.tolist()
     option, _ = read_answer(reply.content, True, encoder.options, encoder.labels)
     return (NO_ANSWER if reply.refused else option), None
@@ -92,9 +96,11 @@ def load_hosted_method(experiment: Experiment, name: str) -> Callable[[Sequence[
     encoder = load_prompt_encoder(experiment, thinking=True)
     share = contenders.share_of_hits(experiment, name)
 
+    llm = hosted_llm(experiment)
+
     async def ask(messages: list[list[dict[str, str]]]) -> dict[int, Reply]:
         asked = [(number, one, experiment.seed) for number, one in enumerate(messages)]
-        return {number: reply async for number, reply in hosted_llm(experiment).ask_all(asked)}
+        return {number: reply async for number, reply in llm.ask_all(asked)}
 
     def classify(texts: Sequence[str]) -> np.ndarray:
         replies = asyncio.run(ask(ask_about(experiment, encoder, texts)))

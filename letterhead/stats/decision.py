@@ -24,6 +24,7 @@ from letterhead.stats.metrics import MACRO_F1, Estimate, Metric
 
 ALPHA = 0.05
 POWER = 0.80
+MOST_ROWS_LABELLED = 10_000_000
 MOST_ROWS = 1e12  # a number that nobody labels
 FEWEST_ROWS = 30  # of a class, for a verdict on a metric of that class
 HOPELESS = 0.001  # how seldom a method within the margin may be taken for one that is far behind
@@ -98,11 +99,12 @@ def decide(
         others = sum(other in contend for other in losses[name])
         found[name] = _verdict(losses[name], margin, alpha, ALPHA / max(1, others))
         if metric.label is not None and read < FEWEST_ROWS:
-            found[name]["verdict"] = UNDECIDED
+            found[name] |= {"verdict": UNDECIDED, "rows_if_as_seen": None, "rows_if_equal": None}
     fitting = [name for name in candidates if found[name]["verdict"] == FITS]
     return {
         "margin": margin,
         "alpha": alpha,
+        "rows_read": read,
         "top": top,
         "ship": fitting[0] if fitting else top,
         "established": bool(fitting),
@@ -119,7 +121,9 @@ def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_mor
     verdict = COSTS_MORE
     if low[worst] <= margin:
         worst = max(high, key=high.get)
-        verdict = FITS if high[worst] < margin else UNDECIDED
+        # Rows that no error could move show nothing.
+        shows = high[worst] < margin and losses[worst].sigma > 0
+        verdict = FITS if shows else UNDECIDED
     loss = losses[worst]
     return {
         "verdict": verdict,
@@ -137,7 +141,7 @@ def _verdict(losses: dict[str, Estimate], margin: float, alpha: float, alpha_mor
 
 def smallest_margin(rows: int, methods: int, worse: float = 0.0) -> float:
     """The smallest margin of macro F1 at which a method that answers every test row as another does
-    is said to fit. It hangs on numbers alone: pseudo-rows keep the error above zero.
+    is said to fit, where classes are equally large. Pseudo-rows keep the error above zero.
 
     Parameters
     ----------
@@ -158,7 +162,8 @@ def smallest_margin(rows: int, methods: int, worse: float = 0.0) -> float:
 def least_margin(
     truth: np.ndarray, methods: int, classes: int, metric: Metric, worse: float = 0.0
 ) -> float:
-    """The same for any metric, which may hang on the classes of the test rows, shape (rows,)."""
+    """The same for any metric and any classes of the test rows, shape (rows,). Rare classes raise
+    it: a pseudo-row weighs more in them."""
     alpha = ALPHA / max(1, methods - 1)
     wrong = int(binom.ppf(POWER, len(truth), worse)) if worse else 0
     rows = np.linspace(0, len(truth), wrong, endpoint=False).astype(int)
@@ -182,7 +187,7 @@ def rows_for_margin(
     530
     """
     low, high = 10, 20
-    while least(high, methods) > margin:
+    while least(high, methods) > margin and high < MOST_ROWS_LABELLED:
         low, high = high, 2 * high
     while high - low > 10:
         middle = (low + high) // 20 * 10

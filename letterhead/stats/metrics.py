@@ -75,6 +75,8 @@ class Estimate:
 
     def _bound(self, alpha: float, sign: int) -> float:
         bound = self.value + sign * self.reach(alpha)
+        if not self.sigma:  # no row can move it
+            return bound
         for _ in range(SCORE_STEPS):
             sigma = self._sigma_if(bound - self.value)
             bound = self.value + sign * self.reach(alpha, sigma)
@@ -143,6 +145,8 @@ class Metric:
         """The true classes that pseudo-rows are spread over: those whose rows the metric reads."""
         if self.kind == "recall":
             return np.array([self.label])
+        if self.kind == "cost":  # half a row each at plus and minus the greatest difference
+            return np.array([self.costs.max(axis=1).argmax()])
         if self.label is not None and len(present) > 1:
             return np.array([self.label, present[present != self.label][0]])
         return present

@@ -19,7 +19,7 @@ UNITS = {
     "per_million_rows": "a million rows in service, in the currency of bench.price_per_hour",
     "multiply_adds_per_row": "multiply-adds a row",
 }
-DEARER = "dearer than the highest"
+DEARER, UNPRICED = "dearer than the highest", "price unknown"
 ROWS_THAT_DECIDE = {
     "rows_if_as_seen": "if the loss is as seen",
     "rows_if_equal": "if the two are equal",
@@ -66,7 +66,7 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     """The decision in sentences: `why`, `how_sure`, `how_dear`, `what_would_change`."""
     n, margin, top, ship = decided["n"], decided["margin"], decided["top"], decided["ship"]
     prices, found = decided["prices"], decided["candidates"]
-    metric = metric_title(decided["metric"])
+    metric, metric_class = metric_title(decided["metric"]), decided["metric"].partition(":")[2]
 
     def named(name: str) -> str:
         rows = chosen[name]["cost"]["train_rows"]
@@ -122,13 +122,20 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
                 f" Fresh test rows that would decide in 80 % of cases, against that one alone: "
                 f"{', '.join(needed)}."
                 if needed
+                else ""
+                if metric_class
                 else " Only more trainings would decide."
             )
         sure.append(line)
+    if metric_class and decided["rows_read"] < decision.FEWEST_ROWS:
+        sure.append(
+            f"Nothing is decided: {decided['rows_read']} test rows are {metric_class}, and a "
+            f"verdict on it wants {decision.FEWEST_ROWS}."
+        )
     if dearer := [
         name
         for name, candidate in chosen.items()
-        if is_trained(candidate) and candidate["n"] == n and name not in found
+        if is_trained(candidate) and candidate["n"] == n and name not in found and name in prices
     ]:
         sure.append(f"Not considered, since dearer than the best: {', '.join(map(named, dearer))}.")
     sure += [
@@ -164,9 +171,7 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     ]
     others = [name for name in compared if name != ship] if ship in prices else []
     pairs = [(ship, name) if prices[name] > prices[ship] else (name, ship) for name in others]
-    change = [
-        line for cheap, other in pairs if (line := break_even(cheap, other, decided, chosen, named))
-    ]
+    change = [line for cheap, other in pairs if (line := break_even(cheap, other, decided, named))]
     return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
 
 
@@ -180,6 +185,11 @@ def trained_again(decided: dict[str, Any], named: Callable[[str], str]) -> str:
         still = "still " if decided["established"] and found["ship"] == decided["ship"] else ""
         return f"{still}ship {named(found['ship'])}"
 
+    if not decided["trained_again"]:
+        return (
+            "The bounds hold the noise of the test rows, for these trained files; seeds: [1, 2, 3] "
+            "adds that of training."
+        )
     if decided["trainings"] > 1:
         [found] = decided["trained_again"]
         return (
@@ -246,16 +256,20 @@ def timed(entry: dict) -> str:
     return f"; {1000 * entry['cost']['test_seconds'] / entry['n']:.2g} ms a test row here"
 
 
-def break_even(
-    cheap: str, dear: str, decided: dict, chosen: dict[str, dict], named: Callable[[str], str]
-) -> str | None:
+def break_even(cheap: str, dear: str, decided: dict, named: Callable[[str], str]) -> str | None:
     """From which price of an error on the dearer of two methods is worth it, in words; None where
     it errs no less."""
-    fewer = chosen[dear]["accuracy"] - chosen[cheap]["accuracy"]
+    shipped = cheap == decided["ship"]
+    fewer, low, high = decided["right_more"][dear if shipped else cheap]
+    if not shipped:
+        fewer, low, high = -fewer, -high, -low
     more = decided["prices"][dear] - decided["prices"][cheap]
     if fewer <= 0 or more <= 0:
         return None
-    spared = f"{named(dear)} made {1000 * fewer:.1f} errors in 1,000 rows fewer than {named(cheap)}"
+    spared = (
+        f"{named(dear)} made {1000 * fewer:.1f} errors in 1,000 rows fewer (95 % interval "
+        f"{1000 * low:.1f} to {1000 * high:.1f}) than {named(cheap)}"
+    )
     if decided["price_unit"] == "per_million_rows":
         return (
             f"{spared}: if that holds, it pays where 1,000 errors cost more than "
@@ -264,7 +278,7 @@ def break_even(
     return (
         f"{spared}: if that holds, it pays where an error costs more than "
         f"{human(more / fewer)} multiply-adds "
-        "(`make bench` measures the price)."
+        "(make bench measures the price)."
     )
 
 
@@ -274,7 +288,7 @@ def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, An
     Returns
     -------
     list : of each `name`, `title`, `rows` to train on, the metric's `value` and `ci95` of the
-        file that would be served, `price` with its interval and
+        file that would be served, `price`, an interval, `price_seen` and
         `times` the cheapest one's (None where nobody knows), `behind` the top method with its
         bounds, `verdict` in words, and `would_decide`, a number of test rows or None
     """
@@ -285,6 +299,8 @@ def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, An
         entry, candidate = chosen[name], found.get(name)
         price = prices.get(name)
         interval = decided["price_intervals"].get(name, [price, price])
+        if halves := entry["halves"]:
+            share = halves["deferred"] / entry["n"]
         value, *ci95 = decided["table"][name]["reached"]
         undecided = candidate and candidate["verdict"] == decision.UNDECIDED
         rows.append(
@@ -295,9 +311,16 @@ def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, An
                 "value": value,
                 "ci95": ci95,
                 "price": interval if price is not None else None,
+                "price_seen": prices[halves["cheap"]] + share * prices[halves["dear"]]
+                if halves and price is not None
+                else price,
                 "times": price / least if price is not None and least else None,
-                "behind": decided["table"][name]["behind"],
-                "verdict": candidate["verdict"] if candidate else DEARER,
+                "behind": None if name == decided["top"] else decided["table"][name]["behind"],
+                "verdict": UNPRICED
+                if price is None
+                else candidate["verdict"]
+                if candidate
+                else DEARER,
                 "would_decide": candidate["rows_if_as_seen"] if undecided else None,
             }
         )
