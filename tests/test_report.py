@@ -385,7 +385,8 @@ def test_what_is_nearly_as_good_and_cheap_is_shipped_and_what_would_change_it_is
 
     assert hopeless is None or hopeless["verdict"] == "costs more"
     assert any(
-        "errors in 1,000 rows fewer (95 % interval" in line for line in comparison["what_would_change"]
+        "errors in 1,000 rows fewer (95 % interval" in line
+        for line in comparison["what_would_change"]
     )
     assert any(
         f"of at most {shipped['high']:.3f} against" in line

@@ -78,8 +78,9 @@ def choose_pairs(truth: np.ndarray, members: Sequence[Member], most: int) -> lis
     """Which methods make a cascade: (cheap, dear), the highest validation accuracy of a dear one
     first.
 
-    A dear method has a partner at a quarter of its price or less that is right less often; the
-    partner of the lowest log loss, after its temperature, is taken. One dear method a family.
+    A dear method has partners at a quarter of its price or less; the one of the lowest log loss,
+    after its temperature, is taken. A cascade whose log loss on these rows is no lower than its
+    cheap half's alone is left out. One dear method a family.
 
     Parameters
     ----------
@@ -89,17 +90,22 @@ def choose_pairs(truth: np.ndarray, members: Sequence[Member], most: int) -> lis
     accuracy = {one.name: _accuracy(truth, one.probabilities) for one in members}
     classes = range(members[0].probabilities.shape[1]) if members else ()
 
-    def loss(one: Member) -> float:
-        at = temperature(truth, one.probabilities)
-        return float(log_loss(truth, tempered(one.probabilities, at), labels=classes))
+    def loss(probabilities: np.ndarray) -> float:
+        return float(log_loss(truth, probabilities, labels=classes))
+
+    def loss_alone(one: Member) -> float:
+        return loss(tempered(one.probabilities, temperature(truth, one.probabilities)))
 
     pairs, families = [], set()
     for dear in sorted(members, key=lambda one: (-accuracy[one.name], one.price)):
         partners = [one for one in members if one is not dear and one.price * CHEAPER <= dear.price]
         if not partners or dear.family in families:
             continue
-        cheap = min(partners, key=loss)
-        if accuracy[cheap.name] < accuracy[dear.name]:
+        cheap = min(partners, key=loss_alone)
+        frozen = freeze(truth, cheap, dear)
+        deferred = frozen.is_deferred(cheap.probabilities)
+        both = frozen.combine(cheap.probabilities, dear.probabilities[deferred], deferred)
+        if loss(both) < loss_alone(cheap):
             pairs.append((cheap.name, dear.name))
             families.add(dear.family)
     return pairs[:most]
