@@ -6,15 +6,16 @@ fixed price of passing on. The rule sets the threshold; a threshold that is sear
 rows looks better there than it is.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import log_loss
 from statsmodels.stats.proportion import proportion_confint
 
 from letterhead.stats.metrics import temperature, tempered
 
+SMALLEST = 1e-12  # a probability
 CHEAPER = 4  # a cheap half costs at most this part of the dear one's price
 
 
@@ -79,8 +80,8 @@ def choose_pairs(truth: np.ndarray, members: Sequence[Member], most: int) -> lis
     first.
 
     A dear method has partners at a quarter of its price or less; the one of the lowest log loss,
-    after its temperature, is taken. A cascade whose log loss on these rows is no lower than its
-    cheap half's alone is left out. One dear method a family.
+    after its temperature, is taken. A cascade whose log loss on these rows is above its cheap
+    half's alone by more than a standard error is left out. One dear method a family.
 
     Parameters
     ----------
@@ -88,24 +89,24 @@ def choose_pairs(truth: np.ndarray, members: Sequence[Member], most: int) -> lis
     most : how many there may be
     """
     accuracy = {one.name: _accuracy(truth, one.probabilities) for one in members}
-    classes = range(members[0].probabilities.shape[1]) if members else ()
 
-    def loss(probabilities: np.ndarray) -> float:
-        return float(log_loss(truth, probabilities, labels=classes))
+    def losses(probabilities: np.ndarray) -> np.ndarray:
+        return -np.log(np.clip(probabilities[np.arange(len(truth)), truth], SMALLEST, None))
 
-    def loss_alone(one: Member) -> float:
-        return loss(tempered(one.probabilities, temperature(truth, one.probabilities)))
+    def losses_alone(one: Member) -> np.ndarray:
+        return losses(tempered(one.probabilities, temperature(truth, one.probabilities)))
 
     pairs, families = [], set()
     for dear in sorted(members, key=lambda one: (-accuracy[one.name], one.price)):
         partners = [one for one in members if one is not dear and one.price * CHEAPER <= dear.price]
         if not partners or dear.family in families:
             continue
-        cheap = min(partners, key=loss_alone)
+        cheap = min(partners, key=lambda one: losses_alone(one).mean())
         frozen = freeze(truth, cheap, dear)
         deferred = frozen.is_deferred(cheap.probabilities)
         both = frozen.combine(cheap.probabilities, dear.probabilities[deferred], deferred)
-        if loss(both) < loss_alone(cheap):
+        more = losses(both) - losses_alone(cheap)
+        if more.mean() <= more.std(ddof=1) / math.sqrt(len(more)):
             pairs.append((cheap.name, dear.name))
             families.add(dear.family)
     return pairs[:most]
