@@ -75,15 +75,18 @@ def draw_frontier(
         axes.plot(x, top - behind, marker, color=color, markersize=7, label=label)
         if row["name"] == shipped:
             axes.plot(x, top - behind, "o", color="#1b3a63", markersize=15, fillstyle="none")
-        axes.annotate(str(number), (x, top - behind), (8, 5), textcoords="offset points", size=9)
+        beside = {"xytext": (9 if number % 2 else -14, 4), "textcoords": "offset points"}
+        axes.annotate(str(number), (x, top - behind), **beside, size=9)
     axes.axhline(top - margin, color="grey", linestyle="--", linewidth=0.8, label="the margin")
     axes.set(
         xscale="log",
-        xlabel=f"price of a row: {unit}",
+        xlabel=f"price ({unit})",
         ylabel=f"{metric} on test rows".replace("$", r"\$"),
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
+    if 0 < top <= 1:  # bounds may lie above what there is
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
     save(figure, path, caption)
 
 
