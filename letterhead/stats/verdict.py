@@ -19,7 +19,7 @@ UNITS = {
     "per_million_rows": "a million rows in service, in the currency of bench.price_per_hour",
     "multiply_adds_per_row": "multiply-adds a row",
 }
-DEARER, UNPRICED = "dearer than the highest", "price unknown"
+DEARER, UNPRICED = "dearer", "price unknown"
 ROWS_THAT_DECIDE = {
     "rows_if_as_seen": "if the loss is as seen",
     "rows_if_equal": "if the two are equal",
@@ -345,14 +345,14 @@ def as_times(times: float | None) -> str:
 
     Examples
     --------
-    >>> as_times(1.0), as_times(9.53), as_times(41600), as_times(None)
-    ('1', '9.5', '42,000', '–')
+    >>> as_times(1.0), as_times(9.53), as_times(41600), as_times(3.1e6), as_times(None)
+    ('1', '9.5', '42,000', '3.1 million', '–')
     """
     if times is None:
         return "–"
     if times < 10:
         return f"{times:.1f}".removesuffix(".0")
-    return f"{float(f'{times:.2g}'):,.0f}"
+    return human(float(f"{times:.2g}"))
 
 
 def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
@@ -360,13 +360,12 @@ def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
     rows = table(decided, comparison["methods"])
     wide = max(len(row["title"]) for row in rows)
     metric = metric_title(decided["metric"])
-    lines = [f"{'':{wide}} {'rows':>6} {metric:>8}  95 % interval  {'price':>8}  verdict"]
+    lines = [f"{'':{wide}} {'rows':>6} {metric:>8}  95 % interval  {'price, times':>12}  verdict"]
     for row in rows:
         low, high = row["ci95"]
-        times = f"{as_times(row['times'])}x" if row["times"] else "–"
         lines.append(
             f"{row['title']:{wide}} {row['rows'] or '–':>6} {row['value']:8.3f}  {low:.3f} to "
-            f"{high:.3f} {times:>9}  {row['verdict']}"
+            f"{high:.3f} {as_times(row['times']):>13}  {row['verdict']}"
         )
     return "\n".join([*lines, f"{headline(decided, decided['ship'])} {decided['why']}"])
 
