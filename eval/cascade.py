@@ -40,10 +40,10 @@ def main(experiment: Experiment) -> None:
         path,
         {
             name: [
-                asdict(one) | {"rank": rank, "sha256": [half.sha256 for half in halves]}
+                asdict(one) | {"order": order, "sha256": [half.sha256 for half in halves]}
                 for one, halves in zip(frozen[name], trainings, strict=True)
             ]
-            for rank, (name, trainings) in enumerate(pairs.items(), 1)
+            for order, (name, trainings) in enumerate(pairs.items(), 1)
         },
     )
     # From here on nothing is chosen.

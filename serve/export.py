@@ -117,7 +117,8 @@ settings = config["vectorizer"] | {{"ngram_range": tuple(config["vectorizer"]["n
 vectorizer = TfidfVectorizer(**settings, vocabulary=config["terms"])
 vectorizer.idf_ = numpy.array(config["idf"])
 layer = load_file(folder + "/model.safetensors")
-words = [word.end() for word in re.finditer({word!r}, text := {text!r})]
+text = {text!r}
+words = [word.end() for word in re.finditer({word!r}, text)]
 text = text[: words[{words} - 1]].strip() if {words} and len(words) > {words} else text.strip()
 logits = (vectorizer.transform([text]) @ layer["linear.weight"].T + layer["linear.bias"])[0]
 shares = numpy.exp(logits - logits.max())

@@ -14,7 +14,7 @@ from letterhead import pipeline
 from letterhead.config.experiment import load_experiment
 from letterhead.files import LetterheadError, read_json, read_jsonl, write_jsonl
 from letterhead.models import classifier
-from letterhead.pipeline import CASCADES, EMBEDDING, METHODS, STAGES, TFIDF
+from letterhead.pipeline import CASCADES, EMBEDDING, STAGES, TFIDF, find_method
 from letterhead.runs import contenders, results
 from letterhead.stats import cascade
 from letterhead.stats.cascade import Cascade, Member, choose_pairs, freeze
@@ -62,7 +62,8 @@ def test_pairs_are_of_the_best_dear_methods_and_their_surest_cheap_partners():
     }
     pairs = choose_pairs(truth, members, most=3)
     surest = min(("tfidf", "tfidf_all"), key=losses.get)
-    assert pairs == [(surest, "bert_all"), (surest, "letter")]
+    assert pairs[:2] == [(surest, "bert_all"), (surest, "letter")]
+    assert not {"bert", "near"} & {dear for _, dear in pairs}
     assert choose_pairs(truth, members, most=1) == pairs[:1]
 
 
@@ -197,10 +198,13 @@ def test_each_training_has_a_cascade_of_its_own_files(make_experiment):
     comparison = read_json(experiment.results_folder / "comparison.json")
     assert frozen
     for name, trainings in frozen.items():
-        halves = [METHODS[one["dear"].partition("@")[0]] for one in trainings]
-        assert len(trainings) == 3 and STAGES[halves[0].stage].retrained
+        halves = [find_method(trainings[0][half]) for half in ("cheap", "dear")]
+        if not any(STAGES[half.stage].retrained for half in halves):
+            assert len(trainings) == 1
+            continue
+        assert len(trainings) == 3
         assert len({one["threshold"] for one in trainings}) > 1
-        assert len({one["sha256"][1] for one in trainings}) == 3
+        assert len({tuple(one["sha256"]) for one in trainings}) == 3
         entry = comparison["methods"][name]
         assert [training["seed"] for training in entry["trainings"]] == [7, 8, 9]
         values = [training["f1_macro"] for training in entry["trainings"]]

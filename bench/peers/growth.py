@@ -25,7 +25,17 @@ import yaml
 
 from letterhead.config.experiment import Experiment, load_experiment
 from letterhead.files import LetterheadError, atomic_open, write_json
-from letterhead.pipeline import COMPARE, DATA, DECIDE, SFT, SFT_TRAINING, compared_methods, outputs
+from letterhead.pipeline import (
+    CASCADE,
+    COMPARE,
+    DATA,
+    DECIDE,
+    SFT,
+    SFT_TRAINING,
+    cascades_file,
+    compared_methods,
+    outputs,
+)
 from letterhead.runs import results
 from letterhead.runs.devices import device_name, machine, peak_memory
 from letterhead.runs.processes import call_in_a_process
@@ -291,6 +301,11 @@ def draw_results(experiment: Experiment, steps: list[int]) -> int:
         "inputs_sha256": "0",
     }
     for method in compared_methods(experiment):
+        if method is CASCADE:  # none is chosen
+            path = cascades_file(experiment)
+            write_json(path, {})
+            files[method.stage] = [path]
+            continue
         for split in ("test",) if method.thinks else results.SPLITS:
             rows = results.read_rows(experiment, split)
             truth = results.class_numbers(experiment, rows)

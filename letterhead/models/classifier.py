@@ -65,7 +65,7 @@ def named_method(experiment: Experiment, name: str) -> str:
     if name == "best" or (method is CASCADE and shipped and find_method(shipped) is CASCADE):
         return shipped
     if method is CASCADE and (frozen := read_json(pipeline.cascades_file(experiment))):
-        return min(frozen, key=lambda full: frozen[full][0]["rank"])
+        return min(frozen, key=lambda full: frozen[full][0]["order"])
     for full in comparison["methods"]:
         if find_method(full) is method:
             return full

@@ -22,7 +22,7 @@ from letterhead.models.fitted import (
     require_classes,
 )
 
-MODEL_TYPE = "tfidf"  # in an export's config.json
+MODEL_TYPE = "tf-idf"  # in an export's config.json
 # A word, or one character of a script that writes no spaces (kana, Han).
 TOKEN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
 MODEL = {

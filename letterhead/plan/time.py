@@ -104,12 +104,9 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
                     setfit = experiment.encoder.setfit
                     pairs = min(2 * setfit.iterations * n, setfit.most_steps * setfit.batch)
                     found[method.stage] += 2 * 3 * parameters * length * 2 * pairs / training
-    return found | {
-        CASCADES.name: START_S,
-        COMPARE.name: START_S,
-        DECIDE.name: START_S / 2,
-        REPORT.name: 2 * START_S,
-    }
+    closing = {COMPARE: START_S, DECIDE: START_S / 2, REPORT: 2 * START_S}
+    closing |= {CASCADES: START_S} if CASCADES.when(experiment) else {}
+    return found | {stage.name: seconds for stage, seconds in closing.items()}
 
 
 def searching(search: Search | None, once: float) -> float:

@@ -81,7 +81,8 @@ def choose_pairs(truth: np.ndarray, members: Sequence[Member], most: int) -> lis
 
     A dear method has partners at a quarter of its price or less; the one of the lowest log loss,
     after its temperature, is taken. A cascade whose log loss on these rows is above its cheap
-    half's alone by more than a standard error is left out. One dear method a family.
+    half's alone by more than a standard error is left out, and one that passes on no row. One dear
+    method a family.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ def choose_pairs(truth: np.ndarray, members: Sequence[Member], most: int) -> lis
         deferred = frozen.is_deferred(cheap.probabilities)
         both = frozen.combine(cheap.probabilities, dear.probabilities[deferred], deferred)
         more = losses(both) - losses_alone(cheap)
-        if more.mean() <= more.std(ddof=1) / math.sqrt(len(more)):
+        if deferred.any() and more.mean() <= more.std(ddof=1) / math.sqrt(len(more)):
             pairs.append((cheap.name, dear.name))
             families.add(dear.family)
     return pairs[:most]
