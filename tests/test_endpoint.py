@@ -95,7 +95,7 @@ def test_a_service_that_fails_in_every_way_is_asked_about_no_row_twice(make):
 def test_probabilities_come_from_the_first_token_and_without_them_the_text_is_read(make):
     experiment = make()
     ask.main(experiment)
-    # "A" and " A" are one answer; the options that are not among the likeliest are the least of them
+    # "A" and " A" are one answer; options that are not among the likeliest are the least of them
     shares = np.array([np.exp(-0.2) + np.exp(-2.5), np.exp(-3.0), np.exp(-3.0)])
     shares /= shares.sum()
     for line in results.read_predictions(experiment, "endpoint", "test"):
