@@ -120,13 +120,13 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     shown += [name for name in decided["candidates"] if name not in shown]
     top = served[decided["top"]]
     decided["metric"] = experiment.compare.metric
+    accuracy, shipped = Metric("accuracy"), served[decided["ship"]]
     decided["right_more"] = {
-        name: with_bounds(
-            metrics.loss(truth, served[decided["ship"]], served[name], classes, Metric("accuracy")),
-            0.025,
-        )
+        name: with_bounds(metrics.loss(truth, shipped, served[name], classes, accuracy), 0.025)
         for name in names
     }
+    for name, row in decided["right_more"].items():
+        row[0] = float((served[name] == truth).mean() - (shipped == truth).mean())
     decided["table"] = {
         name: {
             "reached": with_bounds(metrics.reached(truth, served[name], classes, metric), 0.025),
@@ -136,8 +136,10 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
         }
         for name in shown
     }
+    # The figures themselves are told without the pseudo-rows that their bounds have.
     for name, row in decided["table"].items():
         row["reached"][0] = metrics.plain(truth, served[name], classes, metric)
+        row["behind"][0] = metrics.plain(truth, top, classes, metric) - row["reached"][0]
     decided["curves"] = {
         name: curve(experiment, entries[name]["halves"], truth, decided)
         for name in names

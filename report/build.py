@@ -31,7 +31,7 @@ from letterhead.pipeline import (
 from letterhead.plan.evidence import evidence
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run
-from letterhead.stats import metrics, verdict
+from letterhead.stats import decision, metrics, verdict
 from letterhead.stats.figures import caption_of
 from report import article, pictures
 
@@ -209,8 +209,13 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "titles": {name: entry["title"] for name, entry in ranked},
         "comparison": comparison,
         "table": verdict.table(comparison, comparison["methods"]),
+        "unit": verdict.UNITS[comparison["price_unit"]],
         "article": article if article.is_the_articles(experiment) else None,
-        "evidence": evidence(experiment, read_json(experiment.data_folder / "data_card.json")),
+        "evidence": evidence(
+            experiment,
+            read_json(experiment.data_folder / "data_card.json"),
+            round(decision.ALPHA / comparison["alpha"]) + 1,
+        ),
         "overfit": overfitting(experiment),
         "searched": [
             sentence

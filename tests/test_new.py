@@ -109,7 +109,7 @@ def test_a_rare_class_gets_weights_where_validation_rows_say_so(place, rare):
     assert least > smallest_margin(rows, contenders(experiment)) or rare == 0.45
     assert 2 * least <= experiment.compare.margin < 4 * least
     assert f"# - compare.margin: {experiment.compare.margin:g}; {rows} test rows" in text
-    assert "can show a margin" in evidence(experiment, read_json("data/mail/data_card.json"))
+    assert "can show a margin of" in evidence(experiment, read_json("data/mail/data_card.json"))
     assert ("# - balance: weights; the largest class has" in text) == (rare == 0.1)
     card = read_json("data/mail/data_card.json")["shared"]
     assert (card["sft_rows"] > card["rows"]) == (rare == 0.1)

@@ -383,7 +383,7 @@ def test_what_is_nearly_as_good_and_cheap_is_shipped_and_what_would_change_it_is
     def told(verdict: str) -> list[str]:
         return [line for line in comparison["how_sure"] if verdict in line]
 
-    assert hopeless is None or hopeless["verdict"] == "costs more"
+    assert hopeless is None or hopeless["verdict"] == "loses too much"
     assert any(
         "errors in 1,000 rows fewer (95 % interval" in line
         for line in comparison["what_would_change"]

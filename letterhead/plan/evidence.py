@@ -46,14 +46,16 @@ def margin_finder(
     return find
 
 
-def evidence(experiment: Experiment, card: dict[str, Any]) -> str:
+def evidence(experiment: Experiment, card: dict[str, Any], seen: int | None = None) -> str:
     """Whether the test rows can show `compare.margin`, in a sentence or two.
 
     Parameters
     ----------
     card : the data card
+    seen : how many methods turned out to be in contention, once the test rows have been read
     """
-    rows, methods, margin = card["rows"]["test"], contenders(experiment), experiment.compare.margin
+    rows, margin = card["rows"]["test"], experiment.compare.margin
+    methods = seen or contenders(experiment)
     find = margin_finder(experiment, card)
     if find is None:
         return (
@@ -62,14 +64,19 @@ def evidence(experiment: Experiment, card: dict[str, Any]) -> str:
     least = find(rows, methods)
     can = "can" if least <= margin else "cannot"
     sentence = (
-        f"{rows:,} test rows and {methods} methods {can} show a margin of {margin:g}: the smallest "
-        f"is {least:.3f} for a method that answers as the best does, and "
-        f"{find(rows, methods, WORSE):.3f} (in {POWER:.0%} of test sets) for one that gets "
-        f"{1000 * WORSE:g} rows of 1,000 more wrong."
+        f"{rows:,} test rows {can} show a margin of {margin:g} where {methods} methods are in "
+        f"contention: the smallest is {least:.3f} for a method that answers as the best does, and "
+        f"{find(rows, methods, WORSE):.3f} (in {100 * POWER:.0f} % of test sets) for one that "
+        f"makes {1000 * WORSE:g} errors in 1,000 rows more."
     )
     if least <= margin:
         return sentence
     wanted = rows_for_margin(margin, methods, find)
+    if seen:
+        return (
+            f"{sentence} These rows have been read, so the margin stays; a new run would want more "
+            f"than {wanted:,} fresh ones."
+        )
     return (
         f"{sentence} Before you look at a test row, set a larger compare.margin, or "
         f"data.rows.test to more than {wanted:,}."

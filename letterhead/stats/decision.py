@@ -28,7 +28,7 @@ MOST_ROWS_LABELLED = 10_000_000
 MOST_ROWS = 1e12  # a number that nobody labels
 FEWEST_ROWS = 30  # of a class, for a verdict on a metric of that class
 HOPELESS = 0.001  # how seldom a method within the margin may be taken for one that is far behind
-FITS, COSTS_MORE, UNDECIDED = "fits", "costs more", "undecided"
+FITS, COSTS_MORE, UNDECIDED = "fits", "loses too much", "undecided"
 
 
 def decide(
@@ -68,7 +68,7 @@ def decide(
     >>> answers = {"dear": good, "copy": good, "cheap": poor}
     >>> found = decide(truth, answers, {"dear": 9.0, "copy": 3.0, "cheap": 1.0}, 2, margin=0.02)
     >>> found["ship"], found["established"], found["candidates"]["cheap"]["verdict"]
-    ('copy', True, 'costs more')
+    ('copy', True, 'loses too much')
     """
     value = {
         name: metrics.plain(truth, answers, classes, metric) for name, answers in predicted.items()

@@ -79,8 +79,7 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     cheaper = [name for name in found if prices.get(name, math.inf) < prices.get(top, math.inf)]
     if not decided["established"]:
         why = (
-            f"{best}, and no method is shown to be within {margin:g} of all others: these "
-            f"rows are too few to say more."
+            f"{best}, and no method is shown to lose less than {margin:g} against every other one."
         )
     elif ship != top:
         why = (
@@ -108,11 +107,15 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
                 f"{low}; {margin:g} is allowed."
             )
         else:
-            line = (
-                f"{named(name)} is undecided: a loss of {metric} of {loss} against {other}, "
-                f"and anything from {low} to "
+            seen = (
+                f"{-candidate['loss']:.3f} of {metric} ahead of {other}"
+                if candidate["loss"] < 0
+                else f"{loss} of {metric} behind {other}"
             )
-            line += f"{high} goes with these rows; {margin:g} is allowed."
+            line = (
+                f"{named(name)} is undecided: it is {seen}, and anything from {low} to {high} "
+                f"behind goes with these rows; {margin:g} is allowed."
+            )
             needed = [
                 f"{candidate[key]:,} {what}"
                 for key, what in ROWS_THAT_DECIDE.items()
@@ -137,7 +140,8 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         for name, candidate in chosen.items()
         if is_trained(candidate) and candidate["n"] == n and name not in found and name in prices
     ]:
-        sure.append(f"Not considered, since dearer than the best: {', '.join(map(named, dearer))}.")
+        names = ", ".join(map(named, dearer))
+        sure.append(f"Not considered, since dearer than the highest: {names}.")
     sure += [
         f"{named(name)} has learnt little yet: its log loss is {losses[0]:.2f}, and "
         f"{losses[1]:.2f} is that of guessing by the classes' shares. Before that counts against "
@@ -147,13 +151,14 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         if is_trained(entry) and entry["step"] and (losses := hardly_learnt(entry))
     ]
     sure.append(trained_again(decided, named))
-    if any(entry["halves"] for entry in chosen.values()):
-        sure.append(
-            "An arrow is a cascade: the method before it answers where it is at least as sure as "
-            "the method behind it is right on validation rows, and that one answers the others. "
-            "Validation rows fixed its methods, temperatures and threshold before a test row was "
-            "read."
-        )
+    sure += [
+        f"{chosen[name]['title']} is a cascade: the first method answers where its highest "
+        f"probability is at least {halves['threshold']:.3f}, which is the second's accuracy on "
+        f"validation rows, and the second answers the other rows. This was fixed before a test row "
+        "was read."
+        for name, entry in chosen.items()
+        if (halves := entry["halves"])
+    ]
     if few := list(decided["rare_classes"].items()):
         some = ", ".join(f"{label} ({rows})" for label, rows in few[:FEW_SHOWN]) + (
             " …" if len(few) > FEW_SHOWN else ""
@@ -197,12 +202,12 @@ def trained_again(decided: dict[str, Any], named: Callable[[str], str]) -> str:
             f"which are served. By the mean of {decided['trainings']} trainings, with the noise of "
             f"both: {outcome(found)}."
         )
-    assumed = "; ".join(
-        f"by {found['sd']:g}: {outcome(found)}" for found in decided["trained_again"]
+    assumed = ", and ".join(
+        f"with {found['sd']:g} {outcome(found)}" for found in decided["trained_again"]
     )
     return (
         "The bounds hold the noise of the test rows, for these trained files. Training again moves "
-        f"{metric_title(decided['metric'])}, too. If its standard deviation is as follows, "
+        f"{metric_title(decided['metric'])}, too: assuming a standard deviation, "
         f"{assumed}. seeds: [1, 2, 3] measures it."
     )
 
@@ -235,7 +240,8 @@ def priced(decided: dict[str, Any], name: str) -> str:
     if decided["price_unit"] == "per_million_rows":
         numbers = " to ".join(f"{end:.3g}" for end in ends)
         return f"{numbers} for {UNITS['per_million_rows']}"
-    return f"{' to '.join(map(human, ends))} {UNITS['multiply_adds_per_row']}"
+    interval = " (95 % interval)" if len(ends) > 1 else ""
+    return f"{' to '.join(map(human, ends))} {UNITS['multiply_adds_per_row']}{interval}"
 
 
 def passed_on(decided: dict[str, Any], chosen: dict[str, dict], name: str) -> str:
@@ -245,15 +251,22 @@ def passed_on(decided: dict[str, Any], chosen: dict[str, dict], name: str) -> st
         return ""
     share, seen = halves["deferred"] / chosen[name]["n"], halves["validation_share"]
     cheap, dear = (decided["prices"][halves[half]] for half in ("cheap", "dear"))
+    even = 1 - cheap / dear
+    beyond = f"; from {100 * even:.0f} % on the second alone is cheaper" if even < 0.995 else ""
     return (
-        f"; {chosen[halves['dear']]['title']} answers {share:.0%} of the test rows, and {seen:.0%} "
-        f"of the validation rows; at {1 - cheap / dear:.0%} it would cost as much as alone"
+        f"; {chosen[halves['dear']]['title']} answers {100 * share:.0f} % of the test rows, and "
+        f"{100 * seen:.0f} % of the validation rows{beyond}"
     )
 
 
 def timed(entry: dict) -> str:
     """How long a test row took to score, in words."""
-    return f"; {1000 * entry['cost']['test_seconds'] / entry['n']:.2g} ms a test row here"
+    milliseconds = 1000 * entry["cost"]["test_seconds"] / entry["n"]
+    return (
+        f"; {milliseconds:.2g} ms a test row here"
+        if milliseconds < 99.5
+        else (f"; {milliseconds:,.0f} ms a test row here")
+    )
 
 
 def break_even(cheap: str, dear: str, decided: dict, named: Callable[[str], str]) -> str | None:
@@ -275,11 +288,7 @@ def break_even(cheap: str, dear: str, decided: dict, named: Callable[[str], str]
             f"{spared}: if that holds, it pays where 1,000 errors cost more than "
             f"{more / 1000 / fewer:.2g}."
         )
-    return (
-        f"{spared}: if that holds, it pays where an error costs more than "
-        f"{human(more / fewer)} multiply-adds "
-        "(make bench measures the price)."
-    )
+    return f"{spared}. From which price of an error on that pays, make bench says."
 
 
 def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, Any]]:
@@ -379,7 +388,10 @@ def headline(decided: dict[str, Any], shipped: str) -> str:
     """
     if decided["established"]:
         return f"Ship {shipped}."
-    return f"No decision: these rows can't show it; {shipped} is the highest seen."
+    return (
+        f"No decision: {decided['n']:,} test rows can't show a loss below {decided['margin']:g}; "
+        f"{shipped} is the highest seen."
+    )
 
 
 def human(number: float) -> str:
