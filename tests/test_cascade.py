@@ -67,6 +67,25 @@ def test_pairs_are_of_the_best_dear_methods_and_their_surest_cheap_partners():
     assert choose_pairs(truth, members, most=1) == pairs[:1]
 
 
+def test_a_cascade_that_harms_its_cheap_half_on_validation_rows_is_left_out():
+    """Where the cheap half is unsure, the dear one, right on most rows, is surer and errs more."""
+    truth = np.arange(400) % CLASSES
+    is_hard = np.arange(400) >= 200
+
+    def answers(errors_in_hard_rows: int, sure_of_hard_rows: float) -> np.ndarray:
+        wrong = is_hard & (np.arange(400) % 20 < errors_in_hard_rows)
+        sure = np.where(is_hard, sure_of_hard_rows, 0.99)
+        probabilities = np.repeat(((1 - sure) / (CLASSES - 1))[:, None], CLASSES, axis=1)
+        probabilities[np.arange(400), np.where(wrong, (truth + 1) % CLASSES, truth)] = sure
+        return probabilities
+
+    cheap = Member("cheap", "cheap", 1, answers(5, 0.6))
+    worse, better = (Member("dear", "dear", 9, answers(n, 0.99)) for n in (8, 1))
+    assert freeze(truth, cheap, worse).validation_share == 0.5
+    assert choose_pairs(truth, [cheap, worse], most=3) == []
+    assert choose_pairs(truth, [cheap, better], most=3) == [("cheap", "dear")]
+
+
 def test_so_many_validation_rows_so_many_cascades(monkeypatch):
     def most(rows: int) -> int:
         card = {"rows": {"validation": rows}, "shared": {"rows": 9, "sft_rows": 9}}

@@ -13,9 +13,12 @@ from eval import cascade
 from eval import endpoint as ask
 from letterhead import pipeline
 from letterhead.files import LetterheadError, read_json, read_jsonl
+from letterhead.models.prompt import load_prompt_encoder
 from letterhead.pipeline import HOSTED_LLM, TFIDF
 from letterhead.runs import contenders, results
 from letterhead.serving import endpoint as service
+from letterhead.serving.endpoint import Reply
+from letterhead.serving.hosted import read
 from letterhead.stats.cascade import Cascade
 from letterhead.stats.metrics import NO_ANSWER
 from prep import data
@@ -130,6 +133,50 @@ def test_a_service_that_refuses_every_question_is_told_with_its_words(make, monk
     with pytest.raises(LetterheadError, match=r"refuses every question: status 400: no logprobs"):
         ask.main(experiment)
     assert read_json("runs/mine/endpoint/stage.json") is None
+
+
+def test_a_refused_row_is_no_answer_and_is_asked_again_by_the_next_run(make, monkeypatch):
+    monkeypatch.setattr(LetterEndpoint, "failures", ())
+    experiment = make()
+    refused = results.read_rows(experiment, "test")[0]
+    answered = LetterEndpoint.do_POST
+    is_open = []
+
+    def post(self):
+        if is_open:
+            return answered(self)
+        body = self.rfile.peek(int(self.headers["Content-Length"]))
+        if f"{refused['text']}\\n".encode() in body:
+            return self.send(400, b"not that")
+        return answered(self)
+
+    monkeypatch.setattr(LetterEndpoint, "do_POST", post)
+    ask.main(experiment)
+    first = results.read_predictions(experiment, "endpoint", "test")[0]
+    assert first["prediction"] is None and set(first["probabilities"].values()) == {1 / 3}
+    assert results.read_result(experiment, "endpoint", "test").hosted["refused"] == 1
+    is_open.append(True)
+    Path("runs/mine/endpoint/stage.json").unlink()
+    asked = len(LetterEndpoint.asked)
+    ask.main(experiment)
+    assert len(LetterEndpoint.asked) - asked == 2  # it, and it again
+    assert results.read_predictions(experiment, "endpoint", "test")[0]["prediction"] is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "first", "option"),
+    [
+        ("B", {"B": -0.1, "A": -3.0}, 1),
+        ("The best option is B", {"The": -0.1, "A": -5.0, "B": -6.0}, 1),
+        ("A or B", {"It": -0.1, "A": -2.0}, NO_ANSWER),
+    ],
+)
+def test_log_probabilities_count_where_the_reply_begins_with_an_option(
+    make, content, first, option
+):
+    encoder = load_prompt_encoder(make())
+    found, shares = read(Reply(content, None, True, 1, 1, first=first), encoder)
+    assert found == option and (shares is not None) == (content == "B")
 
 
 def test_more_examples_than_training_rows_are_refused(make):
