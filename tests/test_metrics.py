@@ -1,11 +1,12 @@
 """Figures equal scikit-learn's, scipy's and torchmetrics'; intervals cover what they should."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, bootstrap, ttest_ind
+from scipy.stats import binomtest, bootstrap, multinomial, ttest_ind
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 from statsmodels.stats.proportion import proportion_confint
 from torchmetrics.classification import MulticlassCalibrationError
@@ -308,3 +309,36 @@ def test_the_bounds_of_a_metrics_loss_err_as_rarely_as_they_say(metric):
         ]
         above += loss(truth, *answers, 3, metric).interval(alpha)[0] > 0
     assert 0 < above <= alpha * trials + 3 * math.sqrt(alpha * (1 - alpha) * trials)
+
+
+@pytest.mark.parametrize("n", [60, 200])
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.kind)
+def test_the_level_of_a_metrics_bound_by_enumeration(metric, n):
+    """Two methods that differ in errors on one of two classes, and whose true loss is the margin:
+    every table of their errors with its probability. The upper bound lies below the margin in a
+    share alpha of them at most, and not far below it; `pytest -s` prints the shares."""
+    alpha, worse, better = 0.05, 0.10, 0.04  # shares of rows that only one of them gets wrong
+    # A precision is lowered by rows of the other class; the class whose errors are dearest is 2.
+    of, other = {"precision": (0, 1), "cost": (2, 0)}.get(metric.kind, (1, 0))
+    truth = np.repeat([of, other], n)
+
+    def answers(wrong: slice) -> np.ndarray:
+        predicted = truth.copy()
+        rows = np.flatnonzero(truth == of)[wrong]
+        predicted[rows] = other
+        return predicted[None]
+
+    def true(share: float) -> float:
+        kept = np.where(truth == of, 1 - share, 1.0), np.where(truth == of, share, 0.0)
+        twice, said = np.tile(truth, 2), np.append(truth, np.full(2 * n, other))
+        return metric.measure(twice, said, np.concatenate(kept), 3)[0]
+
+    margin, level = true(better) - true(worse), 0.0
+    shares = [worse, better, 1 - worse - better]
+    for a, b in itertools.product(range(n + 1), repeat=2):
+        if a + b > n or (weight := multinomial.pmf([a, b, n - a - b], n, shares)) < 1e-9:
+            continue
+        found = loss(truth, answers(slice(0, a)), answers(slice(a, a + b)), 3, metric)
+        level += weight * (found.interval(alpha)[1] < margin)
+    print(f"{metric.kind}, {n} rows a class: {level:.1%}")
+    assert 0.04 < level <= alpha
