@@ -48,8 +48,8 @@ def draw_frontier(
     unit: str,
     metric: str,
 ) -> None:
-    """Quality against price, both with their intervals; each method has its number of the first
-    table.
+    """Quality against price, both with their intervals, and on the right how far behind the highest
+    that is; each method has its number of the first table.
 
     Parameters
     ----------
@@ -87,6 +87,8 @@ def draw_frontier(
     axes.legend(fontsize=8, loc="lower right")
     if 0 < top <= 1:  # bounds may lie above what there is
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
+    behind = axes.secondary_yaxis("right", functions=(lambda y: top - y, lambda lost: top - lost))
+    behind.set_ylabel("behind the highest")
     save(figure, path, caption)
 
 
