@@ -119,7 +119,7 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     shown = [name for name in names if name in trained or method_of(name) in (CASCADE, HOSTED_LLM)]
     shown += [name for name in decided["candidates"] if name not in shown]
     top = served[decided["top"]]
-    decided["metric"] = experiment.compare.metric
+    decided["metric"], decided["language"] = experiment.compare.metric, experiment.language
     accuracy, shipped = Metric("accuracy"), served[decided["ship"]]
     decided["right_more"] = {
         name: with_bounds(metrics.loss(truth, shipped, served[name], classes, accuracy), 0.025)
@@ -139,6 +139,8 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     # The figures themselves are told without the pseudo-rows that their bounds have.
     for name, row in decided["table"].items():
         row["reached"][0] = metrics.plain(truth, served[name], classes, metric)
+        if metric.kind != "cost":  # a share lies between nothing and all
+            row["reached"][1:] = np.clip(row["reached"][1:], 0, 1).tolist()
         row["behind"][0] = metrics.plain(truth, top, classes, metric) - row["reached"][0]
     decided["curves"] = {
         name: curve(experiment, entries[name]["halves"], truth, decided)

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from letterhead.config.data import Data, same_spelling
 from letterhead.config.evaluation import LETTERS
-from letterhead.config.experiment import Experiment, load_experiment
+from letterhead.config.experiment import HAN, Experiment, load_experiment
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import tfidf
@@ -81,7 +81,6 @@ TITLE_NAMES = ("title", "headline", "subject", "heading", "标题", "题目")
 MOST_CLASSES = 150
 RARE = 10  # a class with fewer rows can't be in train, validation and test
 FEWEST = 4  # rows a class to train on
-HAN = re.compile(r"[\u3400-\u9fff]")
 CODE = re.compile(
     r"[-+]?[A-Za-z]?\d+(\.\d+)?"
 )  # 1, -1, 2.0, C03: a number for a class, not its name
@@ -93,7 +92,7 @@ NAME_IN_WORDS = 8  # nobody calls a column so
 SEVERAL = re.compile(r"[|;,]\s*")
 # Optimizer steps at least (of the LLM while MOST_EPOCHS allow them): with fewer SmolLM2 had not
 # learnt the demo's five classes, nor in a hundred fourteen others. LLaMA-Factory's loss over the
-# whole answer takes it longer (`sft` of ENGLISH; docs/findings.md has the seeds).
+# whole answer takes it longer (`whole_answer` of ENGLISH; docs/findings.md has the seeds).
 DECODER_STEPS, STEPS_A_CLASS, ENCODER_STEPS = 100, 20, 200
 # Three epochs of BERT were too few for twenty newsgroups and enough for the demo
 # (docs/findings.md).
@@ -116,7 +115,7 @@ ENGLISH = {
     "optimizer": {"adam_beta2": 0.95},
     "encoder_rate": 2e-4,
     "config": "llamafactory_configs/smollm2_135m_full_sft.yaml",
-    "sft": {"steps": 200, "overrides": {"warmup_steps": 0.2}},
+    "whole_answer": {"steps": 200, "overrides": {"warmup_steps": 0.2}},
     "decoder": {"license": "apache-2.0"},
     "encoder": {"license": "apache-2.0"},
     "prompt": {},
@@ -128,7 +127,7 @@ CHINESE = {
     "optimizer": {},
     "encoder_rate": 5e-5,
     "config": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
-    "sft": {"steps": 100, "overrides": {}},
+    "whole_answer": {"steps": 100, "overrides": {}},
     "decoder": {"model": "experiments/models/qwen2.5_coder_0.5b.yaml", "license": "apache-2.0"},
     "encoder": {"model": "experiments/models/mpnet_base.yaml", "license": "apache-2.0"},
     "prompt": {
@@ -763,7 +762,7 @@ def choose_training(
     shared = min(FEW_ROWS, train)
     steps = max(DECODER_STEPS, STEPS_A_CLASS * min(classes, len(LETTERS)))
     epochs = min(MOST_EPOCHS, math.ceil(steps * BATCH / shared))
-    longer = max(steps, models["sft"]["steps"])
+    longer = max(steps, models["whole_answer"]["steps"])
     sft_epochs = min(MOST_EPOCHS, math.ceil(longer * BATCH / shared))
     most = MOST_ENCODER_STEPS // math.ceil(train / HEAD_BATCH)
     encoder_head = {
@@ -803,7 +802,7 @@ def choose_training(
             "overrides": {
                 "num_train_epochs": sft_epochs,
                 "per_device_train_batch_size": BATCH,
-                **models["sft"]["overrides"],
+                **models["whole_answer"]["overrides"],
             },
         },
         "head": head,

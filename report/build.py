@@ -5,6 +5,7 @@ python -m report.build --experiment quick
 """
 
 import base64
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from letterhead.pipeline import (
 from letterhead.plan.evidence import evidence
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run
-from letterhead.stats import decision, metrics, verdict
+from letterhead.stats import decision, metrics, phrases, verdict
 from letterhead.stats.figures import caption_of
 from report import article, pictures
 
@@ -119,6 +120,7 @@ def main(experiment: Experiment) -> None:
             "bench": bench,
             "served": served,
             "headline": verdict.headline,
+            "figure": figure,
             "article_rps": article.RPS,
         }
         images = {
@@ -156,7 +158,7 @@ def environment() -> jinja2.Environment:
         "duration": duration,
         "human": verdict.human,
         "times": verdict.as_times,
-        "metric_title": verdict.metric_title,
+        "metric_title": phrases.metric_title,
         "short": short,
         "md": escape_markdown,
     }
@@ -209,7 +211,8 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "titles": {name: entry["title"] for name, entry in ranked},
         "comparison": comparison,
         "table": verdict.table(comparison, comparison["methods"]),
-        "unit": verdict.UNITS[comparison["price_unit"]],
+        "say": partial(phrases.phrase, comparison["language"]),
+        "metric": phrases.metric_title(comparison["metric"], comparison["language"]),
         "article": article if article.is_the_articles(experiment) else None,
         "evidence": evidence(
             experiment,
@@ -356,7 +359,7 @@ def hard_rows(experiment: Experiment, names: list[str]) -> dict[str, dict]:
 
 def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> None:
     """Draw all pictures."""
-    pictures.use_fonts()
+    has_han = pictures.use_fonts()
     caption = caption_of(experiment)
     methods = sorted(comparison["methods"].items(), key=lambda item: -item[1]["f1_macro"])
     entries = [entry for _, entry in methods]
@@ -374,8 +377,9 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
         comparison["best"],
         comparison["curves"],
         comparison["margin"],
-        verdict.UNITS[comparison["price_unit"]],
-        verdict.metric_title(comparison["metric"]),
+        comparison["price_unit"],
+        comparison["metric"],
+        comparison["language"] if has_han else phrases.ENGLISH,
     )
     pictures.draw_ranking(paths["ranking"], caption, groups)
     f1, losses = {}, {}

@@ -7,10 +7,11 @@ import numpy as np
 from matplotlib import font_manager
 from sklearn.calibration import calibration_curve
 
+from letterhead.config.experiment import ENGLISH
 from letterhead.stats.decision import COSTS_MORE, FITS, UNDECIDED
 from letterhead.stats.figures import plt, save
 from letterhead.stats.metrics import ECE_BINS
-from letterhead.stats.verdict import DEARER, UNPRICED
+from letterhead.stats.phrases import DEARER, UNPRICED, metric_title, phrase
 
 # Labels may be Chinese; of these the ones that the machine has stand behind matplotlib's own font.
 HAN_FONTS = {
@@ -32,10 +33,11 @@ MARKERS = {
 }
 
 
-def use_fonts() -> None:
-    """Have matplotlib fall back on a font with Han characters, where there is one."""
+def use_fonts() -> bool:
+    """Have matplotlib fall back on a font with Han characters; whether there is one."""
     found = sorted(HAN_FONTS & {font.name for font in font_manager.fontManager.ttflist})
     plt.rcParams["font.family"] = ["DejaVu Sans", *found]
+    return bool(found)
 
 
 def draw_frontier(
@@ -47,6 +49,7 @@ def draw_frontier(
     margin: float,
     unit: str,
     metric: str,
+    language: str = ENGLISH,
 ) -> None:
     """Quality against price, both with their intervals, and on the right how far behind the highest
     that is; each method has its number of the first table.
@@ -56,8 +59,9 @@ def draw_frontier(
     rows : of `verdict.table`
     shipped : the name of the method to be shipped, or of the highest seen
     curves : cascade → price and metric at any share of rows for its dear half
-    unit, metric : of a price, and what is compared, in words
+    unit, metric : `price_unit` and `metric` of the decision
     """
+    metric = metric_title(metric, language)
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     known = [(number, row) for number, row in enumerate(rows, 1) if row["price"]]
     top = max(row["value"] for row in rows)
@@ -70,25 +74,26 @@ def draw_frontier(
         x = row["price_seen"]
         axes.plot([x, x], [top - high, top - low], color=color, alpha=0.35, linewidth=3)
         axes.plot(row["price"], [top - behind] * 2, color=color, alpha=0.35, linewidth=3)
-        label = None if row["verdict"] in labelled else row["verdict"]
+        label = None if row["verdict"] in labelled else phrase(language, row["verdict"])
         labelled.add(row["verdict"])
         axes.plot(x, top - behind, marker, color=color, markersize=7, label=label)
         if row["name"] == shipped:
             axes.plot(x, top - behind, "o", color="#1b3a63", markersize=15, fillstyle="none")
         beside = {"xytext": (9 if number % 2 else -14, 4), "textcoords": "offset points"}
         axes.annotate(str(number), (x, top - behind), **beside, size=9)
-    axes.axhline(top - margin, color="grey", linestyle="--", linewidth=0.8, label="the margin")
+    bound = phrase(language, "margin")
+    axes.axhline(top - margin, color="grey", linestyle="--", linewidth=0.8, label=bound)
     axes.set(
         xscale="log",
-        xlabel=f"price ({unit})",
-        ylabel=f"{metric} on test rows".replace("$", r"\$"),
+        xlabel=phrase(language, "price", unit=phrase(language, unit)),
+        ylabel=phrase(language, "on test rows", metric=metric).replace("$", r"\$"),
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     if 0 < top <= 1:  # bounds may lie above what there is
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
     behind = axes.secondary_yaxis("right", functions=(lambda y: top - y, lambda lost: top - lost))
-    behind.set_ylabel("behind the highest")
+    behind.set_ylabel(phrase(language, "behind axis"))
     save(figure, path, caption)
 
 

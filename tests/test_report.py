@@ -23,7 +23,7 @@ from letterhead.runs.stage import StageRun
 from letterhead.stats import verdict
 from letterhead.stats.metrics import NO_ANSWER
 from prep import data
-from report import article, build
+from report import article, build, pictures
 from tests.browser import Browser, needs_browser
 from tests.conftest import ROOT, a_result, experiment_maker
 from tests.test_data import write_csv
@@ -363,6 +363,60 @@ def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(make_expe
             and f"{undecided[0]['rows_if_equal']:,} if the two are equal" in shown
         )
     assert "190 training rows" in comparison["why"]
+
+
+def test_a_question_in_chinese_has_its_first_screen_in_chinese(make_experiment, capsys):
+    asked = {"template": "请判断下面文字的类别。\n{text}\n{options}\n答案："}
+    drawn(make_experiment, validation=60, compare={"margin": 0.002}, prompt=asked)
+    decided = compared_and_decided()
+    for name in ("report.html", "REPORT.md"):
+        shown = Path("runs/mine/report", name).read_text()
+        assert "无法定论：150 条测试样本不足以证明损失低于 0.002" in shown
+        assert "宏平均 F1 最高" in shown and "190 条训练样本" in shown
+        assert all(head in shown for head in ("判定", "价格（倍）", "未定", "乘加次数"))
+        assert "No decision" not in shown and "How sure?" in shown
+    terminal = verdict.summary(decided, decided).splitlines()
+    assert terminal[0].startswith("方法") and "无法定论" in terminal[-1]
+    # The verdicts stand below their head, though a Chinese letter takes two places.
+    places = {verdict.cells(line[: line.rindex("  ") + 2]) for line in terminal[:-1]}
+    assert len(places) == 1, terminal
+
+
+def test_the_frontier_has_each_method_at_its_price_and_its_distance_from_the_highest(
+    compared, monkeypatch
+):
+    figures, decided = [], compared_and_decided()
+    monkeypatch.setattr(pictures, "save", lambda figure, *_: figures.append(figure))
+    rows = verdict.table(decided, decided["methods"])
+    curves = {"cascade:bert@20": [[10.0, 0.5], [20.0, 0.6]]}
+    unit, metric = decided["price_unit"], decided["metric"]
+    pictures.draw_frontier(
+        Path("frontier.png"), "", rows, decided["ship"], curves, decided["margin"], unit, metric
+    )
+    [axes] = figures[0].axes
+    figures[0].draw_without_rendering()
+    points = {
+        tuple(line.get_xydata()[0]): line.get_marker()
+        for line in axes.lines
+        if len(line.get_xydata()) == 1 and line.get_fillstyle() != "none"
+    }
+    top = max(row["value"] for row in rows)
+    for row in rows:
+        assert 0 <= row["ci95"][0] < row["value"] < row["ci95"][1] <= 1
+        place = row["price_seen"], top - (row["behind"] or [0])[0]
+        assert points[place] == pictures.MARKERS[row["verdict"]][1], row["name"]
+        assert place[1] == pytest.approx(row["value"])
+    rings = [line.get_xydata()[0] for line in axes.lines if line.get_fillstyle() == "none"]
+    [shipped] = [row for row in rows if row["name"] == decided["ship"]]
+    assert [ring[0] for ring in rings] == [shipped["price_seen"]]
+    [behind] = axes.child_axes  # the axis on the right
+    for lost in (0.0, 0.1):
+        heights = [behind.transData.transform((0, lost)), axes.transData.transform((1, top - lost))]
+        assert heights[0][1] == pytest.approx(heights[1][1])
+    said = {note.get_text(): note.xy[0] for note in axes.texts}
+    assert said == {str(number): row["price_seen"] for number, row in enumerate(rows, 1)}
+    dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert [line.get_xydata().tolist() for line in dotted] == list(curves.values())
 
 
 def test_what_is_nearly_as_good_and_cheap_is_shipped_and_what_would_change_it_is_told(

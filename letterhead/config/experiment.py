@@ -2,6 +2,7 @@
 begins."""
 
 import difflib
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -17,6 +18,9 @@ from letterhead.config.models import Decoder, Distill, Encoder, Endpoint, Grpo, 
 from letterhead.config.section import Section
 from letterhead.config.service import Bench, Serve
 from letterhead.files import LetterheadError
+
+ENGLISH, CHINESE = "en", "zh"
+HAN, KANA = re.compile(r"[\u3400-\u9fff]"), re.compile(r"[\u3040-\u30ff]")
 
 
 class Experiment(Section):
@@ -140,6 +144,13 @@ class Experiment(Section):
     @property
     def labels(self) -> list[str]:
         return self.data.label_names
+
+    @property
+    def language(self) -> str:
+        """That of the question, in which the report's first screen is written: Chinese or
+        English."""
+        asked = self.prompt.template
+        return CHINESE if HAN.search(asked) and not KANA.search(asked) else ENGLISH
 
     @property
     def reading(self) -> dict[str, Any]:

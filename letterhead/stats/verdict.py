@@ -2,6 +2,7 @@
 change it."""
 
 import math
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,21 @@ import numpy as np
 
 from letterhead.pipeline import METHODS
 from letterhead.stats import decision
+from letterhead.stats.phrases import (
+    DEARER,
+    ENGLISH,
+    MULTIPLY_ADDS,
+    PER_MILLION,
+    UNPRICED,
+    metric_title,
+    phrase,
+)
 
 # A log loss within this ratio of guessing's, and a kappa below that, are those of a method that has
 # hardly learnt.
 NEAR_GUESSING, LITTLE = 0.7, 0.5
 FEW_ROWS = 10  # a class with fewer test rows is named
 FEW_SHOWN = 5
-UNITS = {
-    "per_million_rows": "a million rows in service, in the currency of bench.price_per_hour",
-    "multiply_adds_per_row": "multiply-adds a row",
-}
-DEARER, UNPRICED = "dearer", "price unknown"
 ROWS_THAT_DECIDE = {
     "rows_if_as_seen": "if the loss is as seen",
     "rows_if_equal": "if the two are equal",
@@ -69,28 +74,16 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     metric, metric_class = metric_title(decided["metric"]), decided["metric"].partition(":")[2]
 
     def named(name: str) -> str:
-        rows = chosen[name]["cost"]["train_rows"]
-        return f"{chosen[name]['title']} ({f'{rows:,} training rows' if rows else 'no training'})"
+        return with_rows(chosen[name], ENGLISH)
 
-    best = (
-        f"{named(top)} has the highest {metric}, {decided['table'][top]['reached'][0]:.3f} on "
-        f"{n:,} test rows"
-    )
     cheaper = [name for name in found if prices.get(name, math.inf) < prices.get(top, math.inf)]
     if not decided["established"]:
-        why = (
-            f"{best}, and no method is shown to lose less than {margin:g} against every other one."
-        )
+        reason = "why none"
     elif ship != top:
-        why = (
-            f"{named(ship)}, {metric} {decided['table'][ship]['reached'][0]:.3f} on {n:,} test "
-            f"rows, "
-            f"is the cheapest that is shown to lose less than {margin:g}. {best}."
-        )
-    elif cheaper:
-        why = f"{best}; no cheaper method is shown to be within {margin:g} of it."
+        reason = "why cheaper"
     else:
-        why = f"{best}, and none is cheaper."
+        reason = "why best" if cheaper else "why cheapest"
+    why = because(reason, decided, chosen)
     sure = []
     for name, candidate in found.items():
         other = named(candidate["against"])
@@ -180,6 +173,38 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
 
 
+def with_rows(entry: dict, language: str) -> str:
+    """A method and the number of rows that it was trained on."""
+    rows = entry["cost"]["train_rows"]
+    name = "trained" if rows else "untrained"
+    return phrase(language, name, title=entry["title"], rows=rows)
+
+
+def because(reason: str, decided: dict[str, Any], chosen: dict[str, dict]) -> str:
+    """Why that is the decision, in a sentence or two.
+
+    Parameters
+    ----------
+    reason : which of the phrases
+    """
+    language, top, ship = decided["language"], decided["top"], decided["ship"]
+    values = {
+        "n": decided["n"],
+        "margin": decided["margin"],
+        "metric": metric_title(decided["metric"], language),
+        "ship": with_rows(chosen[ship], language),
+    }
+    best = phrase(
+        language,
+        "best",
+        top=with_rows(chosen[top], language),
+        value=decided["table"][top]["reached"][0],
+        **values,
+    )
+    shipped_value = decided["table"][ship]["reached"][0]
+    return phrase(language, reason, best=best, shipped_value=shipped_value, **values)
+
+
 def trained_again(decided: dict[str, Any], named: Callable[[str], str]) -> str:
     """What training again would do to the decision, in words: as the further seeds say, or, with
     one, if it moved the metric by so much."""
@@ -237,11 +262,11 @@ def hardly_learnt(entry: dict) -> tuple[float, float] | None:
 def priced(decided: dict[str, Any], name: str) -> str:
     """A method's price in words, a cascade's with its interval."""
     ends = decided["price_intervals"].get(name, [decided["prices"][name]])
-    if decided["price_unit"] == "per_million_rows":
+    if decided["price_unit"] == PER_MILLION:
         numbers = " to ".join(f"{end:.3g}" for end in ends)
-        return f"{numbers} for {UNITS['per_million_rows']}"
+        return f"{numbers} for {phrase(ENGLISH, PER_MILLION)}"
     interval = " (95 % interval)" if len(ends) > 1 else ""
-    return f"{' to '.join(map(human, ends))} {UNITS['multiply_adds_per_row']}{interval}"
+    return f"{' to '.join(map(human, ends))} {phrase(ENGLISH, MULTIPLY_ADDS)}{interval}"
 
 
 def passed_on(decided: dict[str, Any], chosen: dict[str, dict], name: str) -> str:
@@ -283,7 +308,7 @@ def break_even(cheap: str, dear: str, decided: dict, named: Callable[[str], str]
         f"{named(dear)} made {1000 * fewer:.1f} errors in 1,000 rows fewer (95 % interval "
         f"{1000 * low:.1f} to {1000 * high:.1f}) than {named(cheap)}"
     )
-    if decided["price_unit"] == "per_million_rows":
+    if decided["price_unit"] == PER_MILLION:
         return (
             f"{spared}: if that holds, it pays where 1,000 errors cost more than "
             f"{more / 1000 / fewer:.2g}."
@@ -336,19 +361,6 @@ def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, An
     return rows
 
 
-def metric_title(metric: str) -> str:
-    """`compare.metric` in words.
-
-    Examples
-    --------
-    >>> metric_title("macro_f1"), metric_title("recall:spam"), metric_title("cost")
-    ('macro F1', 'recall of spam', 'minus the mean cost')
-    """
-    kind, _, label = metric.partition(":")
-    words = {"macro_f1": "macro F1", "cost": "minus the mean cost", "f1": "F1"}
-    return words.get(kind, kind) + (f" of {label}" if label else "")
-
-
 def as_times(times: float | None) -> str:
     """A price as a multiple of the cheapest one's, in words.
 
@@ -366,17 +378,50 @@ def as_times(times: float | None) -> str:
 
 def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
     """The methods that may be shipped, and the decision, for the terminal."""
-    rows = table(decided, comparison["methods"])
-    wide = max(len(row["title"]) for row in rows)
-    metric = metric_title(decided["metric"])
-    lines = [f"{'':{wide}} {'rows':>6} {metric:>8}  95 % interval  {'price, times':>12}  verdict"]
-    for row in rows:
-        low, high = row["ci95"]
+    language = decided["language"]
+    heads = ("method", "rows", "metric", "interval", "times", "verdict")
+    lines = [
+        [
+            metric_title(decided["metric"], language)
+            if head == "metric"
+            else phrase(language, head)
+            for head in heads
+        ]
+    ]
+    for row in table(decided, comparison["methods"]):
+        low, high = (f"{end:.3f}" for end in row["ci95"])
         lines.append(
-            f"{row['title']:{wide}} {row['rows'] or '–':>6} {row['value']:8.3f}  {low:.3f} to "
-            f"{high:.3f} {as_times(row['times']):>13}  {row['verdict']}"
+            [
+                row["title"],
+                str(row["rows"] or "–"),
+                f"{row['value']:.3f}",
+                phrase(language, "range", low=low, high=high),
+                as_times(row["times"]),
+                phrase(language, row["verdict"]),
+            ]
         )
-    return "\n".join([*lines, f"{headline(decided, decided['ship'])} {decided['why']}"])
+    columns = [max(map(cells, column)) for column in zip(*lines, strict=True)]
+    # Words begin on the left of their column, figures end on the right.
+    written = [
+        "  ".join(
+            text + gap if number in (0, len(heads) - 1) else gap + text
+            for number, (text, width) in enumerate(zip(line, columns, strict=True))
+            for gap in [" " * (width - cells(text))]
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*written, f"{headline(decided, decided['ship'])} {decided['why']}"])
+
+
+def cells(text: str) -> int:
+    """How many places of a terminal a text takes.
+
+    Examples
+    --------
+    >>> cells("F1"), cells("判定")
+    (2, 4)
+    """
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
 
 
 def headline(decided: dict[str, Any], shipped: str) -> str:
@@ -386,11 +431,9 @@ def headline(decided: dict[str, Any], shipped: str) -> str:
     ----------
     shipped : what a reader calls the method that is to be shipped, or is the highest seen
     """
-    if decided["established"]:
-        return f"Ship {shipped}."
-    return (
-        f"No decision: {decided['n']:,} test rows can't show a loss below {decided['margin']:g}; "
-        f"{shipped} is the highest seen."
+    name = "ship" if decided["established"] else "none"
+    return phrase(
+        decided["language"], name, shipped=shipped, n=decided["n"], margin=decided["margin"]
     )
 
 
