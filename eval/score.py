@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import sha256_file, sha256_json
+from letterhead.files import model_identity, sha256_file, sha256_json
 from letterhead.models import checkpoints
 from letterhead.models.prompt import PromptEncoder, load_scoring_encoder, prompt_inputs
 from letterhead.models.scoring import load_decoder, score_in_parts
@@ -79,6 +79,9 @@ def score_model(
         p.name: stage_files.get(str(p)) or sha256_file(p)
         for p in sorted(folder.glob("*.safetensors"))
     }
+    if (base := checkpoints.base_of(folder)) != folder:
+        weights |= {"base": model_identity(base)}
+        weights |= {checkpoints.ADAPTER: sha256_file(folder / checkpoints.ADAPTER)}
     name, scored = f"{method}@{step}", {}
     how, with_end = experiment.eval.score, experiment.prompt.options == "names"
     with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:

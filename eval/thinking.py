@@ -18,6 +18,7 @@ import torch
 from letterhead.config.experiment import Experiment
 from letterhead.files import whole_lines
 from letterhead.models.answers import read_answer
+from letterhead.models.classifier import whole_model
 from letterhead.models.precision import precision
 from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.runs import results
@@ -223,7 +224,7 @@ def _generate_vllm(
     workers.unload()
     gc.collect()
     torch.cuda.empty_cache()
-    tokens = experiment.eval.thinking.tokens
+    tokens, folder = experiment.eval.thinking.tokens, whole_model(folder, experiment.labels, False)
     server = service.VllmServer(
         folder,
         "generate",

@@ -36,6 +36,8 @@ from letterhead.rows.splits import draw_decoder_rows, draw_splits
 from letterhead.runs.stage import OFFLINE, StageRun, run
 from letterhead.runs.terminal import progress, say
 
+LEAST_LORA_RATE = 5e-5  # with less an adapter hardly moves
+
 FILES = (
     *(f"{split}.jsonl" for split in (*SPLITS, "decoder_train", "sft_train", "sft_validation")),
     "dataset_info.json",
@@ -98,7 +100,26 @@ def main(experiment: Experiment) -> None:
     )
     if card["rows"]["test"]:
         say(evidence(experiment, card))
+    for key, rate in low_rates(experiment).items():
+        say(
+            f"{key} is {rate:g}, a rate of full tuning; an adapter wants some ten times that "
+            f"({LEAST_LORA_RATE:g} or more)"
+        )
     check_examples(experiment)
+
+
+def low_rates(experiment: Experiment) -> dict[str, float]:
+    """Key → learning rate of each adapter's training whose rate is so low that it hardly moves."""
+    decoder, encoder = experiment.decoder, experiment.encoder
+    rates = {"decoder.sft": (decoder.sft.lora, decoder.sft.arguments().get("learning_rate"))}
+    heads = {"decoder.head": decoder.head, "decoder.sft_options": decoder.sft_options}
+    heads |= {"encoder.head": encoder.head}
+    rates |= {key: (head.lora, head.learning_rate) for key, head in heads.items() if head}
+    return {
+        f"{key}: its learning_rate": float(rate)
+        for key, (lora, rate) in rates.items()
+        if lora and rate is not None and float(rate) < LEAST_LORA_RATE
+    }
 
 
 def check_examples(experiment: Experiment) -> None:

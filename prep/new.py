@@ -296,13 +296,10 @@ def choose_balance(experiment: Experiment) -> tuple[str, str] | None:
 
 def foretell(experiment: Experiment) -> str:
     """How long the report of prepared data will take, where that is known, and how much disk."""
-    from letterhead.plan.memory import parameter_count
-
     card = read_json(experiment.data_folder / "data_card.json")
     seconds = stage_seconds(experiment, card)
-    decoder = parameter_count(experiment.decoder.folder)
-    encoder = parameter_count(experiment.encoder.folder, len(experiment.labels))
-    peaks = stage_bytes(experiment, decoder, encoder, card["shared"]["sft_rows"])
+    folders = {"decoder": experiment.decoder.folder, "encoder": experiment.encoder.folder}
+    peaks = stage_bytes(experiment, folders, card["shared"]["sft_rows"])
     takes = [minutes(sum(seconds.values()))] if seconds else []
     return ", ".join([*takes, f"{sum(peaks.values()) / 1e9:.1f} GB of disk at the most"])
 

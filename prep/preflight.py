@@ -391,7 +391,8 @@ def disk(plan: Plan) -> str:
         needs.parameter_count(plan.folder("decoder")),
         needs.parameter_count(plan.folder("encoder"), classes),
     )
-    peaks = stage_bytes(plan.experiment, decoder, encoder, plan.n.get("decoder", 100_000))
+    folders = {name: plan.folder(name) for name in ("decoder", "encoder")}
+    peaks = stage_bytes(plan.experiment, folders, plan.n.get("decoder", 100_000))
     needed = {}
     for (
         stage,
@@ -427,15 +428,15 @@ def memory(plan: Plan) -> str:
     arguments, classes = plan.experiment.sft_arguments(), len(plan.experiment.labels)
     checkpointing, n = not arguments.get("disable_gradient_checkpointing"), devices.process_count()
     batch, accumulation = step_of(arguments)
-    trainings = {
-        "SFT": ("sft", "decoder", batch, accumulation, None, checkpointing, "decoder.sft.overrides")
-    }
+    key, lora = "decoder.sft.overrides", plan.experiment.decoder.sft.lora
+    trainings = {"SFT": ("sft", "decoder", batch, accumulation, None, checkpointing, key, lora)}
     for title, (inputs, name, head, key) in plan.heads().items():
         step = head.per_device_train_batch_size, head.gradient_accumulation_steps
-        trainings[title] = (inputs, name, *step, classes, False, key)
+        trainings[title] = (inputs, name, *step, classes, False, key, head.lora)
     free = min(torch.cuda.mem_get_info(i)[0] for i in range(n)) if _gpu() else GPU_GIB << 30
     findings, mends = [], []
-    for title, (inputs, name, batch, accumulation, outputs, checkpointed, key) in trainings.items():
+    for title, training in trainings.items():
+        inputs, name, batch, accumulation, outputs, checkpointed, key, lora = training
         length, how = plan.longest(inputs)
         half = (
             bool(arguments.get("bf16", True)) if title == "SFT" else True
@@ -443,7 +444,7 @@ def memory(plan: Plan) -> str:
         batch, accumulation = devices.share_batch(batch, accumulation, n, key)
         needed = {
             rows: needs.training_memory(
-                plan.folder(name), rows, length, half, outputs, checkpointed
+                plan.folder(name), rows, length, half, outputs, checkpointed, lora
             )
             for rows in range(1, batch + 1)
             if not batch % rows

@@ -45,7 +45,7 @@ def sft(given: dict) -> None:
     arguments = {
         "stage": "sft",
         "do_train": True,
-        "finetuning_type": "full",
+        "finetuning_type": "lora" if "lora" in given else "full",
         "dataset_dir": ".",
         "dataset": "rows",
     }
@@ -61,13 +61,15 @@ def sft(given: dict) -> None:
     }
     arguments |= {"output_dir": "made", "save_strategy": "no", "report_to": "none", "max_steps": 2}
     arguments |= {"per_device_train_batch_size": given["batch"], "gradient_accumulation_steps": 2}
+    arguments |= {f"lora_{key}": value for key, value in given.get("lora", {}).items()}
     run_exp(arguments, callbacks=[Peak()])
 
 
 def head(given: dict) -> None:
     """Two optimizer steps of two batches each of a head, on rows of one length."""
-    from letterhead.config.models import Head
+    from letterhead.config.models import Head, Lora
     from letterhead.models import heads
+    from letterhead.models.adapters import with_adapter
 
     n = 4 * given["batch"]
     ids = np.random.default_rng(0).integers(1000, 3000, size=(n, given["length"])).tolist()
@@ -86,6 +88,8 @@ def head(given: dict) -> None:
     arguments.report_to = []
     heads.attention = lambda: "sdpa"  # as on a GPU, for which the estimate is
     model = heads.load_head(Path(given["model"]), ["no", "yes"])
+    if "lora" in given:
+        model = with_adapter(model, Lora(**given["lora"]), Path(given["model"]))
     trainer = heads.HeadTrainer(model, arguments, heads.load_tokenizer(Path(given["model"])), rows)
     trainer.add_callback(Peak())
     trainer.train()

@@ -49,8 +49,8 @@ def test_shipped_experiments_are_valid_and_complete(monkeypatch, name):
             "model is model/other, but .*full_sft.yaml trains model/SmolLM2-135M-Instruct",
         ),
         (
-            "decoder.sft.overrides.finetuning_type=lora",
-            "must say stage: sft and finetuning_type: full",
+            "decoder.sft.overrides.finetuning_type=freeze",
+            "must say stage: sft and finetuning_type: full or lora",
         ),
         ("prompt.options=numbers", "prompt.options: Input should be 'letters' or 'names'"),
         ("data.labels=[a,b]", "cannot be read as YAML with SET"),

@@ -24,6 +24,7 @@ from transformers import (
 
 import prep.preflight
 from letterhead.config.experiment import load_experiment
+from letterhead.config.models import Lora
 from letterhead.models import checkpoints
 from letterhead.plan import memory as needs
 from letterhead.rows.fetch import is_there
@@ -50,6 +51,16 @@ SHAPES = {
         "qwen3",
         {**SMALL, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 12},
         {"kind": "sft", "batch": 4, "length": 300, "checkpointing": True},
+    ),
+    "llama, SFT, adapter": (
+        "llama",
+        {**SMALL, "num_key_value_heads": 3},
+        {"kind": "sft", "batch": 8, "length": 200, "lora": {"rank": 8}},
+    ),
+    "bert, head, adapter": (
+        "bert",
+        {**SMALL, "num_hidden_layers": 12},
+        {"kind": "head", "batch": 24, "length": 128, "lora": {"rank": 8}},
     ),
     "bert, head": (
         "bert",
@@ -99,9 +110,9 @@ def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(
         if line.startswith('{"peak"')
     )
     classes = None if how["kind"] == "sft" else 2
-    said = needs.training_memory(
-        Path("model"), how["batch"], how["length"], how["half"], classes, how["checkpointing"]
-    )
+    lora = Lora(**how["lora"]) if "lora" in how else None
+    sizes = how["batch"], how["length"], how["half"]
+    said = needs.training_memory(Path("model"), *sizes, classes, how["checkpointing"], lora)
     print(
         f"\n{name}: measured {measured / checkpoints.GIB:.2f} GiB, estimated {said}, "
         f"ratio {said.total / measured:.2f}"

@@ -5,10 +5,12 @@ python -m train.grpo --experiment quick
 """
 
 import os
+from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints
+from letterhead.models.classifier import whole_model
 from letterhead.models.precision import precision
 from letterhead.models.prompt import load_prompt_encoder
 from letterhead.pipeline import GRPO_TRAINING, SFT
@@ -47,7 +49,8 @@ def main(experiment: Experiment) -> None:
             )
         dtype = precision(experiment.decoder.dtype, experiment.decoder.folder)
         arguments = grpo.arguments(settings, folder, experiment.seed, dtype)
-        trainer = grpo.trainer(start.model, encoder, asked, settings, arguments)
+        whole = whole_model(Path(start.model), experiment.labels, has_head=False)
+        trainer = grpo.trainer(whole, encoder, asked, settings, arguments)
         trainer.add_callback(Clock(stage.folder / CLOCK))
         state = read_json(resume / "trainer_state.json") if resume else {"global_step": 0}
         if state["global_step"] < settings.steps:

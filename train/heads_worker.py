@@ -24,6 +24,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.files import read_json, write_json
 from letterhead.models import checkpoints, heads
+from letterhead.models.adapters import adapter_parameters, with_adapter
 from letterhead.models.callbacks import has_ended
 from letterhead.models.folding import load_folded
 from letterhead.models.precision import precision
@@ -56,7 +57,10 @@ def fit(
     clock_file = folder.with_name(CLOCK)
     head = trained.head(experiment).model_copy(update={"learning_rate": rate})
     source = trained.section(experiment).folder
-    needed = checkpoints.head_disk(checkpoints.stored_parameters(source))
+    written = checkpoints.stored_parameters(source)
+    if head.lora:
+        written = adapter_parameters(source, head.lora)
+    needed = checkpoints.head_disk(written)
     checkpoints.require_disk(folder, needed, f"the training of {method}")
     splits = {split: results.read_rows(experiment, split) for split in results.SPLITS}
     splits = {split: rows_of_split for split, rows_of_split in splits.items() if rows_of_split}
@@ -137,15 +141,16 @@ def new_trainer(
     # they are loaded here.
     tokenizer = heads.load_tokenizer(source)
     encoder = row_encoder(experiment, method, tokenizer)
-    if method.reads_prompt:
-        model = (
-            heads.load_head(resume, experiment.labels)
-            if resume
-            else load_folded(experiment, encoder.prompt)
-        )
-    else:
+    # An adapter is read by the Trainer itself; its base is loaded here.
+    whole = None if head.lora else resume
+    if not method.reads_prompt:
         heads.require_length(source, head.max_length, key)
-        model = heads.load_head(resume or source, experiment.labels, new_head=not resume)
+    if method.reads_prompt and not whole:
+        model = load_folded(experiment, encoder.prompt)
+    else:
+        model = heads.load_head(whole or source, experiment.labels, new_head=not whole)
+    if head.lora:
+        model = with_adapter(model, head.lora, source)
     sets = {
         name: heads.encoded(
             rows_of_split,

@@ -68,7 +68,11 @@ def main(experiment: Experiment) -> None:
         [
             file
             for path in whole
-            for file in (*sorted(path.glob("*.safetensors")), path / "trainer_state.json")
+            for file in (
+                *sorted(path.glob("*.safetensors")),
+                *path.glob(checkpoints.ADAPTER),
+                path / "trainer_state.json",
+            )
         ],
         headline=f"checkpoints at steps "
         f"{', '.join(str(checkpoints.step_of(path)) for path in whole)}",
@@ -134,13 +138,23 @@ def train(
             'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
         )
     saves = len(sft_plan(experiment, sft_rows(experiment))[1])
-    needed = checkpoints.sft_disk(checkpoints.stored_parameters(experiment.decoder.folder), saves)
+    needed = checkpoints.sft_disk(trained_parameters(experiment), saves)
     checkpoints.require_disk(Path(arguments["output_dir"]), needed, "SFT")
     more: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
     if resume:
         print(f"resuming from {resume}")
         more["resume_from_checkpoint"] = str(resume)
     run_llamafactory(experiment, experiment.sft_folder / CLOCK, lock, more)
+
+
+def trained_parameters(experiment: Experiment) -> int:
+    """How many parameters SFT writes: the model's, or its adapter's."""
+    folder = experiment.decoder.folder
+    if experiment.decoder.sft.lora is None:
+        return checkpoints.stored_parameters(folder)
+    from letterhead.models.adapters import adapter_parameters
+
+    return adapter_parameters(folder, experiment.decoder.sft.lora)
 
 
 def run_llamafactory(experiment: Experiment, clock: Path, lock: int, more: dict[str, Any]) -> None:
@@ -182,7 +196,7 @@ def trial_loss(experiment: Experiment, rate: float, stage: StageRun) -> float:
     """
     folder = stage.folder / "trial"
     shutil.rmtree(folder, ignore_errors=True)
-    stored = checkpoints.FLOAT * checkpoints.stored_parameters(experiment.decoder.folder)
+    stored = checkpoints.FLOAT * trained_parameters(experiment)
     checkpoints.require_disk(folder, stored, "a trial of SFT")
     more = experiment.sft_validated() | {
         "output_dir": str(folder),

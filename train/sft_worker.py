@@ -15,6 +15,7 @@ if __name__ == "__main__":
     begin_worker()
 
 import torch
+from peft import PeftModel
 from torch.nn import functional
 from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
@@ -81,6 +82,8 @@ class LessWork(TrainerCallback):
     IGNORED = -100  # HF's label of a position without loss
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
         if model.config._attn_implementation == "eager" and not torch.cuda.is_available():
             model.set_attn_implementation(attention())
         plain = model.forward

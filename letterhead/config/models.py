@@ -48,6 +48,14 @@ def _named_in_a_file(model: Any) -> Any:
     )
 
 
+# LLaMA-Factory's keys that would change what a checkpoint is, and why they are refused
+NOT_WITH_US = {
+    "adapter_name_or_path": "name the model that it makes with its base (decoder.model)",
+    "additional_target": "an adapter's base keeps its embeddings and projection",
+    "pissa_init": "it changes the base, which is not saved",
+    "quantization_bit": "a quantised base is not what would be served",
+}
+
 # hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path on disk, or parts, which may stand
 # in a file of their own
 Model = Annotated[str | Parts, BeforeValidator(_named_in_a_file)]
@@ -89,6 +97,23 @@ class Search(Section):
         return self
 
 
+class Lora(Section):
+    """A low-rank adapter (Hu et al. 2021) that is trained in place of the whole model. The defaults
+    are LLaMA-Factory's."""
+
+    rank: Count = Field(8, description="The rank of the adapter's matrices.")
+    alpha: Count | None = Field(
+        None,
+        description="Their product is multiplied by alpha over rank. null is twice the rank.",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0, description="The dropout in front of the adapter."
+    )
+    targets: Literal["all"] | list[str] = Field(
+        "all", description="Which linear layers get one: their names, or all of them."
+    )
+
+
 class Sft(Section):
     """The LLaMA-Factory YAML that trains the decoder, and keys that override it."""
 
@@ -119,6 +144,20 @@ class Sft(Section):
         ValueError : no such file, or not a mapping
         """
         return read_mapping(self.config) | self.overrides
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter that SFT trains, or None where it trains the whole model."""
+        arguments = self.arguments()
+        if arguments.get("finetuning_type") != "lora":
+            return None
+        found = {
+            key: arguments[f"lora_{key}"]
+            for key in ("rank", "alpha", "dropout")
+            if arguments.get(f"lora_{key}") is not None
+        }
+        targets = str(arguments.get("lora_target", "all"))
+        return Lora(targets="all" if targets == "all" else targets.split(","), **found)
 
 
 class Head(Section):
@@ -168,6 +207,10 @@ class Head(Section):
 
     search: Search | None = Field(
         None, description="Whether the learning rate is searched on validation rows first."
+    )
+
+    lora: Lora | None = Field(
+        None, description="Whether an adapter is trained, and the head, in place of the model."
     )
 
     @model_validator(mode="after")
@@ -222,9 +265,21 @@ class Decoder(Section):
         for key in ("model_name_or_path", "template", "cutoff_len", "dataset", "output_dir"):
             if key not in arguments:
                 raise ValueError(f"sft: {self.sft.config} lacks {key}")
-        if arguments.get("stage") != "sft" or arguments.get("finetuning_type") != "full":
+        if arguments.get("stage") != "sft" or arguments.get("finetuning_type") not in (
+            "full",
+            "lora",
+        ):
             raise ValueError(
-                f"sft: {self.sft.config} must say stage: sft and finetuning_type: full"
+                f"sft: {self.sft.config} must say stage: sft and finetuning_type: full or lora"
+            )
+        if given := [key for key in NOT_WITH_US if arguments.get(key)]:
+            raise ValueError(f"sft: {given[0]} is not supported; {NOT_WITH_US[given[0]]}")
+        if (lora := self.sft.lora) and (
+            named := {"lm_head", "embed_tokens", "output"} & set(lora.targets)
+        ):
+            raise ValueError(
+                f"sft: lora_target names {named.pop()}, whose rows are the options' scores; leave "
+                f"it out"
             )
         path = arguments["model_name_or_path"]
         if not is_fetched(self.model) and Path(self.model) != Path(path):

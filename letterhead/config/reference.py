@@ -23,12 +23,19 @@ LONGEST_DEFAULT = 60
 
 def reference() -> str:
     """The page, in Markdown."""
-    return HEAD + "".join(tables(Experiment, ""))
+    return HEAD + "".join(tables(Experiment, "", set()))
 
 
-def tables(section: type[Section], path: str) -> list[str]:
-    """The table of a section's keys, and those of the sections in it."""
+def tables(section: type[Section], path: str, shown: set[type[Section]]) -> list[str]:
+    """The table of a section's keys, and those of the sections in it; one that several keys may
+    hold has its table once, if it may also be left out.
+
+    Parameters
+    ----------
+    shown : the sections that have one already; this one is added
+    """
     rows, below = [], []
+    shown.add(section)
     for name, field in section.model_fields.items():
         inner = section_of(field)
         if inner is None or name == "model" or field.description:
@@ -43,7 +50,10 @@ def tables(section: type[Section], path: str) -> list[str]:
                 f"| `{path}{name}` | {default} | {description.replace('|', chr(92) + '|')} |"
             )
         else:
-            below += tables(inner, f"{path}{name}.")
+            below += tables(inner, f"{path}{name}.", shown)
+            continue
+        if inner and name != "model" and inner not in shown:
+            below += tables(inner, f"{path}{name}.", shown)
     title = path.rstrip(".") or "The experiment"
     summary = " ".join((section.__doc__ or "").split())
     table = (

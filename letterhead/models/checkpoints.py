@@ -20,6 +20,7 @@ from letterhead.files import LetterheadError, read_json
 
 FLOAT = 4  # bytes of a float32, in which all weights are trained and saved
 GIB = 1 << 30
+ADAPTER = "adapter_config.json"  # peft's, beside an adapter's weights
 # How the architectures of language models end
 # What the last layer of a sequence classifier is called, and of a SentenceTransformer that ends in
 # one
@@ -55,7 +56,10 @@ def require_model(folder: Path) -> None:
     ------
     LetterheadError : no folder, no config, no safetensors, or one that is cut off
     """
-    if not (folder / "config.json").is_file():
+    base = base_of(folder)
+    if base != folder:
+        require_model(base)
+    elif not (folder / "config.json").is_file():
         raise LetterheadError(
             f"{folder}: no checkpoint there (no config.json); train it, or name another"
         )
@@ -67,6 +71,13 @@ def require_model(folder: Path) -> None:
     for file in weights:
         if reason := safetensors_error(file):
             raise LetterheadError(f"{file}: cut off: {reason}; delete the folder and make it again")
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the model that a folder's adapter is added to; a folder without an adapter is
+    its own."""
+    settings = read_json(folder / ADAPTER)
+    return Path(settings["base_model_name_or_path"]) if settings else folder
 
 
 def require_language_model(folder: Path) -> None:

@@ -115,7 +115,28 @@ def model_folder(experiment: Experiment, name: str) -> Path:
             f"{name}: no whole checkpoint; {folder} holds steps {', '.join(kept) or 'none'}"
         )
     _require_same_reading(experiment, name, method)
-    return folder / f"checkpoint-{step}"
+    return whole_model(folder / f"checkpoint-{step}", experiment.labels, bool(method.settings))
+
+
+def whole_model(folder: Path, labels: Sequence[str], has_head: bool) -> Path:
+    """The folder of a checkpoint's whole model: one that holds an adapter is merged with its base
+    once, and written.
+
+    Raises
+    ------
+    LetterheadError : there is no room for it
+    """
+    if checkpoints.base_of(folder) == folder:
+        return folder
+    from letterhead.models import adapters, heads
+    from letterhead.models.scoring import load_decoder
+
+    def load(folder: Path):
+        if has_head:
+            return heads.load_head(folder, labels)
+        return load_decoder(folder, "float32", packed=False)
+
+    return adapters.write_merged(folder, load)
 
 
 def _require_same_reading(experiment: Experiment, name: str, method: Method) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from peft import PeftModel
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 from torch.utils.data import SequentialSampler
@@ -33,8 +34,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError
+from letterhead.models.adapters import load_merged, merged
 from letterhead.models.callbacks import StepBar, StopAtDivergence, StopWithoutGain, diverged
-from letterhead.models.checkpoints import prune_optimizer_states, require_model
+from letterhead.models.checkpoints import base_of, prune_optimizer_states, require_model
 from letterhead.models.cpu import attention, pack, quicken_dropout, use_onednn
 from letterhead.models.precision import cast, project_in_float32
 from letterhead.models.prompt import TextEncoder
@@ -45,8 +47,8 @@ RESUMABLE_EVERY = 4
 
 
 def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> PreTrainedModel:
-    """Load a model with a linear head, in float32; a folder without a head gets a new one, random
-    by torch's seed.
+    """Load a model with a linear head, in float32, merged with its adapter where the folder holds
+    one; a folder without a head gets a new one, random by torch's seed.
 
     Parameters
     ----------
@@ -58,6 +60,9 @@ def load_head(folder: Path, labels: Sequence[str], new_head: bool = False) -> Pr
     LetterheadError : no model there, or one that is cut off
     """
     require_model(folder)
+    base = base_of(folder)
+    if base != folder:  # an adapter, and in it the head
+        return load_merged(load_head(base, labels, new_head=True), folder)
     names = dict(enumerate(labels))
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         folder,
@@ -427,6 +432,8 @@ class HeadTrainer(Trainer):
         model, rows = copy.deepcopy(self.model, views), self.eval_dataset[split]
         for wrapped in ("forward", "_original_forward"):  # accelerate's, which computes in autocast
             vars(model).pop(wrapped, None)
+        if isinstance(model, PeftModel):
+            model = merged(model)
         model = for_inference(model, "bfloat16" if self.args.bf16 else "float32")
         logits = class_logits(
             model,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from letterhead.models.checkpoints import require_model
+from letterhead.models.checkpoints import base_of, require_model
 from letterhead.models.cpu import attention, pack, use_onednn
 from letterhead.models.precision import cast, precision
 from letterhead.models.prompt import Answer
@@ -146,8 +146,8 @@ class OptionTree:
 
 
 def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedModel:
-    """Load a decoder for scoring: safetensors only, on the GPU if there is one; on a CPU with
-    packed linear layers.
+    """Load a decoder for scoring, merged with its adapter where the folder holds one: safetensors
+    only, on the GPU if there is one; on a CPU with packed linear layers.
 
     `dtype` is float32, bfloat16 or auto (see `precision`); the last projection is float32 in each.
 
@@ -157,15 +157,20 @@ def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedMod
     """
     require_model(folder)
     use_onednn()
+    base = base_of(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
+        base,
         dtype=torch.float32,
         attn_implementation=attention(),
         use_safetensors=True,
         trust_remote_code=False,
     )
+    if base != folder:
+        from letterhead.models.adapters import load_merged
+
+        model = load_merged(model, folder)
     model = (
-        cast(model, precision(dtype, folder))
+        cast(model, precision(dtype, base))
         .to("cuda" if torch.cuda.is_available() else "cpu")
         .eval()
     )

@@ -13,6 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from letterhead.config.models import Lora
+from letterhead.models.adapters import adapted, adapter_parameters
 from letterhead.models.checkpoints import FLOAT, GIB
 
 HALF = 2  # bytes of a bfloat16
@@ -61,8 +63,9 @@ def training_memory(
     half: bool,
     classes: int | None = None,
     checkpointing: bool = False,
+    lora: Lora | None = None,
 ) -> Memory:
-    """The memory of full fine-tuning.
+    """The memory of fine-tuning, full or, with `lora`, of an adapter.
 
     Parameters
     ----------
@@ -73,12 +76,18 @@ def training_memory(
         position
     checkpointing : only what goes into each layer is saved, and the rest computed anew (gradient
         checkpointing)
+    lora : the base of a language model then has bfloat16 weights where `half`, as LLaMA-Factory
+        loads it, and that of a classifier float32
     """
+    stored = torch.bfloat16 if lora and half and classes is None else torch.float32
+    whole, *few = (_model(folder, classes, layers, lora, stored) for layers in (None, 1, 2))
     with FakeTensorMode():
-        one, two = (_model(folder, classes, layers) for layers in (1, 2))
-        saved_one, saved_two = (_saved_bytes(model, batch, length, half) for model in (one, two))
-        whole = _model(folder, classes, None)
-    config, parameters = whole.config, sum(parameter.numel() for parameter in whole.parameters())
+        saved_one, saved_two = (
+            _saved_bytes(_as_fakes(model), batch, length, half) for model in few
+        )
+    base = whole.get_base_model() if lora else whole
+    config, trained = base.config, adapter_parameters(folder, lora) if lora else 0
+    parameters = sum(parameter.numel() for parameter in whole.parameters()) - trained
     layers, layer = config.num_hidden_layers, saved_two - saved_one
     outputs = (
         batch
@@ -93,15 +102,16 @@ def training_memory(
     if checkpointing:
         saved = layers * batch * length * config.hidden_size * FLOAT + outside
         linear = (
-            m.weight.numel() for m in whole.base_model.modules() if isinstance(m, torch.nn.Linear)
+            m.weight.numel() for m in base.base_model.modules() if isinstance(m, torch.nn.Linear)
         )
         casts = (
-            HALF * sum(linear) if half else 0
+            HALF * sum(linear) if half and stored is torch.float32 else 0
         )  # autocast keeps them to the end of the forward pass
+    learnt = trained or parameters
     at_once = {
-        "weights": FLOAT * parameters,
-        "gradients": FLOAT * parameters,
-        "optimizer": 2 * FLOAT * parameters,
+        "weights": stored.itemsize * parameters + FLOAT * trained,
+        "gradients": FLOAT * learnt,
+        "optimizer": 2 * FLOAT * learnt,
     }
     largest = max(parameter.numel() for parameter in whole.parameters())
     if classes is None:  # the projection's gradient comes first, by way of its cast's
@@ -117,15 +127,21 @@ def training_memory(
         Memory(
             **at_once, activations=saved + layer, logits=0, casts=0
         ),  # the last layer's gradient
-        Memory(
-            **at_once, **of_largest, logits=0
-        ),  # the largest weight's gradient, before it is added
     ]
+    if not lora:  # the largest weight's gradient, before it is added
+        moments.append(Memory(**at_once, **of_largest, logits=0))
     return max(moments, key=lambda memory: memory.total)
 
 
-def _model(folder: Path, classes: int | None, layers: int | None):
-    """The architecture on tensors without storage, with so many layers (None: its own)."""
+def _model(
+    folder: Path,
+    classes: int | None,
+    layers: int | None,
+    lora: Lora | None = None,
+    dtype: torch.dtype = torch.float32,
+):
+    """The architecture on tensors without storage, with so many layers (None: its own), and with an
+    adapter."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.use_cache = False
     if layers is not None:
@@ -139,8 +155,28 @@ def _model(folder: Path, classes: int | None, layers: int | None):
             classes,
             0,
         )
-    with torch.device("meta" if layers is None else "cpu"):
-        return kind.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return adapted(model, lora) if lora else model
+
+
+def _as_fakes(model: torch.nn.Module) -> torch.nn.Module:
+    """A model on the meta device as one on the CPU, in place, by the fake mode that is active; tied
+    weights stay tied."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        made[id(tensor)] = torch.nn.Parameter(
+                            made[id(tensor)], tensor.requires_grad
+                        )
+                tensors[name] = made[id(tensor)]
+    return model
 
 
 def _saved_bytes(model, batch: int, length: int, half: bool) -> int:

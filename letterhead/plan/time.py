@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from letterhead.config.experiment import Experiment
-from letterhead.config.models import Head, Search
+from letterhead.config.models import Head, Lora, Search
 from letterhead.models.checkpoints import head_disk, sft_disk
 from letterhead.models.llamafactory import planned_steps, sft_plan, step_of
 from letterhead.pipeline import (
@@ -66,7 +66,8 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
             head.num_train_epochs,
             head.eval_steps,
         )
-        passed = head.num_train_epochs * n * 3 / training + len(evaluated) * to_score / scoring
+        passed = head.num_train_epochs * n * passes(head.lora) / training
+        passed += len(evaluated) * to_score / scoring
         once = START_S + 2 * parameters * min(length, head.max_length) * passed
         return once + searching(head.search, once)
 
@@ -79,7 +80,8 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
         min(experiment.eval.thinking.rows or rows["test"], rows["test"])
         * experiment.eval.thinking.tokens
     )
-    sft = 2 * START_S + 3 * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt / training
+    work = passes(experiment.decoder.sft.lora) * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt
+    sft = 2 * START_S + work / training
     found = {
         SFT_TRAINING.name: sft + searching(experiment.decoder.sft.search, sft),
         EVAL_CKPTS.name: START_S
@@ -109,24 +111,40 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
     return found | {stage.name: seconds for stage, seconds in closing.items()}
 
 
+def passes(lora: Lora | None) -> int:
+    """How many times the work of a forward pass a training step is: the gradients of inputs and of
+    weights are one each, and an adapter's weights are few."""
+    return 2 if lora else 3
+
+
 def searching(search: Search | None, once: float) -> float:
     """Seconds of the trials of a search, each of them a training of `once` seconds."""
     return min(search.trials * once, search.seconds + once) if search else 0.0
 
 
-def stage_bytes(experiment: Experiment, decoder: int, encoder: int, rows: int) -> dict[str, int]:
+def stage_bytes(experiment: Experiment, folders: dict[str, Path], rows: int) -> dict[str, int]:
     """Bytes on disk at the peak of each training.
 
     Parameters
     ----------
-    decoder, encoder : parameters of each
+    folders : of `decoder` and `encoder`, with their config.json; weights need not be there
     rows : that SFT learns from
     """
-    peaks = {SFT_TRAINING.name: sft_disk(decoder, len(sft_plan(experiment, rows)[1]))}
+    from letterhead.models.adapters import adapter_parameters
+    from letterhead.plan.memory import parameter_count
+
+    classes = {"decoder": None, "encoder": len(experiment.labels)}
+    whole = {name: parameter_count(folder, classes[name]) for name, folder in folders.items()}
+
+    def trained(name: str, lora: Lora | None) -> int:
+        return adapter_parameters(folders[name], lora) if lora else whole[name]
+
+    saves = len(sft_plan(experiment, rows)[1])
+    peaks = {SFT_TRAINING.name: sft_disk(trained("decoder", experiment.decoder.sft.lora), saves)}
     for method in METHODS.values():
         is_trained = experiment.decoder.train_rows is not None if method.rows == ALL else True
-        if method.settings and method.head(experiment) and is_trained:
-            peaks[method.trained_by] = head_disk(encoder if method.model == "encoder" else decoder)
+        if method.settings and (head := method.head(experiment)) and is_trained:
+            peaks[method.trained_by] = head_disk(trained(method.model, head.lora))
     return peaks
 
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import source_name
 from letterhead.files import LetterheadError, atomic_open, escape_markdown, read_json
-from letterhead.pipeline import ALL, method_of
+from letterhead.pipeline import ALL, Method, method_of
 from letterhead.runs import contenders, results
 from letterhead.runs.results import Result
 
@@ -75,7 +75,7 @@ def write_card(
         f"{counts['test']:,} to measure on.{twice}",
         "## Model",
         f"{escape_markdown(source)}, {training}, seed {experiment.seed}. "
-        f"The experiment is in {EXPERIMENT}.",
+        f"{adapter_in_words(experiment, method)}The experiment is in {EXPERIMENT}.",
         *(
             [f"Its last layer is divided by the temperature that validation rows say, {at:.2f}."]
             if (at := contenders.temperature_of(experiment, name))
@@ -92,6 +92,20 @@ def write_card(
     with atomic_open(folder / "README.md") as file:
         file.write("\n\n".join(paragraphs) + "\n")
     return folder / "README.md"
+
+
+def adapter_in_words(experiment: Experiment, method: Method) -> str:
+    """The adapter that a method trained, which is merged with its base here; nothing for a method
+    that trains the whole model."""
+    head = method.settings and method.head(experiment)
+    lora = head.lora if head else experiment.decoder.sft.lora if method.has_steps else None
+    if lora is None:
+        return ""
+    targets = "all linear layers" if lora.targets == "all" else ", ".join(lora.targets)
+    return (
+        f"A low-rank adapter was trained and is merged with its base: rank {lora.rank}, alpha "
+        f"{lora.alpha or 2 * lora.rank}, to {escape_markdown(targets)}. "
+    )
 
 
 def shown_source(experiment: Experiment) -> str:

@@ -1,0 +1,98 @@
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685), by peft: one that a head is trained
+with, and the whole model that an adapter makes with its base.
+
+What is scored is the merged model, as it is exported and served: the adapter is added to float32
+weights, and the sum is cast.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, PreTrainedModel
+
+from letterhead.config.models import Lora
+from letterhead.files import atomic_folder, model_identity, read_json, write_json
+from letterhead.models.checkpoints import FLOAT, base_of, require_disk, stored_parameters
+from letterhead.models.cpu import linear_shapes
+
+MADE_FROM = "merged_from.json"
+
+
+def adapted(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """A model of which an adapter is trained, and of a sequence classifier its head.
+
+    A pooler is trained whole: some encoders are shipped without one and get a random one, which
+    nobody could load again.
+    """
+    kept = None
+    if model.get_output_embeddings() is None:
+        kept = [
+            name
+            for name, module in model.named_children()
+            if name != model.base_model_prefix and any(True for _ in module.parameters())
+        ]
+        kept += ["pooler"] if getattr(model.base_model, "pooler", None) is not None else []
+    settings = LoraConfig(
+        task_type="SEQ_CLS" if kept else "CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha or 2 * lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if lora.targets == "all" else lora.targets,
+        modules_to_save=kept,
+    )
+    return get_peft_model(model, settings)
+
+
+def with_adapter(model: PreTrainedModel, lora: Lora, base: Path) -> PeftModel:
+    """A sequence classifier of which an adapter and the head are trained.
+
+    Parameters
+    ----------
+    model : in float32
+    base : the folder that its other weights came from
+    """
+    trained = adapted(model, lora)
+    trained.peft_config["default"].base_model_name_or_path = str(base)
+    return trained
+
+
+def adapter_parameters(folder: Path, lora: Lora) -> int:
+    """How many parameters an adapter to all linear layers of a model has (one to fewer has
+    fewer)."""
+    shapes = linear_shapes(folder).items()
+    return sum(number * lora.rank * (width + height) for (width, height), number in shapes)
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The whole model. Its weights are new tensors, so those of the base may be shared."""
+    return model.merge_and_unload(safe_merge=True)
+
+
+def load_merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A base in float32 with the adapter of a folder added to it."""
+    return merged(PeftModel.from_pretrained(base, folder))
+
+
+def write_merged(folder: Path, load: Callable[[Path], PreTrainedModel]) -> Path:
+    """The folder of the whole model that a folder's adapter makes, written where it is not there
+    yet.
+
+    Parameters
+    ----------
+    load : gives the merged model in float32
+
+    Raises
+    ------
+    LetterheadError : there is no room for it
+    """
+    base = base_of(folder)
+    target = folder.parent.with_name("merged") / folder.name
+    made_from = {"adapter": model_identity(folder), "base": model_identity(base)}
+    if read_json(target / MADE_FROM) != made_from:
+        require_disk(target, FLOAT * stored_parameters(base), "the model merged with its adapter")
+        with atomic_folder(target) as made:
+            load(folder).save_pretrained(made)
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(made)
+            write_json(made / MADE_FROM, made_from)
+    return target

@@ -1,0 +1,239 @@
+"""Adapters: what they train is what is scored, merged, resumed, predicted and exported, and the
+trained head is never a random one."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from eval import checkpoints as eval_checkpoints
+from letterhead.files import LetterheadError, read_json
+from letterhead.models import adapters, checkpoints, heads
+from letterhead.models.classifier import load_raw, model_folder
+from letterhead.models.scoring import load_decoder
+from letterhead.runs import results
+from prep import data
+from serve import export
+from tests.conftest import ROOT
+from tests.test_data import write_csv
+from train import heads as train_heads
+from train.sft_worker import LessWork
+
+LABELS = ["World", "Sports", "Business"]
+LORA = {
+    "finetuning_type": "lora",
+    "lora_rank": 4,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 20,
+    "save_steps": 10,
+}
+HEAD = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "eval_steps": 0.5,
+    "learning_rate": 1e-2,
+    "lora": {"rank": 4},
+}
+
+
+@pytest.fixture
+def make(make_experiment):
+    def make(**keys):
+        write_csv(
+            "rows.csv", [(f"text {i} of {LABELS[i % 3]} news", LABELS[i % 3]) for i in range(60)]
+        )
+        rows = {"rows": {"validation": 12, "test": 12}}
+        experiment = make_experiment("rows.csv", LABELS, data=rows, **keys)
+        data.main(experiment)
+        return experiment
+
+    return make
+
+
+def start_sft() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.sft", "--experiment", "mine"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def sft() -> None:
+    child = start_sft()
+    _, errors = child.communicate()
+    assert child.returncode == 0, errors[-3000:]
+
+
+def added(folder: Path, base: Path) -> dict[str, torch.Tensor]:
+    """A base's weights with the products of an adapter's matrices added, from the files alone."""
+    settings = read_json(folder / "adapter_config.json")
+    weights, matrices = (
+        load_file(base / "model.safetensors"),
+        load_file(next(folder.glob("ad*.s*"))),
+    )
+    for name, first in matrices.items():
+        if name.endswith("lora_A.weight"):
+            second = matrices[name.replace("lora_A", "lora_B")]
+            key = name.removeprefix("base_model.model.").replace("lora_A.", "")
+            weights[key] = weights[key] + settings["lora_alpha"] / settings["r"] * second @ first
+    return weights
+
+
+def test_sft_of_an_adapter_is_scored_merged_resumed_and_predicted(make):
+    experiment = make(sft=LORA)
+    sft()
+    folder = experiment.sft_folder / "checkpoints"
+    first, last = checkpoints.whole_checkpoints(folder)
+    assert [checkpoints.step_of(path) for path in (first, last)] == [10, 20]
+    assert not list(folder.rglob("model.safetensors")) and checkpoints.base_of(last) != last
+    state = load_decoder(last, "float32", packed=False).state_dict()
+    base = experiment.decoder.folder
+    moved = 0
+    for name, weight in added(last, base).items():
+        assert torch.allclose(state[name], weight, atol=1e-6), name
+        moved += not torch.equal(weight, load_file(base / "model.safetensors")[name])
+    assert moved == 14  # seven linear layers in each of two
+
+    # Killed between its checkpoints, it ends as it would have ended.
+    shutil.rmtree(experiment.sft_folder)
+    child = start_sft()
+    while not (first / "trainer_state.json").exists():
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.01)
+    child.kill()
+    child.communicate()
+    sft()
+    assert read_json(experiment.sft_folder / "stage.json")["resumed_from"] == 10
+    again = load_decoder(last, "float32", packed=False).state_dict()
+    assert all(torch.allclose(weight, again[name], atol=1e-6) for name, weight in state.items())
+
+    eval_checkpoints.main(experiment)
+    texts = [row["text"] for row in results.read_rows(experiment, "test")]
+    for step in (0, 20):
+        lines = results.read_predictions(experiment, f"sft@{step}", "test")
+        told = [[line["probabilities"][label] for label in LABELS] for line in lines]
+        assert np.abs(load_raw(experiment, f"sft@{step}")(texts) - told).max() < 1e-4
+    whole = model_folder(experiment, "sft@20")
+    assert read_json(whole / "config.json")["architectures"] == ["LlamaForCausalLM"]
+    written = os.stat(whole / "model.safetensors").st_mtime_ns
+    assert model_folder(experiment, "sft@20") == whole
+    assert os.stat(whole / "model.safetensors").st_mtime_ns == written  # made once
+    for name, weight in added(last, base).items():
+        assert torch.allclose(load_file(whole / "model.safetensors")[name], weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_less_work_gives_an_adapters_loss_and_gradients(tiny_models, name):
+    found = []
+    for is_less in (False, True):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(tiny_models[name], dtype=torch.float32)
+        settings = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
+        model = get_peft_model(base, settings)
+        for parameter in model.parameters():  # an adapter begins at nothing
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.05)
+        if is_less:
+            LessWork().on_init_end(None, None, None, model=model)
+        ids = torch.arange(40).reshape(2, 20)
+        labels = torch.full_like(ids, -100)
+        labels[:, -3:] = ids[:, -3:]
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 10
+    for plain, less in zip(*found, strict=True):
+        assert torch.allclose(plain, less, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["bert", "linear_head", "sft_options"])
+def test_an_adapters_head_is_the_trained_one_in_scoring_predicting_and_export(
+    make, method, tiny_models
+):
+    keys = {"decoder_keys": {"head": HEAD, "sft_options": HEAD}}
+    keys["encoder_keys"] = {"model": str(tiny_models["bert"]), "head": HEAD}
+    experiment = make(**keys)
+    train_heads.main(experiment, method)
+    name = f"{method}@10"
+    lines = results.read_predictions(experiment, name, "test")
+    told = np.array([[line["probabilities"][label] for label in LABELS] for line in lines])
+    texts = [row["text"] for row in results.read_rows(experiment, "test")]
+    assert np.abs(load_raw(experiment, name)(texts) - told).max() < 1e-4
+    folder = checkpoints.whole_checkpoints(
+        experiment.run_folder / train_heads.METHODS[method].trained_by / "checkpoints"
+    )[-1]
+    trained = load_file(folder / "adapter_model.safetensors")
+    head = "classifier" if method == "bert" else "score"
+    loaded = heads.load_head(folder, LABELS)
+    assert torch.equal(
+        loaded.get_submodule(head).weight, trained[f"base_model.model.{head}.weight"]
+    )
+    if method == "bert":  # whose files have no pooler
+        assert "base_model.model.bert.pooler.dense.weight" in trained
+    exported, _ = export.export(experiment, name)
+    weights = load_file(exported / "model.safetensors")
+    assert not any("lora" in name for name in weights) and not list(exported.glob("adapter*"))
+    assert np.abs(load_raw(experiment, str(exported))(texts).argmax(1) == told.argmax(1)).all()
+
+    # Killed after its first checkpoint, it ends as it would have ended.
+    shutil.rmtree(folder)
+    (folder.parent.parent / "stage.json").unlink()
+    for path in experiment.results_folder.glob(f"{name}.*"):
+        path.unlink()
+    train_heads.main(experiment, method)
+    again = results.read_predictions(experiment, name, "test")
+    assert [line["prediction"] for line in again] == [line["prediction"] for line in lines]
+    assert np.allclose(
+        [[line["probabilities"][x] for x in LABELS] for line in again], told, atol=1e-4
+    )
+
+
+def test_a_packed_evaluation_leaves_the_base_alone(tiny_models):
+    """The copy that is evaluated shares the base's weights, and merging must not add to them."""
+    model = adapters.with_adapter(
+        heads.load_head(tiny_models["qwen3"], LABELS),
+        heads.Head(lora={"rank": 4}).lora,
+        tiny_models["qwen3"],
+    )
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    views = {id(p): torch.nn.Parameter(p.detach(), False) for p in model.parameters()}
+    adapters.merged(copy.deepcopy(model, views))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"lora_target": "q_proj,lm_head"}, "lora_target names lm_head"),
+        ({"additional_target": "embed_tokens"}, "additional_target is not supported"),
+        ({"adapter_name_or_path": "some/adapter"}, "adapter_name_or_path is not supported"),
+        ({"finetuning_type": "freeze"}, "finetuning_type: full or lora"),
+    ],
+)
+def test_what_would_be_scored_wrongly_is_refused(make_experiment, keys, told):
+    write_csv("rows.csv", [("a", LABELS[0])])
+    with pytest.raises(LetterheadError, match=told):
+        make_experiment("rows.csv", LABELS, sft=LORA | keys)
+
+
+def test_an_adapter_without_its_base_is_an_error(make, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gone"}))
+    with pytest.raises(LetterheadError, match="gone: no checkpoint there"):
+        checkpoints.require_model(folder)
