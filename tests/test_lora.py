@@ -1,7 +1,6 @@
 """Adapters: what they train is what is scored, merged, resumed, predicted and exported, and the
 trained head is never a random one."""
 
-import copy
 import json
 import os
 import shutil
@@ -15,12 +14,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from eval import checkpoints as eval_checkpoints
 from letterhead.files import LetterheadError, read_json
-from letterhead.models import adapters, checkpoints, heads
+from letterhead.models import adapters, checkpoints, heads, scoring
 from letterhead.models.classifier import load_raw, model_folder
+from letterhead.models.precision import with_shared_weights
 from letterhead.models.scoring import load_decoder
 from letterhead.runs import results
 from prep import data
@@ -94,7 +94,7 @@ def added(folder: Path, base: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_sft_of_an_adapter_is_scored_merged_resumed_and_predicted(make):
+def test_sft_of_an_adapter_is_scored_merged_resumed_and_predicted(make, monkeypatch):
     experiment = make(sft=LORA)
     sft()
     folder = experiment.sft_folder / "checkpoints"
@@ -122,7 +122,11 @@ def test_sft_of_an_adapter_is_scored_merged_resumed_and_predicted(make):
     again = load_decoder(last, "float32", packed=False).state_dict()
     assert all(torch.allclose(weight, again[name], atol=1e-6) for name, weight in state.items())
 
+    loaded, load = [], scoring._load
+    monkeypatch.setattr(scoring, "_load", lambda folder: loaded.append(folder) or load(folder))
+    scoring._load_base.cache_clear()
     eval_checkpoints.main(experiment)
+    assert loaded == [base, base]  # for step 0, and for all checkpoints
     texts = [row["text"] for row in results.read_rows(experiment, "test")]
     for step in (0, 20):
         lines = results.read_predictions(experiment, f"sft@{step}", "test")
@@ -183,6 +187,9 @@ def test_an_adapters_head_is_the_trained_one_in_scoring_predicting_and_export(
     assert torch.equal(
         loaded.get_submodule(head).weight, trained[f"base_model.model.{head}.weight"]
     )
+    naive = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS))
+    with pytest.raises(LetterheadError, match=rf"its weight .*{head}.* was not loaded"):
+        adapters.require_loaded(naive, folder)
     if method == "bert":  # whose files have no pooler
         assert "base_model.model.bert.pooler.dense.weight" in trained
     exported, _ = export.export(experiment, name)
@@ -211,8 +218,7 @@ def test_a_packed_evaluation_leaves_the_base_alone(tiny_models):
         tiny_models["qwen3"],
     )
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    views = {id(p): torch.nn.Parameter(p.detach(), False) for p in model.parameters()}
-    adapters.merged(copy.deepcopy(model, views))
+    adapters.merged(with_shared_weights(model))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 

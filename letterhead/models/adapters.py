@@ -8,14 +8,17 @@ weights, and the sum is cast.
 from collections.abc import Callable
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from letterhead.config.models import Lora
-from letterhead.files import atomic_folder, model_identity, read_json, write_json
+from letterhead.files import LetterheadError, atomic_folder, model_identity, read_json, write_json
 from letterhead.models.checkpoints import FLOAT, base_of, require_disk, stored_parameters
 from letterhead.models.cpu import linear_shapes
 
+PREFIX = "base_model.model."  # of peft's names, which transformers' own have not
 MADE_FROM = "merged_from.json"
 
 
@@ -70,8 +73,34 @@ def merged(model: PeftModel) -> PreTrainedModel:
 
 
 def load_merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """A base in float32 with the adapter of a folder added to it."""
-    return merged(PeftModel.from_pretrained(base, folder))
+    """A base in float32 with the adapter of a folder added to it.
+
+    Raises
+    ------
+    LetterheadError : a weight of the adapter has no place in that base
+    """
+    model = PeftModel.from_pretrained(base, folder)
+    require_loaded(model, folder)
+    return merged(model)
+
+
+def require_loaded(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Make sure that a model holds every weight of an adapter. transformers by itself loads an
+    adapter into a classifier and leaves the trained head out, without an error.
+
+    Raises
+    ------
+    LetterheadError : it lacks one; names the weight
+    """
+    held = get_peft_model_state_dict(model)
+    held = {name.removeprefix(PREFIX): weight for name, weight in held.items()}
+    for name, weight in load_file(folder / "adapter_model.safetensors").items():
+        found = held.get(name.removeprefix(PREFIX))
+        if found is None or not torch.equal(found.float().cpu(), weight.float()):
+            raise LetterheadError(
+                f"{folder}: its weight {name} was not loaded; the adapter is of another base "
+                f"than {base_of(folder)}"
+            )
 
 
 def write_merged(folder: Path, load: Callable[[Path], PreTrainedModel]) -> Path:

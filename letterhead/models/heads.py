@@ -4,7 +4,6 @@ Weights are float32; bfloat16 is used by autocast only (a head on bfloat16 weigh
 a learning rate of 1e-5).
 """
 
-import copy
 import gc
 import math
 import time
@@ -38,7 +37,7 @@ from letterhead.models.adapters import load_merged, merged
 from letterhead.models.callbacks import StepBar, StopAtDivergence, StopWithoutGain, diverged
 from letterhead.models.checkpoints import base_of, prune_optimizer_states, require_model
 from letterhead.models.cpu import attention, pack, quicken_dropout, use_onednn
-from letterhead.models.precision import cast, project_in_float32
+from letterhead.models.precision import cast, project_in_float32, with_shared_weights
 from letterhead.models.prompt import TextEncoder
 from letterhead.runs.terminal import progress
 
@@ -424,12 +423,7 @@ class HeadTrainer(Trainer):
 
     def _evaluate_packed(self, split: str, prefix: str) -> EvalLoopOutput:
         """What the Trainer's loop gives, by a copy of the model that is made for inference."""
-        # A copy whose parameters are views, so that only what is cast or packed takes memory.
-        views = {
-            id(parameter): torch.nn.Parameter(parameter.detach(), False)
-            for parameter in self.model.parameters()
-        }
-        model, rows = copy.deepcopy(self.model, views), self.eval_dataset[split]
+        model, rows = with_shared_weights(self.model), self.eval_dataset[split]
         for wrapped in ("forward", "_original_forward"):  # accelerate's, which computes in autocast
             vars(model).pop(wrapped, None)
         if isinstance(model, PeftModel):

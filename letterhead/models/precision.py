@@ -5,6 +5,7 @@ and a tie goes to the first label. The projection of the few positions that are 
 in float32.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -67,6 +68,13 @@ def project_in_float32(model: PreTrainedModel) -> PreTrainedModel:
     name = next(name for name, module in model.named_modules() if module is last)
     model.set_submodule(name, Float32Linear(last))
     return model
+
+
+def with_shared_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are views of a model's, so that only what is cast, packed or merged
+    takes memory, and the model stays as it is."""
+    views = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
+    return copy.deepcopy(model, views)
 
 
 def cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

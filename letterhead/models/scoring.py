@@ -16,6 +16,7 @@ scores all options, whatever they are spelled like, and computes nothing that no
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from letterhead.models.checkpoints import base_of, require_model
 from letterhead.models.cpu import attention, pack, use_onednn
-from letterhead.models.precision import cast, precision
+from letterhead.models.precision import cast, precision, with_shared_weights
 from letterhead.models.prompt import Answer
 from letterhead.runs.processes import Workers
 from letterhead.runs.terminal import progress
@@ -158,23 +159,34 @@ def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedMod
     require_model(folder)
     use_onednn()
     base = base_of(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=torch.float32,
-        attn_implementation=attention(),
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    if base != folder:
+    if base == folder:
+        model = _load(folder)
+    else:
         from letterhead.models.adapters import load_merged
 
-        model = load_merged(model, folder)
+        model = load_merged(with_shared_weights(_load_base(base)), folder)
     model = (
         cast(model, precision(dtype, base))
         .to("cuda" if torch.cuda.is_available() else "cpu")
         .eval()
     )
     return pack(model) if packed else model
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attention(),
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+
+
+@lru_cache(maxsize=1)
+def _load_base(folder: Path) -> PreTrainedModel:
+    """The base of adapters, which is read once for all checkpoints of a training."""
+    return _load(folder)
 
 
 @torch.inference_mode()
