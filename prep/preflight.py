@@ -88,6 +88,16 @@ class Plan:
             )
         return found
 
+    def answer_tokens(self) -> int | None:
+        """How many tokens of a row SFT reads a loss at; None where a teacher's thoughts have any
+        number."""
+        from letterhead.models.prompt import load_prompt_encoder
+
+        if self.experiment.distill:
+            return None
+        encoder = load_prompt_encoder(self.experiment, folder=self.folder("decoder"))
+        return max(len(answer.ids) for answer in encoder.answers)
+
     def longest(self, name: str) -> tuple[int, str]:
         """Tokens of the longest input, and how that is known."""
         from letterhead.models import heads
@@ -107,7 +117,7 @@ class Plan:
         )
         if name == "sft":
             encoder = load_prompt_encoder(settings, folder=self.folder("decoder"))
-            answer = max(len(answer.ids) for answer in encoder.answers)
+            answer = self.answer_tokens() or 0
             return max(len(encoder.encode(text)) + answer for text in texts), which
         encoder = TextEncoder(heads.load_tokenizer(self.folder(name)), limit)
         return max(map(len, encoder.encode(texts))), which
@@ -444,7 +454,14 @@ def memory(plan: Plan) -> str:
         batch, accumulation = devices.share_batch(batch, accumulation, n, key)
         needed = {
             rows: needs.training_memory(
-                plan.folder(name), rows, length, half, outputs, checkpointed, lora
+                plan.folder(name),
+                rows,
+                length,
+                half,
+                outputs,
+                checkpointed,
+                lora,
+                plan.answer_tokens() if title == "SFT" else None,
             )
             for rows in range(1, batch + 1)
             if not batch % rows

@@ -35,6 +35,8 @@ def sft(given: dict) -> None:
     """Two optimizer steps of two batches each by LLaMA-Factory, on rows of one length."""
     from llamafactory.train.tuner import run_exp
 
+    from train.sft_worker import LessWork
+
     row = {
         "instruction": "word " * given["words"],
         "input": "",
@@ -62,7 +64,7 @@ def sft(given: dict) -> None:
     arguments |= {"output_dir": "made", "save_strategy": "no", "report_to": "none", "max_steps": 2}
     arguments |= {"per_device_train_batch_size": given["batch"], "gradient_accumulation_steps": 2}
     arguments |= {f"lora_{key}": value for key, value in given.get("lora", {}).items()}
-    run_exp(arguments, callbacks=[Peak()])
+    run_exp(arguments, callbacks=[Peak(), LessWork()])
 
 
 def head(given: dict) -> None:

@@ -73,6 +73,7 @@ SHAPES = {
         {"kind": "head", "batch": 8, "length": 256},
     ),
 }
+ANSWER_TOKENS = 8  # of tests/peak.py's rows, in round numbers
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -92,7 +93,9 @@ def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(
     }
     tokenizer = tokenizers.get(kind, lambda: AutoTokenizer.from_pretrained(fetched["minilm"]))()
     config, model = CLASSES[kind]
-    more = {} if kind == "bert" else {"tie_word_embeddings": True}
+    more = {"tie_word_embeddings": True}
+    if kind == "bert":  # a GPU's kernels save no probabilities, as the CPU's does with dropout
+        more = {"attention_probs_dropout_prob": 0.0}
     model(config(vocab_size=len(tokenizer), **shape, **more)).save_pretrained("model")
     tokenizer.save_pretrained("model")
     how = {"half": False, "checkpointing": False, "model": "model", "words": how["length"]} | how
@@ -112,7 +115,10 @@ def test_the_estimate_of_memory_is_within_a_fifth_of_the_measured_peak(
     classes = None if how["kind"] == "sft" else 2
     lora = Lora(**how["lora"]) if "lora" in how else None
     sizes = how["batch"], how["length"], how["half"]
-    said = needs.training_memory(Path("model"), *sizes, classes, how["checkpointing"], lora)
+    projected = None if classes else ANSWER_TOKENS
+    said = needs.training_memory(
+        Path("model"), *sizes, classes, how["checkpointing"], lora, projected
+    )
     print(
         f"\n{name}: measured {measured / checkpoints.GIB:.2f} GiB, estimated {said}, "
         f"ratio {said.total / measured:.2f}"
@@ -164,6 +170,15 @@ def test_the_estimate_in_bfloat16_is_within_a_fifth_of_what_torch_tracks(workpla
         f"estimated {said}, ratio {ratio:.2f}"
     )
     assert said.total == pytest.approx(tracked, rel=0.2)
+
+
+def test_attention_dropout_takes_no_memory_on_a_gpu(workplace):
+    totals = []
+    for dropout in (0.0, 0.1):
+        config = BertConfig(vocab_size=1000, attention_probs_dropout_prob=dropout, **SMALL)
+        config.save_pretrained("bert")
+        totals.append(needs.training_memory(Path("bert"), 64, 350, True, 4).total)
+    assert totals[0] == totals[1]
 
 
 def test_parameters_are_those_of_the_model_tied_ones_once(tiny_models):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -64,6 +65,7 @@ def training_memory(
     classes: int | None = None,
     checkpointing: bool = False,
     lora: Lora | None = None,
+    projected: int | None = None,
 ) -> Memory:
     """The memory of fine-tuning, full or, with `lora`, of an adapter.
 
@@ -78,23 +80,24 @@ def training_memory(
         checkpointing)
     lora : the base of a language model then has bfloat16 weights where `half`, as LLaMA-Factory
         loads it, and that of a classifier float32
+    projected : how many tokens of a row a language model projects to its vocabulary; None for all
     """
     stored = torch.bfloat16 if lora and half and classes is None else torch.float32
     whole, *few = (_model(folder, classes, layers, lora, stored) for layers in (None, 1, 2))
     with FakeTensorMode():
         saved_one, saved_two = (
-            _saved_bytes(_as_fakes(model), batch, length, half) for model in few
+            _saved_bytes(_as_fakes(model), batch, length, half, projected) for model in few
         )
     base = whole.get_base_model() if lora else whole
     config, trained = base.config, adapter_parameters(folder, lora) if lora else 0
     parameters = sum(parameter.numel() for parameter in whole.parameters()) - trained
     layers, layer = config.num_hidden_layers, saved_two - saved_one
-    outputs = (
-        batch
-        * (length if classes is None else 1)
-        * (config.vocab_size if classes is None else classes)
-    )
-    outside = saved_one - layer - FLOAT * outputs  # log-softmax is among the logits
+    outputs = batch * (classes or (projected or length) * config.vocab_size)
+    outside = saved_one - layer
+    if projected is None:
+        outside -= FLOAT * outputs  # log-softmax is among the logits
+    elif half and stored is torch.float32:
+        outside += HALF * base.get_output_embeddings().weight.numel()
     saved, casts = (
         layers * layer + outside,
         0,
@@ -130,6 +133,9 @@ def training_memory(
     ]
     if not lora:  # the largest weight's gradient, before it is added
         moments.append(Memory(**at_once, **of_largest, logits=0))
+    if not lora and classes is None and config.tie_word_embeddings:
+        # That of the projection waits for that of the embedding, and then comes their sum.
+        moments.append(Memory(**at_once, activations=0, logits=0, casts=3 * FLOAT * largest))
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -144,6 +150,10 @@ def _model(
     adapter."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.use_cache = False
+    # A GPU's kernels draw dropout anew in the backward pass; the CPU's saves all probabilities.
+    for dropout in ("attention_dropout", "attention_probs_dropout_prob"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
@@ -179,9 +189,9 @@ def _as_fakes(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _saved_bytes(model, batch: int, length: int, half: bool) -> int:
+def _saved_bytes(model, batch: int, length: int, half: bool, projected: int | None) -> int:
     """Bytes of the tensors, parameters left out, that autograd saves in one forward pass with its
-    loss."""
+    loss; where not all tokens are projected, without the projection."""
     own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
     found: dict[int, torch.UntypedStorage] = {}
 
@@ -200,5 +210,9 @@ def _saved_bytes(model, batch: int, length: int, half: bool) -> int:
         torch.autocast("cpu", torch.bfloat16, enabled=half),
         torch.autograd.graph.saved_tensors_hooks(save, lambda t: t),
     ):
-        model(input_ids=ids, attention_mask=ids, labels=labels)
+        if projected is None:
+            model(input_ids=ids, attention_mask=ids, labels=labels)
+        else:
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            base.base_model(input_ids=ids, attention_mask=ids)
     return sum(storage.nbytes() for storage in found.values())
