@@ -90,10 +90,9 @@ MARGINS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 SHOWN = 20
 NAME_IN_WORDS = 8  # nobody calls a column so
 SEVERAL = re.compile(r"[|;,]\s*")
-# Optimizer steps at least (of the LLM while MOST_EPOCHS allow them): with fewer SmolLM2 had not
-# learnt the demo's five classes, nor in a hundred fourteen others. LLaMA-Factory's loss over the
-# whole answer takes it longer (`whole_answer` of ENGLISH; docs/findings.md has the seeds).
-DECODER_STEPS, STEPS_A_CLASS, ENCODER_STEPS = 100, 20, 200
+# Optimizer steps at least, of the LLM while MOST_EPOCHS allow them. With fewer SmolLM2 has not left
+# the plateau of guessing on every seed (docs/findings.md), nor learnt fourteen classes in a hundred.
+STEPS_A_CLASS, ENCODER_STEPS = 20, 200
 # Three epochs of BERT were too few for twenty newsgroups and enough for the demo
 # (docs/findings.md).
 PATIENCE, MOST_ENCODER_STEPS = 3, 6000
@@ -112,10 +111,11 @@ ENGLISH = {
     "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name "
     "larger ones",
     "rate": 2e-4,
-    "optimizer": {"adam_beta2": 0.95},
+    "steps": 200,
+    "optimizer": {"adam_beta2": 0.95, "warmup_ratio": 0.2},
+    "overrides": {"warmup_steps": 0.2},
     "encoder_rate": 2e-4,
     "config": "llamafactory_configs/smollm2_135m_full_sft.yaml",
-    "whole_answer": {"steps": 200, "overrides": {"warmup_steps": 0.2}},
     "decoder": {"license": "apache-2.0"},
     "encoder": {"license": "apache-2.0"},
     "prompt": {},
@@ -124,10 +124,11 @@ CHINESE = {
     "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which knows few "
     "characters of it (TF-IDF is fairer)",
     "rate": 2e-5,
+    "steps": 100,
     "optimizer": {},
+    "overrides": {},
     "encoder_rate": 5e-5,
     "config": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
-    "whole_answer": {"steps": 100, "overrides": {}},
     "decoder": {"model": "experiments/models/qwen2.5_coder_0.5b.yaml", "license": "apache-2.0"},
     "encoder": {"model": "experiments/models/mpnet_base.yaml", "license": "apache-2.0"},
     "prompt": {
@@ -757,10 +758,8 @@ def choose_training(
 ) -> dict[str, Any]:
     """The sections `decoder` and `encoder`."""
     shared = min(FEW_ROWS, train)
-    steps = max(DECODER_STEPS, STEPS_A_CLASS * min(classes, len(LETTERS)))
+    steps = max(models["steps"], STEPS_A_CLASS * min(classes, len(LETTERS)))
     epochs = min(MOST_EPOCHS, math.ceil(steps * BATCH / shared))
-    longer = max(steps, models["whole_answer"]["steps"])
-    sft_epochs = min(MOST_EPOCHS, math.ceil(longer * BATCH / shared))
     most = MOST_ENCODER_STEPS // math.ceil(train / HEAD_BATCH)
     encoder_head = {
         "learning_rate": models["encoder_rate"],
@@ -775,10 +774,8 @@ def choose_training(
     epochs_on_all = Head(**encoder_head).on(train).num_train_epochs
     reasons.append(f"models: {models['why']}")
     reasons.append(
-        f"training: the LLM's SFT reads {shared:,} rows "
-        f"{'once' if sft_epochs == 1 else f'{sft_epochs} times'} "
-        f"({sft_epochs * math.ceil(shared / BATCH)} steps), its other methods "
-        f"{'once' if epochs == 1 else f'{epochs} times'}; BERT and the rest get the same rows"
+        f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
+        f"({epochs * math.ceil(shared / BATCH)} steps); the other methods on the same rows"
         + (f", and once more on all {train:,}" if train > shared else "")
     )
     reasons.append(
@@ -797,9 +794,9 @@ def choose_training(
         "sft": {
             "config": models["config"],
             "overrides": {
-                "num_train_epochs": sft_epochs,
+                "num_train_epochs": epochs,
                 "per_device_train_batch_size": BATCH,
-                **models["whole_answer"]["overrides"],
+                **models["overrides"],
             },
         },
         "head": head,
@@ -807,8 +804,7 @@ def choose_training(
     if options == "letters":
         decoder["sft_options"] = head | models["optimizer"]
         reasons.append(
-            "decoder.sft_options: the LLM once more, with the loss over the letters alone, which "
-            "learns in fewer steps"
+            "decoder.sft_options: the LLM once more, with the loss over the letters alone"
         )
     return {"decoder": decoder, "encoder": {**models["encoder"], "head": encoder_head}}
 

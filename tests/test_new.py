@@ -140,9 +140,9 @@ def test_a_folder_names_its_labels_and_few_rows_are_trained_on_longer(written):
         path.write_text(f"{i} {words(i, 12)}")
     experiment = written("mails/")
     assert experiment.labels == ["ham", "spam"] and experiment.data.columns.text == "text"
-    # Of 81 rows, 4 a step: at least two hundred steps of SFT and a hundred of the options' loss
+    # Of 81 rows, 4 a step: at least two hundred steps
     assert experiment.sft_arguments()["num_train_epochs"] == 10
-    assert experiment.decoder.sft_options.num_train_epochs == 5
+    assert experiment.decoder.sft_options.num_train_epochs == 10
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from letterhead.config.models import Lora
 from letterhead.models import checkpoints
 from letterhead.plan import memory as needs
 from letterhead.rows.fetch import is_there
+from letterhead.serving import vllm as service
 from prep import data
 from tests.conftest import ROOT
 from tests.fakes import ModelHub, running
@@ -355,6 +356,22 @@ def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(
         + needs.CUDA_OVERHEAD
     )
     assert fits in (1, 2, 3, 4, 6) and whole <= 24 << 30
+
+
+@pytest.mark.parametrize(("tokens", "go"), [(64, True), (2048, False)])
+def test_hours_of_thinking_by_hf_on_a_gpu_are_a_no_go(make_experiment, monkeypatch, tokens, go):
+    monkeypatch.setattr(prep.preflight, "_gpu", lambda: True)
+    monkeypatch.setattr(service, "ENVIRONMENT", Path("nowhere"))
+    write_csv("rows.csv", nasty_rows(20))
+    thinking = {"thinking": {"tokens": tokens, "batch": 64, "rows": None}}
+    rows = {"rows": {"test": 7600}}
+    experiment = make_experiment("rows.csv", LABELS, data=rows, eval=thinking)
+    plan = prep.preflight.Plan(experiment, Path())
+    if go:
+        assert "HF's generate, about 8 minutes" in prep.preflight.serving(plan)
+        return
+    with pytest.raises(prep.preflight.No, match=r"about 4.1 hours; .* make setup-serve"):
+        prep.preflight.serving(plan)
 
 
 def test_the_trial_times_twenty_steps_and_leaves_nothing_behind(
