@@ -90,8 +90,8 @@ MARGINS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 SHOWN = 20
 NAME_IN_WORDS = 8  # nobody calls a column so
 SEVERAL = re.compile(r"[|;,]\s*")
-# Optimizer steps at least, of the LLM while MOST_EPOCHS allow them. With fewer SmolLM2 has not left
-# the plateau of guessing on every seed (docs/findings.md), nor learnt fourteen classes in a hundred.
+# Optimizer steps at least, of the LLM while MOST_EPOCHS allow them. With fewer SmolLM2 has not
+# left the plateau of guessing on every seed (docs/findings.md), nor learnt fourteen classes.
 STEPS_A_CLASS, ENCODER_STEPS = 20, 200
 # Three epochs of BERT were too few for twenty newsgroups and enough for the demo
 # (docs/findings.md).
