@@ -23,9 +23,9 @@ from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head, in_packages, is_fetched
-from letterhead.files import LetterheadError, read_json, read_jsonl
+from letterhead.files import LetterheadError, read_json, read_jsonl, write_json
 from letterhead.models import checkpoints
-from letterhead.pipeline import read_card
+from letterhead.pipeline import SFT_TRAINING, inputs_sha256, read_card
 from letterhead.rows.balance import rows_read
 from letterhead.rows.fetch import is_there
 from letterhead.runs import devices
@@ -39,6 +39,7 @@ SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 # HF's generate on a GPU: 0.035 to 0.08 s a token of a batch, by arithmetic; it never ran there.
 HF_STEP_S, LONGEST_THINKING_S = 0.06, 900
 MANY_ROWS = 10_000  # of a test split whose size nobody names
+TRIAL = "trial.json"
 INDENT = "\n" + 18 * " "
 GPU_GIB = 24  # what the memory is held against where there is no GPU
 
@@ -503,17 +504,35 @@ def hours(plan: Plan) -> str:
             f"not measured: needs rows and weights; run: make data "
             f"EXP={plan.experiment.name}, and this again"
         )
-    with tempfile.TemporaryDirectory(
-        dir=plan.experiment.run_folder
-    ) as folder:  # beside what training will write
-        per_step = trial(plan.experiment, Path(folder))
     from letterhead.models.llamafactory import sft_plan
 
+    record = read_json(plan.experiment.run_folder / SFT_TRAINING.name / "stage.json") or {}
+    inputs = inputs_sha256(SFT_TRAINING, plan.experiment)
+    if record.get("inputs_sha256") == inputs:
+        return f"SFT is done: it took {minutes(record['training_seconds'])}"
+    per_step = kept_trial(plan.experiment, inputs)
     steps, _ = sft_plan(plan.experiment, plan.card["shared"]["sft_rows"])
     return (
         f"SFT {per_step:.2f} s a step: {steps * per_step / 3600:.2f} h for {steps:,} "
         f"steps (saving and scoring come on top)"
     )
+
+
+def kept_trial(experiment: Experiment, inputs: str) -> float:
+    """Seconds a step of SFT, measured once for the same inputs and device.
+
+    Parameters
+    ----------
+    inputs : the hash of what SFT reads
+    """
+    path, n = experiment.run_folder / TRIAL, devices.process_count()
+    asked = {"inputs": inputs, "device": devices.device_name(), "processes": n}
+    found = read_json(path) or {}
+    if {key: found.get(key) for key in asked} != asked:
+        with tempfile.TemporaryDirectory(dir=experiment.run_folder) as folder:
+            found = asked | {"seconds_a_step": trial(experiment, Path(folder))}
+        write_json(path, found)
+    return found["seconds_a_step"]
 
 
 def trial(experiment: Experiment, folder: Path) -> float:

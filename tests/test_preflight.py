@@ -23,8 +23,10 @@ from transformers import (
 )
 
 import prep.preflight
+from letterhead import pipeline
 from letterhead.config.experiment import load_experiment
 from letterhead.config.models import Lora
+from letterhead.files import write_json
 from letterhead.models import checkpoints
 from letterhead.plan import memory as needs
 from letterhead.rows.fetch import is_there
@@ -385,6 +387,30 @@ def test_the_trial_times_twenty_steps_and_leaves_nothing_behind(
     data.main(experiment)
     assert 0 < prep.preflight.trial(experiment, tmp_path / "trial") < 30
     assert not Path("runs/mine/sft").exists()
+
+
+def test_the_trial_is_kept_for_its_inputs_and_left_out_where_sft_is_done(
+    make_experiment, tmp_path, monkeypatch
+):
+    tried = []
+    monkeypatch.setattr(prep.preflight, "_gpu", lambda: True)
+    monkeypatch.setattr(prep.preflight, "trial", lambda *_: tried.append(1) or 0.5)
+    write_csv("rows.csv", nasty_rows(140))
+    rows = {"rows": {"train": 96, "validation": 10, "test": 20}}
+    experiment = make_experiment("rows.csv", LABELS, data=rows)
+    data.main(experiment)
+    for _ in range(2):
+        plan = prep.preflight.Plan(experiment, tmp_path)
+        assert prep.preflight.hours(plan).startswith("SFT 0.50 s a step: 0.00 h for 24 steps")
+    other = load_experiment("mine", "decoder.sft.overrides.learning_rate=1e-5")
+    prep.preflight.hours(prep.preflight.Plan(other, tmp_path))
+    assert len(tried) == 2
+    done = {"inputs_sha256": pipeline.inputs_sha256(pipeline.SFT_TRAINING, other)}
+    write_json("runs/mine/sft/stage.json", done | {"training_seconds": 600})
+    assert "SFT is done: it took about 10 minutes" in prep.preflight.hours(
+        prep.preflight.Plan(other, tmp_path)
+    )
+    assert len(tried) == 2
 
 
 def test_on_a_machine_without_a_gpu_a_run_is_not_held_up(make_experiment, capsys):
