@@ -82,9 +82,7 @@ def measure_rows(
         "seed": experiment.seed,
     }
     for section in (experiment.encoder, experiment.decoder):
-        settings[str(section.folder)] = section.head.model_dump(
-            include={"max_length", "per_device_eval_batch_size"}
-        )
+        settings[str(section.folder)] = section.head.max_length
     settings["prefix"] = experiment.encoder.prefix
     settings |= {"machine": machine(), "device": device_name(), "vllm": vllm_version()}
     identities = {method: [str(path), model_identity(path)] for method, path in folders.items()}

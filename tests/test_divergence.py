@@ -237,7 +237,7 @@ def test_a_tokenizer_that_ends_texts_with_its_padding_pads_with_another_token(
     model = heads.load_head(tiny_models["smollm2"], LABELS).eval()
     model.config.pad_token_id = loaded.pad_token_id
     ids = loaded(["a text", "a text that is longer"])["input_ids"]
-    together = heads.class_logits(model, loaded, ids, 2)
+    together = heads.class_logits(model, loaded, ids, 64)
     with torch.inference_mode():  # what a service reads: the last token
         score = model.score(model.model(torch.tensor([ids[0]])).last_hidden_state[:, -1])
     assert np.abs(together[0] - score[0].numpy()).max() < 1e-4

@@ -167,13 +167,15 @@ def test_predictions_come_back_in_the_rows_order_whatever_the_batches(fetched, t
     arguments = heads.training_arguments(Head(per_device_eval_batch_size=4), tmp_path, 0, None)
     arguments.report_to = []
     trainer = heads.HeadTrainer(
-        copy.deepcopy(model), arguments, tokenizer, data, {"test": data}, note
+        copy.deepcopy(model), arguments, tokenizer, data, {"test": data}, note, batch_tokens=100
     )
     metrics = trainer.evaluate()
     logits, tokens = seen["test"]
     assert math.isclose(metrics["eval_test_mean"], logits.mean(), rel_tol=1e-6)
-    lengths = sorted(data["length"], reverse=True)
-    assert tokens == sum(len(lengths[i : i + 4]) * lengths[i] for i in range(0, 23, 4))
+    lengths, held = data["length"], heads.batches_of(data["length"], 100)
+    assert sorted(row for rows in held for row in rows) == list(range(23)) and len(held) > 5
+    sizes = [max(lengths[row] for row in rows) * len(rows) for rows in held]
+    assert max(sizes) <= 100 and tokens == sum(sizes)
     with torch.inference_mode():
         alone = torch.cat(
             [model(input_ids=torch.tensor([ids])).logits for ids in data["input_ids"]]
@@ -193,7 +195,7 @@ def test_a_packed_copy_evaluates_as_the_trainer_does_and_leaves_the_model_alone(
     before, data = copy.deepcopy(model.state_dict()), random_rows(30)
     arguments = heads.training_arguments(Head(per_device_eval_batch_size=4), tmp_path, 0, None)
     trainer = heads.HeadTrainer(model, arguments, tokenizer, data, {"test": data})
-    packed = trainer._evaluate_packed("test", "eval_test")
+    packed = trainer._evaluate("test", "eval_test")
     loader = trainer.get_eval_dataloader("test")
     theirs = Trainer.evaluation_loop(
         trainer, loader, "", prediction_loss_only=False, metric_key_prefix="eval_test"
@@ -318,7 +320,7 @@ def test_the_loss_over_the_options_starts_from_sfts_scores_and_is_predicted_as_i
     texts = [row["text"] for row in results.read_rows(experiment, "test")]
     options = OptionEncoder(encoder)
     untrained = heads.classify(
-        load_folded(experiment, encoder).eval(), encoder.tokenizer, options.encode(texts), batch=5
+        load_folded(experiment, encoder).eval(), encoder.tokenizer, options.encode(texts), 512
     )
     decoder = load_decoder(experiment.decoder.folder, "float32")
     scores = score_options(

@@ -169,6 +169,7 @@ def new_trainer(
         on_evaluated,
         class_weights(experiment, own),
         head.patience if best else None,
+        experiment.eval.batch_tokens,
     )
 
 
@@ -212,16 +213,15 @@ def score_checkpoint(
     rows, step = results.read_rows(experiment, split), checkpoints.step_of(checkpoint)
     log = read_json(checkpoint / "trainer_state.json")["log_history"]
     clock = read_clock(trained.checkpoints(experiment).with_name(CLOCK))
-    head, source = trained.head(experiment), trained.section(experiment).folder
+    source = trained.section(experiment).folder
     dtype = precision(experiment.decoder.dtype, source)
     model, tokenizer = heads.load_head(checkpoint, experiment.labels), heads.load_tokenizer(source)
     multiplied = checkpoints.parameters_per_token(model)
     model = heads.for_inference(model, dtype)
     ids = row_encoder(experiment, trained, tokenizer).encode([row["text"] for row in rows])
     start = time.perf_counter()
-    logits = heads.class_logits(
-        model, tokenizer, ids, head.per_device_eval_batch_size, f"scoring {split}"
-    )
+    budget, lengths = experiment.eval.batch_tokens, [len(one) for one in ids]
+    logits = heads.class_logits(model, tokenizer, ids, budget, f"scoring {split}")
     results.write_result(
         experiment,
         f"{method}@{step}",
@@ -231,7 +231,7 @@ def score_checkpoint(
         train_loss=mean_loss(log, step),
         training_seconds=clock.get(str(step), 0.0),
         seconds=round(time.perf_counter() - start, 3),
-        tokens=heads.padded_tokens([len(one) for one in ids], head.per_device_eval_batch_size),
+        tokens=heads.padded_tokens(lengths, heads.batches_of(lengths, budget)),
         parameters=multiplied,
         dtype=dtype,
         model=str(checkpoint),

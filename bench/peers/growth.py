@@ -219,6 +219,7 @@ def own_encoder(experiment: Experiment, place: Path) -> Path:
 def model_alone(folder: Path, rows: Path) -> dict:
     """Seconds and peak memory (MiB) of the bare model on the texts of a CSV file, tokenised
     before."""
+    from letterhead.config.evaluation import Eval
     from letterhead.config.models import Head
     from letterhead.models import heads
     from letterhead.models.classifier import CHUNK
@@ -232,10 +233,10 @@ def model_alone(folder: Path, rows: Path) -> dict:
         ids = TextEncoder(tokenizer, Head().max_length).encode(
             [row["text"] for row in csv.DictReader(file)]
         )
-    heads.classify(model, tokenizer, ids[:CHUNK], Head().per_device_eval_batch_size)
+    heads.classify(model, tokenizer, ids[:CHUNK], Eval().batch_tokens)
     begin = time.perf_counter()
     for at in range(0, len(ids), CHUNK):
-        heads.classify(model, tokenizer, ids[at : at + CHUNK], Head().per_device_eval_batch_size)
+        heads.classify(model, tokenizer, ids[at : at + CHUNK], Eval().batch_tokens)
     return {
         "seconds": time.perf_counter() - begin,
         "peak_mib": float(peak_memory()["peak_memory_mb"]),

@@ -193,7 +193,11 @@ class Head(Section):
     gradient_accumulation_steps: Count = Field(
         1, description="Forward passes of an optimizer step."
     )
-    per_device_eval_batch_size: Count = Field(32, description="Rows of a forward pass in scoring.")
+    per_device_eval_batch_size: Count = Field(
+        32,
+        description="Rows of a forward pass where several processes score; one takes "
+        "`eval.batch_tokens`.",
+    )
     eval_steps: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="The share of all steps after which a checkpoint is scored."
     )

@@ -326,7 +326,7 @@ def _head(
     def classify(texts: Sequence[str]) -> np.ndarray:
         ids = encoder.encode(texts)  # while another thread's texts are in the model
         with turn:
-            return heads.classify(model, tokenizer, ids, head.per_device_eval_batch_size)
+            return heads.classify(model, tokenizer, ids, experiment.eval.batch_tokens)
 
     return classify
 

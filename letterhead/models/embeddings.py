@@ -157,7 +157,7 @@ class Embedder:
             )
         lengths = [len(ids) for ids in self.reader.encode([self.prefix + text for text in clean])]
         seconds = (time.perf_counter() - start) / len(texts)
-        padded = heads.padded_tokens(lengths, BATCH) / max(1, sum(lengths))
+        padded = heads.padded_tokens(lengths, heads.by_rows(lengths, BATCH)) / max(1, sum(lengths))
         return [
             (vector.astype(np.float32), round(padded * length), seconds)
             for vector, length in zip(vectors, lengths, strict=True)

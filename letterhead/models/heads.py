@@ -218,18 +218,21 @@ def class_logits(
     model: PreTrainedModel,
     tokenizer,
     ids: Sequence[list[int]],
-    batch: int,
+    batch_tokens: int,
     title: str | None = None,
 ) -> np.ndarray:
     """Logits of the classes, float32 of shape (rows, classes), in the order of `ids`; like lengths
-    share a batch."""
-    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    share a batch.
+
+    Parameters
+    ----------
+    batch_tokens : how many tokens a forward pass may hold, padding included
+    """
     logits = np.zeros((len(ids), model.config.num_labels), np.float32)
     with progress(
         total=len(ids), desc=title, unit=" rows", disable=title is None, mininterval=0.5
     ) as bar:
-        for begin in range(0, len(order), batch):
-            rows = order[begin : begin + batch]
+        for rows in batches_of([len(row) for row in ids], batch_tokens):
             inputs = tokenizer.pad(
                 {"input_ids": [ids[row] for row in rows]}, return_tensors="pt"
             ).to(model.device)
@@ -238,14 +241,33 @@ def class_logits(
     return logits
 
 
-def padded_tokens(lengths: Sequence[int], batch: int) -> int:
-    """How many tokens go through a model that reads rows of these lengths in batches, longest
-    first, padding included."""
-    longest_first = sorted(map(int, lengths), reverse=True)
-    return sum(
-        longest_first[i] * len(longest_first[i : i + batch])
-        for i in range(0, len(longest_first), batch)
-    )
+def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Row numbers in batches that hold so many tokens with their padding, the longest row first; a
+    longer row is a batch of its own.
+
+    Examples
+    --------
+    >>> batches_of([2, 9, 3, 1], 6)
+    [[1], [2, 0], [3]]
+    """
+    order, batches = sorted(range(len(lengths)), key=lambda row: -lengths[row]), []
+    while order:
+        rows = max(1, batch_tokens // max(1, lengths[order[0]]))
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches
+
+
+def padded_tokens(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> int:
+    """How many tokens go through a model that reads rows of these lengths in these batches, padding
+    included."""
+    return sum(int(max(lengths[row] for row in rows)) * len(rows) for rows in batches)
+
+
+def by_rows(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Row numbers in batches of so many rows, the longest row first."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [order[at : at + rows] for at in range(0, len(order), rows)]
 
 
 def for_inference(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
@@ -254,9 +276,12 @@ def for_inference(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     return pack(cast(model, dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval())
 
 
-def classify(model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch: int) -> np.ndarray:
+def classify(
+    model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch_tokens: int
+) -> np.ndarray:
     """Probabilities of the classes, shape (rows, classes), in the order of `ids`."""
-    return softmax(class_logits(model, tokenizer, ids, batch).astype(np.float64), axis=-1)
+    logits = class_logits(model, tokenizer, ids, batch_tokens)
+    return softmax(logits.astype(np.float64), axis=-1)
 
 
 def mean_over_rows(
@@ -311,6 +336,8 @@ class HeadTrainer(Trainer):
     evaluated : split → data set from `encoded`
     weights : of the classes in the training loss
     patience : ends the training after so many evaluations without a gain
+    batch_tokens : how many tokens a forward pass of an evaluation may hold; several processes share
+        the arguments' rows instead
     on_evaluated : called, in the first process, with split, logits (rows, classes) in the rows'
         order, seconds, and how many tokens went through the model, padding included; returns the
         metrics of that split
@@ -330,10 +357,11 @@ class HeadTrainer(Trainer):
         on_evaluated: Callable[[str, np.ndarray, float, int], dict[str, float]] | None = None,
         weights: Sequence[float] | None = None,
         patience: int | None = None,
+        batch_tokens: int = 2048,
     ):
         # The Trainer drops the column `length` before its samplers see the rows.
         self._lengths = {"train": np.array(train["length"])}
-        self.saving_seconds = 0.0
+        self.saving_seconds, self._batch_tokens = 0.0, batch_tokens
         self._order, self._on_evaluated, by_length = {}, on_evaluated, {}
         for split, rows in (
             evaluated or {}
@@ -390,9 +418,12 @@ class HeadTrainer(Trainer):
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         start = time.perf_counter()
         split = metric_key_prefix.removeprefix("eval_")
-        if self.args.device.type == "cpu" and self.args.world_size == 1:
-            output = self._evaluate_packed(split, metric_key_prefix)
+        lengths = self._lengths[split]
+        if self.args.world_size == 1:
+            output = self._evaluate(split, metric_key_prefix)
+            batches = batches_of(lengths, self._batch_tokens)
         else:
+            batches = by_rows(lengths, self.args.eval_batch_size)
             kwargs["prediction_loss_only"] = (
                 False  # which the Trainer takes for granted without compute_metrics
             )
@@ -403,7 +434,7 @@ class HeadTrainer(Trainer):
         seconds = time.perf_counter() - start
         logits = np.empty_like(output.predictions)
         logits[self._order[split]] = output.predictions
-        tokens = padded_tokens(self._lengths[split], self.args.eval_batch_size)
+        tokens = padded_tokens(lengths, batches)
         metrics = [
             self._on_evaluated(split, logits, seconds, tokens)
             if self.is_world_process_zero()
@@ -421,19 +452,17 @@ class HeadTrainer(Trainer):
                 self.state.global_step, "its logits are not finite", self._get_learning_rate()
             )
 
-    def _evaluate_packed(self, split: str, prefix: str) -> EvalLoopOutput:
-        """What the Trainer's loop gives, by a copy of the model that is made for inference."""
-        model, rows = with_shared_weights(self.model), self.eval_dataset[split]
-        for wrapped in ("forward", "_original_forward"):  # accelerate's, which computes in autocast
-            vars(model).pop(wrapped, None)
-        if isinstance(model, PeftModel):
-            model = merged(model)
-        model = for_inference(model, "bfloat16" if self.args.bf16 else "float32")
+    def _evaluate(self, split: str, prefix: str) -> EvalLoopOutput:
+        """What the Trainer's loop gives; on a CPU by a copy of the model that is made for
+        inference."""
+        model, rows = self.model.eval(), self.eval_dataset[split]
+        if self.args.device.type == "cpu":
+            model = self._packed()
         logits = class_logits(
             model,
             self.processing_class,
             rows["input_ids"],
-            self.args.eval_batch_size,
+            self._batch_tokens,
             f"scoring {split}",
         )
         del model
@@ -444,6 +473,14 @@ class HeadTrainer(Trainer):
             labels, softmax(logits.astype(np.float64), axis=-1), labels=range(logits.shape[1])
         )
         return EvalLoopOutput(logits, labels, {f"{prefix}_loss": loss}, len(labels))
+
+    def _packed(self) -> PreTrainedModel:
+        model = with_shared_weights(self.model)
+        for wrapped in ("forward", "_original_forward"):  # accelerate's, which computes in autocast
+            vars(model).pop(wrapped, None)
+        if isinstance(model, PeftModel):
+            model = merged(model)
+        return for_inference(model, "bfloat16" if self.args.bf16 else "float32")
 
 
 def require_length(folder: Path, max_length: int, key: str) -> None:
