@@ -16,7 +16,7 @@ import numpy as np
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import model_identity, read_json, write_json
-from letterhead.models.classifier import load_classifier, model_folder
+from letterhead.models.classifier import load_classifier, whole_folder
 from letterhead.models.precision import precision
 from letterhead.pipeline import DATA, FOLDED, HEAD_ON_PROMPT, METHODS, method_of, outputs
 from letterhead.runs import results
@@ -67,7 +67,7 @@ def measure_rows(
     tuple : the rows measured; those that can't be measured here, each with `why`
     """
     folders = {
-        method: model_folder(experiment, name) for method, name in names.items() if is_on_disk(name)
+        method: whole_folder(experiment, name) for method, name in names.items() if is_on_disk(name)
     }
     measured = experiment.bench.model_dump(include={"open_requests", "objective_ms"})
     measured["load"] = list(experiment.bench.load(gpu=device_name() != "cpu"))
@@ -189,7 +189,7 @@ def measure_here(experiment: Experiment, row: Row, name: str) -> dict:
     start = time.perf_counter()
     phases = {"prefill": [], "decode": []}
     if row.decode == "generate":
-        answer = generator(experiment, model_folder(experiment, name), phases)
+        answer = generator(experiment, whole_folder(experiment, name), phases)
     else:
         classify = load_classifier(experiment, name)
 
@@ -363,7 +363,7 @@ def asked_of_vllm(experiment: Experiment, row: Row, name: str) -> tuple:
     from letterhead.models.prompt import TextEncoder, load_prompt_encoder
     from letterhead.serving import vllm as service
 
-    folder = model_folder(experiment, name)
+    folder = whole_folder(experiment, name)
     if row.decode == "head" and row.method not in FOLDED_READS:
         text_encoder = TextEncoder(heads.load_tokenizer(folder), model_length(experiment, row))
         return folder, service.classify_route(), lambda text: text_encoder.encode([text])[0]

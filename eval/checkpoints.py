@@ -67,6 +67,7 @@ def score_all(
     dict : (step, split) → result; list : the files that hold results and predictions
     """
     from eval.score import score_model, split_prompts
+    from letterhead.models.scoring import forget_base
 
     scored, files = {}, []
     encoder, prompts = split_prompts(experiment)
@@ -78,6 +79,7 @@ def score_all(
         ).items():
             scored[step, split] = result
             files += results.result_files(experiment, f"{SFT.name}@{step}", split)
+    forget_base()
     for path in experiment.results_folder.glob(f"{SFT.name}@*"):
         if path not in files:  # of an earlier training, which had other steps
             path.unlink()

@@ -84,7 +84,8 @@ def score_model(
         weights |= {checkpoints.ADAPTER: sha256_file(folder / checkpoints.ADAPTER)}
     name, scored = f"{method}@{step}", {}
     how, with_end = experiment.eval.score, experiment.prompt.options == "names"
-    with Workers(process_count(), load_decoder, folder, experiment.decoder.dtype) as workers:
+    asked = folder, experiment.decoder.dtype, True, True
+    with Workers(process_count(), load_decoder, *asked) as workers:
         for split in results.SPLITS:
             rows_file = experiment.data_folder / f"{split}.jsonl"
             if not rows_file.stat().st_size:

@@ -25,11 +25,11 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head, in_packages, is_fetched
 from letterhead.files import LetterheadError, read_json, read_jsonl, write_json
 from letterhead.models import checkpoints
-from letterhead.pipeline import SFT_TRAINING, inputs_sha256, read_card
+from letterhead.pipeline import SFT_TRAINING, inputs_sha256, learns_thoughts, read_card
 from letterhead.rows.balance import rows_read
 from letterhead.rows.fetch import is_there
 from letterhead.runs import devices
-from letterhead.runs.stage import minutes, run
+from letterhead.runs.stage import is_current, minutes, read_record, run
 
 LOCK = Path("requirements/train.txt")
 TRIAL_STEPS, TRIAL_PATIENCE_S = 20, 600
@@ -98,7 +98,7 @@ class Plan:
         number."""
         from letterhead.models.prompt import load_prompt_encoder
 
-        if self.experiment.distill:
+        if learns_thoughts(self.experiment):
             return None
         encoder = load_prompt_encoder(self.experiment, folder=self.folder("decoder"))
         return max(len(answer.ids) for answer in encoder.answers)
@@ -121,8 +121,9 @@ class Plan:
             "the longest row" if self.card else f"the longest of {len(self.rows):,} rows looked at"
         )
         if name == "sft":
+            if (answer := self.answer_tokens()) is None:
+                return limit, "the limit: a teacher's thoughts may be of any length"
             encoder = load_prompt_encoder(settings, folder=self.folder("decoder"))
-            answer = self.answer_tokens() or 0
             return max(len(encoder.encode(text)) + answer for text in texts), which
         encoder = TextEncoder(heads.load_tokenizer(self.folder(name)), limit)
         return max(map(len, encoder.encode(texts))), which
@@ -506,9 +507,9 @@ def hours(plan: Plan) -> str:
         )
     from letterhead.models.llamafactory import sft_plan
 
-    record = read_json(plan.experiment.run_folder / SFT_TRAINING.name / "stage.json") or {}
+    record = read_record(plan.experiment.run_folder / SFT_TRAINING.name)
     inputs = inputs_sha256(SFT_TRAINING, plan.experiment)
-    if record.get("inputs_sha256") == inputs:
+    if is_current(record, inputs):
         return f"SFT is done: it took {minutes(record['training_seconds'])}"
     per_step = kept_trial(plan.experiment, inputs)
     steps, _ = sft_plan(plan.experiment, plan.card["shared"]["sft_rows"])

@@ -212,7 +212,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "comparison": comparison,
         "table": verdict.table(comparison, comparison["methods"]),
         "say": partial(phrases.phrase, comparison["language"]),
-        "metric": phrases.metric_title(comparison["metric"], comparison["language"]),
+        "metric": phrases.metric_title(comparison["metric"], comparison["language"]).strip(),
         "article": article if article.is_the_articles(experiment) else None,
         "evidence": evidence(
             experiment,

@@ -86,7 +86,7 @@ def draw_frontier(
     axes.set(
         xscale="log",
         xlabel=phrase(language, "price", unit=phrase(language, unit)),
-        ylabel=phrase(language, "on test rows", metric=metric).replace("$", r"\$"),
+        ylabel=phrase(language, "on test rows", metric=metric).strip().replace("$", r"\$"),
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_folder, exclusive, read_json, write_json
-from letterhead.models.checkpoints import require_finite_weights, temper
+from letterhead.models.checkpoints import MERGED_FROM, require_finite_weights, temper
 from letterhead.models.classifier import (
     EXPORTED_CASCADE,
     ON_PROMPT,
     frozen_cascade,
     model_folder,
     named_method,
+    whole_folder,
 )
 from letterhead.models.fitted import fit_method
 from letterhead.models.prompt import THINK, WORD, load_prompt_encoder
@@ -44,6 +45,7 @@ TRAINING_FILES = (
     "rng_state*.pth",
     "trainer_state.json",
     "training_args.bin",
+    MERGED_FROM,
 )
 
 READ_TEXT = """
@@ -354,7 +356,7 @@ def export_head(
     ------
     LetterheadError : no such checkpoint
     """
-    source, target = model_folder(experiment, name), experiment.run_folder / "export" / name
+    source, target = whole_folder(experiment, name), experiment.run_folder / "export" / name
     if name.endswith("@0"):
         raise LetterheadError(f"{name}: is the untrained model; choose a step that was trained")
     with atomic_folder(target) as folder:

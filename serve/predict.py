@@ -35,7 +35,7 @@ from letterhead.files import (
     write_json,
 )
 from letterhead.models import embeddings, tfidf
-from letterhead.models.checkpoints import require_model
+from letterhead.models.checkpoints import base_of, require_model
 from letterhead.models.classifier import (
     CHUNK,
     CascadeClassifier,
@@ -86,7 +86,7 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
     dtypes = [
         folder
         and not any(module.is_saved(folder) for module in (embeddings, tfidf))
-        and precision(experiment.decoder.dtype, folder)
+        and precision(experiment.decoder.dtype, base_of(folder))
         for folder in folders
     ]
     is_half = "bfloat16" in dtypes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError
-from letterhead.models.classifier import model_folder, named_method
+from letterhead.models.classifier import named_method, whole_folder
 from letterhead.models.precision import precision
 from letterhead.pipeline import METHODS, SFT
 from letterhead.runs.devices import process_count
@@ -85,7 +85,7 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
     length = cutoff if method.reads_prompt else method.head(experiment).max_length
     # An exported classifier's probabilities are calibrated.
     is_classifier = method.runner == "pooling"
-    folder = export(experiment, name)[0] if is_classifier else model_folder(experiment, name)
+    folder = export(experiment, name)[0] if is_classifier else whole_folder(experiment, name)
     return name, folder, method.runner, length
 
 

@@ -8,18 +8,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
 
 from eval import checkpoints as eval_checkpoints
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import adapters, checkpoints, heads, scoring
-from letterhead.models.classifier import load_raw, model_folder
+from letterhead.models.classifier import load_raw, whole_folder
 from letterhead.models.precision import with_shared_weights
 from letterhead.models.scoring import load_decoder
 from letterhead.runs import results
@@ -132,13 +138,57 @@ def test_sft_of_an_adapter_is_scored_merged_resumed_and_predicted(make, monkeypa
         lines = results.read_predictions(experiment, f"sft@{step}", "test")
         told = [[line["probabilities"][label] for label in LABELS] for line in lines]
         assert np.abs(load_raw(experiment, f"sft@{step}")(texts) - told).max() < 1e-4
-    whole = model_folder(experiment, "sft@20")
+    whole = whole_folder(experiment, "sft@20")
     assert read_json(whole / "config.json")["architectures"] == ["LlamaForCausalLM"]
     written = os.stat(whole / "model.safetensors").st_mtime_ns
-    assert model_folder(experiment, "sft@20") == whole
+    assert whole_folder(experiment, "sft@20") == whole
     assert os.stat(whole / "model.safetensors").st_mtime_ns == written  # made once
     for name, weight in added(last, base).items():
         assert torch.allclose(load_file(whole / "model.safetensors")[name], weight, atol=1e-6)
+
+
+def test_an_adapter_costs_in_service_what_the_whole_model_does(tiny_models):
+    whole = heads.load_head(tiny_models["smollm2"], LABELS)
+    told = checkpoints.parameters_per_token(whole)
+    lora = heads.Head(lora={"rank": 64}).lora
+    assert checkpoints.parameters_per_token(adapters.adapted(whole, lora)) == told
+
+
+def test_an_adapter_on_another_base_than_its_own_is_refused(tiny_models, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_models["smollm2"], base)
+    model = adapters.with_adapter(
+        heads.load_head(base, LABELS), heads.Head(lora={"rank": 4}).lora, base
+    )
+    folder = tmp_path / "checkpoint-1"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    checkpoints.note_bases([folder])
+    heads.load_head(folder, LABELS)
+    other = LlamaForCausalLM.from_pretrained(base)
+    torch.nn.init.normal_(other.model.norm.weight)
+    other.save_pretrained(base)
+    with pytest.raises(LetterheadError, match=r"trained on another model than .*base holds now"):
+        heads.load_head(folder, LABELS)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_base_of_sft_has_the_type_that_is_planned_for(tiny_models, half):
+    base = AutoModelForCausalLM.from_pretrained(tiny_models["qwen3"], dtype=torch.float32)
+    model = adapters.adapted(base, heads.Head(lora={"rank": 4}).lora)
+    LessWork().on_init_end(SimpleNamespace(bf16=half), None, None, model=model)
+    for name, weight in model.named_parameters():
+        learns = "lora" in name
+        expected = torch.bfloat16 if half and not learns else torch.float32
+        assert weight.dtype == expected and weight.requires_grad == learns, name
+
+
+def test_unknown_layers_are_an_error_that_names_those_there_are(tiny_models):
+    with pytest.raises(LetterheadError, match="lora.targets: nose: no such layers; .*q_proj"):
+        adapters.adapted(
+            heads.load_head(tiny_models["qwen3"], LABELS),
+            heads.Head(lora={"targets": ["nose"]}).lora,
+        )
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3"])
@@ -153,7 +203,7 @@ def test_less_work_gives_an_adapters_loss_and_gradients(tiny_models, name):
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.05)
         if is_less:
-            LessWork().on_init_end(None, None, None, model=model)
+            LessWork().on_init_end(SimpleNamespace(bf16=False), None, None, model=model)
         ids = torch.arange(40).reshape(2, 20)
         labels = torch.full_like(ids, -100)
         labels[:, -3:] = ids[:, -3:]
@@ -167,7 +217,7 @@ def test_less_work_gives_an_adapters_loss_and_gradients(tiny_models, name):
 
 @pytest.mark.parametrize("method", ["bert", "linear_head", "sft_options"])
 def test_an_adapters_head_is_the_trained_one_in_scoring_predicting_and_export(
-    make, method, tiny_models
+    make, method, tiny_models, monkeypatch
 ):
     keys = {"decoder_keys": {"head": HEAD, "sft_options": HEAD}}
     keys["encoder_keys"] = {"model": str(tiny_models["bert"]), "head": HEAD}
@@ -198,11 +248,22 @@ def test_an_adapters_head_is_the_trained_one_in_scoring_predicting_and_export(
     assert np.abs(load_raw(experiment, str(exported))(texts).argmax(1) == told.argmax(1)).all()
 
     # Killed after its first checkpoint, it ends as it would have ended.
-    shutil.rmtree(folder)
-    (folder.parent.parent / "stage.json").unlink()
-    for path in experiment.results_folder.glob(f"{name}.*"):
+    shutil.rmtree(folder.parent.parent)
+    for path in experiment.results_folder.glob(f"{method}@*"):
         path.unlink()
+    save = heads.HeadTrainer._save_checkpoint
+
+    def save_and_die(trainer, *rest) -> None:
+        save(trainer, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heads.HeadTrainer, "_save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train_heads.main(experiment, method)
     train_heads.main(experiment, method)
+    stage = folder.parent.parent / "stage.json"
+    assert read_json(stage)["resumed_from"] == 5
     again = results.read_predictions(experiment, name, "test")
     assert [line["prediction"] for line in again] == [line["prediction"] for line in lines]
     assert np.allclose(
@@ -217,6 +278,9 @@ def test_a_packed_evaluation_leaves_the_base_alone(tiny_models):
         heads.Head(lora={"rank": 4}).lora,
         tiny_models["qwen3"],
     )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # it begins at nothing
+            torch.nn.init.normal_(weight)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     adapters.merged(with_shared_weights(model))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -225,7 +289,8 @@ def test_a_packed_evaluation_leaves_the_base_alone(tiny_models):
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"lora_target": "q_proj,lm_head"}, "lora_target names lm_head"),
+        ({"lora_target": "q_proj, lm_head"}, "lora_target names lm_head"),
+        ({"lora_target": ["q_proj", "lm_head"]}, "lora_target names lm_head"),
         ({"additional_target": "embed_tokens"}, "additional_target is not supported"),
         ({"adapter_name_or_path": "some/adapter"}, "adapter_name_or_path is not supported"),
         ({"finetuning_type": "freeze"}, "finetuning_type: full or lora"),

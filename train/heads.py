@@ -68,6 +68,7 @@ def main(experiment: Experiment, method: str) -> None:
         with atomic_open(table) as file:
             file.write(results.checkpoint_table(experiment, trained.title, kept, gaps))
         whole = checkpoints.whole_checkpoints(folder)
+        checkpoints.note_bases(whole)
         weights = [file for path in whole for file in path.glob("*.safetensors")]
         print(table.read_text(encoding="utf-8"))
         last = kept[max(kept)[0], "test"]

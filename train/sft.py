@@ -62,6 +62,7 @@ def main(experiment: Experiment) -> None:
             f"{folder}: LLaMA-Factory left no whole checkpoint; set save_strategy and save_steps"
         )
     checkpoints.prune_optimizer_states(folder)
+    checkpoints.note_bases(whole)
     state = read_json(whole[-1] / "trainer_state.json")
     clock = read_json(experiment.sft_folder / CLOCK)
     stage.finish(

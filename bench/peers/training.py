@@ -10,7 +10,7 @@ import numpy as np
 
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
-from letterhead.files import write_json
+from letterhead.files import LetterheadError, write_json
 from letterhead.pipeline import BERT, LINEAR_HEAD
 from letterhead.runs import results
 from letterhead.runs.devices import device_name, versions
@@ -20,6 +20,9 @@ WARM_UP_ROWS = 64
 
 
 def main(experiment: Experiment) -> None:
+    for key, section in (("encoder", experiment.encoder), ("decoder", experiment.decoder)):
+        if section.head.lora:
+            raise LetterheadError(f"{key}.head.lora: this measures whole models; set it to null")
     rows = results.read_rows(experiment, "train")
     drawn = np.random.default_rng(experiment.seed).permutation(len(rows))[
         : experiment.bench.training_rows

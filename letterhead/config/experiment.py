@@ -20,7 +20,7 @@ from letterhead.config.service import Bench, Serve
 from letterhead.files import LetterheadError
 
 ENGLISH, CHINESE = "en", "zh"
-HAN, KANA = re.compile(r"[\u3400-\u9fff]"), re.compile(r"[\u3040-\u30ff]")
+HAN, KANA = re.compile(r"[\u3400-\u9fff]"), re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
 
 
 class Experiment(Section):
@@ -149,8 +149,10 @@ class Experiment(Section):
     def language(self) -> str:
         """That of the question, in which the report's first screen is written: Chinese or
         English."""
-        asked = self.prompt.template
-        return CHINESE if HAN.search(asked) and not KANA.search(asked) else ENGLISH
+        asked = re.sub(r"\{.*?\}", "", self.prompt.template)
+        letters = sum(map(str.isalpha, asked))
+        is_chinese = 2 * len(HAN.findall(asked)) > letters and not KANA.search(asked)
+        return CHINESE if is_chinese else ENGLISH
 
     @property
     def reading(self) -> dict[str, Any]:

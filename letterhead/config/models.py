@@ -156,8 +156,10 @@ class Sft(Section):
             for key in ("rank", "alpha", "dropout")
             if arguments.get(f"lora_{key}") is not None
         }
-        targets = str(arguments.get("lora_target", "all"))
-        return Lora(targets="all" if targets == "all" else targets.split(","), **found)
+        targets = arguments.get("lora_target", "all")  # as LLaMA-Factory reads it: text or a list
+        named = targets.split(",") if isinstance(targets, str) else targets
+        named = [str(name).strip() for name in named]
+        return Lora(targets="all" if named == ["all"] else named, **found)
 
 
 class Head(Section):

@@ -1,10 +1,11 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685), by peft: one that a head is trained
 with, and the whole model that an adapter makes with its base.
 
-What is scored is the merged model, as it is exported and served: the adapter is added to float32
-weights, and the sum is cast.
+What is scored on a CPU is the merged model, as it is exported and served: the adapter is added to
+float32 weights, and the sum is cast. (On a GPU a head is scored in training as it is trained.)
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,25 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from letterhead.config.models import Lora
-from letterhead.files import LetterheadError, atomic_folder, model_identity, read_json, write_json
-from letterhead.models.checkpoints import FLOAT, base_of, require_disk, stored_parameters
+from letterhead.files import (
+    LetterheadError,
+    atomic_folder,
+    exclusive,
+    model_identity,
+    read_json,
+    write_json,
+)
+from letterhead.models.checkpoints import (
+    FLOAT,
+    MERGED_FROM,
+    base_of,
+    require_base,
+    require_disk,
+    stored_parameters,
+)
 from letterhead.models.cpu import linear_shapes
 
 PREFIX = "base_model.model."  # of peft's names, which transformers' own have not
-MADE_FROM = "merged_from.json"
 
 
 def adapted(model: PreTrainedModel, lora: Lora) -> PeftModel:
@@ -44,7 +58,20 @@ def adapted(model: PreTrainedModel, lora: Lora) -> PeftModel:
         target_modules="all-linear" if lora.targets == "all" else lora.targets,
         modules_to_save=kept,
     )
-    return get_peft_model(model, settings)
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        layers = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        raise LetterheadError(
+            f"lora.targets: {', '.join(lora.targets)}: no such layers; choose of "
+            f"{', '.join(sorted(layers))}, or all"
+        ) from None
 
 
 def with_adapter(model: PreTrainedModel, lora: Lora, base: Path) -> PeftModel:
@@ -77,9 +104,10 @@ def load_merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Raises
     ------
-    LetterheadError : a weight of the adapter has no place in that base
+    LetterheadError : the adapter was trained on another base, or a weight of it has no place there
     """
-    model = PeftModel.from_pretrained(base, folder)
+    require_base(folder)
+    model = PeftModel.from_pretrained(base, folder, torch_device=str(base.device))
     require_loaded(model, folder)
     return merged(model)
 
@@ -105,7 +133,7 @@ def require_loaded(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
 def write_merged(folder: Path, load: Callable[[Path], PreTrainedModel]) -> Path:
     """The folder of the whole model that a folder's adapter makes, written where it is not there
-    yet.
+    yet; a second process waits.
 
     Parameters
     ----------
@@ -118,10 +146,15 @@ def write_merged(folder: Path, load: Callable[[Path], PreTrainedModel]) -> Path:
     base = base_of(folder)
     target = folder.parent.with_name("merged") / folder.name
     made_from = {"adapter": model_identity(folder), "base": model_identity(base)}
-    if read_json(target / MADE_FROM) != made_from:
+    with exclusive(target.parent / ".lock"):
+        if read_json(target / MERGED_FROM) == made_from:
+            return target
+        for old in target.parent.glob("checkpoint-*"):  # of an earlier training
+            if not (folder.parent / old.name).exists():
+                shutil.rmtree(old)
         require_disk(target, FLOAT * stored_parameters(base), "the model merged with its adapter")
         with atomic_folder(target) as made:
             load(folder).save_pretrained(made)
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(made)
-            write_json(made / MADE_FROM, made_from)
+            write_json(made / MERGED_FROM, made_from)
     return target

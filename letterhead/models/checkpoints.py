@@ -12,15 +12,20 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from letterhead.files import LetterheadError, read_json
+from letterhead.files import LetterheadError, model_identity, read_json, write_json
 
 FLOAT = 4  # bytes of a float32, in which all weights are trained and saved
 GIB = 1 << 30
 ADAPTER = "adapter_config.json"  # peft's, beside an adapter's weights
+MERGED_FROM = "merged_from.json"  # in a folder that was made of an adapter and its base
+BASE = "base.json"  # which base an adapter was trained on
+# In the names of what peft adds to a model while an adapter is trained
+BESIDE_A_MODEL = ("lora_", "original_module")
 # How the architectures of language models end
 # What the last layer of a sequence classifier is called, and of a SentenceTransformer that ends in
 # one
@@ -80,6 +85,28 @@ def base_of(folder: Path) -> Path:
     return Path(settings["base_model_name_or_path"]) if settings else folder
 
 
+def note_bases(folders: Iterable[Path]) -> None:
+    """Write beside each adapter which base it was trained on."""
+    for folder in folders:
+        if (base := base_of(folder)) != folder:
+            write_json(folder / BASE, model_identity(base))
+
+
+def require_base(folder: Path) -> None:
+    """Make sure that an adapter's base is the one that it was trained on.
+
+    Raises
+    ------
+    LetterheadError : it is another
+    """
+    base, trained_on = base_of(folder), read_json(folder / BASE)
+    if trained_on is not None and trained_on != model_identity(base):
+        raise LetterheadError(
+            f"{folder}: this adapter was trained on another model than {base} holds now; fetch "
+            f"that one again, or train anew"
+        )
+
+
 def require_language_model(folder: Path) -> None:
     """Make sure that a decoder's folder holds a language model: a classifier lacks the projection
     to the vocabulary, and would be given a random one without a word.
@@ -99,7 +126,7 @@ def require_language_model(folder: Path) -> None:
 
 def parameters_per_token(model) -> int:
     """How many parameters a token is multiplied with: all but the embeddings (and a projection tied
-    to them)."""
+    to them). An adapter counts as merged with its base."""
     from torch.nn import Embedding
 
     embeddings = {
@@ -109,7 +136,11 @@ def parameters_per_token(model) -> int:
         projection := model.get_output_embeddings()
     ):
         embeddings |= {id(p) for p in projection.parameters()}  # in bfloat16 a float32 copy
-    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in embeddings and not any(part in name for part in BESIDE_A_MODEL)
+    )
 
 
 def model_facts(model) -> dict:

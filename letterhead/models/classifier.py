@@ -80,8 +80,21 @@ def is_source(name: str) -> bool:
     return "/" in name
 
 
+def whole_folder(experiment: Experiment, name: str) -> Path:
+    """The folder of a method's whole model, as another program loads it: where an adapter was
+    trained, that of the model which it makes with its base.
+
+    Raises
+    ------
+    LetterheadError : as `model_folder` and `whole_model`
+    """
+    method = find_method(name)
+    folder = model_folder(experiment, name)
+    return whole_model(folder, experiment.labels, bool(method and method.settings))
+
+
 def model_folder(experiment: Experiment, name: str) -> Path:
-    """The folder of a method's model.
+    """The folder of a method's model, or of its adapter.
 
     Raises
     ------
@@ -115,7 +128,7 @@ def model_folder(experiment: Experiment, name: str) -> Path:
             f"{name}: no whole checkpoint; {folder} holds steps {', '.join(kept) or 'none'}"
         )
     _require_same_reading(experiment, name, method)
-    return whole_model(folder / f"checkpoint-{step}", experiment.labels, bool(method.settings))
+    return folder / f"checkpoint-{step}"
 
 
 def whole_model(folder: Path, labels: Sequence[str], has_head: bool) -> Path:
@@ -129,12 +142,10 @@ def whole_model(folder: Path, labels: Sequence[str], has_head: bool) -> Path:
     if checkpoints.base_of(folder) == folder:
         return folder
     from letterhead.models import adapters, heads
-    from letterhead.models.scoring import load_decoder
+    from letterhead.models.scoring import load_merged_decoder
 
     def load(folder: Path):
-        if has_head:
-            return heads.load_head(folder, labels)
-        return load_decoder(folder, "float32", packed=False)
+        return heads.load_head(folder, labels) if has_head else load_merged_decoder(folder)
 
     return adapters.write_merged(folder, load)
 
@@ -314,9 +325,9 @@ def _head(
     from letterhead.models.precision import precision
     from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 
-    tokenizer = heads.load_tokenizer(folder)
+    tokenizer, base = heads.load_tokenizer(folder), checkpoints.base_of(folder)
     model = heads.for_inference(
-        heads.load_head(folder, labels), precision(experiment.decoder.dtype, folder)
+        heads.load_head(folder, labels), precision(experiment.decoder.dtype, base)
     )
     encoder = TextEncoder(tokenizer, head.max_length)
     if on_prompt:

@@ -146,11 +146,14 @@ class OptionTree:
         return torch.stack([predicted[:, columns].sum(-1) for columns in self._columns], dim=1)
 
 
-def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedModel:
+def load_decoder(
+    folder: Path, dtype: str, packed: bool = True, keeps_base: bool = False
+) -> PreTrainedModel:
     """Load a decoder for scoring, merged with its adapter where the folder holds one: safetensors
     only, on the GPU if there is one; on a CPU with packed linear layers.
 
     `dtype` is float32, bfloat16 or auto (see `precision`); the last projection is float32 in each.
+    With `keeps_base` the base of an adapter stays in memory for the next one (`forget_base`).
 
     Raises
     ------
@@ -159,12 +162,8 @@ def load_decoder(folder: Path, dtype: str, packed: bool = True) -> PreTrainedMod
     require_model(folder)
     use_onednn()
     base = base_of(folder)
-    if base == folder:
-        model = _load(folder)
-    else:
-        from letterhead.models.adapters import load_merged
-
-        model = load_merged(with_shared_weights(_load_base(base)), folder)
+    load = _load_base if keeps_base else _load
+    model = _load(folder) if base == folder else _merged(load(base), folder)
     model = (
         cast(model, precision(dtype, base))
         .to("cuda" if torch.cuda.is_available() else "cpu")
@@ -187,6 +186,29 @@ def _load(folder: Path) -> PreTrainedModel:
 def _load_base(folder: Path) -> PreTrainedModel:
     """The base of adapters, which is read once for all checkpoints of a training."""
     return _load(folder)
+
+
+def forget_base() -> None:
+    """Give back the memory of the base that adapters were added to."""
+    _load_base.cache_clear()
+
+
+def _merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    from letterhead.models.adapters import load_merged
+
+    return load_merged(with_shared_weights(base), folder)
+
+
+def load_merged_decoder(folder: Path) -> PreTrainedModel:
+    """The whole decoder that a folder's adapter makes, in float32 and in the machine's memory, not
+    a GPU's.
+
+    Raises
+    ------
+    LetterheadError : as `load_decoder`
+    """
+    require_model(folder)
+    return _merged(_load(base_of(folder)), folder)
 
 
 @torch.inference_mode()

@@ -46,14 +46,14 @@ PHRASES = {
         "of class": "{metric} of {label}",
         **{word: word for word in (FITS, COSTS_MORE, UNDECIDED, DEARER, UNPRICED)},
     },
-    CHINESE: {
+    CHINESE: {  # a blank stands between Chinese and Latin letters
         "ship": "建议上线：{shipped}。",
         "none": "无法定论：{n:,} 条测试样本不足以证明损失低于 {margin:g}；目前最高的是{shipped}。",
         "trained": "{title}（{rows:,} 条训练样本）",
         "untrained": "{title}（未训练）",
-        "best": "{top}的 {metric} 最高，在 {n:,} 条测试样本上为 {value:.3f}",
+        "best": "{top}的{metric}最高，在 {n:,} 条测试样本上为 {value:.3f}",
         "why none": "{best}；没有一种方法被证明相对其他每一种的损失都低于 {margin:g}。",
-        "why cheaper": "{ship}在 {n:,} 条测试样本上的 {metric} 为 {shipped_value:.3f}，在被证明损失"
+        "why cheaper": "{ship}在 {n:,} 条测试样本上的{metric}为 {shipped_value:.3f}，在被证明损失"
         "低于 {margin:g} 的方法中最便宜。{best}。",
         "why best": "{best}；更便宜的方法都未被证明与它相差不到 {margin:g}。",
         "why cheapest": "{best}，也没有更便宜的方法。",
@@ -69,22 +69,28 @@ PHRASES = {
         PER_MILLION: "上线后每百万条的费用，货币同 bench.price_per_hour",
         MULTIPLY_ADDS: "每条文本的乘加次数",
         "price": "价格（{unit}）",
-        "on test rows": "测试样本上的 {metric}",
+        "on test rows": "测试样本上的{metric}",
         "margin": "允许的损失",
         "behind axis": "落后最高者",
-        "macro_f1": "宏平均 F1",
-        "cost": "平均代价的相反数",
-        "f1": "F1",
+        "macro_f1": "宏平均 F1 ",
+        "cost": "负的平均代价",
+        "f1": " F1 ",
         "accuracy": "准确率",
         "recall": "召回率",
         "precision": "精确率",
-        "of class": "“{label}”的 {metric}",
+        "of class": "“{label}”的{metric}",
         FITS: "达标",
         COSTS_MORE: "损失过大",
         UNDECIDED: "未定",
         DEARER: "更贵",
         UNPRICED: "价格未知",
     },
+}
+
+# Of large numbers, the largest first
+SIZES = {
+    ENGLISH: ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")),
+    CHINESE: ((1e12, " 万亿"), (1e8, " 亿"), (1e4, " 万")),
 }
 
 

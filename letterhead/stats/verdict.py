@@ -15,6 +15,7 @@ from letterhead.stats.phrases import (
     ENGLISH,
     MULTIPLY_ADDS,
     PER_MILLION,
+    SIZES,
     UNPRICED,
     metric_title,
     phrase,
@@ -361,7 +362,7 @@ def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, An
     return rows
 
 
-def as_times(times: float | None) -> str:
+def as_times(times: float | None, language: str = ENGLISH) -> str:
     """A price as a multiple of the cheapest one's, in words.
 
     Examples
@@ -373,7 +374,7 @@ def as_times(times: float | None) -> str:
         return "–"
     if times < 10:
         return f"{times:.1f}".removesuffix(".0")
-    return human(float(f"{times:.2g}"))
+    return human(float(f"{times:.2g}"), language)
 
 
 def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
@@ -382,7 +383,7 @@ def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
     heads = ("method", "rows", "metric", "interval", "times", "verdict")
     lines = [
         [
-            metric_title(decided["metric"], language)
+            metric_title(decided["metric"], language).strip()
             if head == "metric"
             else phrase(language, head)
             for head in heads
@@ -396,7 +397,7 @@ def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
                 str(row["rows"] or "–"),
                 f"{row['value']:.3f}",
                 phrase(language, "range", low=low, high=high),
-                as_times(row["times"]),
+                as_times(row["times"], language),
                 phrase(language, row["verdict"]),
             ]
         )
@@ -437,7 +438,7 @@ def headline(decided: dict[str, Any], shipped: str) -> str:
     )
 
 
-def human(number: float) -> str:
+def human(number: float, language: str = ENGLISH) -> str:
     """A large number in words, two digits.
 
     Examples
@@ -445,7 +446,7 @@ def human(number: float) -> str:
     >>> human(210), human(5500), human(5.5e8)
     ('210', '5,500', '550 million')
     """
-    for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
+    for size, word in SIZES[language]:
         if number >= size:
             scaled = number / size
             return f"{scaled:.1f}{word}" if scaled < 10 else f"{scaled:,.0f}{word}"
