@@ -36,8 +36,8 @@ FIRST_STEPS = 2
 def main(experiment: Experiment) -> None:
     if experiment.decoder.sft.lora:
         raise LetterheadError(
-            f"{experiment.decoder.sft.config}: trains an adapter, and the plain loop it is compared "
-            f"with the whole model; name another YAML"
+            f"{experiment.decoder.sft.config}: trains an adapter, and the plain loop the whole "
+            f"model; name another YAML"
         )
     half = bool(for_device(experiment).get("bf16", experiment.sft_arguments().get("bf16")))
     dtypes = ["float32", *(["bfloat16"] if half else [])]
