@@ -107,6 +107,9 @@ WINDOWS_SIGNS = (
     *range(0x91, 0x98),
     0x99,
 )  # Windows-1252: €, …, quotes, bullet, dashes, ™
+# GiB of a GPU from which an adapter of a larger LLM is within its memory (docs/gpu.md), and the LLM
+LARGER = ((20, "Qwen/Qwen3-4B"), (10, "Qwen/Qwen3-1.7B"))
+LARGER_CONFIG = "llamafactory_configs/qwen3_4b_lora_sft.yaml"
 ENGLISH = {
     "why": "SmolLM2-135M and MiniLM, the smallest; decoder.model and encoder.model name "
     "larger ones",
@@ -773,6 +776,7 @@ def choose_training(
     }
     epochs_on_all = Head(**encoder_head).on(train).num_train_epochs
     reasons.append(f"models: {models['why']}")
+    reasons.extend(larger_model(gpu_gib()))
     reasons.append(
         f"training: the LLM on {shared:,} rows, {'once' if epochs == 1 else f'{epochs} times'} "
         f"({epochs * math.ceil(shared / BATCH)} steps); the other methods on the same rows"
@@ -807,6 +811,38 @@ def choose_training(
             "decoder.sft_options: the LLM once more, with the loss over the letters alone"
         )
     return {"decoder": decoder, "encoder": {**models["encoder"], "head": encoder_head}}
+
+
+def gpu_gib() -> int:
+    """The memory of the smallest visible GPU; 0 without one."""
+    import torch
+
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    sizes = [torch.cuda.get_device_properties(i).total_memory >> 30 for i in gpus]
+    return min(sizes, default=0)
+
+
+def larger_model(gib: int) -> list[str]:
+    """Which larger LLM's adapter a GPU of so much memory can train, in a sentence; none for a small
+    one.
+
+    Examples
+    --------
+    >>> larger_model(8), larger_model(24)[0].partition(":")[0]
+    ([], 'this GPU has 24 GiB')
+    """
+    for least, name in LARGER:
+        if gib >= least:
+            keys = {
+                "decoder.model": f"hf:{name}",
+                "decoder.sft.config": LARGER_CONFIG,
+                "decoder.sft.overrides.model_name_or_path": f"model/{name.partition('/')[2]}",
+                "decoder.head.lora": "{rank: 8}",
+                "decoder.head.learning_rate": 1e-4,
+            }
+            listed = ", ".join(f"{key}: {value}" for key, value in keys.items())
+            return [f"this GPU has {gib} GiB: an adapter of {name} fits, with {listed}"]
+    return []
 
 
 def in_brackets(row: RawRow) -> bool:
