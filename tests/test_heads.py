@@ -195,7 +195,7 @@ def test_a_packed_copy_evaluates_as_the_trainer_does_and_leaves_the_model_alone(
     before, data = copy.deepcopy(model.state_dict()), random_rows(30)
     arguments = heads.training_arguments(Head(per_device_eval_batch_size=4), tmp_path, 0, None)
     trainer = heads.HeadTrainer(model, arguments, tokenizer, data, {"test": data})
-    packed = trainer._evaluate("test", "eval_test")
+    packed = trainer._score("test", "eval_test")
     loader = trainer.get_eval_dataloader("test")
     theirs = Trainer.evaluation_loop(
         trainer, loader, "", prediction_loss_only=False, metric_key_prefix="eval_test"

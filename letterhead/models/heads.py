@@ -420,7 +420,7 @@ class HeadTrainer(Trainer):
         split = metric_key_prefix.removeprefix("eval_")
         lengths = self._lengths[split]
         if self.args.world_size == 1:
-            output = self._evaluate(split, metric_key_prefix)
+            output = self._score(split, metric_key_prefix)
             batches = batches_of(lengths, self._batch_tokens)
         else:
             batches = by_rows(lengths, self.args.eval_batch_size)
@@ -452,7 +452,7 @@ class HeadTrainer(Trainer):
                 self.state.global_step, "its logits are not finite", self._get_learning_rate()
             )
 
-    def _evaluate(self, split: str, prefix: str) -> EvalLoopOutput:
+    def _score(self, split: str, prefix: str) -> EvalLoopOutput:
         """What the Trainer's loop gives; on a CPU by a copy of the model that is made for
         inference."""
         model, rows = self.model.eval(), self.eval_dataset[split]
