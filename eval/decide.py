@@ -120,6 +120,8 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
     shown += [name for name in decided["candidates"] if name not in shown]
     top = served[decided["top"]]
     decided["metric"], decided["language"] = experiment.compare.metric, experiment.language
+    contending = round(decision.ALPHA / decided["alpha"]) + 1
+    decided["smallest_margin"] = decision.least_margin(truth, contending, classes, metric)
     accuracy, shipped = Metric("accuracy"), served[decided["ship"]]
     decided["right_more"] = {
         name: with_bounds(metrics.loss(truth, shipped, served[name], classes, accuracy), 0.025)
@@ -142,6 +144,12 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
         if metric.kind != "cost":  # a share lies between nothing and all
             row["reached"][1:] = np.clip(row["reached"][1:], 0, 1).tolist()
         row["behind"][0] = metrics.plain(truth, top, classes, metric) - row["reached"][0]
+    for name, candidate in decided["candidates"].items():
+        figures = (
+            metrics.plain(truth, served[one], classes, metric)
+            for one in (candidate["against"], name)
+        )
+        candidate["seen"] = float(np.subtract(*figures))
     decided["curves"] = {
         name: curve(experiment, entries[name]["halves"], truth, decided)
         for name in names

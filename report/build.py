@@ -42,8 +42,8 @@ SHOWN_CHARACTERS = 400
 WHAT_A_PICTURE_SHOWS = {
     "frontier": "What decides, on test rows, against the price of a row (logarithmic). Numbers are "
     "those of the table; a bar is the loss against the highest with its bounds, or a cascade's "
-    "price; the ring marks what the first sentence names. Dotted: a cascade at any share of rows "
-    "for its dear half, to look at and not to choose by",
+    "price; the ring marks what the first sentence names. Dotted: the same cascades at other "
+    "shares of rows for their dear half, which were no candidates",
     "ranking": "Macro F1 on the test rows with 95 % intervals: the trained methods, and, on "
     "an axis of its own, zero-shot",
     "f1": "Macro F1 on test and validation rows against training step",
@@ -158,6 +158,7 @@ def environment() -> jinja2.Environment:
         "duration": duration,
         "human": verdict.human,
         "times": verdict.as_times,
+        "milliseconds": verdict.as_milliseconds,
         "metric_title": phrases.metric_title,
         "short": short,
         "md": escape_markdown,
@@ -204,9 +205,16 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "experiment": experiment,
         "model_source": source_name(experiment.decoder.model),
         "n_test": max(entry["n"] for entry in by_name.values()),
-        "apart": [
-            entry for _, entry in ranked if entry["f1_macro_without_near_duplicates"] is not None
-        ],
+        "apart": max(
+            (
+                abs(entry["f1_macro"] - entry["f1_macro_without_near_duplicates"])
+                for _, entry in ranked
+                if verdict.is_trained(entry)
+                and entry["f1_macro_without_near_duplicates"] is not None
+            ),
+            default=None,
+        ),
+        "told_apart": [pair for pair in comparison["pairs"] if pair["f1_p_holm"] < decision.ALPHA],
         "ranked": ranked,
         "titles": {name: entry["title"] for name, entry in ranked},
         "comparison": comparison,
@@ -278,6 +286,12 @@ def overfitting(experiment: Experiment) -> str:
     lowest, last = min(test, key=lambda step: test[step].eval_loss), max(test)
     per_epoch = last / epochs
     after = min(test, key=lambda step: abs(step - 2 * per_epoch))
+    if lowest == last == after:
+        return (
+            f"BERT's test loss is lowest, {test[last].eval_loss:.3f}, at the last step that was "
+            f"evaluated, {last} (epoch {epochs:g}): it might have learnt more. Whether it overfits "
+            "past two epochs, as the article says, was not put to the test."
+        )
     words = (
         f"BERT's test loss is lowest, {test[lowest].eval_loss:.3f}, at step {lowest} "
         f"(epoch {lowest / per_epoch:.1f}), "

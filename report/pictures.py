@@ -89,7 +89,7 @@ def draw_frontier(
         ylabel=phrase(language, "on test rows", metric=metric).strip().replace("$", r"\$"),
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="best")
     if 0 < top <= 1:  # bounds may lie above what there is
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
     behind = axes.secondary_yaxis("right", functions=(lambda y: top - y, lambda lost: top - lost))

@@ -71,12 +71,9 @@ def evidence(experiment: Experiment, card: dict[str, Any], seen: int | None = No
     )
     if least <= margin:
         return sentence
-    wanted = rows_for_margin(margin, methods, find)
     if seen:
-        return (
-            f"{sentence} These rows have been read, so the margin stays; a new run would want more "
-            f"than {wanted:,} fresh ones."
-        )
+        return f"{sentence} These rows have been read, so the margin stays."
+    wanted = rows_for_margin(margin, methods, find)
     return (
         f"{sentence} Before you look at a test row, set a larger compare.margin, or "
         f"data.rows.test to more than {wanted:,}."

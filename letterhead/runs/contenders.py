@@ -172,7 +172,7 @@ def cost(experiment: Experiment, method: Method, result: Result) -> dict[str, An
         )
         share = result.halves["deferred"] / result.n
         return {
-            "train_rows": dear["train_rows"],
+            "train_rows": max(cheap["train_rows"], dear["train_rows"]),
             "epochs": None,
             "multiply_adds_per_row": round(
                 cheap["multiply_adds_per_row"] + share * dear["multiply_adds_per_row"]

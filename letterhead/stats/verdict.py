@@ -51,9 +51,9 @@ def sentence(pair: dict, chosen: dict[str, dict]) -> str:
         f"p = {pair['f1_p_holm']:.2g} after Holm"
     )
     once = all(len(chosen[name]["trainings"]) == 1 for name in (better, worse))
-    files = ", as files" if once else ""
+    again = " These are two files; training again may turn it round." if once else ""
     if pair["f1_p_holm"] < decision.ALPHA:
-        return f"{named(better)} has a higher macro F1 than {named(worse)}{files}: {figures}."
+        return f"{named(better)} has a higher macro F1 than {named(worse)}: {figures}.{again}"
     return f"{named(better)} over {named(worse)}: {figures}: chance could do that."
 
 
@@ -89,7 +89,7 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     for name, candidate in found.items():
         other = named(candidate["against"])
         loss, low, high = (
-            signed(candidate[key]).removeprefix("+") for key in ("loss", "low", "high")
+            signed(candidate[key]).removeprefix("+") for key in ("seen", "low", "high")
         )
         if candidate["verdict"] == decision.FITS:
             ahead = f"at least {-candidate['high']:.3f} of {metric} ahead of {other}, the nearest."
@@ -102,13 +102,14 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
             )
         else:
             seen = (
-                f"{-candidate['loss']:.3f} of {metric} ahead of {other}"
-                if candidate["loss"] < 0
+                f"{-candidate['seen']:.3f} of {metric} ahead of {other}"
+                if candidate["seen"] < 0
                 else f"{loss} of {metric} behind {other}"
             )
+            allowed = between(candidate["low"], candidate["high"])
             line = (
-                f"{named(name)} is undecided: it is {seen}, and anything from {low} to {high} "
-                f"behind goes with these rows; {margin:g} is allowed."
+                f"{named(name)} is undecided: it is {seen}, and anything from {allowed} goes with "
+                f"these rows; {margin:g} behind is allowed."
             )
             needed = [
                 f"{candidate[key]:,} {what}"
@@ -134,8 +135,9 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         for name, candidate in chosen.items()
         if is_trained(candidate) and candidate["n"] == n and name not in found and name in prices
     ]:
-        names = ", ".join(map(named, dearer))
-        sure.append(f"Not considered, since dearer than the highest: {names}.")
+        sure.append(
+            f"Not considered, since dearer than the highest: {len(dearer)} methods of the table."
+        )
     sure += [
         f"{named(name)} has learnt little yet: its log loss is {losses[0]:.2f}, and "
         f"{losses[1]:.2f} is that of guessing by the classes' shares. Before that counts against "
@@ -144,12 +146,13 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
         for name, entry in chosen.items()
         if is_trained(entry) and entry["step"] and (losses := hardly_learnt(entry))
     ]
+    sure += [line for line in [other_way_round(decided, chosen)] if line]
     sure.append(trained_again(decided, named))
     sure += [
-        f"{chosen[name]['title']} is a cascade: the first method answers where its highest "
-        f"probability is at least {halves['threshold']:.3f}, which is the second's accuracy on "
-        f"validation rows, and the second answers the other rows. This was fixed before a test row "
-        "was read."
+        f"{chosen[name]['title']} is a cascade. The first method answers where its highest "
+        f"probability, calibrated, is at least {halves['threshold']:.3f}; else the second answers. "
+        "That threshold is the share of validation rows that the second gets right, drawn a "
+        "little to one half. It was fixed before a test row was read."
         for name, entry in chosen.items()
         if (halves := entry["halves"])
     ]
@@ -170,8 +173,58 @@ def words(decided: dict[str, Any], chosen: dict[str, dict]) -> dict:
     ]
     others = [name for name in compared if name != ship] if ship in prices else []
     pairs = [(ship, name) if prices[name] > prices[ship] else (name, ship) for name in others]
-    change = [line for cheap, other in pairs if (line := break_even(cheap, other, decided, named))]
+    change = larger_margin(decided, named)
+    change += [line for cheap, other in pairs if (line := break_even(cheap, other, decided, named))]
     return {"why": why, "how_sure": sure, "how_dear": dear, "what_would_change": change}
+
+
+def between(low: float, high: float) -> str:
+    """Two bounds of a loss in words.
+
+    Examples
+    --------
+    >>> between(-0.035, 0.024), between(0.007, 0.07)
+    ('0.035 ahead to 0.024 behind', '0.007 to 0.070 behind')
+    """
+    if high <= 0:
+        return f"{-high:.3f} to {-low:.3f} ahead"
+    from_low = f"{-low:.3f} ahead" if low < 0 else f"{low:.3f}"
+    return f"{from_low} to {high:.3f} behind"
+
+
+def other_way_round(decided: dict[str, Any], chosen: dict[str, dict]) -> str | None:
+    """Which method is the highest on validation rows, where that is another than on test rows."""
+    seen = {
+        name: figure
+        for name in decided["table"]
+        if (figure := chosen[name]["f1_macro_validation"]) is not None
+    }
+    top = decided["top"]
+    first = max(seen, key=seen.get, default=top)
+    if first == top or top not in seen:
+        return None
+    return (
+        f"On the validation rows {chosen[first]['title']} has the highest macro F1, "
+        f"{seen[first]:.3f}, and {chosen[top]['title']} {seen[top]:.3f}. The two sets of rows "
+        "disagree, so the differences seen on test rows are not the ones to expect."
+    )
+
+
+def larger_margin(decided: dict[str, Any], named: Callable[[str], str]) -> list[str]:
+    """What would have been shipped at which larger margin, where nothing is decided."""
+    if decided["established"]:
+        return []
+    bounds = {name: found["high"] for name, found in decided["candidates"].items()}
+    first = min(bounds, key=bounds.get)
+    return [
+        f"A margin of about {math.ceil(100 * bounds[first]) / 100:g}, set before a test row was "
+        f"read: {named(first)} would have been shipped."
+    ]
+
+
+def errors_of(entry: dict) -> int:
+    """How many test rows the first training gets wrong."""
+    return round((1 - entry["trainings"][0]["accuracy"]) * entry["n"])
 
 
 def with_rows(entry: dict, language: str) -> str:
@@ -195,15 +248,25 @@ def because(reason: str, decided: dict[str, Any], chosen: dict[str, dict]) -> st
         "metric": metric_title(decided["metric"], language),
         "ship": with_rows(chosen[ship], language),
     }
+    figures = {name: row["reached"][0] for name, row in decided["table"].items()}
     best = phrase(
         language,
         "best",
         top=with_rows(chosen[top], language),
-        value=decided["table"][top]["reached"][0],
+        value=figures[top],
+        errors=errors_of(chosen[top]),
         **values,
     )
-    shipped_value = decided["table"][ship]["reached"][0]
-    return phrase(language, reason, best=best, shipped_value=shipped_value, **values)
+    second = max((name for name in figures if name != top), key=figures.get, default=top)
+    return phrase(
+        language,
+        reason,
+        best=best,
+        shipped_value=figures[ship],
+        second=with_rows(chosen[second], language),
+        second_errors=errors_of(chosen[second]),
+        **values,
+    )
 
 
 def trained_again(decided: dict[str, Any], named: Callable[[str], str]) -> str:
@@ -228,13 +291,21 @@ def trained_again(decided: dict[str, Any], named: Callable[[str], str]) -> str:
             f"which are served. By the mean of {decided['trainings']} trainings, with the noise of "
             f"both: {outcome(found)}."
         )
-    assumed = ", and ".join(
-        f"with {found['sd']:g} {outcome(found)}" for found in decided["trained_again"]
+    was = decided["ship"], decided["established"]
+    moved = [
+        f"with {found['sd']:g} {outcome(found)}"
+        for found in decided["trained_again"]
+        if (found["ship"], found["established"]) != was
+    ]
+    spread = " or ".join(f"{found['sd']:g}" for found in decided["trained_again"])
+    assumed = (
+        f"assuming a standard deviation, {', and '.join(moved)}"
+        if moved
+        else f"with a standard deviation of {spread} assumed, the outcome stays"
     )
     return (
         "The bounds hold the noise of the test rows, for these trained files. Training again moves "
-        f"{metric_title(decided['metric'])}, too: assuming a standard deviation, "
-        f"{assumed}. seeds: [1, 2, 3] measures it."
+        f"{metric_title(decided['metric'])}, too: {assumed}. seeds: [1, 2, 3] measures it."
     )
 
 
@@ -287,12 +358,9 @@ def passed_on(decided: dict[str, Any], chosen: dict[str, dict], name: str) -> st
 
 def timed(entry: dict) -> str:
     """How long a test row took to score, in words."""
-    milliseconds = 1000 * entry["cost"]["test_seconds"] / entry["n"]
-    return (
-        f"; {milliseconds:.2g} ms a test row here"
-        if milliseconds < 99.5
-        else (f"; {milliseconds:,.0f} ms a test row here")
-    )
+    milliseconds = as_milliseconds(1000 * entry["cost"]["test_seconds"] / entry["n"])
+    computed = ", computed from its halves'" if entry["halves"] else ""
+    return f"; {milliseconds} ms a test row here{computed}"
 
 
 def break_even(cheap: str, dear: str, decided: dict, named: Callable[[str], str]) -> str | None:
@@ -306,15 +374,15 @@ def break_even(cheap: str, dear: str, decided: dict, named: Callable[[str], str]
     if fewer <= 0 or more <= 0:
         return None
     spared = (
-        f"{named(dear)} made {1000 * fewer:.1f} errors in 1,000 rows fewer (95 % interval "
-        f"{1000 * low:.1f} to {1000 * high:.1f}) than {named(cheap)}"
+        f"{named(dear)} made {1000 * fewer:.0f} errors in 1,000 rows fewer (95 % interval "
+        f"{1000 * low:.0f} to {1000 * high:.0f}) than {named(cheap)}"
     )
     if decided["price_unit"] == PER_MILLION:
         return (
             f"{spared}: if that holds, it pays where 1,000 errors cost more than "
             f"{more / 1000 / fewer:.2g}."
         )
-    return f"{spared}. From which price of an error on that pays, make bench says."
+    return f"{spared}. make bench finds the price of an error from which that pays."
 
 
 def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, Any]]:
@@ -323,8 +391,8 @@ def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, An
     Returns
     -------
     list : of each `name`, `title`, `rows` to train on, the metric's `value` and `ci95` of the
-        file that would be served, `price`, an interval, `price_seen` and
-        `times` the cheapest one's (None where nobody knows), `behind` the top method with its
+        file that would be served, `milliseconds` a test row, `price`, an interval, `price_seen`
+        and `times` the cheapest one's (None where nobody knows), `behind` the top method with its
         bounds, `verdict` in words, and `would_decide`, a number of test rows or None
     """
     prices, found = decided["prices"], decided["candidates"]
@@ -345,6 +413,7 @@ def table(decided: dict[str, Any], chosen: dict[str, dict]) -> list[dict[str, An
                 "rows": entry["cost"]["train_rows"],
                 "value": value,
                 "ci95": ci95,
+                "milliseconds": 1000 * entry["cost"]["test_seconds"] / entry["n"],
                 "price": interval if price is not None else None,
                 "price_seen": prices[halves["cheap"]] + share * prices[halves["dear"]]
                 if halves and price is not None
@@ -377,10 +446,21 @@ def as_times(times: float | None, language: str = ENGLISH) -> str:
     return human(float(f"{times:.2g}"), language)
 
 
+def as_milliseconds(milliseconds: float) -> str:
+    """Milliseconds with two digits.
+
+    Examples
+    --------
+    >>> as_milliseconds(0.0531), as_milliseconds(1080.0)
+    ('0.053', '1,080')
+    """
+    return f"{milliseconds:.2g}" if milliseconds < 99.5 else f"{milliseconds:,.0f}"
+
+
 def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
     """The methods that may be shipped, and the decision, for the terminal."""
     language = decided["language"]
-    heads = ("method", "rows", "metric", "interval", "times", "verdict")
+    heads = ("method", "rows", "metric", "interval", "times", "milliseconds", "verdict")
     lines = [
         [
             metric_title(decided["metric"], language).strip()
@@ -398,6 +478,7 @@ def summary(comparison: dict[str, Any], decided: dict[str, Any]) -> str:
                 f"{row['value']:.3f}",
                 phrase(language, "range", low=low, high=high),
                 as_times(row["times"], language),
+                as_milliseconds(row["milliseconds"]),
                 phrase(language, row["verdict"]),
             ]
         )
@@ -432,9 +513,17 @@ def headline(decided: dict[str, Any], shipped: str) -> str:
     ----------
     shipped : what a reader calls the method that is to be shipped, or is the highest seen
     """
-    name = "ship" if decided["established"] else "none"
+    name = "ship"
+    if not decided["established"]:
+        name = "too few" if decided["smallest_margin"] > decided["margin"] else "open"
+    metric = metric_title(decided["metric"], decided["language"]).strip()
     return phrase(
-        decided["language"], name, shipped=shipped, n=decided["n"], margin=decided["margin"]
+        decided["language"],
+        name,
+        shipped=shipped,
+        metric=metric,
+        n=decided["n"],
+        margin=decided["margin"],
     )
 
 
