@@ -40,6 +40,7 @@ SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 HF_STEP_S, LONGEST_THINKING_S = 0.06, 900
 MANY_ROWS = 10_000  # of a test split whose size nobody names
 TRIAL = "trial.json"
+SHARED_MEMORY, LEAST_SHARED_MEMORY = Path("/dev/shm"), 1 << 30  # a container has 64 MB
 INDENT = "\n" + 18 * " "
 GPU_GIB = 24  # what the memory is held against where there is no GPU
 
@@ -182,6 +183,12 @@ def device(plan: Plan) -> str:
         return f"CPU, {os.cpu_count()} cores; the experiment asks for no GPU"
     if torch.cuda.device_count() < n:
         raise No(f"NPROC={n}, but torch sees {torch.cuda.device_count()} GPUs; lower NPROC")
+    shared = shutil.disk_usage(SHARED_MEMORY).total if n > 1 else LEAST_SHARED_MEMORY
+    if shared < LEAST_SHARED_MEMORY:
+        raise No(
+            f"NPROC={n}, but {SHARED_MEMORY} has {shared >> 20} MiB, with which NCCL stops; start "
+            f"the container with --shm-size=1g, or --ipc=host"
+        )
     names = ", ".join(
         f"{torch.cuda.get_device_name(i)} "
         f"({torch.cuda.get_device_properties(i).total_memory >> 30} GiB)"
@@ -472,6 +479,7 @@ def memory(plan: Plan) -> str:
                 checkpointed,
                 lora,
                 plan.answer_tokens() if title == "SFT" else None,
+                n,
             )
             for rows in range(1, batch + 1)
             if not batch % rows

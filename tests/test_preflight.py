@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,23 @@ def test_attention_dropout_takes_no_memory_on_a_gpu(workplace):
         config.save_pretrained("bert")
         totals.append(needs.training_memory(Path("bert"), 64, 350, True, 4).total)
     assert totals[0] == totals[1]
+
+
+def test_several_gpus_hold_copies_of_the_gradients_and_want_shared_memory(
+    workplace, monkeypatch, make_experiment
+):
+    config = BertConfig(vocab_size=1000, **SMALL)
+    config.save_pretrained("bert")
+    one, two = (needs.training_memory(Path("bert"), 2, 32, True, 4, processes=n) for n in (1, 2))
+    assert two.gradients == 2 * one.gradients and two.activations == one.activations
+    monkeypatch.setattr(prep.preflight, "_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("NPROC", "2")
+    small = SimpleNamespace(total=64 << 20)
+    monkeypatch.setattr(prep.preflight.shutil, "disk_usage", lambda _: small)
+    plan = SimpleNamespace(experiment=make_experiment("rows.csv", LABELS))
+    with pytest.raises(prep.preflight.No, match=r"/dev/shm has 64 MiB, .*--shm-size=1g"):
+        prep.preflight.device(plan)
 
 
 def test_parameters_are_those_of_the_model_tied_ones_once(tiny_models):

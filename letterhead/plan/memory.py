@@ -66,6 +66,7 @@ def training_memory(
     checkpointing: bool = False,
     lora: Lora | None = None,
     projected: int | None = None,
+    processes: int = 1,
 ) -> Memory:
     """The memory of fine-tuning, full or, with `lora`, of an adapter.
 
@@ -81,6 +82,8 @@ def training_memory(
     lora : the base of a language model then has bfloat16 weights where `half`, as LLaMA-Factory
         loads it, and that of a classifier float32
     projected : how many tokens of a row a language model projects to its vocabulary; None for all
+    processes : several exchange their gradients in buckets, which are copies (accelerate's
+        `gradient_as_bucket_view` is false)
     """
     stored = torch.bfloat16 if lora and half and classes is None else torch.float32
     whole, *few = (_model(folder, classes, layers, lora, stored) for layers in (None, 1, 2))
@@ -113,7 +116,7 @@ def training_memory(
     learnt = trained or parameters
     at_once = {
         "weights": stored.itemsize * parameters + FLOAT * trained,
-        "gradients": FLOAT * learnt,
+        "gradients": FLOAT * learnt * (1 if processes == 1 else 2),
         "optimizer": 2 * FLOAT * learnt,
     }
     largest = max(parameter.numel() for parameter in whole.parameters())

@@ -85,7 +85,7 @@ class StageRun:
                     f"it, and run again"
                 )
             time.sleep(0.2)
-        self._start = time.time()
+        self._start, self._estimated = time.time(), None
 
     @property
     def lock_descriptor(self) -> int:
@@ -140,7 +140,8 @@ class StageRun:
         bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
         report = f"; report {bar} {share:.0%}, {minutes(left)} to go"
         is_part = not (self.is_listed and was_asked(STAGES[self.name].make_target))
-        takes = minutes(plan["seconds"][self.name])
+        self._estimated = plan["seconds"][self.name]
+        takes = minutes(self._estimated)
         print(f"{does}: {takes}{report if is_part else ''}", flush=True)
 
     def tell_current(self) -> None:
@@ -169,6 +170,7 @@ class StageRun:
         record = {
             "start": datetime.fromtimestamp(self._start, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self._start, 1),
+            "estimated_seconds": self._estimated and round(self._estimated, 1),
             "inputs_sha256": self.inputs_sha256,
             "outputs": {
                 str(p): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in outputs
