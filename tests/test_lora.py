@@ -238,7 +238,7 @@ def test_an_adapters_head_is_the_trained_one_in_scoring_predicting_and_export(
         loaded.get_submodule(head).weight, trained[f"base_model.model.{head}.weight"]
     )
     naive = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS))
-    with pytest.raises(LetterheadError, match=rf"its weight .*{head}.* was not loaded"):
+    with pytest.raises(LetterheadError, match="its weight .* was not loaded"):
         adapters.require_loaded(naive, folder)
     if method == "bert":  # whose files have no pooler
         assert "base_model.model.bert.pooler.dense.weight" in trained

@@ -362,7 +362,7 @@ def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(
     make_experiment("rows.csv", LABELS, decoder_folder=Path("big"), encoder_keys={"model": "big"})
     step = "per_device_train_batch_size=12 decoder.sft.overrides.gradient_accumulation_steps=8"
     experiment = load_experiment(
-        "mine", f"decoder.sft.overrides.{step} decoder.sft.overrides.cutoff_len=2048"
+        "mine", f"decoder.sft.overrides.{step} decoder.sft.overrides.cutoff_len=8192"
     )
     with pytest.raises(
         prep.preflight.No,
@@ -371,10 +371,9 @@ def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(
         prep.preflight.memory(prep.preflight.Plan(experiment, workplace))
     fits = int(str(told.value).rsplit("SFT: SET=", 1)[1].split("batch_size=")[1].split()[0])
     assert f"decoder.sft.overrides.gradient_accumulation_steps={96 // fits}" in str(told.value)
-    whole = (
-        needs.training_memory(Path("big"), fits, 2048, False, None, False).total
-        + needs.CUDA_OVERHEAD
-    )
+    projected = prep.preflight.Plan(experiment, workplace).answer_tokens()
+    said = needs.training_memory(Path("big"), fits, 8192, True, None, False, None, projected)
+    whole = said.total + needs.CUDA_OVERHEAD
     assert fits in (1, 2, 3, 4, 6) and whole <= 24 << 30
 
 
@@ -424,7 +423,7 @@ def test_the_trial_is_kept_for_its_inputs_and_left_out_where_sft_is_done(
     prep.preflight.hours(prep.preflight.Plan(other, tmp_path))
     assert len(tried) == 2
     done = {"inputs_sha256": pipeline.inputs_sha256(pipeline.SFT_TRAINING, other)}
-    write_json("runs/mine/sft/stage.json", done | {"training_seconds": 600})
+    write_json("runs/mine/sft/stage.json", done | {"training_seconds": 600, "outputs": {}})
     assert "SFT is done: it took about 10 minutes" in prep.preflight.hours(
         prep.preflight.Plan(other, tmp_path)
     )

@@ -153,8 +153,8 @@ class Sft(Section):
             return None
         found = {
             key: arguments[f"lora_{key}"]
-            for key in ("rank", "alpha", "dropout")
-            if arguments.get(f"lora_{key}") is not None
+            for key in Lora.model_fields
+            if key != "targets" and arguments.get(f"lora_{key}") is not None
         }
         targets = arguments.get("lora_target", "all")  # as LLaMA-Factory reads it: text or a list
         named = targets.split(",") if isinstance(targets, str) else targets

@@ -61,7 +61,7 @@ def adapted(model: PreTrainedModel, lora: Lora) -> PeftModel:
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
-        if "not found in the base model" not in str(error):
+        if "targeted" not in str(error) and "not found in the base model" not in str(error):
             raise
         layers = {
             name.rpartition(".")[2]

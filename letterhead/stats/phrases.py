@@ -16,9 +16,9 @@ PHRASES = {
         "every other one. The highest seen is {shipped}.",
         "trained": "{title} ({rows:,} training rows)",
         "untrained": "{title} (no training)",
-        "best": "{top} has the highest {metric}, {value:.3f} on {n:,} test rows, with {errors:,} "
-        "errors",
-        "why none": "{best}. The next, {second}, made {second_errors:,}.",
+        "best": "{top} has the highest {metric}, {value:.3f} on {n:,} test rows, {errors:,} of "
+        "them wrong",
+        "why none": "{best}. The next, {second}, has {second_errors:,} wrong.",
         "why cheaper": "{ship}, {metric} {shipped_value:.3f} on {n:,} test rows, is the cheapest "
         "that is shown to lose less than {margin:g}. {best}.",
         "why best": "{best}; no cheaper method is shown to be within {margin:g} of it.",
