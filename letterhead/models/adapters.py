@@ -153,8 +153,8 @@ def write_merged(folder: Path, load: Callable[[Path], PreTrainedModel]) -> Path:
             if not (folder.parent / old.name).exists():
                 shutil.rmtree(old)
         require_disk(target, FLOAT * stored_parameters(base), "the model merged with its adapter")
-        with atomic_folder(target) as made:
-            load(folder).save_pretrained(made)
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(made)
-            write_json(made / MERGED_FROM, made_from)
+        with atomic_folder(target) as whole:
+            load(folder).save_pretrained(whole)
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(whole)
+            write_json(whole / MERGED_FROM, made_from)
     return target

@@ -176,19 +176,19 @@ def _model(
 def _as_fakes(model: torch.nn.Module) -> torch.nn.Module:
     """A model on the meta device as one on the CPU, in place, by the fake mode that is active; tied
     weights stay tied."""
-    made: dict[int, torch.Tensor] = {}
+    fakes: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:
-                    made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if id(tensor) not in fakes:
+                    fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
                     if isinstance(tensor, torch.nn.Parameter):
-                        made[id(tensor)] = torch.nn.Parameter(
-                            made[id(tensor)], tensor.requires_grad
+                        fakes[id(tensor)] = torch.nn.Parameter(
+                            fakes[id(tensor)], tensor.requires_grad
                         )
-                tensors[name] = made[id(tensor)]
+                tensors[name] = fakes[id(tensor)]
     return model
 
 
