@@ -145,11 +145,8 @@ def decide(experiment: Experiment, entries: dict[str, dict]) -> dict:
             row["reached"][1:] = np.clip(row["reached"][1:], 0, 1).tolist()
         row["behind"][0] = metrics.plain(truth, top, classes, metric) - row["reached"][0]
     for name, candidate in decided["candidates"].items():
-        figures = (
-            metrics.plain(truth, served[one], classes, metric)
-            for one in (candidate["against"], name)
-        )
-        candidate["seen"] = float(np.subtract(*figures))
+        other = metrics.plain(truth, served[candidate["against"]], classes, metric)
+        candidate["seen"] = other - metrics.plain(truth, served[name], classes, metric)
     decided["curves"] = {
         name: curve(experiment, entries[name]["halves"], truth, decided)
         for name in names

@@ -372,6 +372,15 @@ def test_without_evidence_the_best_is_shipped_and_said_to_be_undecided(make_expe
     assert "190 training rows" in comparison["why"]
 
 
+@pytest.mark.parametrize(
+    ("smallest", "told"), [(0.03, "300 test rows can't"), (0.01, "No method is")]
+)
+def test_no_decision_says_whether_the_rows_are_too_few(smallest, told):
+    decided = {"established": False, "language": "en", "metric": "macro_f1", "n": 300}
+    decided |= {"margin": 0.02, "smallest_margin": smallest}
+    assert told in verdict.headline(decided, "BERT")
+
+
 def test_a_question_in_chinese_has_its_first_screen_in_chinese(make_experiment, capsys):
     asked = {"template": "请判断下面文字的类别。\n{text}\n{options}\n答案："}
     drawn(make_experiment, validation=60, compare={"margin": 0.002}, prompt=asked)

@@ -183,12 +183,12 @@ def between(low: float, high: float) -> str:
 
     Examples
     --------
-    >>> between(-0.035, 0.024), between(0.007, 0.07)
-    ('0.035 ahead to 0.024 behind', '0.007 to 0.070 behind')
+    >>> between(-0.035, 0.024), between(-0.0001, 0.07)
+    ('0.035 ahead to 0.024 behind', '0.000 to 0.070 behind')
     """
     if high <= 0:
         return f"{-high:.3f} to {-low:.3f} ahead"
-    from_low = f"{-low:.3f} ahead" if low < 0 else f"{low:.3f}"
+    from_low = f"{-low:.3f} ahead" if round(low, 3) < 0 else f"{max(low, 0):.3f}"
     return f"{from_low} to {high:.3f} behind"
 
 
