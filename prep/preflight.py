@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head, in_packages, is_fetched
 from letterhead.files import LetterheadError, read_json, read_jsonl, write_json
 from letterhead.models import checkpoints
-from letterhead.pipeline import SFT_TRAINING, inputs_sha256, learns_thoughts, read_card
+from letterhead.pipeline import SFT_TRAINING, inputs_sha256, read_card
 from letterhead.rows.balance import rows_read
 from letterhead.rows.fetch import is_there
 from letterhead.runs import devices
@@ -34,12 +35,10 @@ from letterhead.runs.stage import is_current, minutes, read_record, run
 LOCK = Path("requirements/train.txt")
 TRIAL_STEPS, TRIAL_PATIENCE_S = 20, 600
 LOOKED_AT = 20_000  # rows of a source, at most, for its labels
-LONGEST = 64  # texts of which the longest in tokens is sought
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 # HF's generate on a GPU: 0.035 to 0.08 s a token of a batch, by arithmetic; it never ran there.
 HF_STEP_S, LONGEST_THINKING_S = 0.06, 900
 MANY_ROWS = 10_000  # of a test split whose size nobody names
-TRIAL = "trial.json"
 SHARED_MEMORY, LEAST_SHARED_MEMORY = Path("/dev/shm"), 1 << 30  # a container has 64 MB
 INDENT = "\n" + 18 * " "
 GPU_GIB = 24  # what the memory is held against where there is no GPU
@@ -94,40 +93,34 @@ class Plan:
             )
         return found
 
-    def answer_tokens(self) -> int | None:
-        """How many tokens of a row SFT reads a loss at; None where a teacher's thoughts have any
-        number."""
-        from letterhead.models.prompt import load_prompt_encoder
-
-        if learns_thoughts(self.experiment):
-            return None
-        encoder = load_prompt_encoder(self.experiment, folder=self.folder("decoder"))
-        return max(len(answer.ids) for answer in encoder.answers)
-
-    def longest(self, name: str) -> tuple[int, str]:
-        """Tokens of the longest input, and how that is known."""
+    def longest(self, name: str) -> tuple[int, str, int | None]:
+        """Tokens of the longest input, how that is known, and how many of a row SFT projects (None:
+        any number, as where a teacher's thoughts are learnt)."""
         from letterhead.models import heads
-        from letterhead.models.prompt import TextEncoder, load_prompt_encoder
+        from letterhead.models.prompt import TextEncoder
+        from letterhead.plan.memory import LONGEST, sft_lengths
 
-        settings = self.experiment
+        settings, projected = self.experiment, None
         limit = (
             settings.sft_arguments()["cutoff_len"]
             if name == "sft"
             else self.sections[name].head.max_length
         )
+        if name == "sft":
+            texts = [row["text"] for row in self.rows] or [""]
+            found, projected = sft_lengths(settings, texts, self.folder("decoder"))
+            if self.rows and projected is None:
+                return limit, "the limit: a teacher's thoughts may be of any length", None
         if not self.rows:
-            return limit, "the limit; rows are not made yet"
+            return limit, "the limit; rows are not made yet", projected
         texts = heapq.nlargest(LONGEST, (row["text"] for row in self.rows), key=len)
         which = (
             "the longest row" if self.card else f"the longest of {len(self.rows):,} rows looked at"
         )
         if name == "sft":
-            if (answer := self.answer_tokens()) is None:
-                return limit, "the limit: a teacher's thoughts may be of any length"
-            encoder = load_prompt_encoder(settings, folder=self.folder("decoder"))
-            return max(len(encoder.encode(text)) + answer for text in texts), which
+            return found, which, projected
         encoder = TextEncoder(heads.load_tokenizer(self.folder(name)), limit)
-        return max(map(len, encoder.encode(texts))), which
+        return max(map(len, encoder.encode(texts))), which, None
 
 
 def main(experiment: Experiment, when: str) -> None:
@@ -169,11 +162,14 @@ def device(plan: Plan) -> str:
     """The GPU, its driver and torch's CUDA; or that the experiment needs none."""
     import torch
 
+    from letterhead.models.llamafactory import unquantisable
     from letterhead.models.precision import gpu_has_bfloat16
 
     if refused := devices.unusable_gpu():
         raise No(refused)
     arguments, n = plan.experiment.sft_arguments(), devices.process_count()
+    if refused := unquantisable(plan.experiment):
+        raise No(refused)
     if not _gpu():
         if arguments.get("bf16") and not arguments.get("use_cpu"):
             raise No(
@@ -450,10 +446,15 @@ def memory(plan: Plan) -> str:
     import torch
 
     from letterhead.models.llamafactory import STEP, step_of
-    from letterhead.plan import memory as needs
+    from letterhead.plan.memory import (
+        CHECKPOINTING,
+        CUDA_OVERHEAD,
+        may_keep_layers,
+        training_memory,
+    )
 
     arguments, classes = plan.experiment.sft_arguments(), len(plan.experiment.labels)
-    checkpointing, n = not arguments.get("disable_gradient_checkpointing"), devices.process_count()
+    checkpointing, n = not arguments.get(CHECKPOINTING), devices.process_count()
     batch, accumulation = step_of(arguments)
     key, lora = "decoder.sft.overrides", plan.experiment.decoder.sft.lora
     trainings = {"SFT": ("sft", "decoder", batch, accumulation, None, checkpointing, key, lora)}
@@ -464,30 +465,31 @@ def memory(plan: Plan) -> str:
     findings, mends = [], []
     for title, training in trainings.items():
         inputs, name, batch, accumulation, outputs, checkpointed, key, lora = training
-        length, how = plan.longest(inputs)
+        length, how, projected = plan.longest(inputs)
         half = (
             bool(arguments.get("bf16", True)) if title == "SFT" else True
         )  # left open, a GPU takes it
         batch, accumulation = devices.share_batch(batch, accumulation, n, key)
+        needs = partial(
+            training_memory,
+            plan.folder(name),
+            length=length,
+            half=half,
+            classes=outputs,
+            lora=lora,
+            projected=projected,
+            processes=n,
+            quantised=title == "SFT" and plan.experiment.decoder.sft.quantised,
+        )
+        if checkpointed and may_keep_layers(arguments, needs(batch), free):
+            checkpointed, how = False, f"{how}; no gradient checkpointing, since there is room"
         needed = {
-            rows: needs.training_memory(
-                plan.folder(name),
-                rows,
-                length,
-                half,
-                outputs,
-                checkpointed,
-                lora,
-                plan.answer_tokens() if title == "SFT" else None,
-                n,
-            )
+            rows: needs(rows, checkpointing=checkpointed)
             for rows in range(1, batch + 1)
             if not batch % rows
         }
         findings.append(f"{title} {needed[batch]} at {batch} rows of {length} tokens ({how})")
-        fits = [
-            rows for rows, memory in needed.items() if memory.total + needs.CUDA_OVERHEAD <= free
-        ]
+        fits = [rows for rows, memory in needed.items() if memory.total + CUDA_OVERHEAD <= free]
         if not fits:
             mends.append(f"{title}: a larger GPU, or DeepSpeed (llamafactory_configs/)")
         elif max(fits) < batch:
@@ -496,9 +498,7 @@ def memory(plan: Plan) -> str:
                 f'{title}: SET="{" ".join(f"{key}.{part}={value}" for part, value in step)}"'
             )
     whose = "free on the GPU" if _gpu() else "no GPU is here; of one with"
-    findings.append(
-        f"against {whose}: {free >> 30} GiB, {needs.CUDA_OVERHEAD >> 30} of them CUDA's own"
-    )
+    findings.append(f"against {whose}: {free >> 30} GiB, {CUDA_OVERHEAD >> 30} of them CUDA's own")
     if mends:
         raise No(INDENT.join([*findings, *mends]))
     return INDENT.join(findings)
@@ -534,6 +534,8 @@ def kept_trial(experiment: Experiment, inputs: str) -> float:
     ----------
     inputs : the hash of what SFT reads
     """
+    from letterhead.plan.time import TRIAL
+
     path, n = experiment.run_folder / TRIAL, devices.process_count()
     asked = {"inputs": inputs, "device": devices.device_name(), "processes": n}
     found = read_json(path) or {}
@@ -552,12 +554,14 @@ def trial(experiment: Experiment, folder: Path) -> float:
     LetterheadError : LLaMA-Factory ended with an error; quotes its last line
     """
     from letterhead.models.llamafactory import command, environment
+    from letterhead.plan.memory import for_memory
     from letterhead.runs.processes import guarded
 
     clock, more = (
         folder / "clock.json",
         {"max_steps": TRIAL_STEPS, "save_strategy": "no", "report_to": "none"},
     )
+    more |= for_memory(experiment)
     asked = command(experiment, clock, output_dir=str(folder / "trial"), plot_loss=False, **more)
     try:
         settings = {"capture_output": True, "text": True, "timeout": TRIAL_PATIENCE_S}

@@ -47,9 +47,10 @@ def main(experiment: Experiment, model: str, port: str) -> None:
             f"{facts['rows_checked']} test rows (chat_template_kwargs: enable_thinking false)",
             flush=True,
         )
-    with VllmServer(
-        folder, runner, length, log, int(port), dtype, memory, process_count(), tokenizer
-    ) as server:
+    # Prompts of a decoder begin alike; a classifier's texts do not.
+    keeps = runner == "generate"
+    settings = (dtype, memory, process_count(), tokenizer, keeps)
+    with VllmServer(folder, runner, length, log, int(port), *settings) as server:
         route = "/v1/completions" if runner == "generate" else "/classify"
         print(
             f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} "

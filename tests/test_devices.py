@@ -159,7 +159,12 @@ def test_the_article_on_two_gpus_is_torchrun_with_half_the_accumulation(monkeypa
         2500,
         [1250, 2500],
     )
-    assert llamafactory.environment()["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert llamafactory.environment()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    variables = llamafactory.environment()
+    assert variables["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "GLIBC_TUNABLES" not in variables
 
 
 def test_vllm_on_a_gpu_compiles_no_sampler_leaves_memory_and_projects_in_float32(
@@ -175,7 +180,13 @@ def test_vllm_on_a_gpu_compiles_no_sampler_leaves_memory_and_projects_in_float32
         and "--enforce-eager" not in options
     )
     assert json.loads(options[options.index("--hf-overrides") + 1]) == {"head_dtype": "float32"}
-    on_cpu = service.device_options(False, "float32", 0.8, 2)
+    tunable = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert not any("GLIBC_TUNABLES" in service.server_environment(of, tunable) for of in (0, 1))
+    assert "--no-enable-prefix-caching" in options
+    kept = service.device_options(True, "bfloat16", 0.8, 2, keeps_prefixes=True)
+    assert "--enable-prefix-caching" in kept and "--no-enable-prefix-caching" not in kept
+    on_cpu = service.device_options(False, "float32", 0.8, 2, keeps_prefixes=True)
+    assert "--no-enable-prefix-caching" in on_cpu
     assert "--enforce-eager" in on_cpu and not {"--gpu-memory-utilization", "--hf-overrides"} & set(
         on_cpu
     )

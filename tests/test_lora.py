@@ -23,17 +23,20 @@ from transformers import (
 )
 
 from eval import checkpoints as eval_checkpoints
+from letterhead.config.models import Lora
 from letterhead.files import LetterheadError, read_json
-from letterhead.models import adapters, checkpoints, heads, scoring
+from letterhead.models import adapters, checkpoints, heads, llamafactory, scoring
 from letterhead.models.classifier import load_raw, whole_folder
 from letterhead.models.precision import with_shared_weights
 from letterhead.models.scoring import load_decoder
+from letterhead.plan.memory import HALF, QUANTISED, training_memory
 from letterhead.runs import results
 from prep import data
 from serve import export
 from tests.conftest import ROOT
 from tests.test_data import write_csv
 from train import heads as train_heads
+from train import sft as train_sft
 from train.sft_worker import LessWork
 
 LABELS = ["World", "Sports", "Business"]
@@ -183,6 +186,39 @@ def test_the_base_of_sft_has_the_type_that_is_planned_for(tiny_models, half):
         assert weight.dtype == expected and weight.requires_grad == learns, name
 
 
+def test_quantised_weights_are_not_cast_and_take_the_memory_of_four_bits(tiny_models):
+    base = AutoModelForCausalLM.from_pretrained(tiny_models["qwen3"], dtype=torch.float32)
+    model, lora = adapters.adapted(base, Lora(rank=4)), Lora(rank=4)
+    packed = [p for name, p in model.named_parameters() if name.endswith("proj.base_layer.weight")]
+    for weight in packed:
+        weight.quant_state = "as bitsandbytes marks them"
+    LessWork().on_init_end(SimpleNamespace(bf16=True), None, None, model=model)
+    assert packed and all(weight.dtype == torch.float32 for weight in packed)
+    plain, four_bits = (
+        training_memory(tiny_models["qwen3"], 2, 16, True, lora=lora, projected=4, quantised=of)
+        for of in (False, True)
+    )
+    spared = sum(weight.numel() for weight in packed) * (HALF - QUANTISED)
+    assert plain.weights - four_bits.weights == pytest.approx(spared, abs=1)
+    assert plain.activations == four_bits.activations
+
+
+@pytest.mark.parametrize(
+    ("gpu", "told"),
+    [
+        (False, r"quantization_bit needs a GPU, and none is here; .*quantization_bit=null"),
+        (True, r"needs bitsandbytes; run: .*requirements/gpu.txt"),
+    ],
+)
+def test_a_quantised_base_is_refused_where_it_cannot_be_had(make, monkeypatch, gpu, told):
+    experiment = make(sft=LORA | {"quantization_bit": 4})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(llamafactory.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LetterheadError, match=told):
+        train_sft.train(experiment, experiment.sft_arguments(), None, None, 0)
+    assert not list(experiment.sft_folder.glob("checkpoints/checkpoint-*"))
+
+
 def test_unknown_layers_are_an_error_that_names_those_there_are(tiny_models):
     with pytest.raises(LetterheadError, match="lora.targets: nose: no such layers; .*q_proj"):
         adapters.adapted(
@@ -293,6 +329,8 @@ def test_a_packed_evaluation_leaves_the_base_alone(tiny_models):
         ({"lora_target": ["q_proj", "lm_head"]}, "lora_target names lm_head"),
         ({"additional_target": "embed_tokens"}, "additional_target is not supported"),
         ({"adapter_name_or_path": "some/adapter"}, "adapter_name_or_path is not supported"),
+        ({"quantization_bit": 8}, "quantization_bit: 4 and finetuning_type: lora"),
+        ({"quantization_bit": 4, "finetuning_type": "full"}, "a quantised base has four bits"),
         ({"finetuning_type": "freeze"}, "finetuning_type: full or lora"),
     ],
 )

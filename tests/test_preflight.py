@@ -28,8 +28,9 @@ from letterhead import pipeline
 from letterhead.config.experiment import load_experiment
 from letterhead.config.models import Lora
 from letterhead.files import write_json
-from letterhead.models import checkpoints
+from letterhead.models import checkpoints, llamafactory
 from letterhead.plan import memory as needs
+from letterhead.plan.time import START_S, stage_seconds
 from letterhead.rows.fetch import is_there
 from letterhead.serving import vllm as service
 from prep import data
@@ -371,10 +372,54 @@ def test_a_batch_that_a_gpu_does_not_hold_is_a_no_with_the_step_that_fits(
         prep.preflight.memory(prep.preflight.Plan(experiment, workplace))
     fits = int(str(told.value).rsplit("SFT: SET=", 1)[1].split("batch_size=")[1].split()[0])
     assert f"decoder.sft.overrides.gradient_accumulation_steps={96 // fits}" in str(told.value)
-    projected = prep.preflight.Plan(experiment, workplace).answer_tokens()
+    _, _, projected = prep.preflight.Plan(experiment, workplace).longest("sft")
     said = needs.training_memory(Path("big"), fits, 8192, True, None, False, None, projected)
     whole = said.total + needs.CUDA_OVERHEAD
     assert fits in (1, 2, 3, 4, 6) and whole <= 24 << 30
+
+
+@pytest.mark.parametrize(
+    ("free", "left_open", "expected"),
+    [
+        (24 << 30, True, {needs.CHECKPOINTING: True}),
+        (1 << 30, True, {needs.CHECKPOINTING: False}),
+        (24 << 30, False, {}),
+    ],
+)
+def test_layers_are_computed_twice_only_where_a_gpu_has_no_room_to_keep_them(
+    make_experiment, monkeypatch, free, left_open, expected
+):
+    write_csv("rows.csv", nasty_rows(140))
+    rows = {"rows": {"train": 96, "validation": 10, "test": 20}}
+    keys = {"bf16": True, needs.CHECKPOINTING: None if left_open else False}
+    experiment = make_experiment("rows.csv", LABELS, data=rows, sft=keys)
+    data.main(experiment)
+    assert needs.for_memory(experiment) == {}  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    assert needs.for_memory(experiment) == expected
+    if free >> 30 > 1:  # preflight decides alike
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        said = prep.preflight.memory(prep.preflight.Plan(experiment, Path()))
+        assert ("no gradient checkpointing, since there is room" in said) == left_open
+
+
+def test_a_gpus_hours_come_from_the_trial_of_sft(make_experiment, monkeypatch):
+    write_csv("rows.csv", nasty_rows(140))
+    rows = {"rows": {"train": 96, "validation": 10, "test": 20}}
+    experiment = make_experiment("rows.csv", LABELS, data=rows)
+    data.main(experiment)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = pipeline.read_card(experiment)
+    assert stage_seconds(experiment, card) == {}
+    inputs = pipeline.inputs_sha256(pipeline.SFT_TRAINING, experiment)
+    write_json("runs/mine/trial.json", {"inputs": inputs, "seconds_a_step": 100.0})
+    steps, _ = llamafactory.sft_plan(experiment, card["shared"]["sft_rows"])
+    found = stage_seconds(experiment, card)
+    assert found["sft"] == pytest.approx(2 * START_S + 100 * steps)
+    assert found["linear-head"] > START_S
+    other = load_experiment("mine", "decoder.sft.overrides.learning_rate=1e-5")
+    assert stage_seconds(other, card) == {}
 
 
 @pytest.mark.parametrize(("tokens", "go"), [(64, True), (2048, False)])

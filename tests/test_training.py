@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from llamafactory.hparams import get_train_args
+from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
+from bench.peers.sft import plain_loop
 from letterhead.files import LetterheadError
-from letterhead.models import checkpoints
+from letterhead.models import checkpoints, llamafactory
 from letterhead.runs import stage
 from letterhead.runs.stage import StageRun
+from prep import data
+from tests.test_data import write_csv
 from train import sft_worker as worker
 
 ROOT = Path(__file__).parent.parent
@@ -179,3 +184,35 @@ def test_the_clock_leaves_out_saving_and_goes_on_after_a_resume(tmp_path, decide
         "4": 40.0,
         "6": 60.0,
     }  # killed after step 4, resumed from step 2
+
+
+def test_the_plain_loop_of_the_bench_accumulates_to_the_same_step(make_experiment):
+    write_csv("rows.csv", [(f"text {i} of {'ab'[i % 2] * (i % 7)}", i % 2) for i in range(60)])
+    found = []
+    for batch, accumulation in [(4, 1), (2, 2)]:
+        sft = dict(zip(llamafactory.STEP, (batch, accumulation), strict=True))
+        sft |= {"learning_rate": 1e-3}
+        keys = {"data": {"rows": {"validation": 8, "test": 8}}, "bench": {"sft_steps": 4}}
+        experiment = make_experiment("rows.csv", ["a", "b"], sft=sft, **keys)
+        data.main(experiment)
+        found.append(plain_loop(experiment, half=False)["losses"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0][0] != found[0][1]
+
+
+def test_sft_puts_rows_of_like_length_together_where_it_is_asked():
+    values = yaml.safe_load((ROOT / "llamafactory_configs/smollm2_135m_full_sft.yaml").read_text())
+    _, _, args, finetuning_args, _ = get_train_args(
+        values
+        | {"use_cpu": True, "report_to": "none", "train_sampling_strategy": "group_by_length"}
+    )
+    lengths = [8 * (i % 25 + 1) for i in range(400)]
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in lengths]})
+    trainer = object.__new__(CustomSeq2SeqTrainer)
+    trainer.args, trainer.train_dataset, trainer.processing_class = args, rows, None
+    trainer.finetuning_args = finetuning_args
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(400))
+    batch = args.per_device_train_batch_size
+    widths = [[lengths[i] for i in order[at : at + batch]] for at in range(0, 400, batch)]
+    padded = sum(max(of) * len(of) for of in widths) / sum(lengths)
+    assert padded < 1.1  # 1.8 by chance

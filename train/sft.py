@@ -16,7 +16,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints
 from letterhead.models.callbacks import DIVERGED, Diverged, has_ended, is_stopped
-from letterhead.models.llamafactory import command, environment, for_device, sft_plan
+from letterhead.models.llamafactory import command, environment, for_device, sft_plan, unquantisable
 from letterhead.pipeline import DISTILL, SFT_TRAINING, record_of
 from letterhead.runs.processes import guarded
 from letterhead.runs.stage import StageRun, run
@@ -138,6 +138,8 @@ def train(
             f"on one, or (slow) add "
             'SET="decoder.sft.overrides.use_cpu=true decoder.sft.overrides.bf16=false"'
         )
+    if refused := unquantisable(experiment):
+        raise LetterheadError(refused)
     saves = len(sft_plan(experiment, sft_rows(experiment))[1])
     needed = checkpoints.sft_disk(trained_parameters(experiment), saves)
     checkpoints.require_disk(Path(arguments["output_dir"]), needed, "SFT")
@@ -165,7 +167,9 @@ def run_llamafactory(experiment: Experiment, clock: Path, lock: int, more: dict[
     ------
     LetterheadError : it ended with an error
     """
-    asked = command(experiment, clock, **more)
+    from letterhead.plan.memory import for_memory
+
+    asked = command(experiment, clock, **for_memory(experiment) | more)
     print(shlex.join(asked), flush=True)
     child = subprocess.Popen(
         guarded(asked), env=environment(), pass_fds=[lock, *TERMINAL.descriptors]

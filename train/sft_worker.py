@@ -83,10 +83,11 @@ class LessWork(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if isinstance(model, PeftModel):
-            # LLaMA-Factory leaves an adapter's base in the type that its files have.
+            # LLaMA-Factory leaves an adapter's base in the type that its files have. Quantised
+            # weights are bits in a type of that name, and stay.
             stored = torch.bfloat16 if args.bf16 else torch.float32
             for parameter in model.parameters():
-                if not parameter.requires_grad:
+                if not parameter.requires_grad and not hasattr(parameter, "quant_state"):
                     parameter.data = parameter.data.to(stored)
             model = model.get_base_model()
         if model.config._attn_implementation == "eager" and not torch.cuda.is_available():

@@ -22,6 +22,7 @@ import numpy as np
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models.llamafactory import command, environment, for_device, step_of
+from letterhead.plan.memory import for_memory
 from letterhead.runs import results
 from letterhead.runs.devices import device_name, machine, versions
 from letterhead.runs.processes import call_in_a_process, guarded
@@ -102,6 +103,7 @@ def measure(experiment: Experiment, who: str, half: bool) -> dict:
             "logging_steps": 1,
         }
         more |= {"bf16": half, "report_to": "none", "plot_loss": False}
+        more |= for_memory(experiment)
         asked, variables = command(experiment, Path(folder) / "clock.json", **more), environment()
         if who == AS_IT_COMES:
             config = str(experiment.decoder.sft.config)
@@ -150,12 +152,9 @@ def plain_loop(experiment: Experiment, half: bool) -> dict:
 
     encoder, rows = load_prompt_encoder(experiment), results.read_rows(experiment, "decoder_train")
     batch, accumulation = step_of(experiment.sft_arguments())
-    if accumulation != 1:
-        raise LetterheadError(
-            f"{experiment.name}: the plain loop has no gradient accumulation; set it to 1"
-        )
     truth = results.class_numbers(experiment, rows)
     order = np.random.default_rng(experiment.seed).permutation(len(rows))
+    order = np.resize(order, experiment.bench.sft_steps * batch * accumulation)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         experiment.decoder.folder, dtype=torch.float32, use_safetensors=True
@@ -168,32 +167,49 @@ def plain_loop(experiment: Experiment, half: bool) -> dict:
     )
     clock, tokens, losses, begin = [], [0], [], time.perf_counter()
     for step in range(experiment.bench.sft_steps):
-        pairs = [
-            (encoder.encode(rows[row]["text"]), encoder.answers[truth[row]].ids)
-            for row in order[step * batch : (step + 1) * batch]
+        at = step * batch * accumulation
+        batches = [
+            as_tensors(encoder, rows, truth, order[first : first + batch])
+            for first in range(at, at + batch * accumulation, batch)
         ]
-        width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-        inputs = {name: torch.full((len(pairs), width), fill) for name, fill in _FILL.items()}
-        for i, (prompt, answer) in enumerate(pairs):
-            n = len(prompt) + len(answer)
-            inputs["input_ids"][i, :n] = torch.tensor(prompt + answer)
-            inputs["attention_mask"][i, :n] = 1
-            inputs["labels"][i, len(prompt) : n] = torch.tensor(answer)
-        tokens.append(tokens[-1] + int(inputs["attention_mask"].sum()))
-        with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss = model(
-                **{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False
-            ).loss
-        loss.backward()
+        tokens.append(tokens[-1] + sum(int(one["attention_mask"].sum()) for one in batches))
+        # A mean over the tokens of the step, as the Trainer's
+        learnt = sum(int((one["labels"] != IGNORED).sum()) for one in batches)
+        of_step = 0.0
+        for one in batches:
+            with torch.autocast(device, torch.bfloat16, enabled=half):
+                loss = model(
+                    **{name: tensor.to(device) for name, tensor in one.items()},
+                    use_cache=False,
+                    num_items_in_batch=learnt,
+                ).loss
+            loss.backward()
+            of_step += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(of_step)
         clock.append(time.perf_counter() - begin)
     return rates(clock, tokens[1:], losses)
 
 
-_FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+def as_tensors(encoder, rows: list[dict], truth, chosen) -> dict:
+    """A batch of rows with their answers, padded at the right; int64 tensors, a row a line."""
+    import torch
+
+    pairs = [(encoder.encode(rows[row]["text"]), encoder.answers[truth[row]].ids) for row in chosen]
+    size = len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs)
+    inputs = {name: torch.full(size, fill) for name, fill in _FILL.items()}
+    for i, (prompt, answer) in enumerate(pairs):
+        n = len(prompt) + len(answer)
+        inputs["input_ids"][i, :n] = torch.tensor(prompt + answer)
+        inputs["attention_mask"][i, :n] = 1
+        inputs["labels"][i, len(prompt) : n] = torch.tensor(answer)
+    return inputs
+
+
+IGNORED = -100  # HF's label of a position without loss
+_FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
 if __name__ == "__main__":
     run(main, __doc__.splitlines()[0])

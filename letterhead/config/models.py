@@ -53,7 +53,6 @@ NOT_WITH_US = {
     "adapter_name_or_path": "name the model that it makes with its base (decoder.model)",
     "additional_target": "an adapter's base keeps its embeddings and projection",
     "pissa_init": "it changes the base, which is not saved",
-    "quantization_bit": "a quantised base is not what would be served",
 }
 
 # hf:ID[@REVISION], pypi:PACKAGE==VERSION/PATH#sha256=HEX, a path on disk, or parts, which may stand
@@ -144,6 +143,11 @@ class Sft(Section):
         ValueError : no such file, or not a mapping
         """
         return read_mapping(self.config) | self.overrides
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the adapter's base has four bits a weight in training (QLoRA)."""
+        return bool(self.arguments().get("quantization_bit"))
 
     @property
     def lora(self) -> Lora | None:
@@ -280,6 +284,15 @@ class Decoder(Section):
             )
         if given := [key for key in NOT_WITH_US if arguments.get(key)]:
             raise ValueError(f"sft: {given[0]} is not supported; {NOT_WITH_US[given[0]]}")
+        if arguments.get("quantization_bit") and (
+            arguments["quantization_bit"] != 4
+            or arguments["finetuning_type"] != "lora"
+            or arguments.get("quantization_method", "bnb") != "bnb"
+        ):
+            raise ValueError(
+                "sft: a quantised base has four bits, by bitsandbytes, and is under an adapter; "
+                "set quantization_bit: 4 and finetuning_type: lora"
+            )
         if (lora := self.sft.lora) and (
             named := {"lm_head", "embed_tokens", "output"} & set(lora.targets)
         ):

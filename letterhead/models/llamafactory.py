@@ -5,6 +5,7 @@ What its YAML leaves open is filled in for the device; the YAML alone, without u
 in float32.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -70,14 +71,31 @@ def for_device(experiment: Experiment) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in arguments}
 
 
+def unquantisable(experiment: Experiment) -> str | None:
+    """Why SFT can't have a quantised base here, with the mend; None where it can, or asks for
+    none."""
+    if not experiment.decoder.sft.quantised:
+        return None
+    config = experiment.decoder.sft.config
+    if not torch.cuda.is_available():
+        return (
+            f"{config}: quantization_bit needs a GPU, and none is here; run it on one, or add "
+            'SET="decoder.sft.overrides.quantization_bit=null"'
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return (
+            f"{config}: quantization_bit needs bitsandbytes; run: .venv/bin/pip install --no-deps "
+            "--require-hashes -r requirements/gpu.txt"
+        )
+    return None
+
+
 def environment() -> dict[str, str]:
     """The variables that LLaMA-Factory is started with."""
-    return (
-        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-        | os.environ
-        | OFFLINE
-        | {"LLAMAFACTORY_VERBOSITY": "WARN"}
-    )
+    variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ | OFFLINE
+    if torch.cuda.is_available():
+        variables.pop("GLIBC_TUNABLES", None)  # huge pages are for a training's own memory
+    return variables | {"LLAMAFACTORY_VERBOSITY": "WARN"}
 
 
 def step_of(arguments: dict[str, Any]) -> tuple[int, int]:

@@ -6,22 +6,40 @@ saved for the backward pass is not calculated but counted, on tensors without st
 saves it. Checked against measured peaks in tests/test_preflight.py.
 """
 
+import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from letterhead.config.experiment import Experiment
 from letterhead.config.models import Lora
 from letterhead.models.adapters import adapted, adapter_parameters
 from letterhead.models.checkpoints import FLOAT, GIB
+from letterhead.models.cpu import linear_shapes
+from letterhead.models.llamafactory import step_of
+from letterhead.models.prompt import load_prompt_encoder
+from letterhead.pipeline import learns_thoughts
+from letterhead.runs import results
+from letterhead.runs.devices import process_count, share_batch
 
 HALF = 2  # bytes of a bfloat16
+QUANTISED = (
+    0.6  # of a linear weight in NF4, with its scales (Dettmers et al. 2023, arXiv 2305.14314)
+)
 # CUDA's context, its libraries' workspaces and what the allocator can't fill; an estimate, never
 # measured.
 CUDA_OVERHEAD = GIB
+# The share of a GPU's memory that a training may be planned to take where it need not: estimates
+# were up to 17 % below measured peaks (docs/gpu.md).
+ROOM = 0.8
+LONGEST = 64  # texts of which the longest in tokens is sought
+CHECKPOINTING = "disable_gradient_checkpointing"  # LLaMA-Factory's key
 # A logit's bytes in the backward pass of the loss: log-softmax, its gradient, and the logit's own
 LOGITS_BACKWARD = 12
 
@@ -67,6 +85,7 @@ def training_memory(
     lora: Lora | None = None,
     projected: int | None = None,
     processes: int = 1,
+    quantised: bool = False,
 ) -> Memory:
     """The memory of fine-tuning, full or, with `lora`, of an adapter.
 
@@ -84,6 +103,7 @@ def training_memory(
     projected : how many tokens of a row a language model projects to its vocabulary; None for all
     processes : several exchange their gradients in buckets, which are copies (accelerate's
         `gradient_as_bucket_view` is false)
+    quantised : the layers of an adapter's base have four bits a weight
     """
     stored = torch.bfloat16 if lora and half and classes is None else torch.float32
     whole, *few = (_model(folder, classes, layers, lora, stored) for layers in (None, 1, 2))
@@ -114,8 +134,13 @@ def training_memory(
             HALF * sum(linear) if half and stored is torch.float32 else 0
         )  # autocast keeps them to the end of the forward pass
     learnt = trained or parameters
+    spared = 0
+    if quantised:
+        spared = (stored.itemsize - QUANTISED) * sum(
+            width * height * number for (width, height), number in linear_shapes(folder).items()
+        )
     at_once = {
-        "weights": stored.itemsize * parameters + FLOAT * trained,
+        "weights": stored.itemsize * parameters + FLOAT * trained - int(spared),
         "gradients": FLOAT * learnt * (1 if processes == 1 else 2),
         "optimizer": 2 * FLOAT * learnt,
     }
@@ -140,6 +165,59 @@ def training_memory(
         # That of the projection waits for that of the embedding, and then comes their sum.
         moments.append(Memory(**at_once, activations=0, logits=0, casts=3 * FLOAT * largest))
     return max(moments, key=lambda memory: memory.total)
+
+
+def sft_lengths(
+    experiment: Experiment, texts: Iterable[str], folder: Path | None = None
+) -> tuple[int, int | None]:
+    """Tokens of the longest row of SFT, answer included, and how many of a row are projected; None
+    where a teacher's thoughts have any number, and the row then has as many as are allowed.
+
+    Parameters
+    ----------
+    folder : holds the decoder's tokenizer; None for its own
+    """
+    if learns_thoughts(experiment):
+        return experiment.sft_arguments()["cutoff_len"], None
+    encoder = load_prompt_encoder(experiment, folder=folder)
+    answer = max(len(answer.ids) for answer in encoder.answers)
+    longest = heapq.nlargest(LONGEST, texts, key=len)
+    return max(len(encoder.encode(text)) for text in longest) + answer, answer
+
+
+def may_keep_layers(arguments: dict[str, Any], kept: Memory, free: int) -> bool:
+    """Whether SFT saves what its layers compute, and computes none of them twice: where
+    LLaMA-Factory's YAML leaves that open, and there is room.
+
+    Parameters
+    ----------
+    kept : the memory of SFT without gradient checkpointing
+    free : bytes that are free on the GPU
+    """
+    return arguments.get(CHECKPOINTING) is None and kept.total + CUDA_OVERHEAD <= ROOM * free
+
+
+def for_memory(experiment: Experiment) -> dict[str, Any]:
+    """LLaMA-Factory's keys that suit the memory of the GPU, of those that the YAML leaves open.
+    Gradients do not hang on them."""
+    arguments = experiment.sft_arguments()
+    if not torch.cuda.is_available() or arguments.get(CHECKPOINTING) is not None:
+        return {}
+    n = process_count()
+    texts = (row["text"] for row in results.read_rows(experiment, "decoder_train"))
+    length, projected = sft_lengths(experiment, texts)
+    kept = training_memory(
+        experiment.decoder.folder,
+        share_batch(*step_of(arguments), n, "decoder.sft")[0],
+        length,
+        bool(arguments.get("bf16", True)),
+        lora=experiment.decoder.sft.lora,
+        projected=projected,
+        processes=n,
+        quantised=experiment.decoder.sft.quantised,
+    )
+    free = min(torch.cuda.mem_get_info(i)[0] for i in range(n))
+    return {CHECKPOINTING: may_keep_layers(arguments, kept, free)}
 
 
 def _model(

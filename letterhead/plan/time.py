@@ -1,5 +1,5 @@
-"""How long each stage will take on this machine's CPU (its multiply-adds over a measured rate of
-matrix products), and what it takes on disk."""
+"""How long each stage will take (its multiply-adds over a rate: on a CPU that of matrix products,
+measured; on a GPU that of the trial of SFT), and what it takes on disk."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Any
 
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head, Lora, Search
-from letterhead.models.checkpoints import head_disk, sft_disk
+from letterhead.files import read_json
+from letterhead.models.checkpoints import FLOAT, head_disk, sft_disk
+from letterhead.models.cpu import linear_shapes
 from letterhead.models.llamafactory import planned_steps, sft_plan, step_of
 from letterhead.pipeline import (
     ALL,
@@ -20,6 +22,7 @@ from letterhead.pipeline import (
     SFT_TRAINING,
     ZERO_SHOT,
     compared_methods,
+    inputs_sha256,
 )
 from letterhead.rows.balance import rows_read
 
@@ -30,32 +33,39 @@ TRAINING = {"bfloat16": 0.36, "float32": 0.50}
 SCORING = {"bfloat16": 0.60, "float32": 0.70}
 START_S = 6.0
 SECONDS = 0.3  # to time products for
+TRIAL = "trial.json"  # what preflight keeps of the steps that it times
 ANSWER_TOKENS = 8  # a trained answer's, in round numbers
 
 
-def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, float]:
+def stage_seconds(
+    experiment: Experiment, card: dict[str, Any], reached: float | None = None
+) -> dict[str, float]:
     """Seconds that each stage of `make report` is expected to take.
 
     Parameters
     ----------
     card : the data card; it tells rows and lengths of texts
+    reached : FLOP a second of training and scoring; None: a CPU's are measured, and a GPU's are
+        those of the trial of SFT that preflight made
 
     Returns
     -------
-    dict : stage → seconds; empty where nothing is known: on a GPU, whose rate is not measured, or
-        of models whose layers are not torch's linear ones
+    dict : stage → seconds; empty where nothing is known: on a GPU without a trial, or of models
+        whose layers are not torch's linear ones
     """
     import torch
 
-    if torch.cuda.is_available():
-        return {}
     decoder, encoder = (section.folder for section in (experiment.decoder, experiment.encoder))
-    rates = {folder: rate(experiment, folder) for folder in (decoder, encoder)}
+    if torch.cuda.is_available() and reached is None:
+        reached = trial_rate(experiment, card)
+        if reached is None:
+            return {}
+    rates = {folder: rate(experiment, folder, reached) for folder in (decoder, encoder)}
     if not all(parameters for parameters, *_ in rates.values()):
         return {}
     rows, shared, lengths = card["rows"], card["shared"]["rows"], card["token_lengths"]
     to_score = rows["validation"] + rows["test"]
-    prompt = lengths["decoder"]["p50"] + lengths["prompt"]
+    prompt = prompt_tokens(card)
 
     def head(folder: Path, head: Head, n: int, length: int) -> float:
         head, (parameters, training, scoring) = head.on(n), rates[folder]
@@ -80,8 +90,7 @@ def stage_seconds(experiment: Experiment, card: dict[str, Any]) -> dict[str, flo
         min(experiment.eval.thinking.rows or rows["test"], rows["test"])
         * experiment.eval.thinking.tokens
     )
-    work = passes(experiment.decoder.sft.lora) * 2 * parameters * (prompt + ANSWER_TOKENS) * learnt
-    sft = 2 * START_S + work / training
+    sft = 2 * START_S + learnt * row_flop(experiment, card) / training
     found = {
         SFT_TRAINING.name: sft + searching(experiment.decoder.sft.search, sft),
         EVAL_CKPTS.name: START_S
@@ -139,8 +148,10 @@ def stage_bytes(experiment: Experiment, folders: dict[str, Path], rows: int) -> 
     def trained(name: str, lora: Lora | None) -> int:
         return adapter_parameters(folders[name], lora) if lora else whole[name]
 
-    saves = len(sft_plan(experiment, rows)[1])
-    peaks = {SFT_TRAINING.name: sft_disk(trained("decoder", experiment.decoder.sft.lora), saves)}
+    saves, lora = len(sft_plan(experiment, rows)[1]), experiment.decoder.sft.lora
+    peaks = {SFT_TRAINING.name: sft_disk(trained("decoder", lora), saves)}
+    if lora:  # and the whole model that the best of them makes, for export and service
+        peaks[SFT_TRAINING.name] += FLOAT * whole["decoder"]
     for method in METHODS.values():
         is_trained = experiment.decoder.train_rows is not None if method.rows == ALL else True
         if method.settings and (head := method.head(experiment)) and is_trained:
@@ -148,9 +159,38 @@ def stage_bytes(experiment: Experiment, folders: dict[str, Path], rows: int) -> 
     return peaks
 
 
-def rate(experiment: Experiment, folder: Path) -> tuple[int, float, float]:
-    """A model's multiply-adds a token, and the FLOP a second that training and scoring reach on
-    this CPU.
+def prompt_tokens(card: dict[str, Any]) -> int:
+    """Tokens of a prompt with a text of median length."""
+    return card["token_lengths"]["decoder"]["p50"] + card["token_lengths"]["prompt"]
+
+
+def row_flop(experiment: Experiment, card: dict[str, Any]) -> float:
+    """The FLOP that SFT takes for a row."""
+    tokens, lora = prompt_tokens(card) + ANSWER_TOKENS, experiment.decoder.sft.lora
+    return passes(lora) * 2 * multiply_adds(experiment.decoder.folder) * tokens
+
+
+def multiply_adds(folder: Path) -> int:
+    """Multiply-adds of a model's linear layers for a token; 0 where its layers are of another
+    kind."""
+    return sum(i * o * n for (i, o), n in linear_shapes(folder).items())
+
+
+def trial_rate(experiment: Experiment, card: dict[str, Any]) -> float | None:
+    """FLOP a second of training, from the steps of SFT that preflight timed on this device; None
+    where it timed none of these inputs."""
+    found = read_json(experiment.run_folder / TRIAL)
+    if not found or found["inputs"] != inputs_sha256(SFT_TRAINING, experiment):
+        return None
+    rows = math.prod(step_of(experiment.sft_arguments()))
+    return rows * row_flop(experiment, card) / found["seconds_a_step"]
+
+
+def rate(
+    experiment: Experiment, folder: Path, reached: float | None = None
+) -> tuple[int, float, float]:
+    """A model's multiply-adds a token, and the FLOP a second that training and scoring reach:
+    `reached`, or as measured on this CPU.
 
     Products are timed anew, in the stages' dtype: what is kept may have been measured while the
     machine was busy.
@@ -161,11 +201,9 @@ def rate(experiment: Experiment, folder: Path) -> tuple[int, float, float]:
     shapes = cpu.linear_shapes(folder)
     if not shapes:
         return 0, 0.0, 0.0
+    if reached is not None:
+        return multiply_adds(folder), reached, reached
     dtype, kept = precision(experiment.decoder.dtype, folder), cpu.measured_rates(folder)
     dtype = dtype if dtype in kept else "float32"
     flops = 1e9 * max(kept[dtype], cpu.matmul_rates(shapes, [dtype], SECONDS)[dtype])
-    return (
-        sum(i * o * n for (i, o), n in shapes.items()),
-        flops * TRAINING[dtype],
-        flops * SCORING[dtype],
-    )
+    return multiply_adds(folder), flops * TRAINING[dtype], flops * SCORING[dtype]

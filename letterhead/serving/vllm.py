@@ -156,6 +156,8 @@ class VllmServer:
     tokenizer : folder of another tokenizer than the model's own
     processes : on so many GPUs the model is served side by side (data parallelism); one address
         answers for all
+    keeps_prefixes : what a prompt shares with an earlier one is not computed again, on a GPU; not
+        where speed is measured, since a bench asks the same rows twice
 
     Raises
     ------
@@ -175,6 +177,7 @@ class VllmServer:
         gpu_memory: float = 0.8,
         processes: int = 1,
         tokenizer: Path | None = None,
+        keeps_prefixes: bool = False,
     ):
         self.model, self.log, self.port = model, log, port or free_port()
         python, gpu = ENVIRONMENT / "bin" / "python", torch.cuda.is_available()
@@ -198,14 +201,13 @@ class VllmServer:
             runner,
             "--max-model-len",
             str(max_model_len),
-            "--no-enable-prefix-caching",
         ]
         options += [
             "--generation-config",
             "vllm",
         ]  # the checkpoint's own may hold a penalty that the evaluation has not
         options += ["--tokenizer", str(tokenizer)] if tokenizer else []
-        options += device_options(gpu, dtype, gpu_memory, processes)
+        options += device_options(gpu, dtype, gpu_memory, processes, keeps_prefixes)
         if runner == "generate" and not gpu:
             # A prompt cut in two ends vLLM 0.32 on a CPU if its request has a seed: "CPU Generator
             # does not use offset" (v1/worker/gpu_model_runner.py, _bookkeeping_sync). vLLM warns
@@ -348,11 +350,17 @@ class VllmServer:
         return memory
 
 
-def device_options(gpu: bool, dtype: str, gpu_memory: float, processes: int) -> list[str]:
+def device_options(
+    gpu: bool, dtype: str, gpu_memory: float, processes: int, keeps_prefixes: bool = False
+) -> list[str]:
     """vLLM's options that hang on the device; on a CPU it serves in float32, the only precision
     held against the scorer."""
     dtype = dtype if gpu else "float32"
-    options = ["--dtype", dtype]
+    options = [
+        "--dtype",
+        dtype,
+        f"--{'' if gpu and keeps_prefixes else 'no-'}enable-prefix-caching",
+    ]
     if dtype != "float32":  # vLLM's own default is the model's dtype for a generating model
         options += ["--hf-overrides", json.dumps({"head_dtype": "float32"})]
     if not gpu:
@@ -368,6 +376,7 @@ def server_environment(gpu: bool, environment: Mapping[str, str]) -> dict[str, s
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    variables.pop("GLIBC_TUNABLES", None)  # for trainings on a CPU
     if gpu:
         # FlashInfer's sampler is compiled when it is first used, with ninja and nvcc. No request
         # needs it: the bench asks greedily, and PyTorch samples too. What is compiled all the same
