@@ -29,6 +29,7 @@ from letterhead.models import tfidf
 from letterhead.models.prompt import WORD, keep_words
 from letterhead.plan.evidence import contenders, margin_finder
 from letterhead.plan.time import stage_bytes, stage_seconds
+from letterhead.rows import tables
 from letterhead.rows.sources import (
     RawRow,
     column_names,
@@ -36,6 +37,7 @@ from letterhead.rows.sources import (
     lacks,
     local_files,
     open_source,
+    plain_file,
 )
 from letterhead.runs import results
 from letterhead.runs.stage import minutes, telling
@@ -58,6 +60,7 @@ LABEL_NAMES = (
         "y",
         "tag",
         "type",
+        "output",
     ),
     *("标签", "类别", "分类", "情感", "主题", "类型"),
 )
@@ -73,12 +76,13 @@ TEXT_NAMES = (
     "summary",
     "article",
     "query",
+    "input",
     *("正文", "内容", "文本", "评论", "文章", "句子", "描述", "摘要"),
 )
 TITLE_NAMES = ("title", "headline", "subject", "heading", "标题", "题目")
 # More classes than this are not told apart by a few hundred rows a class, and are hardly meant as
 # classes.
-MOST_CLASSES = 150
+MOST_CLASSES = 250
 RARE = 10  # a class with fewer rows can't be in train, validation and test
 FEWEST = 4  # rows a class to train on
 CODE = re.compile(
@@ -98,7 +102,10 @@ STEPS_A_CLASS, ENCODER_STEPS = 20, 200
 PATIENCE, MOST_ENCODER_STEPS = 3, 6000
 HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
-FEW_ROWS, BATCH = 400, 4  # for the LLM
+FEW_ROWS, ROWS_A_CLASS, BATCH = 400, 10, 4  # for the LLM
+# Names of more tokens than this are not listed in the prompt: SFT reads them again for each row.
+LISTED_TOKENS, CHARACTERS_A_TOKEN = 128, 3
+KINDS = f"a file ({', '.join(tables.KINDS)})"
 UTF_8, GUESSED_BYTES = ["utf-8"], 1 << 18
 DOS = re.compile(r"cp(4|7|8)\d\d$|mac_|hp_|kz|ptcp|johab|big5|gb|euc|shift|cp9\d\d")
 WINDOWS_SIGNS = (
@@ -122,6 +129,14 @@ ENGLISH = {
     "decoder": {"license": "apache-2.0"},
     "encoder": {"license": "apache-2.0"},
     "prompt": {},
+    "listed": {
+        "template": "Please read the text and determine its category. The categories are:\n"
+        "{options}\n\nText:\n{text}\n\nCategory:/no_think"
+    },
+    "unlisted": {
+        "template": "Please read the text and determine its category.\n\nText:\n{text}\n\n"
+        "Category:/no_think"
+    },
 }
 CHINESE = {
     "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which knows few "
@@ -138,6 +153,14 @@ CHINESE = {
         "answer_prefix": "",
         "template": "请从选项中选出下面文字的类别。\n\n文字：\n{text}\n\n"
         "问题：它属于哪一类？\n{options}\n\n答案：",
+    },
+    "listed": {
+        "answer_prefix": "",
+        "template": "请说出文字的类别。类别有：\n{options}\n\n文字：\n{text}\n\n类别：",
+    },
+    "unlisted": {
+        "answer_prefix": "",
+        "template": "请说出下面文字的类别。\n\n文字：\n{text}\n\n类别：",
     },
 }
 
@@ -195,7 +218,7 @@ class Column:
         return rank(self.name, TITLE_NAMES) < len(TITLE_NAMES)
 
 
-def main(path: str, text: str = "", label: str = "") -> None:
+def main(path: str, text: str = "", label: str = "", sheet: str = "") -> None:
     """Read a data set, write its experiment, and say what was chosen and why; then make its rows,
     and say how long it takes.
 
@@ -203,13 +226,14 @@ def main(path: str, text: str = "", label: str = "") -> None:
     ----------
     text, label : columns of the text (several with commas between) and of the label; where empty
         they are guessed
+    sheet : of a workbook; where empty the first
 
     Raises
     ------
     LetterheadError : no such data, no column for a text or a label, or an experiment of that name
         is there
     """
-    source = Path(path.rstrip("/"))
+    source = Path(path.rstrip("/").removesuffix(tables.PACKED))
     stem = source.parent.name if source.stem == "{split}" else source.stem.replace("{split}", "")
     name = re.sub(r"\W+", "_", stem).strip("_") or "mine"
     target = Path("experiments") / f"{name}.yaml"
@@ -219,31 +243,36 @@ def main(path: str, text: str = "", label: str = "") -> None:
             f"make new again, or rename {source}"
         )
     reasons: list[str] = []
-    encoding = guess_encoding(path)
+    keys: dict[str, Any] = {"encoding": (encoding := guess_encoding(path))}
     if encoding != UTF_8:
         reasons.append(
             f"encoding: not UTF-8 but {encoding[1]}, as it seems, by which it says "
             f"{strange_part(path, encoding[1])!r}; "
             "where that is wrong, name another in data.encoding"
         )
-    names = column_names(path, encoding)
+    keys |= choose_sheet(path, sheet, reasons)
+    names = column_names(plain_file(path, **keys))
     if not names and (text or label):
         raise LetterheadError(f"{path}: a folder has no columns; leave TEXT and LABEL out")
-    columns = (
-        choose_columns(path, encoding, names, text, label, reasons) if names else ("text", "label")
-    )
-    values = decide(name, path, encoding, *columns, reasons)
+    chosen = ("text", "label")
+    if names:
+        columns, rows = read_columns(plain_file(path, **keys))
+        if row_above(columns, reasons):
+            keys["header"] = False
+            columns, rows = read_columns(plain_file(path, **keys))
+        chosen = choose_columns(path, columns, rows, text, label, reasons)
+    values = decide(name, path, keys, *chosen, reasons)
     write_experiment(target, values, path, reasons)
     print("\n".join(reasons), flush=True)
     experiment = load_experiment(name)
     data.main(experiment)
     margin, reason = choose_margin(experiment)
-    chosen, more = {"compare": {"margin": margin}}, [reason]
+    more, reasons_of_more = {"compare": {"margin": margin}}, [reason]
     if found := choose_balance(experiment):
-        chosen["balance"] = found[0]
-        more.append(found[1])
-    print("\n".join(more), flush=True)
-    write_experiment(target, values | chosen, path, [*reasons, *more])
+        more["balance"] = found[0]
+        reasons_of_more.append(found[1])
+    print("\n".join(reasons_of_more), flush=True)
+    write_experiment(target, values | more, path, [*reasons, *reasons_of_more])
     experiment = load_experiment(name)
     data.main(experiment)
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
@@ -339,10 +368,9 @@ def guess_encoding(path: str) -> list[str]:
     """The encodings of a source's files on this disk: UTF-8, and, where one is not, what
     charset-normalizer takes it for."""
     for file in local_files(path):
-        if file.suffix.lower() == ".parquet":
+        if tables.kind(file) in (tables.PARQUET, *tables.SHEETS):
             continue
-        with open(file, "rb") as opened:
-            head = opened.read(GUESSED_BYTES)
+        head = tables.first_bytes(file, GUESSED_BYTES)
         try:
             codecs.getincrementaldecoder("utf-8")().decode(
                 head
@@ -383,22 +411,66 @@ def is_windows_1252(head: bytes) -> bool:
 def strange_part(path: str, encoding: str) -> str:
     """Some characters around the first one of a source that is not ASCII."""
     for file in local_files(path):
-        text = file.read_bytes()[:GUESSED_BYTES].decode(encoding, errors="replace")
+        text = tables.first_bytes(file, GUESSED_BYTES).decode(encoding, errors="replace")
         if found := re.search(r"[^\n]{0,12}[^\x00-\x7f][^\n]{0,12}", text):
             return found[0].strip()
     return ""
 
 
+def choose_sheet(path: str, sheet: str, reasons: list[str]) -> dict[str, str]:
+    """The key of `data` that names a sheet of a workbook; none where it has one alone, or is none.
+
+    Raises
+    ------
+    LetterheadError : a sheet of something that has none
+    """
+    file = local_files(path)[0]
+    if tables.kind(file) not in tables.SHEETS:
+        if sheet:
+            raise LetterheadError(f"SHEET={sheet}: {path} is no workbook; leave it out")
+        return {}
+    names = tables.sheet_names(file)
+    chosen = sheet or names[0]
+    if len(names) > 1:
+        rest = ", ".join(repr(name) for name in names if name != chosen)
+        reasons.append(f"sheet: {chosen!r}; it could be {rest}, too: SHEET=…")
+    return {"sheet": chosen} if len(names) > 1 or sheet else {}
+
+
+def read_columns(file: Data) -> tuple[list[Column], list[list[Any]]]:
+    """What is known of the columns of a file, and the values of its rows.
+
+    Raises
+    ------
+    LetterheadError : it has no rows
+    """
+    every = every_column(file)
+    rows = [row.text for row in read_rows(every) if row.text and not row.fault]
+    if not rows:
+        raise LetterheadError(f"{file.source}: has no rows below its header")
+    columns = [Column(name) for name in every.columns.parts]
+    for row in rows:
+        for column, value in zip(columns, row, strict=True):
+            column.add(value)
+    return columns, rows
+
+
 def choose_columns(
-    path: str, encoding: list[str], names: list[str], text: str, label: str, reasons: list[str]
+    path: str,
+    columns: list[Column],
+    rows: list[list[Any]],
+    text: str,
+    label: str,
+    reasons: list[str],
 ) -> tuple[str | list[str], str]:
     """The column, or columns, of the text and the label's, where they are not given; why goes to
-    `said`.
+    `reasons`.
 
     Raises
     ------
     LetterheadError : no column of that name, none that looks like a label, or like a text
     """
+    names = [column.name for column in columns]
     text_columns = (
         [name.strip() for name in text.split(",")]
         if text and text not in names
@@ -412,16 +484,6 @@ def choose_columns(
                 f"{variable}={','.join(names_given)}: "
                 f"{lacks(missing[0], names).rpartition('; set ')[0]}"
             )
-    rows = [
-        row.text for row in read_rows(every_column(path, encoding)) if row.text and not row.fault
-    ]
-    if not rows:
-        raise LetterheadError(f"{path}: has no rows below its header")
-    columns = [Column(column) for column in names]
-    for row in rows:
-        for column, value in zip(columns, row, strict=True):
-            column.add(value)
-    require_names(path, columns)
     known = ", ".join(
         f"{column.name} ({len(column.values)} distinct, {column.mean_length:.0f} characters)"
         for column in columns
@@ -479,13 +541,9 @@ def choose_columns(
     return body.name, chosen.name
 
 
-def require_names(path: str, columns: list[Column]) -> None:
-    """Make sure that a file begins with the names of its columns.
-
-    Raises
-    ------
-    LetterheadError : its first line looks like a row: a value that stands in many rows, or a text
-    """
+def row_above(columns: list[Column], reasons: list[str]) -> bool:
+    """Whether the first line of a file is a row, and names no columns: it holds a value that stands
+    in many rows, or a text."""
     for column in columns:
         rows = column.values[column.name.strip()]
         if column.could_be_label and rows >= RARE:
@@ -494,11 +552,12 @@ def require_names(path: str, columns: list[Column]) -> None:
             why = f"“{column.name[:60]}” is a text"
         else:
             continue
-        raise LetterheadError(
-            f"{path}: its first line looks like a row, not like the names of columns "
-            f"({why}), and would be lost; put a line "
-            "with names before it, such as text,label"
+        reasons.append(
+            f"header: false, since the first line looks like a row ({why}); the columns are called "
+            f"{', '.join(str(number) for number in range(1, len(columns) + 1))}"
         )
+        return True
+    return False
 
 
 def others(columns: list[Column], variable: str) -> str:
@@ -562,23 +621,48 @@ class Reading:
 
 
 def decide(
-    name: str, path: str, encoding: list[str], text: str | list[str], label: str, reasons: list[str]
+    name: str,
+    path: str,
+    keys: dict[str, Any],
+    text: str | list[str],
+    label: str,
+    reasons: list[str],
 ) -> dict[str, Any]:
     """The experiment's values for the size and kind of its data; what was chosen, and why, goes to
-    `reasons`."""
+    `reasons`.
+
+    Parameters
+    ----------
+    keys : of the section `data`, that say how the file is read
+    """
     columns: dict[str, Any] = {"text": text, "label": label}
     if isinstance(text, list):
         columns["empty_parts"] = True
-    reading = read_file(Data(source=path, encoding=encoding, columns=columns, labels=["a", "b"]))
+    reading = read_file(plain_file(path, columns=columns, **keys))
     labels, kept = choose_labels(path, reading, reasons)
     values = {"source": path, "columns": columns, "labels": labels}
-    if encoding != UTF_8:
-        values["encoding"] = encoding
+    values |= {key: value for key, value in keys.items() if value != UTF_8}
     values |= choose_left_out(reading, kept, reasons)
     values["rows"], train = choose_rows(path, reading, kept, reasons)
     options = "letters" if len(kept) <= len(LETTERS) else "names"
-    why = "each label has one" if options == "letters" else "there are more labels than letters"
-    reasons.append(f"options: {options}, since {why}")
+    models = CHINESE if reading.chinese else ENGLISH
+    if options == "letters":
+        prompt = models["prompt"]
+        reasons.append("options: letters, since each label has one")
+    else:
+        a_token = 1 if reading.chinese else CHARACTERS_A_TOKEN
+        tokens = len(kept) + sum(map(len, kept)) // a_token
+        is_listed = tokens <= LISTED_TOKENS
+        prompt = models["listed" if is_listed else "unlisted"]
+        reasons.append(
+            "options: names, since there are more labels than letters; the prompt "
+            + (
+                "lists them before the text, where they are read once for all texts"
+                if is_listed
+                else f"does not list them: some {tokens} tokens would be read again for each row "
+                "that the LLM learns from. Untrained, it then knows them by no list"
+            )
+        )
     if reading.cut:
         values["max_words"] = reading.cut
         unit = "characters" if reading.chinese else "words"
@@ -586,12 +670,11 @@ def decide(
             f"texts: the first {reading.cut} {unit} (half have more than {reading.middle}), "
             f"for time"
         )
-    models = CHINESE if reading.chinese else ENGLISH
     return {
         "title": f"{name}, {len(kept)} classes",
         "data": values,
-        "prompt": {"options": options} | models["prompt"],
-        **choose_training(models, len(kept), train, options, reasons),
+        "prompt": {"options": options} | prompt,
+        **choose_training(models, len(kept), train, reasons),
     }
 
 
@@ -757,10 +840,10 @@ def choose_rows(
 
 
 def choose_training(
-    models: dict[str, Any], classes: int, train: int, options: str, reasons: list[str]
+    models: dict[str, Any], classes: int, train: int, reasons: list[str]
 ) -> dict[str, Any]:
     """The sections `decoder` and `encoder`."""
-    shared = min(FEW_ROWS, train)
+    shared = min(max(FEW_ROWS, ROWS_A_CLASS * classes), train)
     steps = max(models["steps"], STEPS_A_CLASS * min(classes, len(LETTERS)))
     epochs = min(MOST_EPOCHS, math.ceil(steps * BATCH / shared))
     most = MOST_ENCODER_STEPS // math.ceil(train / HEAD_BATCH)
@@ -805,11 +888,8 @@ def choose_training(
         },
         "head": head,
     }
-    if options == "letters":
-        decoder["sft_options"] = head | models["optimizer"]
-        reasons.append(
-            "decoder.sft_options: the LLM once more, with the loss over the letters alone"
-        )
+    decoder["sft_options"] = head | models["optimizer"]
+    reasons.append("decoder.sft_options: the LLM once more, with the loss over the options alone")
     return {"decoder": decoder, "encoder": {**models["encoder"], "head": encoder_head}}
 
 
@@ -871,17 +951,16 @@ def conflicting(rows: list[RawRow], cut: int | None, merged: dict[str, str]) -> 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", required=True, help="a CSV, TSV, JSONL or Parquet file, or a folder"
-    )
+    parser.add_argument("--data", required=True, help=f"{KINDS}, or a folder")
     parser.add_argument(
         "--text",
         default="",
         help="the column of the text, or several, with commas between; guessed",
     )
     parser.add_argument("--label", default="", help="the column of the label; guessed")
+    parser.add_argument("--sheet", default="", help="of a workbook; the first")
     arguments = parser.parse_args()
     with telling():
         if not arguments.data:
-            raise LetterheadError("say DATA=, a CSV, TSV, JSONL or Parquet file, or a folder")
-        main(arguments.data, arguments.text, arguments.label)
+            raise LetterheadError(f"say DATA=, {KINDS}, or a folder")
+        main(arguments.data, arguments.text, arguments.label, arguments.sheet)

@@ -20,7 +20,7 @@ from letterhead.files import LetterheadError, read_json
 from letterhead.models.classifier import Classifier, load_classifier, model_folder
 from letterhead.models.prompt import keep_words, load_prompt_encoder
 from letterhead.pipeline import HOSTED_LLM, METHODS, method_of
-from letterhead.rows.sources import READERS
+from letterhead.rows.tables import KINDS, PACKED
 from letterhead.runs.stage import OFFLINE, run
 from serve import predict
 
@@ -234,8 +234,8 @@ def build(experiment: Experiment, files: Path):
         with gr.Accordion("Label a file", open=False):
             parts = ", ".join(experiment.data.columns.parts)
             dropped = gr.File(
-                label=f"{', '.join(READERS)}; with the column {parts}",
-                file_types=[*READERS],
+                label=f"{', '.join(KINDS)}; with the column {parts}",
+                file_types=[*KINDS, PACKED],
                 type="filepath",
             )
             method = gr.Dropdown(

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
 from filelock import lock_descriptor
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import (
     LetterheadError,
+    atomic_open,
     exclusive,
     model_identity,
     read_json,
@@ -51,8 +54,16 @@ from letterhead.models.classifier import (
 from letterhead.models.precision import precision
 from letterhead.models.prompt import keep_words
 from letterhead.pipeline import DATA, HOSTED_LLM, METHODS, find_method, outputs
+from letterhead.rows import tables
 from letterhead.rows.fetch import CACHE, fetch_model
-from letterhead.rows.sources import RawRow, checked_text, column_at, every_column, open_source
+from letterhead.rows.sources import (
+    RawRow,
+    checked_text,
+    column_at,
+    every_column,
+    open_source,
+    plain_file,
+)
 from letterhead.runs import contenders, results
 from letterhead.runs.devices import device_name, process_count
 from letterhead.runs.processes import Workers
@@ -93,6 +104,8 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
     temperatures = [contenders.temperature_of(experiment, part) for part in parts]
     if target.is_dir():
         raise LetterheadError(f"{target}: is a folder; name a file")
+    if target.suffix.lower() not in FORMS:
+        raise LetterheadError(f"{target}: OUT is written as {', '.join(FORMS)}; name one of them")
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
     inputs = sha256_json(
         {
@@ -151,6 +164,12 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
         file.truncate(done["bytes"])
         columns = [*header, "prediction", *(["abstain"] if promised else [])]
         columns += [f"p({label})" for label in experiment.labels]
+        twice = [name for name, times in Counter(columns).items() if times > 1]
+        if twice and target.suffix.lower() != ".csv":
+            raise LetterheadError(
+                f"{source}: {target.suffix} would have two columns {twice[0]!r}; rename one, or "
+                f"write OUT=….csv"
+            )
         if not done["rows"]:
             file.write(as_csv([columns]))
         rows = islice(table, done["rows"], None)
@@ -180,7 +199,8 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
             done |= {"rows": done["rows"] + len(chunk), "bytes": file.tell()}
             write_json(progress_file, done)
             bar.update(len(chunk))
-        part.replace(target)
+        FORMS[target.suffix.lower()](part, target, len(header))
+        part.unlink(missing_ok=True)
         progress_file.unlink(missing_ok=True)
     if done["near"]:
         print(
@@ -353,6 +373,53 @@ def as_csv(lines: list[list[str]]) -> bytes:
     return text.getvalue().encode(errors="replace")
 
 
+def keep_csv(part: Path, target: Path, fields: int) -> None:
+    """The rows as they are."""
+    part.replace(target)
+
+
+def write_jsonl(part: Path, target: Path, fields: int) -> None:
+    """The rows as JSON Lines: the file's own fields as text, probabilities as numbers."""
+    with open(part, encoding="utf-8", newline="") as file, atomic_open(target) as lines:
+        reader = csv.reader(file)
+        names = next(reader)
+        for row in reader:
+            values = [*row[:fields], row[fields] or None, *map(as_number, row[fields + 1 :])]
+            found = dict(zip(names, values, strict=True))
+            lines.write(json.dumps(found, ensure_ascii=False) + "\n")
+
+
+def as_number(value: str) -> int | float | None:
+    """A share, or whether to abstain (0 or 1); None where a row got no answer."""
+    return None if not value else int(value) if value in ("0", "1") else float(value)
+
+
+def write_parquet(part: Path, target: Path, fields: int) -> None:
+    """The rows as Parquet, a batch at a time: the file's own fields as text, probabilities as
+    numbers."""
+    with open(part, encoding="utf-8", newline="") as file:
+        names = next(csv.reader(file))
+    text = dict.fromkeys(names[: fields + 1], pyarrow.string())
+    numbers = dict.fromkeys(names[fields + 1 :], pyarrow.float64())
+    numbers |= {"abstain": pyarrow.int64()} if "abstain" in numbers else {}
+    reader = pyarrow.csv.open_csv(
+        part,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=text | numbers, null_values=[""], strings_can_be_null=False
+        ),
+    )
+    written = target.with_name(f"{target.name}.written")
+    with pyarrow.parquet.ParquetWriter(written, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+    written.replace(target)
+
+
+# Ending of OUT → what writes it from the CSV that a run leaves behind
+FORMS = {".csv": keep_csv, ".jsonl": write_jsonl, ".parquet": write_parquet}
+
+
 def read_table(
     path: Path, experiment: Experiment
 ) -> tuple[list[str], Iterator[tuple[list[str], str]]]:
@@ -367,15 +434,20 @@ def read_table(
     """
     if not path.is_file():
         raise LetterheadError(f"{path}: no such file; say IN=file.csv")
-    data = experiment.data
-    skipped = data.skip_lines if path.suffix == Path(data.source.partition("#")[0]).suffix else 0
-    if skipped:
+    data, keys = experiment.data, {"encoding": experiment.data.encoding}
+    if tables.kind(path) == tables.kind(Path(data.source.partition("#")[0])):
+        keys |= {"skip_lines": data.skip_lines, "header": data.header}
+        if data.sheet and data.sheet in tables.sheet_names(path):
+            keys["sheet"] = data.sheet
+    if keys.get("skip_lines"):
         print(
-            f"{path}: {skipped} lines below the header are left out, as in training "
+            f"{path}: {data.skip_lines} lines below the header are left out, as in training "
             f"(data.skip_lines)"
         )
-    every = every_column(str(path), data.encoding, skipped)
+    every = every_column(plain_file(str(path), **keys))
     header = every.columns.parts
+    if header == ["1"] and len(data.columns.parts) == 1:  # a text a line, without a name
+        return header, read_rows(open_source(every).splits["train"], experiment, [0], 1)
     if missing := [name for name in data.columns.parts if name not in header]:
         raise LetterheadError(
             f"{path}: no column {missing[0]!r}; {experiment.name} reads "
@@ -423,8 +495,8 @@ if __name__ == "__main__":
         main,
         __doc__.splitlines()[0],
         options={
-            "in": "a CSV, TSV, JSONL or Parquet file",
-            "out": "where to write",
+            "in": "a file of texts",
+            "out": "where to write: .csv, .jsonl or .parquet",
             "model": "best, a method, or a model: hf:OWNER/ID@REVISION, or a path",
         },
         optional={"error": "the share of wrong answers that is allowed; none: answer every row"},

@@ -342,9 +342,36 @@ def test_the_loss_over_the_options_starts_from_sfts_scores_and_is_predicted_as_i
     again = read_json(experiment.run_folder / "sft-options" / "stage.json")
     train.main(experiment, "sft_options")
     assert again == read_json(experiment.run_folder / "sft-options" / "stage.json")
-    with pytest.raises(
-        LetterheadError, match="decoder.sft_options: only single letters have a score each"
-    ):
-        make_experiment(
-            "rows.csv", LABELS, prompt={"options": "names"}, decoder_keys={"sft_options": {}}
-        )
+
+
+def test_names_of_several_tokens_have_a_score_each_that_starts_as_their_mean(make_experiment):
+    labels = [f"card_{'lost' if i % 2 else 'arrival'}_number_{i}" for i in range(30)]
+    write_csv("rows.csv", [(f"text {i} of {labels[i % 30]}", labels[i % 30]) for i in range(210)])
+    settings = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 10,
+        "eval_steps": 0.5,
+        "learning_rate": 1e-2,
+    }
+    experiment = make_experiment(
+        "rows.csv",
+        labels,
+        data={"rows": {"validation": 30, "test": 30}},
+        prompt={"options": "names", "template": "{text}\nWhich?"},  # lists no names
+        decoder_keys={"sft_options": settings},
+    )
+    data.main(experiment)
+    encoder = load_prompt_encoder(experiment)
+    start = load_folded(experiment, encoder)
+    answer = encoder.answers[7]
+    spelled = answer.ids[answer.start : answer.stop]
+    projection = load_decoder(experiment.decoder.folder, "float32", packed=False)
+    rows = projection.get_output_embeddings().weight[spelled]
+    assert len(spelled) > 2
+    assert torch.allclose(start.score.weight[7], rows.mean(dim=0), atol=1e-6)
+    train.main(experiment, "sft_options")
+    lines = results.read_predictions(experiment, "sft_options@15", "test")
+    texts = [row["text"] for row in results.read_rows(experiment, "test")]
+    predicted = load_raw(experiment, "sft_options@15")(texts)
+    kept = [[line["probabilities"][label] for label in labels] for line in lines]
+    assert predicted.shape == (30, 30) and np.abs(predicted - kept).max() < 1e-4

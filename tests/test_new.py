@@ -4,11 +4,14 @@ reason for each choice."""
 import json
 from pathlib import Path
 
+import openpyxl
 import pytest
 
 from letterhead.config.experiment import load_experiment
 from letterhead.files import LetterheadError, read_json
+from letterhead.models.prompt import load_prompt_encoder
 from letterhead.plan.evidence import contenders, evidence, margin_finder
+from letterhead.rows.sources import open_source
 from letterhead.stats.decision import smallest_margin
 from prep import new
 from tests.conftest import ROOT
@@ -282,22 +285,73 @@ def test_a_file_of_a_chinese_spreadsheet_is_read(written):
     )
 
 
+def test_a_header_that_cannot_be_read_tells_the_mend(written):
+    Path("quote.csv").write_text('"text" ,label\na,b\n')
+    with pytest.raises(LetterheadError, match="quote.csv, header: a broken quote or field"):
+        written("quote.csv")
+
+
+LINES = [(f"{i} {words(i, 9)}", ["good", "bad"][i % 2]) for i in range(90)]
+
+
+@pytest.mark.parametrize(("classes", "is_listed"), [(30, True), (77, False)])
+def test_more_classes_than_letters_are_names_that_fit_into_the_prompt(
+    written, capsys, fetched, classes, is_listed
+):
+    names = [f"c{i}" if is_listed else f"some_intent_of_many_{i}" for i in range(classes)]
+    write_csv("many.csv", [(f"{i} {words(i, 9)}", names[i % classes]) for i in range(20 * classes)])
+    experiment = written("many.csv")
+    assert experiment.prompt.options == "names" and len(experiment.labels) == classes
+    assert ("{options}" in experiment.prompt.template) == is_listed
+    if is_listed:  # before the text, so that all prompts begin alike
+        assert experiment.prompt.template.index("{options}") < experiment.prompt.template.index(
+            "{text}"
+        )
+    assert experiment.decoder.train_rows == max(400, 10 * classes)
+    assert experiment.decoder.sft_options is not None
+    encoder = load_prompt_encoder(experiment, folder=fetched["smollm2"])
+    assert encoder.text_budget > 150
+    said = "lists them before the text" if is_listed else "does not list them"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "keys"),
     [
+        ("semicolons.csv", "text;label\n" + "".join(f"{t};{c}\n" for t, c in LINES), {}),
+        ("tabs.csv", "text\tlabel\n" + "".join(f"{t}\t{c}\n" for t, c in LINES), {}),
+        ("bare.csv", "".join(f"{t},{c}\n" for t, c in LINES), {"header": False}),
+        ("chinese.txt", "".join(f"{c}\t{t}\n" for t, c in LINES), {}),
+        ("fast.txt", "".join(f"__label__{c} {t}\n" for t, c in LINES), {}),
         (
-            "semicolons.csv",
-            "text;label\na b;x\n",
-            "its columns are separated by semicolons; save it with commas",
+            "alpaca.json",
+            json.dumps([{"instruction": "Which?", "input": t, "output": c} for t, c in LINES]),
+            {},
         ),
-        ("tabs.csv", "text\tlabel\na b\tx\n", "its columns are separated by tabs; call it .tsv"),
-        ("quote.csv", '"text" ,label\na,b\n', "quote.csv, header: a broken quote or field"),
     ],
 )
-def test_a_header_that_cannot_be_read_tells_the_mend(written, name, content, message):
+def test_people_s_files_are_understood_as_they_are(written, capsys, name, content, keys):
     Path(name).write_text(content)
-    with pytest.raises(LetterheadError, match=message):
-        written(name)
+    experiment = written(name)
+    assert experiment.labels == ["bad", "good"] and experiment.data.header is keys.get("header")
+    first = next(iter(open_source(experiment.data).splits["train"]))
+    assert (first.text, first.label) == LINES[0]
+    assert ("header: false" in capsys.readouterr().out) == bool(keys)
+
+
+def test_a_sheet_is_named_and_others_are_told(written, capsys):
+    book = openpyxl.Workbook()
+    book.active.append(["only", "notes"])
+    sheet = book.create_sheet("reviews")
+    for row in [("text", "label"), *LINES]:
+        sheet.append(row)
+    book.save("book.xlsx")
+    experiment = written("book.xlsx", sheet="reviews")
+    assert experiment.data.sheet == "reviews" and experiment.labels == ["bad", "good"]
+    assert "sheet: 'reviews'; it could be 'Sheet', too: SHEET=…" in capsys.readouterr().out
+    Path("a.csv").write_text("text,label\n")
+    with pytest.raises(LetterheadError, match=r"SHEET=x: a.csv is no workbook"):
+        written("a.csv", sheet="x")
 
 
 def test_published_splits_stay_and_a_label_that_stands_only_twice_is_left_out(written, capsys):
@@ -321,7 +375,7 @@ def test_a_tab_separated_header_and_optional_keys_are_read_as_the_rows_are(writt
     Path("quoted.tsv").write_text(
         '"text"\t"label"\n' + "".join(f"{i} {words(i, 9)}\t{'ab'[i % 2]}\n" for i in range(90))
     )
-    assert written("quoted.tsv").data.columns.text == '"text"'
+    assert written("quoted.tsv").data.columns.text == "text"
     objects = [
         {"text": f"{i} {words(i, 9)}", "label": "ab"[i % 2]} | ({"note": "n"} if i == 0 else {})
         for i in range(90)

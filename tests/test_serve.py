@@ -3,6 +3,7 @@ folded into a head."""
 
 import csv
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import openpyxl
 import pyarrow.parquet
 import pytest
 import torch
@@ -287,13 +289,55 @@ def test_every_kind_of_file_that_training_reads_is_labelled_alike(experiment):
     predict.main(experiment, "typed.parquet", "typed.csv", "tfidf")
     assert read("typed.csv")[1][:4] == ["a", "2026-01-02", "2026-01-02 03:04:00", "1.50"]
     for name, content, message in (
-        ("in.txt", "text\na\n", "a .txt file; known: .csv"),
+        ("in.pdf", "text\na\n", "a .pdf file; known: .csv"),
         ("twice.csv", "text,n,text\na,1,2\n", "2 columns are called 'text'; rename all but one"),
         ("none.csv", "", "no columns"),
     ):
         Path(name).write_text(content)
         with pytest.raises(LetterheadError, match=message):
             predict.main(experiment, name, "out.csv", "tfidf")
+
+
+def test_what_is_written_has_the_form_that_its_ending_says(experiment):
+    rows = [("1", 'a "quoted", text'), ("2", ""), ("3", "two\nlines")]
+    write_csv("in.csv", rows, ["n", "text"])
+    experiment.data.bad_rows = "drop"
+    for kind in ("csv", "jsonl", "parquet"):
+        predict.main(experiment, "in.csv", f"out.{kind}", "tfidf")
+    header, *lines = read("out.csv")
+    at = header.index("prediction")
+    objects = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    table = pyarrow.parquet.read_table("out.parquet")
+    assert table.column_names == header == list(objects[0])
+    for line, found, of_table in zip(lines, objects, table.to_pylist(), strict=True):
+        assert [found[name] for name in header[:at]] == line[:at]
+        assert (found["prediction"] or "") == of_table["prediction"] == line[at]
+        shares = [float(value) if value else None for value in line[at + 1 :]]
+        assert [found[name] for name in header[at + 1 :]] == shares
+        assert [of_table[name] for name in header[at + 1 :]] == shares
+    assert objects[1]["prediction"] is None and objects[2]["text"] == "two\nlines"
+    assert not list(Path().glob("out*.part*")) and not list(Path().glob("*.written"))
+    with pytest.raises(LetterheadError, match=r"out.xlsx: OUT is written as .csv"):
+        predict.main(experiment, "in.csv", "out.xlsx", "tfidf")
+    write_csv("twice.csv", rows, ["prediction", "text"])
+    with pytest.raises(LetterheadError, match=r".jsonl would have two columns 'prediction'"):
+        predict.main(experiment, "twice.csv", "out.jsonl", "tfidf")
+
+
+def test_texts_without_a_name_and_workbooks_are_labelled(experiment):
+    texts = ["a text of one", "another text"]
+    Path("in.txt").write_text("".join(f"{text}\n" for text in texts))
+    write_csv("named.csv", [(text,) for text in texts], ["text"])
+    book = openpyxl.Workbook()
+    for text in ("text", *texts):
+        book.active.append([text])
+    book.save("in.xlsx")
+    Path("in.csv.gz").write_bytes(gzip.compress(Path("named.csv").read_bytes()))
+    answers = []
+    for name in ("named.csv", "in.txt", "in.xlsx", "in.csv.gz"):
+        predict.main(experiment, name, "out.csv", "tfidf")
+        answers.append([line[1:] for line in read("out.csv")[1:]])
+    assert len(answers[0]) == 2 and all(found == answers[0] for found in answers)
 
 
 def test_lines_that_training_skips_below_the_header_are_skipped_in_files_of_that_kind(

@@ -112,6 +112,14 @@ class Data(Section):
     skip_lines: Annotated[int, Field(ge=0)] = Field(
         0, description="How many lines below the header are left out."
     )
+    header: bool | None = Field(
+        None,
+        description="Whether the first line holds the names of the columns; else they are called "
+        '"1", "2" and so on. null: it does, but for .txt.',
+    )
+    sheet: str | None = Field(
+        None, description="The sheet of a workbook (.xlsx, .xls, .ods). null takes the first."
+    )
     columns: Columns = Field(default_factory=Columns)
     labels: list[str] | dict[str, str | None] = Field(
         description=(

@@ -3,7 +3,7 @@ what decides."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from letterhead.config.section import Count, Section
 
@@ -25,7 +25,11 @@ class Prompt(Section):
     """The question put to the decoder. `{text}` and `{options}` are filled in; the answer is the
     prefix and an option."""
 
-    template: str = Field(PROMPT, description="The question. {text} and {options} are filled in.")
+    template: str = Field(
+        PROMPT,
+        description="The question. {text} and {options} are filled in; where the options are names "
+        "it need not list them.",
+    )
     options: Literal["letters", "names"] = Field(
         "letters", description="What the decoder answers with: a letter, or the name of the label."
     )
@@ -34,16 +38,16 @@ class Prompt(Section):
         description="What stands before the option in an answer that is trained.",
     )
 
-    @field_validator("template")
-    @classmethod
-    def _placeholders(cls, template: str) -> str:
+    @model_validator(mode="after")
+    def _placeholders(self) -> "Prompt":
         for placeholder in ("{text}", "{options}"):
-            if template.count(placeholder) != 1:
+            found = self.template.count(placeholder)
+            may_lack = placeholder == "{options}" and self.options == "names"
+            if found != 1 and not (may_lack and not found):
                 raise ValueError(
-                    f"write {placeholder} once where it belongs; it stands "
-                    f"{template.count(placeholder)}x"
+                    f"template: write {placeholder} once where it belongs; it stands {found}x"
                 )
-        return template
+        return self
 
 
 class Thinking(Section):

@@ -132,15 +132,6 @@ class Experiment(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _options_are_letters(self) -> "Experiment":
-        if self.decoder.sft_options and self.prompt.options != "letters":
-            raise ValueError(
-                "decoder.sft_options: only single letters have a score each; set "
-                "prompt.options: letters, or decoder.sft_options: null"
-            )
-        return self
-
     @property
     def labels(self) -> list[str]:
         return self.data.label_names

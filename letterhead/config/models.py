@@ -263,7 +263,7 @@ class Decoder(Section):
     sft_options: Head | None = Field(
         None,
         description=(
-            "Trains the decoder once more, with the loss over the option letters alone. "
+            "Trains the decoder once more, with the loss over the options alone, a score for each. "
             "Its keys are those of `head`."
         ),
     )

