@@ -3,7 +3,7 @@ what decides."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from letterhead.config.section import Count, Section
 
@@ -25,29 +25,28 @@ class Prompt(Section):
     """The question put to the decoder. `{text}` and `{options}` are filled in; the answer is the
     prefix and an option."""
 
+    options: Literal["letters", "names"] = Field(
+        "letters", description="What the decoder answers with: a letter, or the name of the label."
+    )
     template: str = Field(
         PROMPT,
         description="The question. {text} and {options} are filled in; where the options are names "
         "it need not list them.",
-    )
-    options: Literal["letters", "names"] = Field(
-        "letters", description="What the decoder answers with: a letter, or the name of the label."
     )
     answer_prefix: str = Field(
         "<think>\n\n</think>\n\n",
         description="What stands before the option in an answer that is trained.",
     )
 
-    @model_validator(mode="after")
-    def _placeholders(self) -> "Prompt":
+    @field_validator("template")
+    @classmethod
+    def _placeholders(cls, template: str, known: ValidationInfo) -> str:
         for placeholder in ("{text}", "{options}"):
-            found = self.template.count(placeholder)
-            may_lack = placeholder == "{options}" and self.options == "names"
+            found = template.count(placeholder)
+            may_lack = placeholder == "{options}" and known.data.get("options") == "names"
             if found != 1 and not (may_lack and not found):
-                raise ValueError(
-                    f"template: write {placeholder} once where it belongs; it stands {found}x"
-                )
-        return self
+                raise ValueError(f"write {placeholder} once where it belongs; it stands {found}x")
+        return template
 
 
 class Thinking(Section):

@@ -232,8 +232,10 @@ def _is_quoted(path: Path, encoding: str, separator: str) -> bool:
         if not any('"' in line for line in file):
             return separator != "\t"
     quoted, plain = (_broken_rows(path, encoding, separator, is_quoted) for is_quoted in (1, 0))
-    if quoted is None:
-        return separator != "\t" and plain[0] > 0  # then the broken quote is an error
+    if quoted is None:  # of a CSV file a broken quote is an error, unless every row is whole
+        with opened(path, encoding) as file:
+            is_in_header = '"' in next(file, "")
+        return separator != "\t" and (plain[0] > 0 or is_in_header)
     if separator != "\t":
         return quoted[0] <= plain[0]
     return quoted[0] < plain[0] or (quoted == plain and quoted[0] == 0)
