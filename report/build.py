@@ -30,6 +30,7 @@ from letterhead.pipeline import (
     stages_of,
 )
 from letterhead.plan.evidence import evidence
+from letterhead.rows.card import order_lines
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun, run
 from letterhead.stats import decision, metrics, phrases, verdict
@@ -236,7 +237,8 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "trained": trained,
         **hard_rows(experiment, trained),
         "shown": SHOWN_ROWS,
-        "card": read_json(experiment.data_folder / "data_card.json"),
+        "card": (card := read_json(experiment.data_folder / "data_card.json")),
+        "order": order_lines(card),
         "config": yaml.safe_dump(
             experiment.model_dump(mode="json"), allow_unicode=True, sort_keys=False
         ),

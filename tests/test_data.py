@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import zipfile
 from collections import Counter
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +285,76 @@ def test_no_near_duplicate_is_missed_and_a_line_that_all_share_costs_nothing(wor
         0,
         1,
     ]  # 3 of 8: two that share 6 of 8 share one of these
+
+
+def grouped(n: int = 240) -> list[tuple]:
+    """Rows of 40 customers, whose texts tell the customer; dates go on with the rows."""
+    start = date(2026, 1, 1)
+    return [
+        (f"text {i} of customer {i % 40}", "ab"[i % 2], i % 40, start + timedelta(days=i))
+        for i in range(n)
+    ]
+
+
+COLUMNS = ["text", "label", "customer", "day"]
+SPLITS = ("train", "validation", "test")
+
+
+def customers(experiment, split: str) -> set[int]:
+    return {int(text.rsplit(" ", 1)[1]) for text in texts(experiment, split)}
+
+
+def test_no_group_stands_in_two_splits(make_experiment, capsys):
+    write_csv("rows.csv", grouped(), COLUMNS)
+    keys = {"group": "customer", "rows": {"validation": 24, "test": 48}}
+    experiment = make_experiment("rows.csv", ["a", "b"], data=keys)
+    data.main(experiment)
+    found = [customers(experiment, split) for split in SPLITS]
+    assert list(map(len, found)) == [28, 4, 8] and len(set().union(*found)) == 40
+    assert "groups by customer: 28 in train, 4 in validation, 8 in test" in capsys.readouterr().out
+    # A published test split stays, and train loses the customers that it has.
+    write_csv("r/train.csv", grouped(), COLUMNS)
+    of_test = [(f"new of {i % 5}", "ab"[i % 2], i % 5, "2026-12-01") for i in range(20)]
+    write_csv("r/test.csv", of_test, COLUMNS)
+    keys["rows"]["test"] = None
+    experiment = make_experiment("r/{split}.csv", ["a", "b"], data=keys)
+    data.main(experiment)
+    assert not customers(experiment, "train") & set(range(5))
+    dropped = read_json("data/mine/data_card.json")["dropped"]
+    assert dropped["group stands in validation or test"] == 30
+    keys["rows"] = {"validation": 3, "test": 48}
+    with pytest.raises(LetterheadError, match=r"data.group: every group has more than the 3 rows"):
+        data.main(make_experiment("rows.csv", ["a", "b"], data=keys))
+
+
+@pytest.mark.parametrize("group", [None, "customer"])
+def test_the_latest_rows_are_for_test(make_experiment, capsys, group):
+    shuffled = grouped()
+    random.Random(0).shuffle(shuffled)
+    write_csv("rows.csv", shuffled, COLUMNS)
+    keys = {"time": "day", "group": group, "rows": {"validation": 24, "test": 48}}
+    experiment = make_experiment("rows.csv", ["a", "b"], data=keys)
+    data.main(experiment)
+    if group is None:
+        found = {of: sorted(int(t.split()[1]) for t in texts(experiment, of)) for of in SPLITS}
+        assert found["test"] == list(range(192, 240))
+        assert found["validation"] == list(range(168, 192))
+        assert "split by day: train 2026-01-01 to 2026-06-17, " in capsys.readouterr().out
+    else:  # the customers who came last, with all their rows
+        assert customers(experiment, "test") == set(range(32, 40))
+        assert customers(experiment, "train") == set(range(28))
+
+
+def test_a_time_or_a_group_that_is_none_is_told(make_experiment):
+    odd = [("odd", "a", "", "2026-01-01"), ("odder", "b", 3, "soon")]
+    write_csv("rows.csv", [*grouped(20), *odd], COLUMNS)
+    for keys, told in (
+        ({"group": "customer"}, r"row 21 .*: column 'customer' is empty; fill it in"),
+        ({"time": "day"}, r"row 22 .*: 'soon' in column 'day' is no date and no number"),
+        ({"time": "when"}, r"no column 'when'"),
+    ):
+        with pytest.raises(LetterheadError, match=told):
+            data.main(make_experiment("rows.csv", ["a", "b"], data=keys | {"rows": {"test": 4}}))
 
 
 def test_subsets_are_nested_and_the_split_keeps_its_seed(make_experiment):

@@ -127,6 +127,16 @@ class Data(Section):
             "count from 0 or from 1 by all its rows. A map renames, merges and drops (null) labels."
         ),
     )
+    group: str | None = Field(
+        None,
+        description="A column whose equal values belong together, such as a customer's number: no "
+        "group has rows in two splits.",
+    )
+    time: str | None = Field(
+        None,
+        description="A column of dates or numbers: the latest rows are for test, those before them "
+        "for validation.",
+    )
     max_words: Count | None = Field(
         None,
         description="Texts are cut behind so many words. A Chinese or Japanese character counts "
@@ -161,6 +171,12 @@ class Data(Section):
         42, description="Draws the splits and subsets. Another training seed changes no rows."
     )
     license: str | None = Field(None, description="The license of the rows, for the data card.")
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns that are read: those of the text, the label's, the group's and the time's."""
+        more = [name for name in (self.group, self.time) if name is not None]
+        return [*self.columns.parts, self.columns.label, *more]
 
     @field_validator("labels", mode="before")
     @classmethod

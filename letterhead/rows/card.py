@@ -1,6 +1,7 @@
 """The data card: what the rows are, in figures and in words."""
 
 import random
+from datetime import UTC, datetime
 
 import jsonlines
 import numpy as np
@@ -9,10 +10,12 @@ from letterhead.config.experiment import Experiment
 from letterhead.models.prompt import (
     PromptEncoder,
 )
+from letterhead.rows.pool import SPLITS
 
 # Enough rows for percentiles of the token lengths; tokenising a million would take longer than all
 # the rest.
 LENGTH_SAMPLE = 5000
+YEAR_S = 365 * 86_400
 
 
 def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
@@ -38,6 +41,36 @@ def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
     return result
 
 
+def as_moment(number: float) -> str:
+    """A number of `data.time` as it was written: a date where it can be one since 1971.
+
+    Examples
+    --------
+    >>> as_moment(7), as_moment(1769817600)
+    ('7', '2026-01-31')
+    """
+    if number < YEAR_S or number > 1e11:
+        return f"{number:g}"
+    found = datetime.fromtimestamp(number, UTC)
+    return f"{found:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
+
+
+def order_lines(card: dict) -> list[str]:
+    """What the card says of groups and times (`data.group`, `data.time`), a line each."""
+    lines = []
+    if groups := card.get("groups"):
+        counts = ", ".join(f"{groups[split]} in {split}" for split in SPLITS)
+        lines.append(f"groups by {groups['column']}: {counts}; none stands in two splits")
+    if time := card.get("time"):
+        spans = (
+            f"{split} {as_moment(time[split][0])} to {as_moment(time[split][1])}"
+            for split in SPLITS
+            if split in time
+        )
+        lines.append(f"split by {time['column']}: {', '.join(spans)}")
+    return lines
+
+
 def summary(card: dict) -> list[str]:
     """The data card in a few lines for the terminal."""
     rows, shared = card["rows"], card["shared"]
@@ -46,6 +79,7 @@ def summary(card: dict) -> list[str]:
         f"validation, {rows['test']} test;"
         f" {shared['rows']} of train for the decoder"
     ]
+    lines += order_lines(card)
     lines += [f"dropped: {n} ({reason})" for reason, n in card["dropped"].items() if n]
     lines += [f"duplicates in {split}: {n}" for split, n in card["duplicates"].items() if n]
     lines += (

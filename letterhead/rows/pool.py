@@ -5,13 +5,18 @@ import hashlib
 import json
 from array import array
 from collections import Counter
+from contextlib import suppress
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from letterhead.config.data import Data
 from letterhead.config.experiment import Experiment
 from letterhead.files import atomic_open
 from letterhead.rows.labels import label_and_text
+from letterhead.rows.sources import RawRow
 from letterhead.runs.terminal import progress
 
 SPLITS = ("train", "validation", "test")
@@ -20,10 +25,15 @@ UNUSED = -1
 
 
 class Pool:
-    """What is kept in memory of the rows read: three arrays, one entry a row."""
+    """What is kept in memory of the rows read: arrays, one entry a row.
+
+    `group` has hashes of `data.group`, and `time` numbers in the order of `data.time`; each is
+    empty where the experiment names no such column.
+    """
 
     def __init__(self):
         self.label, self.source_split, self.text_hash = array("h"), array("b"), array("Q")
+        self.group, self.time = array("Q"), array("d")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Label index, index of the source's split in SPLITS, 64-bit hash of the text; each of
@@ -52,15 +62,18 @@ def read_pool(
         for split, rows in splits.items():
             for row in progress(rows, desc=f"reading {split}", unit=" rows"):
                 read[split] += 1
+                row.fault = row.fault or unordered(row, data)
                 if (found := label_and_text(row, data, dropped, first_number)) is None:
                     continue
                 label, text = found
                 shortened += len(text) < len(row.text.strip())
                 pool.label.append(index[label])
                 pool.source_split.append(SPLITS.index(split))
-                pool.text_hash.append(
-                    int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-                )
+                pool.text_hash.append(hashed(text))
+                if data.group:
+                    pool.group.append(hashed(str(row.group).strip()))
+                if data.time:
+                    pool.time.append(moment(row.time))
                 file.write(
                     json.dumps({"id": row.id, "label": label, "text": text}, ensure_ascii=False)
                     + "\n"
@@ -68,3 +81,52 @@ def read_pool(
     rows = {"read": sum(read.values()), "read_by_split": dict(read)}
     numbering = {"labels_numbered_from": first_number}
     return pool, {"rows": rows, "dropped": dropped, "cut_to_max_words": shortened, **numbering}
+
+
+def hashed(text: str) -> int:
+    """64 bits of a text's hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def moment(value: Any) -> float:
+    """A date or a number as a number; later ones are greater.
+
+    Raises
+    ------
+    ValueError : neither
+
+    Examples
+    --------
+    >>> moment("2026-01-31") < moment("2026/02/01 12:00") < moment(datetime(2026, 3, 1))
+    True
+    >>> moment(" 3.5"), moment(7)
+    (3.5, 7.0)
+    """
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, str):
+        value = value.strip()
+        with suppress(ValueError):
+            return float(value)
+        value = datetime.fromisoformat(value.replace("/", "-"))
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    if value is None or isinstance(value, bool):
+        raise ValueError("no date")
+    return float(value)
+
+
+def unordered(row: RawRow, data: Data) -> str:
+    """What is wrong with a row's group or time, with the mend; empty where nothing is."""
+    if data.group and not str("" if row.group is None else row.group).strip():
+        return f"column {data.group!r} is empty; fill it in, or unset data.group"
+    if data.time:
+        try:
+            found = moment(row.time)
+        except (ValueError, TypeError):
+            found = float("nan")
+        if found != found:
+            return (
+                f"{row.time!r} in column {data.time!r} is no date and no number; write 2026-01-31"
+            )
+    return ""

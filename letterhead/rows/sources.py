@@ -32,13 +32,16 @@ SPLITS = {
 @dataclass
 class RawRow:
     """A row as its source has it: `place` names file and row for messages, `id` is stable from run
-    to run, and `fault` says why it can't be used, with the mend."""
+    to run, and `fault` says why it can't be used, with the mend. `group` and `time` are those that
+    `data.group` and `data.time` name."""
 
     id: str
     place: str
     text: Any
     label: Any
     fault: str = ""
+    group: Any = None
+    time: Any = None
 
 
 def checked_text(row: RawRow) -> str:
@@ -63,12 +66,18 @@ def checked_text(row: RawRow) -> str:
     return row.text
 
 
-def _row(id: str, place: str, parts: Sequence[Any], label: Any, data: Data) -> RawRow:
-    """A row whose text is put together from its parts."""
+def _row(id: str, place: str, values: Sequence[Any], data: Data) -> RawRow:
+    """A row from the values of `data.column_names`."""
+    n = len(data.columns.parts)
+    parts, label, more = values[:n], values[n], iter(values[n + 1 :])
+    row = RawRow(id, place, None, label)
+    row.group = next(more) if data.group else None
+    row.time = next(more) if data.time else None
     try:
-        return RawRow(id, place, data.columns.join(parts), label)
+        row.text = data.columns.join(parts)
     except ValueError as error:
-        return RawRow(id, place, None, label, str(error))
+        row.fault = str(error)
+    return row
 
 
 class AllColumns(Columns):
@@ -234,6 +243,10 @@ def _texts(folder: Path) -> list[Path]:
 def _read(path: Path, split: str, data: Data) -> Iterator[RawRow]:
     """The rows of a file or folder."""
     if path.is_dir():
+        if data.group or data.time:
+            raise LetterheadError(
+                f"{path}: a folder has no columns; unset data.group and data.time"
+            )
         return _read_folder(path, split, data)
     return (_read_objects if tables.kind(path) in tables.OBJECTS else _read_table)(
         path, split, data
@@ -241,7 +254,7 @@ def _read(path: Path, split: str, data: Data) -> Iterator[RawRow]:
 
 
 def _read_table(path: Path, split: str, data: Data) -> Iterator[RawRow]:
-    header, names = tables.column_names(path, data), [*data.columns.parts, data.columns.label]
+    header, names = tables.column_names(path, data), data.column_names
     if isinstance(data.columns, AllColumns):
         for number, place, values in tables.lines(path, data):
             is_blank = all(value == "" for value in values)
@@ -257,8 +270,8 @@ def _read_table(path: Path, split: str, data: Data) -> Iterator[RawRow]:
             fault = _wrong_width(path, data, values, header)
             yield RawRow(f"{split}:{number}", place, None, None, fault)
             continue
-        *parts, label = values if by_name else (values[i] for i in at)
-        yield _row(f"{split}:{number}", place, parts, label, data)
+        values = values if by_name else [values[i] for i in at]
+        yield _row(f"{split}:{number}", place, values, data)
 
 
 def _wrong_width(path: Path, data: Data, values: list[Any], header: list[str]) -> str:
@@ -289,7 +302,7 @@ def lacks(name: str, header: list[str]) -> str:
 
 
 def _read_objects(path: Path, split: str, data: Data) -> Iterator[RawRow]:
-    names = [*data.columns.parts, data.columns.label]
+    names = data.column_names
     for number, place, values, fault in tables.objects(path, data):
         keys = list(values or ())
         may_lack = data.columns.parts if data.columns.empty_parts and keys else []
@@ -298,21 +311,18 @@ def _read_objects(path: Path, split: str, data: Data) -> Iterator[RawRow]:
             fault = fault or lacks(missing[0], keys)
             yield RawRow(f"{split}:{number}", place, None, None, fault)
             continue
-        *parts, label = (values.get(name) for name in names)
-        yield _row(f"{split}:{number}", place, parts, label, data)
+        yield _row(f"{split}:{number}", place, [values.get(name) for name in names], data)
 
 
 def _read_hub(rows: Any, split: str, data: Data) -> Iterator[RawRow]:
-    names = [*data.columns.parts, data.columns.label]
+    names = data.column_names
     for name in names:
         column_at(f"{data.source} {split}", rows.column_names, name)
     rows, number = rows.select_columns(names), 0
     for batch in rows.iter(batch_size=1024):
-        for *parts, label in zip(*(batch[name] for name in names), strict=True):
+        for values in zip(*(batch[name] for name in names), strict=True):
             number += 1
-            yield _row(
-                f"{split}:{number}", f"{data.source} {split}, row {number}", parts, label, data
-            )
+            yield _row(f"{split}:{number}", f"{data.source} {split}, row {number}", values, data)
 
 
 def _read_folder(path: Path, split: str, data: Data) -> Iterator[RawRow]:

@@ -37,6 +37,68 @@ def stratified(
     return np.sort(np.concatenate(drawn))
 
 
+def whole_groups(
+    pool: Pool, candidates: np.ndarray, n: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw some n of the candidate row numbers, sorted, so that no group is divided: the latest
+    ones where rows have a time (then n or more), else groups in random order that together have at
+    most n rows.
+
+    Raises
+    ------
+    LetterheadError : every group has more than n rows
+    """
+    units = np.arange(len(candidates))
+    if len(pool.group):
+        units = np.unique(np.frombuffer(pool.group, "Q")[candidates], return_inverse=True)[1]
+    sizes = np.bincount(units)
+    if len(pool.time):
+        latest = np.full(len(sizes), -np.inf)
+        np.maximum.at(latest, units, np.frombuffer(pool.time, "d")[candidates])
+        order = np.argsort(-latest, kind="stable")
+        taken = order[: int(np.searchsorted(np.cumsum(sizes[order]), n)) + 1] if n else order[:0]
+    else:
+        taken, rows = [], 0
+        for unit in rng.permutation(len(sizes)):
+            if rows + sizes[unit] <= n:
+                taken.append(unit)
+                rows += sizes[unit]
+        if n and not taken:
+            raise LetterheadError(
+                f"data.group: every group has more than the {n} rows that a split asks for; raise "
+                f"data.rows.test and data.rows.validation"
+            )
+    return np.sort(candidates[np.isin(units, taken)])
+
+
+def leave_groups_whole(pool: Pool, chosen: np.ndarray, card: dict) -> None:
+    """Take rows out of train, in `chosen`, whose group stands in a published validation or test
+    split."""
+    if not len(pool.group):
+        return
+    group = np.frombuffer(pool.group, "Q")
+    again = (chosen == 0) & np.isin(group, group[chosen > 0])
+    chosen[again] = UNUSED
+    card["dropped"]["group stands in validation or test"] = int(again.sum())
+
+
+def tell_order(pool: Pool, chosen: np.ndarray, experiment: Experiment, card: dict) -> None:
+    """Note in the card how many groups each split has, and of which time its rows are."""
+    data = experiment.data
+    if data.group:
+        group = np.frombuffer(pool.group, "Q")
+        card["groups"] = {"column": data.group} | {
+            split: len(np.unique(group[chosen == number])) for number, split in enumerate(SPLITS)
+        }
+    if data.time:
+        time = np.frombuffer(pool.time, "d")
+        card["time"] = {"column": data.time} | {
+            split: [float(time[chosen == number].min()), float(time[chosen == number].max())]
+            for number, split in enumerate(SPLITS)
+            if (chosen == number).any()
+        }
+
+
 def read_ranking(pool_path: Path, rows: Rows) -> np.ndarray | None:
     """The rank of every row of the pool by `data.rows.train_from`, shape (rows,), NaN for one that
     was not ranked; None where rows are drawn.
@@ -77,6 +139,8 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
     if not (source == 0).any():
         raise LetterheadError(f"{experiment.data.source}: holds no rows to train on")
     chosen = drop_repeated(pool, experiment, card, pool_path)
+    leave_groups_whole(pool, chosen, card)
+    ordered = len(pool.group) or len(pool.time)
     for number, wanted in ((2, rows.test), (1, rows.validation)):
         split, own = SPLITS[number], bool((source == number).any())
         if own and (wanted is None or isinstance(wanted, float)):
@@ -91,7 +155,10 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
             raise LetterheadError(
                 f"data.rows.{split} asks for {n} rows, but there are {len(candidates)} to draw from"
             )
-        drawn = stratified(candidates, label, n, rng)
+        if ordered:
+            drawn = whole_groups(pool, candidates, n, rng)
+        else:
+            drawn = stratified(candidates, label, n, rng)
         if own:
             chosen[candidates] = UNUSED
         chosen[drawn] = number
@@ -129,6 +196,7 @@ def draw_splits(pool: Pool, experiment: Experiment, card: dict, pool_path: Path)
     card["label_counts"] = {
         s: dict(zip(experiment.labels, c, strict=True)) for s, c in zip(SPLITS, counts, strict=True)
     }
+    tell_order(pool, chosen, experiment, card)
     return chosen
 
 
