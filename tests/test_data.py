@@ -442,11 +442,11 @@ BROKEN = {
         r"a\.csv, line 3: not utf-8 .*save the file as UTF-8, or name",
     ),
     "broken quote": (
-        b'text,label\na,World\n"b,Sports\nc,World\n',
+        b'text,label\na,World\n"b,Sports\nc, d,World\n',
         r"a\.csv, row 2 \(line 3\): a broken quote",
     ),
     "quote in a field": (
-        b'text,label\na,World\n"b" c,Sports\n',
+        b'text,label\na,World\n"b" c, d,Sports\n',
         r"a\.csv, row 2 \(line 3\): a broken quote",
     ),
     "too many fields": (
