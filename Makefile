@@ -56,7 +56,7 @@ NEAREST += ; print(*(known[name] for name in difflib.get_close_matches(sys.argv[
 nearest = $(shell $(PYTHON) -c '$(NEAREST)' '$(1)' $(2))
 $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(or $(patsubst %,did you mean %=?,$(call nearest,$(UNKNOWN),$(KNOWN))),choose of $(KNOWN))))
 # A misspelt target would end in make's own words.
-TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data rank distill sft eval-ckpts sft-think grpo zero-shot endpoint tfidf embedding setfit bert bert-all linear-head sft-options cascade compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
+TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data audit rank distill sft eval-ckpts sft-think grpo zero-shot endpoint tfidf embedding setfit bert bert-all linear-head sft-options cascade compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
 NO_TARGET := $(firstword $(filter-out $(TARGETS) $(READY) $(READY_SBOM) $(READY_SERVE),$(MAKECMDGOALS)))
 $(if $(NO_TARGET),$(error no target $(NO_TARGET); $(or $(patsubst %,did you mean make %?,$(call nearest,$(NO_TARGET),$(TARGETS))),make help lists them)))
 ONLY_NEW := $(firstword $(filter DATA TEXT LABEL SHEET,$(GIVEN)))
@@ -180,6 +180,9 @@ bench-sft: data ## training throughput of SFT: against LLaMA-Factory as it comes
 
 bench-precision: sft ## which predictions bfloat16 changes, with its last projection in bfloat16 and in float32
 	@$(RUN) bench.peers.precision $(STAGE)
+
+audit: data ## labels that look wrong, by cross-validated frozen embeddings: a table and a page
+	@$(RUN) report.audit $(STAGE)
 
 #: studies
 

@@ -447,6 +447,16 @@ _STAGES = (
         target="grpo",
         when=never,
     ),
+    AUDIT := Stage(
+        "audit",
+        "find labels that look wrong",
+        "report.audit",
+        needs=(Need("data", (f"{ALL}.jsonl", *SPLIT_FILES, "data_card.json")),),
+        keys=("data.labels", "balance", "seed", "encoder.prefix", "encoder.head:max_length"),
+        models=("encoder",),
+        code=("report.audit", "letterhead.stats.label_errors"),
+        when=never,
+    ),
     RANK := Stage(
         "rank",
         "rank training rows by the untrained decoder",
