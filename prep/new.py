@@ -83,6 +83,7 @@ TITLE_NAMES = ("title", "headline", "subject", "heading", "标题", "题目")
 # More classes than this are not told apart by a few hundred rows a class, and are hardly meant as
 # classes.
 MOST_CLASSES = 250
+SAMPLE = 100_000  # rows of a file, at most, by which it is judged
 RARE = 10  # a class with fewer rows can't be in train, validation and test
 FEWEST = 4  # rows a class to train on
 CODE = re.compile(
@@ -359,9 +360,41 @@ def as_yaml(values: dict[str, Any], path: str) -> str:
     return text
 
 
-def read_rows(data_section: Data) -> list[RawRow]:
+@dataclass
+class Sample:
+    """Rows of a source, at even distances where it has more than SAMPLE.
+
+    Attributes
+    ----------
+    rows : one of every `every`
+    total : how many rows the source has
+    labels : how often each label stands in those of them that have a text and a label
+    """
+
+    rows: list[RawRow]
+    every: int
+    total: int
+    labels: Counter
+
+
+def read_rows(data_section: Data) -> Sample:
     """The rows of all splits."""
-    return list(chain.from_iterable(open_source(data_section).splits.values()))
+    found = Sample([], 1, 0, Counter())
+    for row in chain.from_iterable(open_source(data_section).splits.values()):
+        if is_whole(row):
+            found.labels[str(row.label).strip()] += 1
+        if found.total % found.every == 0:
+            found.rows.append(row)
+        if len(found.rows) > SAMPLE:
+            found.rows, found.every = found.rows[::2], 2 * found.every
+        found.total += 1
+    return found
+
+
+def is_whole(row: RawRow) -> bool:
+    """Whether a row has a text and a label."""
+    has_text = not row.fault and isinstance(row.text, str) and bool(row.text.strip())
+    return has_text and row.label is not None and bool(str(row.label).strip())
 
 
 def guess_encoding(path: str) -> list[str]:
@@ -445,7 +478,7 @@ def read_columns(file: Data) -> tuple[list[Column], list[list[Any]]]:
     LetterheadError : it has no rows
     """
     every = every_column(file)
-    rows = [row.text for row in read_rows(every) if row.text and not row.fault]
+    rows = [row.text for row in read_rows(every).rows if row.text and not row.fault]
     if not rows:
         raise LetterheadError(f"{file.source}: has no rows below its header")
     columns = [Column(name) for name in every.columns.parts]
@@ -596,16 +629,20 @@ class Reading:
 
     Attributes
     ----------
-    rows : how many there are; `whole` are those with a text and a label
+    rows : how many there are, of which `missing` lack a text or a label
+    every : one of so many rows was looked at
+    whole : those looked at that have a text and a label
     middle : the words of half of the texts are no more
     cut : the words of a text that are read, None for all
     merged : each label, as it is written → the spelling that stands for it
     conflicts : texts that stand with different labels, each with these
     distinct : of each other text the first row
-    labels : how many different texts each label has
+    labels : how many different texts each label has; of a sample, how many rows of the file
     """
 
     rows: int
+    every: int
+    missing: int
     whole: list[RawRow]
     middle: int
     cut: int | None
@@ -639,6 +676,11 @@ def decide(
     if isinstance(text, list):
         columns["empty_parts"] = True
     reading = read_file(plain_file(path, columns=columns, **keys))
+    if reading.every > 1:
+        reasons.append(
+            f"looked at one of every {reading.every} of {reading.rows:,} rows; labels are counted "
+            f"in all of them"
+        )
     labels, kept = choose_labels(path, reading, reasons)
     values = {"source": path, "columns": columns, "labels": labels}
     values |= {key: value for key, value in keys.items() if value != UTF_8}
@@ -685,16 +727,8 @@ def read_file(data: Data) -> Reading:
     ------
     LetterheadError : a label is a list
     """
-    rows = read_rows(data)
-    whole = [
-        row
-        for row in rows
-        if not row.fault
-        and isinstance(row.text, str)
-        and row.text.strip()
-        and row.label is not None
-        and str(row.label).strip()
-    ]
+    sample = read_rows(data)
+    whole = list(filter(is_whole, sample.rows))
     for row in whole:
         if isinstance(row.label, list | tuple | dict | set) or in_brackets(row):
             raise LetterheadError(
@@ -704,13 +738,20 @@ def read_file(data: Data) -> Reading:
             )
     words = sorted(len(WORD.findall(row.text)) for row in whole) or [0]
     cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS else None
-    merged = one_spelling(Counter(str(row.label).strip() for row in whole))
+    merged = one_spelling(sample.labels)
     conflicts = conflicting(whole, cut, merged)
     # Of each text the first row, but for texts of which no label is known
     first_rows = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}
     distinct = [row for text, row in first_rows.items() if text not in conflicts]
+    labels = Counter(merged[str(row.label).strip()] for row in distinct)
+    if sample.every > 1:  # of rare ones it may hold none
+        labels = Counter()
+        for label, number in sample.labels.items():
+            labels[merged[label]] += number
     return Reading(
-        rows=len(rows),
+        rows=sample.total,
+        every=sample.every,
+        missing=sample.total - sample.labels.total(),
         whole=whole,
         middle=words[len(words) // 2],
         cut=cut,
@@ -718,7 +759,7 @@ def read_file(data: Data) -> Reading:
         merged=merged,
         conflicts=conflicts,
         distinct=distinct,
-        labels=Counter(merged[str(row.label).strip()] for row in distinct),
+        labels=labels,
     )
 
 
@@ -777,7 +818,7 @@ def choose_left_out(reading: Reading, kept: list[str], reasons: list[str]) -> di
     """The keys of `data` that say what becomes of broken rows and of texts with different
     labels."""
     values = {}
-    if missing := reading.rows - len(reading.whole):
+    if missing := reading.missing:
         values["bad_rows"] = "drop"
         reasons.append(
             f"{missing:,} of {reading.rows:,} rows lack a text or a label or are broken: left "
@@ -811,6 +852,7 @@ def choose_rows(
     in_split = Counter(
         row.id.partition(":")[0] for row in reading.distinct if reading.name_of(row) in kept
     )
+    in_split = Counter({split: reading.every * number for split, number in in_split.items()})
     n, own = in_split["train"], set(in_split) - {"train"}
     # So many test rows that the smallest margin can be shown, where there are as many.
     most = rows_for_margin(MARGINS[0] / 2, MOST_METHODS)

@@ -294,6 +294,21 @@ def test_a_header_that_cannot_be_read_tells_the_mend(written):
 LINES = [(f"{i} {words(i, 9)}", ["good", "bad"][i % 2]) for i in range(90)]
 
 
+def test_of_a_large_file_even_rows_are_looked_at_and_all_labels_counted(
+    written, capsys, monkeypatch
+):
+    monkeypatch.setattr(new, "SAMPLE", 100)
+    kinds = ["ham"] * 700 + ["spam"] * 285 + ["rare"] * 15  # sorted, as files often are
+    lines = [(f"{i} {words(i, 9)}", kind) for i, kind in enumerate(kinds)]
+    write_csv("large.csv", [*lines[:501], ("", "ham"), *lines[501:]])
+    experiment = written("large.csv")
+    said = capsys.readouterr().out
+    assert "looked at one of every 16 of 1,001 rows" in said
+    assert "labels: 3, with different texts: ham 700, spam 285, rare 15" in said
+    assert experiment.labels == ["ham", "rare", "spam"] and experiment.data.bad_rows == "drop"
+    assert experiment.data.rows.test == 201
+
+
 @pytest.mark.parametrize(("classes", "is_listed"), [(30, True), (77, False)])
 def test_more_classes_than_letters_are_names_that_fit_into_the_prompt(
     written, capsys, fetched, classes, is_listed
