@@ -77,7 +77,7 @@ help: ## print this list
 
 demo: report ## BBC News end to end, everything but the bench
 
-new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv (TEXT=title,body LABEL=stars where its guess is wrong)
+new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv (TEXT=title,body LABEL=stars SHEET=name where its guess is wrong)
 	@$(ONLINE) prep.new --data "$$DATA" --text "$$TEXT" --label "$$LABEL" --sheet "$$SHEET"
 
 report: preflight-on-gpu data status decide ## report.html (opens from disk) and REPORT.md, with pictures
@@ -89,7 +89,7 @@ status: $(READY) ## which stages are done or stale, how long each took, what run
 try: $(READY) ## a page on 127.0.0.1 where all trained methods answer side by side: make try PORT=8000
 	@$(RUN) serve.page $(STAGE) --port "$$PORT"
 
-predict: $(READY) ## label a file of texts: make predict IN=rows.csv OUT=labelled.csv MODEL=best (ERROR=0.05: abstain where unsure)
+predict: $(READY) ## label a file of texts: make predict IN=rows.csv OUT=labelled.csv (or .jsonl, .parquet) MODEL=best (ERROR=0.05: abstain where unsure)
 	@$(ONLINE) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL" --error "$$ERROR"
 
 #: stages, in order

@@ -454,7 +454,8 @@ _STAGES = (
         needs=(Need("data", (f"{ALL}.jsonl", *SPLIT_FILES, "data_card.json")),),
         keys=("data.labels", "balance", "seed", "encoder.prefix", "encoder.head:max_length"),
         models=("encoder",),
-        code=("report.audit", "letterhead.stats.label_errors"),
+        code=("report.audit", "letterhead.stats.label_errors", "letterhead.models.embeddings")
+        + ("letterhead.models.fitted",),
         when=never,
     ),
     RANK := Stage(

@@ -258,7 +258,8 @@ def main(path: str, text: str = "", label: str = "", sheet: str = "") -> None:
     chosen = ("text", "label")
     if names:
         columns, rows = read_columns(plain_file(path, **keys))
-        if row_above(columns, reasons):
+        is_named = set(filter(None, [*text.split(","), label])) & set(names)
+        if not is_named and row_above(path, columns, reasons):
             keys["header"] = False
             columns, rows = read_columns(plain_file(path, **keys))
         chosen = choose_columns(path, columns, rows, text, label, reasons)
@@ -368,7 +369,8 @@ class Sample:
     ----------
     rows : one of every `every`
     total : how many rows the source has
-    labels : how often each label stands in those of them that have a text and a label
+    labels : how often each label stands in those of each split that have a text and a label, by
+        (split, label)
     """
 
     rows: list[RawRow]
@@ -382,13 +384,18 @@ def read_rows(data_section: Data) -> Sample:
     found = Sample([], 1, 0, Counter())
     for row in chain.from_iterable(open_source(data_section).splits.values()):
         if is_whole(row):
-            found.labels[str(row.label).strip()] += 1
+            found.labels[split_of(row), str(row.label).strip()] += 1
         if found.total % found.every == 0:
             found.rows.append(row)
         if len(found.rows) > SAMPLE:
             found.rows, found.every = found.rows[::2], 2 * found.every
         found.total += 1
     return found
+
+
+def split_of(row: RawRow) -> str:
+    """The split of the source that a row stands in."""
+    return row.id.partition(":")[0]
 
 
 def is_whole(row: RawRow) -> bool:
@@ -574,14 +581,18 @@ def choose_columns(
     return body.name, chosen.name
 
 
-def row_above(columns: list[Column], reasons: list[str]) -> bool:
-    """Whether the first line of a file is a row, and names no columns: it holds a value that stands
-    in many rows, or a text."""
+def row_above(path: str, columns: list[Column], reasons: list[str]) -> bool:
+    """Whether the first line of a file is a row, and names no columns: it holds a label that stands
+    in many rows, or, where no column could be the label's, a text."""
+    has_line = (".csv", ".tsv", ".tab", *tables.SHEETS)
+    if tables.kind(local_files(path)[0]) not in has_line:
+        return False
+    labels = [column for column in columns if column.could_be_label]
     for column in columns:
         rows = column.values[column.name.strip()]
-        if column.could_be_label and rows >= RARE:
+        if column in labels and rows >= RARE:
             why = f"{column.name!r} stands in {rows:,} rows, too"
-        elif len(column.name.split()) >= NAME_IN_WORDS:
+        elif not labels and len(column.name.split()) >= NAME_IN_WORDS:
             why = f"“{column.name[:60]}” is a text"
         else:
             continue
@@ -638,6 +649,7 @@ class Reading:
     conflicts : texts that stand with different labels, each with these
     distinct : of each other text the first row
     labels : how many different texts each label has; of a sample, how many rows of the file
+    in_split : rows of the file, by (split, label)
     """
 
     rows: int
@@ -651,6 +663,7 @@ class Reading:
     conflicts: dict[str, set[str]]
     distinct: list[RawRow]
     labels: Counter
+    in_split: Counter
 
     def name_of(self, row: RawRow) -> str:
         """The label of a row, in the spelling that stands for it."""
@@ -692,8 +705,10 @@ def decide(
         prompt = models["prompt"]
         reasons.append("options: letters, since each label has one")
     else:
-        a_token = 1 if reading.chinese else CHARACTERS_A_TOKEN
-        tokens = len(kept) + sum(map(len, kept)) // a_token
+        # Of other letters than ASCII a token is hardly more than one.
+        characters = "".join(kept)
+        ascii_ones = sum(map(str.isascii, characters))
+        tokens = len(kept) + ascii_ones // CHARACTERS_A_TOKEN + len(characters) - ascii_ones
         is_listed = tokens <= LISTED_TOKENS
         prompt = models["listed" if is_listed else "unlisted"]
         reasons.append(
@@ -738,7 +753,10 @@ def read_file(data: Data) -> Reading:
             )
     words = sorted(len(WORD.findall(row.text)) for row in whole) or [0]
     cut = MAX_WORDS if words[len(words) * 95 // 100] > MAX_WORDS else None
-    merged = one_spelling(sample.labels)
+    counts = Counter()
+    for (_, label), number in sample.labels.items():
+        counts[label] += number
+    merged = one_spelling(counts)
     conflicts = conflicting(whole, cut, merged)
     # Of each text the first row, but for texts of which no label is known
     first_rows = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}
@@ -746,8 +764,11 @@ def read_file(data: Data) -> Reading:
     labels = Counter(merged[str(row.label).strip()] for row in distinct)
     if sample.every > 1:  # of rare ones it may hold none
         labels = Counter()
-        for label, number in sample.labels.items():
+        for label, number in counts.items():
             labels[merged[label]] += number
+    in_split = Counter()
+    for (split, label), number in sample.labels.items():
+        in_split[split, merged[label]] += number
     return Reading(
         rows=sample.total,
         every=sample.every,
@@ -760,6 +781,7 @@ def read_file(data: Data) -> Reading:
         conflicts=conflicts,
         distinct=distinct,
         labels=labels,
+        in_split=in_split,
     )
 
 
@@ -849,10 +871,11 @@ def choose_rows(
     ------
     LetterheadError : too few for so many labels
     """
-    in_split = Counter(
-        row.id.partition(":")[0] for row in reading.distinct if reading.name_of(row) in kept
-    )
-    in_split = Counter({split: reading.every * number for split, number in in_split.items()})
+    in_split = Counter(split_of(row) for row in reading.distinct if reading.name_of(row) in kept)
+    if reading.every > 1:
+        in_split = Counter()
+        for (split, label), number in reading.in_split.items():
+            in_split[split] += number if label in kept else 0
     n, own = in_split["train"], set(in_split) - {"train"}
     # So many test rows that the smallest margin can be shown, where there are as many.
     most = rows_for_margin(MARGINS[0] / 2, MOST_METHODS)

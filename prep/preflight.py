@@ -443,8 +443,6 @@ def disk(plan: Plan) -> str:
 
 def memory(plan: Plan) -> str:
     """What each training takes on the GPU at its peak, against what the GPU has."""
-    import torch
-
     from letterhead.models.llamafactory import STEP, step_of
     from letterhead.plan.memory import (
         CHECKPOINTING,
@@ -461,7 +459,7 @@ def memory(plan: Plan) -> str:
     for title, (inputs, name, head, key) in plan.heads().items():
         step = head.per_device_train_batch_size, head.gradient_accumulation_steps
         trainings[title] = (inputs, name, *step, classes, False, key, head.lora)
-    free = min(torch.cuda.mem_get_info(i)[0] for i in range(n)) if _gpu() else GPU_GIB << 30
+    free = devices.free_gpu_memory(n) if _gpu() else GPU_GIB << 30
     findings, mends = [], []
     for title, training in trainings.items():
         inputs, name, batch, accumulation, outputs, checkpointed, key, lora = training
@@ -519,7 +517,7 @@ def hours(plan: Plan) -> str:
     inputs = inputs_sha256(SFT_TRAINING, plan.experiment)
     if is_current(record, inputs):
         return f"SFT is done: it took {minutes(record['training_seconds'])}"
-    per_step = kept_trial(plan.experiment, inputs)
+    per_step = kept_trial(plan.experiment)
     steps, _ = sft_plan(plan.experiment, plan.card["shared"]["sft_rows"])
     return (
         f"SFT {per_step:.2f} s a step: {steps * per_step / 3600:.2f} h for {steps:,} "
@@ -527,19 +525,13 @@ def hours(plan: Plan) -> str:
     )
 
 
-def kept_trial(experiment: Experiment, inputs: str) -> float:
-    """Seconds a step of SFT, measured once for the same inputs and device.
+def kept_trial(experiment: Experiment) -> float:
+    """Seconds a step of SFT, measured once for the same inputs and device."""
+    from letterhead.plan.time import TRIAL, trial_of
 
-    Parameters
-    ----------
-    inputs : the hash of what SFT reads
-    """
-    from letterhead.plan.time import TRIAL
-
-    path, n = experiment.run_folder / TRIAL, devices.process_count()
-    asked = {"inputs": inputs, "device": devices.device_name(), "processes": n}
+    path, asked = experiment.run_folder / TRIAL, trial_of(experiment)
     found = read_json(path) or {}
-    if {key: found.get(key) for key in asked} != asked:
+    if not asked.items() <= found.items():
         with tempfile.TemporaryDirectory(dir=experiment.run_folder) as folder:
             found = asked | {"seconds_a_step": trial(experiment, Path(folder))}
         write_json(path, found)

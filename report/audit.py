@@ -29,7 +29,7 @@ from report.build import environment
 SPLITS = ("train", "validation", "test")
 # Embeddings nearer than this, as cosines, with different labels are told
 ALIKE = 0.95
-CHUNK = 1024
+COSINES = 1 << 26  # that are held at a time
 SHOWN_ROWS, SHOWN_PAIRS = 100, 12
 COLUMNS = ("id", "split", "label", "likely", "p(label)", "p(likely)", "alike", "text")
 
@@ -75,7 +75,8 @@ def main(experiment: Experiment) -> None:
 
 
 def out_of_sample(experiment: Experiment, vectors: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Each row's probabilities by a regression that did not see it, shape (rows, classes).
+    """Each row's probabilities by a regression that did not see it, shape (rows, classes). Of a
+    class with fewer than FOLDS rows each is certain of its label.
 
     Parameters
     ----------
@@ -86,15 +87,14 @@ def out_of_sample(experiment: Experiment, vectors: np.ndarray, given: np.ndarray
     strength = fit_regression(vectors, given.tolist(), C, seed, weight).C
     settings = {"solver": "newton-cg", "class_weight": weight, "random_state": seed}
     counts = np.bincount(given, minlength=len(experiment.labels))
-    frequent = np.isin(given, np.flatnonzero(counts >= 2))  # others can't be left out
-    folds = min(FOLDS, counts[counts >= 2].min())
+    frequent = np.isin(given, np.flatnonzero(counts >= FOLDS))  # others can't be left out
     probabilities = np.zeros((len(given), len(experiment.labels)))
     probabilities[np.arange(len(given)), given] = 1.0
     probabilities[np.ix_(frequent, np.unique(given[frequent]))] = cross_val_predict(
         LogisticRegression(C=strength, max_iter=1000, **settings),
         vectors[frequent],
         given[frequent],
-        cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
+        cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
         method="predict_proba",
     )
     return probabilities
@@ -138,8 +138,9 @@ def alike_with_another_label(vectors: np.ndarray, given: np.ndarray) -> np.ndarr
     `ALIKE` or more, else -1; shape (rows,)."""
     found = np.full(len(given), -1)
     single = vectors.astype(np.float32)
-    for start in progress(range(0, len(given), CHUNK), desc="comparing rows"):
-        part = slice(start, start + CHUNK)
+    chunk = max(1, COSINES // len(given))
+    for start in progress(range(0, len(given), chunk), desc="comparing rows"):
+        part = slice(start, start + chunk)
         cosine = single[part] @ single.T
         cosine[given[part][:, None] == given[None, :]] = -1.0
         nearest = cosine.argmax(axis=1)

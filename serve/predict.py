@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.csv
+import pyarrow
 import pyarrow.parquet
 from filelock import lock_descriptor
 
@@ -369,7 +369,10 @@ def ahead(classify: Classifier, chunks: Iterator[list]) -> Iterator[tuple[list, 
 def as_csv(lines: list[list[str]]) -> bytes:
     """Lines as CSV in UTF-8, halves of surrogate pairs, which no file holds, as question marks."""
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(lines)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for line in lines:  # Python before 3.13 quotes no lone carriage return, which ends a line
+        (quoted if any("\r" in field for field in line) else plain).writerow(line)
     return text.getvalue().encode(errors="replace")
 
 
@@ -378,42 +381,50 @@ def keep_csv(part: Path, target: Path, fields: int) -> None:
     part.replace(target)
 
 
-def write_jsonl(part: Path, target: Path, fields: int) -> None:
-    """The rows as JSON Lines: the file's own fields as text, probabilities as numbers."""
-    with open(part, encoding="utf-8", newline="") as file, atomic_open(target) as lines:
+def read_answers(part: Path, fields: int) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV that a run leaves behind: the file's own fields as text, whether to abstain
+    and probabilities as numbers; None where a row got no answer.
+
+    Parameters
+    ----------
+    fields : how many columns the file had
+    """
+    with open(part, encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
         names = next(reader)
         for row in reader:
-            values = [*row[:fields], row[fields] or None, *map(as_number, row[fields + 1 :])]
-            found = dict(zip(names, values, strict=True))
-            lines.write(json.dumps(found, ensure_ascii=False) + "\n")
+            own, answered = row[:fields], row[fields:]
+            values = [
+                (int if name == "abstain" else float)(value) if value else None
+                for name, value in zip(names[fields + 1 :], answered[1:], strict=True)
+            ]
+            yield dict(zip(names, [*own, answered[0] or None, *values], strict=True))
 
 
-def as_number(value: str) -> int | float | None:
-    """A share, or whether to abstain (0 or 1); None where a row got no answer."""
-    return None if not value else int(value) if value in ("0", "1") else float(value)
+def write_jsonl(part: Path, target: Path, fields: int) -> None:
+    """The rows as JSON Lines."""
+    with atomic_open(target) as lines:
+        for row in read_answers(part, fields):
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_parquet(part: Path, target: Path, fields: int) -> None:
-    """The rows as Parquet, a batch at a time: the file's own fields as text, probabilities as
-    numbers."""
+    """The rows as Parquet, a batch at a time."""
     with open(part, encoding="utf-8", newline="") as file:
         names = next(csv.reader(file))
-    text = dict.fromkeys(names[: fields + 1], pyarrow.string())
-    numbers = dict.fromkeys(names[fields + 1 :], pyarrow.float64())
-    numbers |= {"abstain": pyarrow.int64()} if "abstain" in numbers else {}
-    reader = pyarrow.csv.open_csv(
-        part,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=text | numbers, null_values=[""], strings_can_be_null=False
-        ),
+    kinds = [pyarrow.string()] * (fields + 1) + [pyarrow.float64()] * (len(names) - fields - 1)
+    schema = pyarrow.schema(
+        (name, pyarrow.int64() if name == "abstain" and at == fields + 1 else kind)
+        for at, (name, kind) in enumerate(zip(names, kinds, strict=True))
     )
-    written = target.with_name(f"{target.name}.written")
-    with pyarrow.parquet.ParquetWriter(written, reader.schema) as writer:
-        for batch in reader:
-            writer.write_batch(batch)
-    written.replace(target)
+    rows, written = read_answers(part, fields), target.with_name(f"{target.name}.written")
+    try:
+        with pyarrow.parquet.ParquetWriter(written, schema) as writer:
+            while batch := list(islice(rows, CHUNK)):
+                writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+        written.replace(target)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 # Ending of OUT → what writes it from the CSV that a run leaves behind
@@ -446,7 +457,7 @@ def read_table(
         )
     every = every_column(plain_file(str(path), **keys))
     header = every.columns.parts
-    if header == ["1"] and len(data.columns.parts) == 1:  # a text a line, without a name
+    if len(header) == len(data.columns.parts) == 1 and not tables.has_names(path, every):
         return header, read_rows(open_source(every).splits["train"], experiment, [0], 1)
     if missing := [name for name in data.columns.parts if name not in header]:
         raise LetterheadError(

@@ -322,6 +322,10 @@ def test_no_group_stands_in_two_splits(make_experiment, capsys):
     assert not customers(experiment, "train") & set(range(5))
     dropped = read_json("data/mine/data_card.json")["dropped"]
     assert dropped["group stands in validation or test"] == 30
+    write_csv("r/validation.csv", [("held of 3", "a", 3, ""), ("held of 9", "b", 9, "")], COLUMNS)
+    data.main(experiment)  # which test's customers leave, too
+    assert customers(experiment, "validation") == {9}
+    assert not customers(experiment, "train") & {0, 1, 2, 3, 4, 9}
     keys["rows"] = {"validation": 3, "test": 48}
     with pytest.raises(LetterheadError, match=r"data.group: every group has more than the 3 rows"):
         data.main(make_experiment("rows.csv", ["a", "b"], data=keys))

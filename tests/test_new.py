@@ -306,7 +306,23 @@ def test_of_a_large_file_even_rows_are_looked_at_and_all_labels_counted(
     assert "looked at one of every 16 of 1,001 rows" in said
     assert "labels: 3, with different texts: ham 700, spam 285, rare 15" in said
     assert experiment.labels == ["ham", "rare", "spam"] and experiment.data.bad_rows == "drop"
-    assert experiment.data.rows.test == 201
+    assert experiment.data.rows.test == 200
+    for split, rows in (("train", lines), ("validation", lines[:37]), ("test", lines[:5])):
+        write_csv(f"own/{split}.csv", rows)
+    new.main("own/{split}.csv")
+    found = load_experiment("own").data.rows
+    assert (found.validation, found.test) == (37, None)
+
+
+def test_a_question_as_a_columns_name_is_a_name(written):
+    asked = "How satisfied are you with the service that you got today?"
+    write_csv(
+        "form.csv",
+        [(f"{i} {words(i, 9)}", ["good", "bad"][i % 2]) for i in range(90)],
+        [asked, "mark"],
+    )
+    experiment = written("form.csv")
+    assert experiment.data.header is None and experiment.data.columns.text == asked
 
 
 @pytest.mark.parametrize(("classes", "is_listed"), [(30, True), (77, False)])

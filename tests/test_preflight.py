@@ -30,7 +30,7 @@ from letterhead.config.models import Lora
 from letterhead.files import write_json
 from letterhead.models import checkpoints, llamafactory
 from letterhead.plan import memory as needs
-from letterhead.plan.time import START_S, stage_seconds
+from letterhead.plan.time import START_S, stage_seconds, trial_of
 from letterhead.rows.fetch import is_there
 from letterhead.serving import vllm as service
 from prep import data
@@ -396,7 +396,7 @@ def test_layers_are_computed_twice_only_where_a_gpu_has_no_room_to_keep_them(
     data.main(experiment)
     assert needs.for_memory(experiment) == {}  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    monkeypatch.setattr(needs, "free_gpu_memory", lambda _: free)
     assert needs.for_memory(experiment) == expected
     if free >> 30 > 1:  # preflight decides alike
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -412,14 +412,18 @@ def test_a_gpus_hours_come_from_the_trial_of_sft(make_experiment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = pipeline.read_card(experiment)
     assert stage_seconds(experiment, card) == {}
-    inputs = pipeline.inputs_sha256(pipeline.SFT_TRAINING, experiment)
-    write_json("runs/mine/trial.json", {"inputs": inputs, "seconds_a_step": 100.0})
+    monkeypatch.setattr("letterhead.plan.time.device_name", lambda: "some GPU")
+    write_json("runs/mine/trial.json", trial_of(experiment) | {"seconds_a_step": 100.0})
     steps, _ = llamafactory.sft_plan(experiment, card["shared"]["sft_rows"])
     found = stage_seconds(experiment, card)
     assert found["sft"] == pytest.approx(2 * START_S + 100 * steps)
     assert found["linear-head"] > START_S
     other = load_experiment("mine", "decoder.sft.overrides.learning_rate=1e-5")
     assert stage_seconds(other, card) == {}
+    for elsewhere in ({"device": "another GPU"}, {"processes": 2}):
+        kept = trial_of(experiment) | {"seconds_a_step": 100.0} | elsewhere
+        write_json("runs/mine/trial.json", kept)
+        assert stage_seconds(experiment, card) == {}
 
 
 @pytest.mark.parametrize(("tokens", "go"), [(64, True), (2048, False)])

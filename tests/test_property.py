@@ -30,7 +30,7 @@ from letterhead.models.checkpoints import has_finite_weights, is_whole, safetens
 from letterhead.models.prompt import Answer, PromptEncoder
 from letterhead.rows import fetch
 from letterhead.rows.labels import label_name
-from letterhead.rows.sources import RawRow, column_names, open_source
+from letterhead.rows.sources import RawRow, column_names, open_source, plain_file
 from letterhead.serving import vllm as service
 from letterhead.serving.endpoint import Reply, read_reply
 from letterhead.stats.metrics import NO_ANSWER
@@ -119,7 +119,7 @@ HEADERS = st.sampled_from(
 @given(
     HEADERS,
     BYTES,
-    st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]),
+    st.sampled_from([".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet", ".xlsx", ".csv.gz"]),
     st.sampled_from(["text", ["text", "label"], "{text}!"]),
 )
 def test_any_bytes_are_rows_or_an_error_that_is_told(head, tail, suffix, text):
@@ -127,10 +127,10 @@ def test_any_bytes_are_rows_or_an_error_that_is_told(head, tail, suffix, text):
     with told():
         for row in read(f"rows{suffix}", text):
             assert row.place.startswith(f"rows{suffix}") and (
-                row.fault or row.label is not None or suffix == ".jsonl"
+                row.fault or row.label is not None or suffix in (".jsonl", ".json")
             )
     with told():
-        column_names(f"rows{suffix}", ["utf-8"])
+        column_names(plain_file(f"rows{suffix}"))
 
 
 def read(source: str, text="text") -> list:
@@ -158,7 +158,7 @@ def test_a_damaged_parquet_file_is_told(content):
     with told():
         read("damaged.parquet")
     with told():
-        column_names("damaged.parquet", ["utf-8"])
+        column_names(plain_file("damaged.parquet"))
 
 
 @given(

@@ -299,7 +299,8 @@ def test_every_kind_of_file_that_training_reads_is_labelled_alike(experiment):
 
 
 def test_what_is_written_has_the_form_that_its_ending_says(experiment):
-    rows = [("1", 'a "quoted", text'), ("2", ""), ("3", "two\nlines")]
+    rows = [("1", 'a "quoted", text'), ("2", ""), ("3", "two\nlines"), ("4", "a\rb")]
+    rows.append(("5", "long " * 500_000))
     write_csv("in.csv", rows, ["n", "text"])
     experiment.data.bad_rows = "drop"
     for kind in ("csv", "jsonl", "parquet"):
@@ -311,11 +312,12 @@ def test_what_is_written_has_the_form_that_its_ending_says(experiment):
     assert table.column_names == header == list(objects[0])
     for line, found, of_table in zip(lines, objects, table.to_pylist(), strict=True):
         assert [found[name] for name in header[:at]] == line[:at]
-        assert (found["prediction"] or "") == of_table["prediction"] == line[at]
+        assert found["prediction"] == of_table["prediction"] == (line[at] or None)
         shares = [float(value) if value else None for value in line[at + 1 :]]
         assert [found[name] for name in header[at + 1 :]] == shares
         assert [of_table[name] for name in header[at + 1 :]] == shares
-    assert objects[1]["prediction"] is None and objects[2]["text"] == "two\nlines"
+    assert objects[1]["prediction"] is None
+    assert [found["text"] for found in objects] == [text for _, text in rows]
     assert not list(Path().glob("out*.part*")) and not list(Path().glob("*.written"))
     with pytest.raises(LetterheadError, match=r"out.xlsx: OUT is written as .csv"):
         predict.main(experiment, "in.csv", "out.xlsx", "tfidf")

@@ -104,6 +104,48 @@ def test_two_stray_quotes_do_not_swallow_the_rows_between(workplace):
     assert read("two.tsv", content) == [['"one', "x"], ["between", "y"], ['last"', "x"]]
 
 
+def test_a_stray_quote_among_proper_ones_unquotes_no_other_row(workplace):
+    lines = ['"good, one",x', '"bad,y', '"said ""hi""",x']
+    with pytest.raises(LetterheadError, match=r"mixed.csv, row 2 \(line 3\): a broken quote"):
+        read("mixed.csv", "\n".join(["text,label", *lines]).encode())
+    # Tabs need no quotes: the rows stay, and what a program doubled is single again.
+    rows = read("mixed.tsv", "\n".join(["text,label", *lines]).replace(",", "\t").encode())
+    assert rows[1:] == [['"bad', "y"], ['said "hi"', "x"]]
+
+
+def test_a_broken_row_between_two_stray_quotes_does_not_join_them(workplace):
+    content = b'text\tlabel\n"one\tx\nbetween\ttab\ty\nlast"\tx\nplain\ty\n'
+    rows = read("two.tsv", content)
+    assert len(rows) == 4 and "3 fields" in rows[1] and rows[2] == ['last"', "x"]
+
+
+def test_one_broken_row_does_not_decide_about_the_quotes_of_all(workplace):
+    content = b'text\tlabel\n"said ""hi"""\tx\n"plain"\ty\ntoo\tmany\ty\n'
+    rows = read("odd.tsv", content)
+    assert rows[:2] == [['said "hi"', "x"], ["plain", "y"]] and "3 fields" in rows[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cells.csv", b'text;label\n"two\nlines";x\nb;y\n'),
+        ("commas.csv", b"text, long;label\ntwo\nb, c;x\nd;y\n".replace(b"two\n", b"")),
+        ("bare.csv", b"hello, you;x\nb, c, d;y\ne;x\n"),
+    ],
+)
+def test_the_separator_is_that_which_makes_whole_rows(workplace, name, content):
+    rows = read(name, content, header=False if name == "bare.csv" else None)
+    assert all(isinstance(row, list) and len(row) == 2 for row in rows)
+    assert [row[1] for row in rows][-2:] == (["y", "x"] if name == "bare.csv" else ["x", "y"])
+
+
+def test_json_rows_are_objects_and_their_strings_may_hold_any_line_break(workplace):
+    lines = '{"text": "a\u2028b", "label": "x"}\n{"text": \n{"text": "c", "label": "y"}\n'
+    found = read("lines.json", lines.encode())
+    assert found[0] == ["a\u2028b", "x"] and "not JSON" in found[1] and found[2] == ["c", "y"]
+    assert read("one.json", b'{"text": "a", "tags": ["p", "q"]}') == [["a", ["p", "q"]]]
+
+
 def test_a_broken_row_is_told_with_advice_for_its_kind_of_file(workplace):
     found = read("a.csv", b"text,label\na, b,x\nc,y\nd,x,,\n")
     assert found[0] == (
@@ -122,11 +164,15 @@ def test_fasttexts_lines_have_labels_and_texts(workplace):
     assert found == [["good", "so good"], [["bad", "sad"], "no"], ["", "none here"]]
 
 
+PACKED = gzip.compress(delimited(",", rows=ROWS * 9))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
         ("half.csv.gz", gzip.compress(delimited(","))[:-9], "not a whole gzip file"),
         ("no.csv.gz", b"text,label", "not a whole gzip file"),
+        ("bent.csv.gz", PACKED[:40] + b"\xff\xff\xff" + PACKED[43:], "not a whole gzip file"),
         ("half.json", b'[{"text": "a"}', "half.json: not JSON"),
         ("empty.json", b"[]", "no row is a JSON object with keys"),
         ("a.pdf", b"", r"a .pdf file; known: .csv, .tsv, .tab, .txt, .jsonl, .json, .parquet"),

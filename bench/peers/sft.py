@@ -103,7 +103,7 @@ def measure(experiment: Experiment, who: str, half: bool) -> dict:
             "logging_steps": 1,
         }
         more |= {"bf16": half, "report_to": "none", "plot_loss": False}
-        more |= for_memory(experiment)
+        more |= {} if who == AS_IT_COMES else for_memory(experiment)
         asked, variables = command(experiment, Path(folder) / "clock.json", **more), environment()
         if who == AS_IT_COMES:
             config = str(experiment.decoder.sft.config)

@@ -118,7 +118,8 @@ class Data(Section):
         '"1", "2" and so on. null: it does, but for .txt.',
     )
     sheet: str | None = Field(
-        None, description="The sheet of a workbook (.xlsx, .xls, .ods). null takes the first."
+        None,
+        description="The sheet of a workbook, such as .xlsx. null takes the first.",
     )
     columns: Columns = Field(default_factory=Columns)
     labels: list[str] | dict[str, str | None] = Field(
@@ -134,8 +135,8 @@ class Data(Section):
     )
     time: str | None = Field(
         None,
-        description="A column of dates or numbers: the latest rows are for test, those before them "
-        "for validation.",
+        description="A column of dates or numbers: of splits that are drawn, test gets the latest "
+        "rows, and validation those before them.",
     )
     max_words: Count | None = Field(
         None,

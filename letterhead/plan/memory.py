@@ -26,7 +26,7 @@ from letterhead.models.llamafactory import step_of
 from letterhead.models.prompt import load_prompt_encoder
 from letterhead.pipeline import learns_thoughts
 from letterhead.runs import results
-from letterhead.runs.devices import process_count, share_batch
+from letterhead.runs.devices import free_gpu_memory, process_count, share_batch
 
 HALF = 2  # bytes of a bfloat16
 QUANTISED = (
@@ -216,8 +216,7 @@ def for_memory(experiment: Experiment) -> dict[str, Any]:
         processes=n,
         quantised=experiment.decoder.sft.quantised,
     )
-    free = min(torch.cuda.mem_get_info(i)[0] for i in range(n))
-    return {CHECKPOINTING: may_keep_layers(arguments, kept, free)}
+    return {CHECKPOINTING: may_keep_layers(arguments, kept, free_gpu_memory(n))}
 
 
 def _model(

@@ -25,6 +25,7 @@ from letterhead.pipeline import (
     inputs_sha256,
 )
 from letterhead.rows.balance import rows_read
+from letterhead.runs.devices import device_name, process_count
 
 # Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a
 # stage; fitted to stages on two cores of an AMD EPYC each: bfloat16 on Zen 4 and Zen 5, float32,
@@ -176,11 +177,17 @@ def multiply_adds(folder: Path) -> int:
     return sum(i * o * n for (i, o), n in linear_shapes(folder).items())
 
 
+def trial_of(experiment: Experiment) -> dict[str, Any]:
+    """What a trial of SFT must have been of, to stand for this experiment here."""
+    inputs = inputs_sha256(SFT_TRAINING, experiment)
+    return {"inputs": inputs, "device": device_name(), "processes": process_count()}
+
+
 def trial_rate(experiment: Experiment, card: dict[str, Any]) -> float | None:
     """FLOP a second of training, from the steps of SFT that preflight timed on this device; None
     where it timed none of these inputs."""
     found = read_json(experiment.run_folder / TRIAL)
-    if not found or found["inputs"] != inputs_sha256(SFT_TRAINING, experiment):
+    if not found or not trial_of(experiment).items() <= found.items():
         return None
     rows = math.prod(step_of(experiment.sft_arguments()))
     return rows * row_flop(experiment, card) / found["seconds_a_step"]

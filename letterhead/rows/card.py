@@ -15,7 +15,6 @@ from letterhead.rows.pool import SPLITS
 # Enough rows for percentiles of the token lengths; tokenising a million would take longer than all
 # the rest.
 LENGTH_SAMPLE = 5000
-YEAR_S = 365 * 86_400
 
 
 def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
@@ -41,16 +40,16 @@ def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
     return result
 
 
-def as_moment(number: float) -> str:
-    """A number of `data.time` as it was written: a date where it can be one since 1971.
+def as_moment(number: float, is_date: bool) -> str:
+    """A moment of `data.time` as it was written.
 
     Examples
     --------
-    >>> as_moment(7), as_moment(1769817600)
-    ('7', '2026-01-31')
+    >>> as_moment(20260131, False), as_moment(1769817600, True)
+    ('20260131', '2026-01-31')
     """
-    if number < YEAR_S or number > 1e11:
-        return f"{number:g}"
+    if not is_date:
+        return f"{number:.15g}"
     found = datetime.fromtimestamp(number, UTC)
     return f"{found:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
 
@@ -63,7 +62,7 @@ def order_lines(card: dict) -> list[str]:
         lines.append(f"groups by {groups['column']}: {counts}; none stands in two splits")
     if time := card.get("time"):
         spans = (
-            f"{split} {as_moment(time[split][0])} to {as_moment(time[split][1])}"
+            f"{split} {' to '.join(as_moment(end, time['dates']) for end in time[split])}"
             for split in SPLITS
             if split in time
         )

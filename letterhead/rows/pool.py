@@ -3,6 +3,7 @@ and a hash of its text (about 20 bytes a row)."""
 
 import hashlib
 import json
+import re
 from array import array
 from collections import Counter
 from contextlib import suppress
@@ -28,12 +29,12 @@ class Pool:
     """What is kept in memory of the rows read: arrays, one entry a row.
 
     `group` has hashes of `data.group`, and `time` numbers in the order of `data.time`; each is
-    empty where the experiment names no such column.
+    empty where the experiment names no such column. `has_dates` says that a time is no number.
     """
 
     def __init__(self):
         self.label, self.source_split, self.text_hash = array("h"), array("b"), array("Q")
-        self.group, self.time = array("Q"), array("d")
+        self.group, self.time, self.has_dates = array("Q"), array("d"), False
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Label index, index of the source's split in SPLITS, 64-bit hash of the text; each of
@@ -74,6 +75,7 @@ def read_pool(
                     pool.group.append(hashed(str(row.group).strip()))
                 if data.time:
                     pool.time.append(moment(row.time))
+                    pool.has_dates |= not is_number(row.time)
                 file.write(
                     json.dumps({"id": row.id, "label": label, "text": text}, ensure_ascii=False)
                     + "\n"
@@ -99,21 +101,31 @@ def moment(value: Any) -> float:
     --------
     >>> moment("2026-01-31") < moment("2026/02/01 12:00") < moment(datetime(2026, 3, 1))
     True
-    >>> moment(" 3.5"), moment(7)
-    (3.5, 7.0)
+    >>> moment(" 3.5"), moment(7), moment("2026-1-5 3:04") == moment("2026-01-05 03:04")
+    (3.5, 7.0, True)
     """
     if isinstance(value, date) and not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
     if isinstance(value, str):
-        value = value.strip()
-        with suppress(ValueError):
+        if is_number(value):
             return float(value)
-        value = datetime.fromisoformat(value.replace("/", "-"))
+        padded = re.sub(r"\b(\d)\b", r"0\1", value.strip().replace("/", "-"))
+        value = datetime.fromisoformat(padded)
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     if value is None or isinstance(value, bool):
         raise ValueError("no date")
     return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a time is written as a number."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            float(value)
+            return True
+        return False
+    return isinstance(value, int | float)
 
 
 def unordered(row: RawRow, data: Data) -> str:

@@ -55,7 +55,8 @@ def whole_groups(
     if len(pool.time):
         latest = np.full(len(sizes), -np.inf)
         np.maximum.at(latest, units, np.frombuffer(pool.time, "d")[candidates])
-        order = np.argsort(-latest, kind="stable")
+        shuffled = rng.permutation(len(sizes))  # of those of the same time
+        order = shuffled[np.argsort(-latest[shuffled], kind="stable")]
         taken = order[: int(np.searchsorted(np.cumsum(sizes[order]), n)) + 1] if n else order[:0]
     else:
         taken, rows = [], 0
@@ -72,14 +73,16 @@ def whole_groups(
 
 
 def leave_groups_whole(pool: Pool, chosen: np.ndarray, card: dict) -> None:
-    """Take rows out of train, in `chosen`, whose group stands in a published validation or test
-    split."""
+    """Take rows out of train and of a published validation split, in `chosen`, whose group stands
+    in a published split behind them."""
     if not len(pool.group):
         return
-    group = np.frombuffer(pool.group, "Q")
-    again = (chosen == 0) & np.isin(group, group[chosen > 0])
-    chosen[again] = UNUSED
-    card["dropped"]["group stands in validation or test"] = int(again.sum())
+    group, dropped = np.frombuffer(pool.group, "Q"), 0
+    for number in (1, 0):
+        again = (chosen == number) & np.isin(group, group[chosen > number])
+        chosen[again] = UNUSED
+        dropped += int(again.sum())
+    card["dropped"]["group stands in validation or test"] = dropped
 
 
 def tell_order(pool: Pool, chosen: np.ndarray, experiment: Experiment, card: dict) -> None:
@@ -92,7 +95,7 @@ def tell_order(pool: Pool, chosen: np.ndarray, experiment: Experiment, card: dic
         }
     if data.time:
         time = np.frombuffer(pool.time, "d")
-        card["time"] = {"column": data.time} | {
+        card["time"] = {"column": data.time, "dates": pool.has_dates} | {
             split: [float(time[chosen == number].min()), float(time[chosen == number].max())]
             for number, split in enumerate(SPLITS)
             if (chosen == number).any()

@@ -14,6 +14,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ KINDS = (*DELIMITED, *OBJECTS, PARQUET, *SHEETS)
 PACKED = ".gz"
 SEPARATORS = ",;\t|"
 FASTTEXT = "__label__"
+QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a field as a CSV file encloses it
 LOOKED_AT = 100  # lines, for what separates their columns
 BATCH = 1024
 # A field longer than csv's 128 KiB is legitimate; one of 16 MiB is a quote that was never closed.
@@ -61,16 +63,35 @@ def kind(path: Path) -> str:
 
 
 @contextmanager
+def _told_of_packing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise LetterheadError(f"{path}: not a whole gzip file ({error}); pack it again") from None
+
+
+@contextmanager
 def opened(path: Path, encoding: str, newline: str | None = "") -> Iterator[IO[str]]:
-    """A file of text, unpacked where it is packed."""
-    packed = path.suffix.lower() == PACKED
-    with (gzip.open if packed else open)(path, "rt", encoding=encoding, newline=newline) as file:
+    """A file of text, unpacked where it is packed.
+
+    Raises
+    ------
+    LetterheadError : a packed file that is not whole
+    """
+    unpack = gzip.open if path.suffix.lower() == PACKED else open
+    with _told_of_packing(path), unpack(path, "rt", encoding=encoding, newline=newline) as file:
         yield file
 
 
 def first_bytes(path: Path, size: int = -1) -> bytes:
-    """The first bytes of a file, unpacked where it is packed; all of them where `size` is -1."""
-    with (gzip.open if path.suffix.lower() == PACKED else open)(path, "rb") as file:
+    """The first bytes of a file, unpacked where it is packed; all of them where `size` is -1.
+
+    Raises
+    ------
+    LetterheadError : a packed file that is not whole
+    """
+    unpack = gzip.open if path.suffix.lower() == PACKED else open
+    with _told_of_packing(path), unpack(path, "rb") as file:
         return file.read(size)
 
 
@@ -94,10 +115,6 @@ def encoding_of(path: Path, encodings: Sequence[str]) -> str:
         except LookupError:
             raise LetterheadError(
                 f"data.encoding: {encoding!r} is not an encoding that Python knows"
-            ) from None
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise LetterheadError(
-                f"{path}: not a whole gzip file ({error}); pack it again"
             ) from None
     raise LetterheadError(
         f"{reason}; save the file as UTF-8, or name its encoding: data.encoding: [utf-8, latin-1] "
@@ -204,12 +221,8 @@ def _form_of(path: Path, encodings: tuple[str, ...], header: bool | None, *_) ->
     has_header = header if header is not None else not is_text
     if is_text and first_lines and first_lines[0].startswith(FASTTEXT):
         return Form(encoding, ["label", "text"], FASTTEXT, False, False)
-    separator = "," if kind(path) == ".csv" else "\t"
-    if first_lines and separator not in first_lines[0]:
-        counts = {mark: first_lines[0].count(mark) for mark in SEPARATORS if mark != separator}
-        other = max(counts, key=lambda mark: counts[mark])
-        if not is_text and all(line.count(other) for line in first_lines) and counts[other]:
-            separator = other
+    usual = "," if kind(path) == ".csv" else "\t"
+    separator = usual if is_text else _separator(first_lines, usual)
     is_quoted = _is_quoted(path, encoding, separator)
     found = Form(encoding, [], separator, is_quoted, has_header)
     with opened(path, encoding) as file:
@@ -224,39 +237,85 @@ def _form_of(path: Path, encodings: tuple[str, ...], header: bool | None, *_) ->
     return Form(encoding, names, separator, is_quoted, has_header)
 
 
+def _separator(first_lines: list[str], usual: str) -> str:
+    """What separates the columns: that by which most of the first rows have as many fields as the
+    first of them; the usual one before others."""
+
+    def fit(mark: str) -> tuple[float, int]:
+        shares = []
+        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+            try:
+                rows = list(csv.reader(first_lines, delimiter=mark, quoting=quoting))
+            except csv.Error:
+                continue
+            widths = [len(trimmed(row, len(rows[0]))) for row in rows if row]
+            if widths and widths[0] > 1:
+                shares.append((widths.count(widths[0]) / len(widths), widths[0]))
+        return max(shares, default=(0.0, 0))
+
+    return max([usual, *SEPARATORS], key=fit)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a delimited file reads with its quotes, or without.
+
+    broken : rows with another number of fields than the first
+    swallowed : whether a field holds separator and line break, as behind a quote that nobody closed
+    enclosed : whether a field stands in quotes, or a name in the header holds one
+    """
+
+    broken: int
+    swallowed: bool
+    enclosed: bool
+
+
 def _is_quoted(path: Path, encoding: str, separator: str) -> bool:
-    """Whether quotes enclose fields, by which reading of the whole file has fewer broken rows. In
-    tab-separated files quotes are mostly characters, so both readings must then give as many rows.
+    """Whether quotes enclose fields, by the whole file.
+
+    In a CSV file they do, unless a quote is broken, no field looks enclosed, and every row is whole
+    without them. In a tab-separated file they do where that breaks no more rows, and swallows none.
     """
     with opened(path, encoding) as file:
         if not any('"' in line for line in file):
             return separator != "\t"
-    quoted, plain = (_broken_rows(path, encoding, separator, is_quoted) for is_quoted in (1, 0))
-    if quoted is None:  # of a CSV file a broken quote is an error, unless every row is whole
-        with opened(path, encoding) as file:
-            is_in_header = '"' in next(file, "")
-        return separator != "\t" and (plain[0] > 0 or is_in_header)
+    quoted, plain = (_read_as(path, encoding, separator, is_quoted) for is_quoted in (True, False))
     if separator != "\t":
-        return quoted[0] <= plain[0]
-    return quoted[0] < plain[0] or (quoted == plain and quoted[0] == 0)
+        return quoted is not None or plain is None or plain.enclosed or plain.broken > 0
+    if quoted is None or plain is None:
+        return False
+    return quoted.broken <= plain.broken and not quoted.swallowed
 
 
-def _broken_rows(
-    path: Path, encoding: str, separator: str, is_quoted: bool
-) -> tuple[int, int] | None:
-    """How many rows have another number of fields than the first, and how many rows there are; None
-    where a quote is broken."""
-    broken = rows = 0
+def _read_as(path: Path, encoding: str, separator: str, is_quoted: bool) -> _Reading | None:
+    """A reading of the whole file; None where a quote or a field is broken."""
+    broken, swallowed, enclosed = 0, False, False
     with opened(path, encoding) as file:
         reader = Form(encoding, [], separator, is_quoted, True).reader(file)
         try:
-            width = len(next(reader, []))
-            for values in reader:
+            width = len(header := next(reader, []))
+            enclosed = any('"' in name for name in header)
+            for values in chain([header], reader):
                 broken += bool(values) and len(trimmed(values, width)) != width
-                rows += bool(values)
+                swallowed |= any("\n" in value and separator in value for value in values)
+                enclosed |= any(QUOTED.fullmatch(value) for value in values)
         except csv.Error:
             return None
-    return broken, rows
+    return _Reading(broken, swallowed, enclosed)
+
+
+def undoubled(value: str) -> str:
+    """A field of a file whose quotes enclose nothing; one in quotes with doubled ones in it was
+    written by a program all the same.
+
+    Examples
+    --------
+    >>> undoubled('"said ""hi"" twice"'), undoubled('"hi"'), undoubled('"hi" he said')
+    ('said "hi" twice', '"hi"', '"hi" he said')
+    """
+    if '""' in value[1:-1] and QUOTED.fullmatch(value):
+        return value[1:-1].replace('""', '"')
+    return value
 
 
 def trimmed(values: list[Any], width: int) -> list[Any]:
@@ -294,6 +353,8 @@ def _delimited_lines(path: Path, data: Data) -> Iterator[tuple[int, list[str]]]:
             if values is None:
                 return
             number += any(values)
+            if not form.is_quoted:
+                values = list(map(undoubled, values))
             yield at, trimmed(values, width)
 
 
@@ -304,8 +365,10 @@ def fasttext_fields(line: str) -> list[Any]:
     --------
     >>> fasttext_fields("__label__good so good"), fasttext_fields("no label")
     (['good', 'so good'], ['', 'no label'])
+    >>> fasttext_fields("__label__good")
+    ['good', '']
     """
-    found = re.match(rf"((?:{FASTTEXT}\S+\s+)*)(.*)", line.strip(), re.DOTALL)
+    found = re.match(rf"((?:{FASTTEXT}\S+(?:\s+|$))*)(.*)", line.strip(), re.DOTALL)
     labels = [label.removeprefix(FASTTEXT) for label in found[1].split()]
     if not line.strip():
         return []
@@ -436,15 +499,23 @@ def _array(path: Path, encoding: str) -> list[Any] | None:
     """The rows of a JSON file that is one value; None where it has an object a line."""
     with opened(path, encoding, None) as file:
         whole = file.read()
+    first, _, rest = whole.lstrip().partition("\n")
+    with suppress(ValueError, RecursionError):
+        if rest.strip() and isinstance(json.loads(first), dict):
+            return None
     try:
         found = json.loads(whole)
     except (ValueError, RecursionError) as error:
-        first_lines = list(islice(filter(str.strip, whole.splitlines()), 2))
-        with suppress(ValueError):
-            if len(first_lines) > 1 and all(isinstance(json.loads(x), dict) for x in first_lines):
-                return None
         raise LetterheadError(f"{path}: not JSON ({error}); write an array of objects") from None
     if isinstance(found, dict):
-        inner = [value for value in found.values() if isinstance(value, list)]
+        inner = [of for of in found.values() if isinstance(of, list) and of]
+        inner = [of for of in inner if all(isinstance(row, dict) for row in of)]
         return inner[0] if len(inner) == 1 else [found]
     return found if isinstance(found, list) else [found]
+
+
+def has_names(path: Path, data: Data) -> bool:
+    """Whether the columns of a file have names of its own."""
+    if kind(path) in DELIMITED:
+        return _form(path, data).has_header or _form(path, data).separator == FASTTEXT
+    return kind(path) not in SHEETS or data.header is not False

@@ -220,6 +220,20 @@ def gpu_memory_used_mb() -> int | None:
         return None
 
 
+def free_gpu_memory(n: int) -> int:
+    """Bytes that are free on the fullest of the first n visible GPUs. Asked in a process of its
+    own, since the question takes memory of the GPU for as long as its process lives."""
+    from letterhead.runs.processes import call_in_a_process
+
+    return call_in_a_process(_free_gpu_memory, n)
+
+
+def _free_gpu_memory(n: int) -> int:
+    import torch
+
+    return min(torch.cuda.mem_get_info(number)[0] for number in range(n))
+
+
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that decide a figure."""
     return {"python": platform.python_version()} | {
