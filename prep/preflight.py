@@ -475,7 +475,7 @@ def memory(plan: Plan) -> str:
             half=half,
             classes=outputs,
             lora=lora,
-            projected=projected,
+            projected=projected if title == "SFT" else None,
             processes=n,
             quantised=title == "SFT" and plan.experiment.decoder.sft.quantised,
         )

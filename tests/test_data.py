@@ -323,7 +323,9 @@ def test_no_group_stands_in_two_splits(make_experiment, capsys):
     dropped = read_json("data/mine/data_card.json")["dropped"]
     assert dropped["group stands in validation or test"] == 30
     write_csv("r/validation.csv", [("held of 3", "a", 3, ""), ("held of 9", "b", 9, "")], COLUMNS)
-    data.main(experiment)  # which test's customers leave, too
+    keys["rows"]["validation"] = 1
+    experiment = make_experiment("r/{split}.csv", ["a", "b"], data=keys)
+    data.main(experiment)  # test's customers leave validation, too
     assert customers(experiment, "validation") == {9}
     assert not customers(experiment, "train") & {0, 1, 2, 3, 4, 9}
     keys["rows"] = {"validation": 3, "test": 48}
