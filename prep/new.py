@@ -761,14 +761,12 @@ def read_file(data: Data) -> Reading:
     # Of each text the first row, but for texts of which no label is known
     first_rows = {keep_words(row.text, cut).strip(): row for row in reversed(whole)}
     distinct = [row for text, row in first_rows.items() if text not in conflicts]
-    labels = Counter(merged[str(row.label).strip()] for row in distinct)
-    if sample.every > 1:  # of rare ones it may hold none
-        labels = Counter()
-        for label, number in counts.items():
-            labels[merged[label]] += number
-    in_split = Counter()
+    in_split, labels = Counter(), Counter()
     for (split, label), number in sample.labels.items():
         in_split[split, merged[label]] += number
+        labels[merged[label]] += number
+    if sample.every == 1:  # of more rows rare labels may be in none that was looked at
+        labels = Counter(merged[str(row.label).strip()] for row in distinct)
     return Reading(
         rows=sample.total,
         every=sample.every,

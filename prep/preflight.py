@@ -100,25 +100,18 @@ class Plan:
         from letterhead.models.prompt import TextEncoder
         from letterhead.plan.memory import LONGEST, sft_lengths
 
-        settings, projected = self.experiment, None
-        limit = (
-            settings.sft_arguments()["cutoff_len"]
-            if name == "sft"
-            else self.sections[name].head.max_length
-        )
-        if name == "sft":
-            texts = [row["text"] for row in self.rows] or [""]
-            found, projected = sft_lengths(settings, texts, self.folder("decoder"))
-            if self.rows and projected is None:
+        texts, unknown = [row["text"] for row in self.rows], "the limit; rows are not made yet"
+        which = "the longest row" if self.card else f"the longest of {len(texts):,} rows looked at"
+        if name == SFT_TRAINING.name:
+            limit = self.experiment.sft_arguments()["cutoff_len"]
+            longest, projected = sft_lengths(self.experiment, texts or [""], self.folder("decoder"))
+            if texts and projected is None:
                 return limit, "the limit: a teacher's thoughts may be of any length", None
-        if not self.rows:
-            return limit, "the limit; rows are not made yet", projected
-        texts = heapq.nlargest(LONGEST, (row["text"] for row in self.rows), key=len)
-        which = (
-            "the longest row" if self.card else f"the longest of {len(self.rows):,} rows looked at"
-        )
-        if name == "sft":
-            return found, which, projected
+            return (longest, which, projected) if texts else (limit, unknown, projected)
+        limit = self.sections[name].head.max_length
+        if not texts:
+            return limit, unknown, None
+        texts = heapq.nlargest(LONGEST, texts, key=len)
         encoder = TextEncoder(heads.load_tokenizer(self.folder(name)), limit)
         return max(map(len, encoder.encode(texts))), which, None
 

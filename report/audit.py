@@ -44,9 +44,9 @@ def main(experiment: Experiment) -> None:
     rows = [
         row | {"split": split} for split in SPLITS for row in results.read_rows(experiment, split)
     ]
-    given = results.class_numbers(experiment, rows)
+    labelled = results.class_numbers(experiment, rows)
     vectors = Embedder(experiment).embed([row["text"] for row in rows], keep=True).vectors
-    suspects = find_suspects(out_of_sample(experiment, vectors, given), given)
+    suspects = find_suspects(out_of_sample(experiment, vectors, labelled), labelled)
     found = suspected(experiment, rows, vectors, suspects)
     with atomic_open(table) as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -74,26 +74,26 @@ def main(experiment: Experiment) -> None:
     )
 
 
-def out_of_sample(experiment: Experiment, vectors: np.ndarray, given: np.ndarray) -> np.ndarray:
+def out_of_sample(experiment: Experiment, vectors: np.ndarray, labelled: np.ndarray) -> np.ndarray:
     """Each row's probabilities by a regression that did not see it, shape (rows, classes). Of a
     class with fewer than FOLDS rows each is certain of its label.
 
     Parameters
     ----------
     vectors : embeddings, shape (rows, width)
-    given : class numbers, shape (rows,)
+    labelled : class numbers, shape (rows,)
     """
     weight, seed = class_weight(experiment), experiment.seed
-    strength = fit_regression(vectors, given.tolist(), C, seed, weight).C
+    strength = fit_regression(vectors, labelled.tolist(), C, seed, weight).C
     settings = {"solver": "newton-cg", "class_weight": weight, "random_state": seed}
-    counts = np.bincount(given, minlength=len(experiment.labels))
-    frequent = np.isin(given, np.flatnonzero(counts >= FOLDS))  # others can't be left out
-    probabilities = np.zeros((len(given), len(experiment.labels)))
-    probabilities[np.arange(len(given)), given] = 1.0
-    probabilities[np.ix_(frequent, np.unique(given[frequent]))] = cross_val_predict(
+    counts = np.bincount(labelled, minlength=len(experiment.labels))
+    frequent = np.isin(labelled, np.flatnonzero(counts >= FOLDS))  # others can't be left out
+    probabilities = np.zeros((len(labelled), len(experiment.labels)))
+    probabilities[np.arange(len(labelled)), labelled] = 1.0
+    probabilities[np.ix_(frequent, np.unique(labelled[frequent]))] = cross_val_predict(
         LogisticRegression(C=strength, max_iter=1000, **settings),
         vectors[frequent],
-        given[frequent],
+        labelled[frequent],
         cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
         method="predict_proba",
     )
@@ -110,21 +110,21 @@ def suspected(
     ----------
     vectors : embeddings, shape (rows, width)
     """
-    other = alike_with_another_label(vectors, suspects.given)
+    other = alike_with_another_label(vectors, suspects.labelled)
     improbable = suspects.ranked()
     merely_alike = np.setdiff1d(np.flatnonzero(other >= 0), improbable, assume_unique=True)
     lines = []
     for number in (*improbable, *merely_alike):
         row, likely = rows[number], suspects.likely[number]
         near = rows[other[number]] if other[number] >= 0 else None
-        is_improbable = likely != suspects.given[number]
+        is_improbable = likely != suspects.labelled[number]
         lines.append(
             {
                 "id": row["id"],
                 "split": row["split"],
                 "label": row["label"],
                 "likely": experiment.labels[likely] if is_improbable else "",
-                "p(label)": f"{suspects.of_given[number]:.3f}",
+                "p(label)": f"{suspects.of_label[number]:.3f}",
                 "p(likely)": f"{suspects.of_likely[number]:.3f}" if is_improbable else "",
                 "alike": f"{near['id']}: {near['label']}" if near else "",
                 "text": row["text"],
@@ -133,16 +133,16 @@ def suspected(
     return lines
 
 
-def alike_with_another_label(vectors: np.ndarray, given: np.ndarray) -> np.ndarray:
+def alike_with_another_label(vectors: np.ndarray, labelled: np.ndarray) -> np.ndarray:
     """For each row the number of the row most like it that has another label, if their cosine is
     `ALIKE` or more, else -1; shape (rows,)."""
-    found = np.full(len(given), -1)
+    found = np.full(len(labelled), -1)
     single = vectors.astype(np.float32)
-    chunk = max(1, COSINES // len(given))
-    for start in progress(range(0, len(given), chunk), desc="comparing rows"):
+    chunk = max(1, COSINES // len(labelled))
+    for start in progress(range(0, len(labelled), chunk), desc="comparing rows"):
         part = slice(start, start + chunk)
         cosine = single[part] @ single.T
-        cosine[given[part][:, None] == given[None, :]] = -1.0
+        cosine[labelled[part][:, None] == labelled[None, :]] = -1.0
         nearest = cosine.argmax(axis=1)
         near = cosine[np.arange(len(nearest)), nearest] >= ALIKE
         found[part][near] = nearest[near]

@@ -29,9 +29,8 @@ from letterhead.runs import results
 from letterhead.runs.devices import free_gpu_memory, process_count, share_batch
 
 HALF = 2  # bytes of a bfloat16
-QUANTISED = (
-    0.6  # of a linear weight in NF4, with its scales (Dettmers et al. 2023, arXiv 2305.14314)
-)
+# Of a linear weight in NF4 with its scales (Dettmers et al. 2023, arXiv 2305.14314)
+QUANTISED = 0.6
 # CUDA's context, its libraries' workspaces and what the allocator can't fill; an estimate, never
 # measured.
 CUDA_OVERHEAD = GIB

@@ -508,8 +508,8 @@ def _array(path: Path, encoding: str) -> list[Any] | None:
     except (ValueError, RecursionError) as error:
         raise LetterheadError(f"{path}: not JSON ({error}); write an array of objects") from None
     if isinstance(found, dict):
-        inner = [of for of in found.values() if isinstance(of, list) and of]
-        inner = [of for of in inner if all(isinstance(row, dict) for row in of)]
+        inner = [rows for rows in found.values() if isinstance(rows, list) and rows]
+        inner = [rows for rows in inner if all(isinstance(row, dict) for row in rows)]
         return inner[0] if len(inner) == 1 else [found]
     return found if isinstance(found, list) else [found]
 
