@@ -66,10 +66,11 @@ def test_a_class_of_one_row_is_left_alone(make_experiment):
 
 
 def test_thresholds_are_the_classes_own_means():
-    """By hand: the means of the own probabilities are 0.7 and 0.55; row 2 reaches the first."""
-    probabilities = np.array([[0.9, 0.1], [0.5, 0.5], [0.75, 0.25], [0.15, 0.85]])
-    suspects = find_suspects(probabilities, np.array([0, 0, 1, 1]))
-    assert suspects.likely.tolist() == [0, 0, 0, 1] and suspects.ranked().tolist() == [2]
+    """By hand: the means of the own probabilities are 0.65 and 0.65. Row 4 reaches the first; row 1
+    is more probably of the second, and does not reach it."""
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.05, 0.95], [0.05, 0.95], [0.95, 0.05]])
+    suspects = find_suspects(probabilities, np.array([0, 0, 1, 1, 1]))
+    assert suspects.likely.tolist() == [0, 0, 1, 1, 0] and suspects.ranked().tolist() == [4]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -108,6 +108,9 @@ def test_a_stray_quote_among_proper_ones_unquotes_no_other_row(workplace):
     lines = ['"good, one",x', '"bad,y', '"said ""hi""",x']
     with pytest.raises(LetterheadError, match=r"mixed.csv, row 2 \(line 3\): a broken quote"):
         read("mixed.csv", "\n".join(["text,label", *lines]).encode())
+    whole = b'text,label\n"good one",x\n"bad,y\n"good two",x\n'  # every line of two fields
+    with pytest.raises(LetterheadError, match=r"whole.csv, row 2 \(line 3\): a broken quote"):
+        read("whole.csv", whole)
     # Tabs need no quotes: the rows stay, and what a program doubled is single again.
     rows = read("mixed.tsv", "\n".join(["text,label", *lines]).replace(",", "\t").encode())
     assert rows[1:] == [['"bad', "y"], ['said "hi"', "x"]]
