@@ -93,7 +93,15 @@ class Half:
         result = self.chosen.validation
         price = math.inf if result.hosted else result.parameters * result.tokens / result.n
         family = self.chosen.method.family
-        return Member(self.name, family, price, self.probabilities("validation"))
+        probabilities = self.probabilities("validation")
+        return Member(self.name, family, price, probabilities, self.price_in_errors())
+
+    def price_in_errors(self) -> float:
+        """What a hosted LLM's answer to a validation row costs, as a share of an error's price."""
+        hosted, settings = self.chosen.validation.hosted, self.experiment.endpoint
+        if not hosted or settings.price_of_error is None:
+            return 0.0
+        return (hosted["cost_per_million"] or 0.0) / 1e6 / settings.price_of_error
 
 
 def choose(experiment: Experiment) -> dict[str, list[tuple[Half, Half]]]:

@@ -377,7 +377,7 @@ _STAGES = (
         "cascade",
         "choose cascades of two methods on validation rows",
         "eval.cascade",
-        keys=("data.labels", "seeds"),
+        keys=("data.labels", "seeds", "endpoint:price_of_error"),
         code=(
             "eval.cascade",
             "letterhead.stats.cascade",

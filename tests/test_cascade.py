@@ -109,6 +109,29 @@ def test_the_threshold_is_the_dear_methods_share_of_hits():
     assert frozen.validation_share == np.mean(surest < frozen.threshold)
 
 
+def test_with_prices_the_threshold_is_that_of_the_least_expected_cost():
+    """Against all thresholds, in expectation: a row that the cheap half keeps costs its risk of an
+    error; one that is passed on costs the dear one's risk and its price."""
+    truth = np.arange(1000) % CLASSES
+    sure = np.linspace(0.35, 1.0, 1000)
+    probabilities = np.repeat(((1 - sure) / (CLASSES - 1))[:, None], CLASSES, axis=1)
+    right = np.random.default_rng(4).random(1000) < sure
+    probabilities[np.arange(1000), np.where(right, truth, (truth + 1) % CLASSES)] = sure
+    is_right = (np.arange(1000) % 20 > 0).astype(float)
+    answers = np.eye(CLASSES)[np.where(is_right, truth, (truth + 1) % CLASSES)]
+    cheap = Member("cheap", "cheap", 1, probabilities)
+    for price, error in ((0.0, 1.0), (0.002, 0.02), (0.01, 0.02), (0.03, 0.02)):
+        frozen = freeze(truth, cheap, Member("dear", "dear", 9, answers, price / error))
+        kept = tempered(probabilities, frozen.temperatures[0]).max(1)
+
+        def cost(threshold: float, kept=kept, price=price, error=error) -> float:
+            return np.where(kept < threshold, 0.05 * error + price, (1 - kept) * error).sum()
+
+        least = min(cost(threshold) for threshold in np.linspace(0, 1.001, 2000))
+        assert cost(frozen.threshold) <= least * 1.001
+        assert (frozen.validation_share == 0) == (price > error)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 1.01])
 def test_a_share_of_none_or_all_is_the_one_or_the_other(threshold):
     rng = np.random.default_rng(2)

@@ -186,12 +186,15 @@ def test_more_examples_than_training_rows_are_refused(make):
         ask.main(make(examples=99))
 
 
-@pytest.mark.parametrize("logprobs", [True, False])
+@pytest.mark.parametrize(
+    ("logprobs", "price_of_error", "share"), [(True, None, 0.0), (False, 0.01, 0.025)]
+)
 def test_it_is_the_dear_half_of_a_cascade_which_predict_asks_for_the_rows_that_go_to_it(
-    make, monkeypatch, logprobs
+    make, monkeypatch, logprobs, price_of_error, share
 ):
     monkeypatch.setattr(LetterEndpoint, "failures", ())
-    experiment = make(total=240, validation=100, logprobs=logprobs)
+    keys = {"logprobs": logprobs, "price_of_error": price_of_error}
+    experiment = make(total=240, validation=100, **keys)
     for module in (cascade, pipeline):
         monkeypatch.setattr(module, "cascade_members", lambda _: [TFIDF, HOSTED_LLM])
     fitted.main(experiment, "tfidf")
@@ -201,7 +204,8 @@ def test_it_is_the_dear_half_of_a_cascade_which_predict_asks_for_the_rows_that_g
     lines = results.read_predictions(experiment, "endpoint", "validation")
     hits = sum(line["label"] == line["prediction"] for line in lines)
     assert (frozen["cheap"], frozen["dear"]) == ("tfidf", "endpoint")
-    assert frozen["threshold"] == pytest.approx((hits + 1) / 102)
+    # Each question has 100 tokens at 2 a million, its reply 10 at 5.
+    assert frozen["threshold"] == pytest.approx((hits + 1) / 102 - share)
     asked = len(LetterEndpoint.asked)
     LetterEndpoint.answered.clear()
     rows = results.read_rows(experiment, "test")

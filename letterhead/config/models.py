@@ -406,6 +406,11 @@ class Endpoint(Hosted):
     rows: Count | None = Field(
         None, description="On how many test and validation rows each. null takes all."
     )
+    price_of_error: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="The price of a wrong answer, in the currency of the others. A cascade passes "
+        "on a row where that spares more than a reply costs. null leaves prices out.",
+    )
     tokens: Count = Field(16, description="How many tokens a reply may have.")
     logprobs: bool = Field(
         True,

@@ -1,9 +1,9 @@
 """Cascades: a cheap method answers the rows that it is sure of, and a dear one the others.
 
 A row goes to the dear method where the cheap one's highest probability lies below the share of rows
-that the dear one gets right: Chow's rule (1970), with the dear method's accuracy in place of a
-fixed price of passing on. The rule sets the threshold; a threshold that is searched on validation
-rows looks better there than it is.
+that the dear one gets right, less its price in errors where that is known: Chow's rule (1970), with
+the dear method's accuracy in place of a fixed price of passing on. The rule sets the threshold; a
+threshold that is searched on validation rows looks better there than it is.
 """
 
 import math
@@ -28,12 +28,14 @@ class Member:
     family : methods that differ in their training rows alone share one
     price : of a row, in any unit; infinite where nobody knows
     probabilities : shape (rows, classes); all 0 for a row without an answer
+    price_in_errors : of a row, as a share of the price of an error; 0 where nobody named that
     """
 
     name: str
     family: str
     price: float
     probabilities: np.ndarray
+    price_in_errors: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def freeze(truth: np.ndarray, cheap: Member, dear: Member) -> Cascade:
     """
     temperatures = tuple(temperature(truth, one.probabilities) for one in (cheap, dear))
     hits = round(_accuracy(truth, dear.probabilities) * len(truth))
-    threshold = (hits + 1) / (len(truth) + 2)
+    threshold = (hits + 1) / (len(truth) + 2) - dear.price_in_errors
     found = Cascade(cheap.name, dear.name, temperatures, threshold, 0.0)
     share = float(found.is_deferred(cheap.probabilities).mean())
     return Cascade(cheap.name, dear.name, temperatures, threshold, share)
