@@ -5,7 +5,8 @@ nearly alike with different labels.
 
 runs/EXPERIMENT/audit/suspects.csv holds them, the most suspect first; audit.html shows them. No
 label is changed. The probabilities are those of logistic regression on frozen embeddings, by
-cross-validation over the rows of all splits.
+cross-validation over the rows of all splits; with `data.group`, no row is judged by others of its
+group.
 """
 
 import csv
@@ -13,7 +14,7 @@ from collections import Counter
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import atomic_open
@@ -46,7 +47,8 @@ def main(experiment: Experiment) -> None:
     ]
     labelled = results.class_numbers(experiment, rows)
     vectors = Embedder(experiment).embed([row["text"] for row in rows], keep=True).vectors
-    suspects = find_suspects(out_of_sample(experiment, vectors, labelled), labelled)
+    groups = np.array([row["group"] for row in rows]) if experiment.data.group else None
+    suspects = find_suspects(out_of_sample(experiment, vectors, labelled, groups), labelled)
     found = suspected(experiment, rows, vectors, suspects)
     with atomic_open(table) as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -74,29 +76,42 @@ def main(experiment: Experiment) -> None:
     )
 
 
-def out_of_sample(experiment: Experiment, vectors: np.ndarray, labelled: np.ndarray) -> np.ndarray:
-    """Each row's probabilities by a regression that did not see it, shape (rows, classes). Of a
-    class with fewer than FOLDS rows each is certain of its label.
+def out_of_sample(
+    experiment: Experiment, vectors: np.ndarray, labelled: np.ndarray, groups: np.ndarray | None
+) -> np.ndarray:
+    """Each row's probabilities by a regression that saw neither it nor its group, shape (rows,
+    classes). A row whose class has fewer than FOLDS rows, or none outside the fold, is certain of
+    its label.
 
     Parameters
     ----------
     vectors : embeddings, shape (rows, width)
     labelled : class numbers, shape (rows,)
+    groups : what no fold divides, shape (rows,)
     """
     weight, seed = class_weight(experiment), experiment.seed
     strength = fit_regression(vectors, labelled.tolist(), C, seed, weight).C
     settings = {"solver": "newton-cg", "class_weight": weight, "random_state": seed}
     counts = np.bincount(labelled, minlength=len(experiment.labels))
-    frequent = np.isin(labelled, np.flatnonzero(counts >= FOLDS))  # others can't be left out
-    probabilities = np.zeros((len(labelled), len(experiment.labels)))
-    probabilities[np.arange(len(labelled)), labelled] = 1.0
-    probabilities[np.ix_(frequent, np.unique(labelled[frequent]))] = cross_val_predict(
+    frequent = np.flatnonzero(counts[labelled] >= FOLDS)
+    vectors, numbers = vectors[frequent], labelled[frequent]
+    if groups is None:
+        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(vectors, numbers)
+    else:
+        divider = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+        folds = divider.split(vectors, numbers, groups[frequent])
+    folds = list(folds)
+    judged = cross_val_predict(
         LogisticRegression(C=strength, max_iter=1000, **settings),
-        vectors[frequent],
-        labelled[frequent],
-        cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
+        vectors,
+        numbers,
+        cv=folds,
         method="predict_proba",
     )
+    probabilities = np.eye(len(experiment.labels))[labelled]
+    for seen, left in folds:
+        known = left[np.isin(numbers[left], numbers[seen])]
+        probabilities[np.ix_(frequent[known], np.unique(numbers))] = judged[known]
     return probabilities
 
 

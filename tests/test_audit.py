@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,50 @@ def test_a_class_of_one_row_is_left_alone(make_experiment):
     data.main(experiment)
     audit.main(experiment)
     assert "leeks" not in Path("runs/mine/audit/suspects.csv").read_text()
+
+
+def test_a_row_is_not_judged_by_others_of_its_group(make_experiment, monkeypatch):
+    """A customer's texts are alike and all labelled wrongly, so that each confirms the others; and
+    a class that one customer alone has can't be judged."""
+    customers = [(f"{label} {i}", label, f"{label} {i % 20}") for label in "ab" for i in range(60)]
+    wrong = [(f"a too {i}", "b", "wrong") for i in range(12)]
+    alone = [(f"c {i}", "c", "cook") for i in range(8)]
+    write_csv("rows.csv", [*customers, *wrong, *alone], ("text", "label", "customer"))
+    places = {"a": [1, 0, 0, 0], "b": [0, 1, 0, 0], "c": [0, 0, 1, 0], "a too": [0.8, 0, 0, 0.6]}
+
+    class Embedder:
+        def __init__(self, experiment):
+            pass
+
+        def embed(self, texts, keep):
+            noise = np.random.default_rng(0).normal(0, 0.01, (len(texts), 4))
+            return SimpleNamespace(
+                vectors=np.array([places[text.rstrip(" 0123456789")] for text in texts]) + noise
+            )
+
+    judged = {}
+
+    def kept(experiment, vectors, labelled, groups):
+        probabilities = out_of_sample(experiment, vectors, labelled, groups)
+        judged[experiment.name] = dict(zip(texts(experiment), probabilities, strict=True))
+        return probabilities
+
+    def texts(experiment):
+        rows = (read_jsonl(experiment.data_folder / f"{split}.jsonl") for split in audit.SPLITS)
+        return [row["text"] for split in rows for row in split]
+
+    out_of_sample = audit.out_of_sample
+    monkeypatch.setattr(audit, "Embedder", Embedder)
+    monkeypatch.setattr(audit, "out_of_sample", kept)
+    for name, group in (("alone", None), ("grouped", "customer")):
+        keys = {"group": group, "rows": {"validation": 12, "test": 24}}
+        experiment = make_experiment("rows.csv", ["a", "b", "c"], name=name, data=keys)
+        data.main(experiment)
+        audit.main(experiment)
+    for text, *_ in wrong:
+        assert judged["alone"][text].argmax() == 1 and judged["grouped"][text].argmax() == 0
+    for text, *_ in alone:
+        assert judged["alone"][text][2] < 1 and judged["grouped"][text].tolist() == [0, 0, 1]
 
 
 def test_thresholds_are_the_classes_own_means():

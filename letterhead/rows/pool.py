@@ -49,8 +49,9 @@ class Pool:
 def read_pool(
     splits, experiment: Experiment, path: Path, first_number: int | None
 ) -> tuple[Pool, dict]:
-    """Read every row of the source, checked, to a file of lines as they will stand in the splits;
-    `first_number` is `first_label_number`'s.
+    """Read every row of the source, checked, to a file of lines as they will stand in the splits,
+    with the hash of their group where `data.group` names one; `first_number` is
+    `first_label_number`'s.
 
     Raises
     ------
@@ -71,15 +72,14 @@ def read_pool(
                 pool.label.append(index[label])
                 pool.source_split.append(SPLITS.index(split))
                 pool.text_hash.append(hashed(text))
+                line = {"id": row.id, "label": label, "text": text}
                 if data.group:
                     pool.group.append(hashed(str(row.group).strip()))
+                    line["group"] = f"{pool.group[-1]:016x}"
                 if data.time:
                     pool.time.append(moment(row.time))
                     pool.has_dates |= not is_number(row.time)
-                file.write(
-                    json.dumps({"id": row.id, "label": label, "text": text}, ensure_ascii=False)
-                    + "\n"
-                )
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     rows = {"read": sum(read.values()), "read_by_split": dict(read)}
     numbering = {"labels_numbered_from": first_number}
     return pool, {"rows": rows, "dropped": dropped, "cut_to_max_words": shortened, **numbering}
