@@ -81,8 +81,8 @@ def _row(id: str, place: str, values: Sequence[Any], data: Data) -> RawRow:
 
 
 class AllColumns(Columns):
-    """Columns whose values are handed on side by side, those of a CSV row with a wrong number of
-    fields too; of a row of separators alone, which stands for a blank line, there are none."""
+    """Columns whose values are handed on side by side, None for those that a row ends before; of a
+    row of separators alone, which stands for a blank line, there are none."""
 
     def join(self, parts: Sequence[Any]) -> list[Any]:
         return list(parts)
@@ -254,19 +254,22 @@ def _read(path: Path, split: str, data: Data) -> Iterator[RawRow]:
 
 
 def _read_table(path: Path, split: str, data: Data) -> Iterator[RawRow]:
+    """The rows of a table. One that ends before a column that nobody asks for is whole."""
     header, names = tables.column_names(path, data), data.column_names
     if isinstance(data.columns, AllColumns):
         for number, place, values in tables.lines(path, data):
             is_blank = all(value == "" for value in values)
             row = RawRow(f"{split}:{number}", place, [] if is_blank else values, None)
-            if not is_blank and len(values) != len(header):
+            if not is_blank and len(values) < len(header):
+                row.text = [*values, *[None] * (len(header) - len(values))]
+            if len(values) > len(header):
                 row.fault = _wrong_width(path, data, values, header)
             yield row
         return
     at = [column_at(path, header, name) for name in names]
     by_name = tables.kind(path) == tables.PARQUET  # which reads what is asked for, and no more
     for number, place, values in tables.lines(path, data, names):
-        if not by_name and len(values) != len(header):
+        if not by_name and not max(at) < len(values) <= len(header):
             fault = _wrong_width(path, data, values, header)
             yield RawRow(f"{split}:{number}", place, None, None, fault)
             continue
