@@ -5,6 +5,7 @@ SET ?=
 IN ?=
 OUT ?=
 MODEL ?= best
+FORMAT ?=
 ERROR ?=
 PORT ?= 8000
 STUDY ?=
@@ -42,12 +43,12 @@ VERBOSE ?=
 QUIET := $(if $(VERBOSE),,TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1)
 RUN = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL ERROR PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC
+export EXP SET IN OUT MODEL FORMAT ERROR PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC
 # What the user asked for by name; a stage that only another needs says less.
 export ASKED := $(MAKECMDGOALS)
 
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
-KNOWN := EXP SET IN OUT MODEL ERROR PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
+KNOWN := EXP SET IN OUT MODEL FORMAT ERROR PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
 OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
 UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
@@ -146,18 +147,18 @@ decide: compare ## which method to ship, and why
 
 #: serve and measure
 
-export: $(READY) ## a checkpoint as a model of its own, with a card; SFT's is folded into a classifier: make export MODEL=sft
-	@$(RUN) serve.export $(STAGE) --model "$$MODEL"
+export: $(READY) ## a checkpoint as a model of its own, with a card; SFT's is folded into a classifier: make export MODEL=sft (bert, embedding: FORMAT=onnx for ONNX Runtime)
+	@$(RUN) serve.export $(STAGE) --model "$$MODEL" --format "$$FORMAT"
 
-serve: $(READY) $(READY_SERVE) ## serve a checkpoint with vLLM on 127.0.0.1: make serve MODEL=sft PORT=8000
-	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT"
+serve: $(READY) ## serve a method on 127.0.0.1, a decoder with vLLM: make serve MODEL=best PORT=8000 (ERROR=0.05: abstain where unsure)
+	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT" --error "$$ERROR"
 
 bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF and vLLM; then the choice and the report anew
 	@$(RUN) bench.rps $(STAGE)
 	@$(RUN) eval.decide $(STAGE)
 	@$(RUN) report.build $(STAGE)
 
-soak: $(READY_SERVE) ## 20 minutes of load and bad clients on a service: make soak MODEL=bert (after make report)
+soak: $(READY) ## 20 minutes of load and bad clients on a service: make soak MODEL=bert (after make report)
 	@$(RUN) bench.peers.soak $(STAGE) --model "$$MODEL"
 
 growth: data ## time and memory against rows, options and results, up to a million rows: make growth ROWS=1000000

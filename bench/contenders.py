@@ -11,18 +11,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import model_identity, read_json, write_json
+from letterhead.files import atomic_folder, model_identity, read_json, write_json
+from letterhead.models import onnx
 from letterhead.models.classifier import load_classifier, whole_folder
+from letterhead.models.fitted import fit_method
 from letterhead.models.precision import precision
-from letterhead.pipeline import DATA, FOLDED, HEAD_ON_PROMPT, METHODS, method_of, outputs
+from letterhead.pipeline import (
+    CASCADE,
+    DATA,
+    FOLDED,
+    HEAD_ON_PROMPT,
+    METHODS,
+    cascades_file,
+    method_of,
+    outputs,
+)
 from letterhead.runs import results
 from letterhead.runs.devices import device_name, machine, peak_memory
 from letterhead.runs.processes import call_in_a_process
 from letterhead.serving.load import Measured, closed_loop, closed_loop_of_batches, open_loop
+from letterhead.serving.process import http_client
 from letterhead.serving.vllm import vllm_version
 from letterhead.stats.metrics import NO_ANSWER
 
@@ -32,6 +45,8 @@ THOUGHT_TOKENS, THOUGHTS = 16, 200
 # rate that holds.
 FIRST_RATE, STEP, LOWEST_RATE, MOST_RATES = 0.9, 1.2, 0.2, 20
 FOLDED_READS = (HEAD_ON_PROMPT, FOLDED)
+# Engine → what ONNX Runtime computes in
+ONNX = {"onnx": onnx.FLOAT32, "onnx_int8": onnx.INT8}
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ def measure_rows(
     settings["prefix"] = experiment.encoder.prefix
     settings |= {"machine": machine(), "device": device_name(), "vllm": vllm_version()}
     identities = {method: [str(path), model_identity(path)] for method, path in folders.items()}
+    identities[CASCADE.name] = read_json(cascades_file(experiment))
     done, skipped = [], []
     for row in rows:
         kept, of_row = folder / f"{row.key}.json", settings | {"model": identities.get(row.method)}
@@ -109,6 +125,11 @@ def measure(experiment: Experiment, row: Row, name: str, folder: Path) -> dict:
             "one "
             "token or folded"
         }
+    if row.engine in ONNX:
+        target = folder / f"{row.method}.onnx"
+        call_in_a_process(write_onnx, experiment, name, target)
+        measured = call_in_a_process(measure_here, experiment, row, name, target)
+        return head | measured | {"is_approximate": ONNX[row.engine] == onnx.INT8}
     if row.engine != "vllm":
         return head | call_in_a_process(measure_here, experiment, row, name)
 
@@ -183,15 +204,34 @@ def figures(
     }
 
 
-def measure_here(experiment: Experiment, row: Row, name: str) -> dict:
-    """A row of HF's (or scikit-learn's) in this process: one worker that answers all that wait at
-    once."""
+def write_onnx(experiment: Experiment, name: str, target: Path) -> None:
+    """Write an encoder for ONNX Runtime."""
+    with atomic_folder(target) as folder, TemporaryDirectory() as fitted:
+        source = Path(fitted)
+        if method_of(name).fitter:
+            fit_method(experiment, name).save(source)
+        else:
+            source = whole_folder(experiment, name)
+        onnx.write(source, folder, experiment.labels, experiment.encoder.head.max_length)
+
+
+def measure_here(experiment: Experiment, row: Row, name: str, folder: Path | None = None) -> dict:
+    """A row of an engine that runs in this process: one worker that answers all that wait at once.
+
+    Parameters
+    ----------
+    folder : what `write_onnx` wrote, for ONNX Runtime
+    """
     start = time.perf_counter()
     phases = {"prefill": [], "decode": []}
     if row.decode == "generate":
         answer = generator(experiment, whole_folder(experiment, name), phases)
     else:
-        classify = load_classifier(experiment, name)
+        classify = (
+            onnx.OnnxClassifier(folder, ONNX[row.engine])
+            if folder
+            else load_classifier(experiment, name)
+        )
 
         def answer(texts: Sequence[str]) -> list[int]:
             return classify(texts).argmax(axis=1).tolist()
@@ -293,7 +333,7 @@ async def measure_vllm(experiment: Experiment, row: Row, name: str, folder: Path
         dtype=precision(experiment.decoder.dtype, model),
         gpu_memory=experiment.serve.gpu_memory_utilization,
     ) as server:
-        async with service.client() as client:
+        async with http_client() as client:
 
             async def send(request: dict) -> int:
                 return (await server.ask(client, route, encode(request["text"])))[0]

@@ -6,28 +6,32 @@ kind of requests.
 The rows are measured by bench/rows.py; here they are chosen, compared and written down.
 """
 
+from collections.abc import Iterable
+
 from bench.contenders import Row, measure_rows
 from letterhead.config.experiment import Experiment
 from letterhead.files import atomic_open, read_json, write_json
 from letterhead.models.classifier import named_method
 from letterhead.models.precision import precision
-from letterhead.pipeline import METHODS
+from letterhead.pipeline import CASCADE, METHODS, Method, cascades_file
 from letterhead.runs.devices import device_name, machine
 from letterhead.runs.results import bench_made_from
 from letterhead.runs.stage import StageRun, run
 from letterhead.serving.vllm import vllm_version
 
-ENGINES = ("sklearn", "st", "hf", "vllm")
+ENGINES = ("sklearn", "st", "hf", "onnx", "onnx_int8", "two", "vllm")
 
 
-def rows_of_methods() -> list[Row]:
-    """What is measured of all methods, engine by engine."""
-    rows = [Row(*row) for method in METHODS.values() for row in method.bench]
+def rows_of(methods: Iterable[Method]) -> list[Row]:
+    """What is measured of methods, engine by engine."""
+    rows = [Row(*row) for method in methods for row in method.bench]
     return sorted(rows, key=lambda row: ENGINES.index(row.engine))
 
 
 # ratio → the row, and the row that it is compared with: requests per second of a single stream
 RATIOS = {
+    "ONNX Runtime, int8 / HF (BERT)": ("bert-onnx_int8-head", "bert-hf-head"),
+    "ONNX Runtime, float32 / HF (BERT)": ("bert-onnx-head", "bert-hf-head"),
     "letters in one forward / generate (HF)": ("sft-hf-forward", "sft-hf-generate"),
     "one token / generate (vLLM)": ("sft-vllm-one_token", "sft-vllm-generate"),
     "folded SFT / linear head at equal token counts (vLLM)": (
@@ -38,14 +42,17 @@ RATIOS = {
 
 
 def main(experiment: Experiment) -> None:
+    methods = [
+        method
+        for method in METHODS.values()
+        if method is not CASCADE or read_json(cascades_file(experiment))
+    ]
     # Each row is of the checkpoint that stands for its method.
     names = {
-        row: named_method(experiment, method.name)
-        for method in METHODS.values()
-        for row, *_ in method.bench
+        row: named_method(experiment, method.name) for method in methods for row, *_ in method.bench
     }
     stage = StageRun(experiment, "bench")
-    rows, skipped = measure_rows(experiment, rows_of_methods(), names, stage.folder)
+    rows, skipped = measure_rows(experiment, rows_of(methods), names, stage.folder)
     price = experiment.bench.price_per_hour
     for row in rows:
         row["cost_per_million"] = cost_per_million(row, price)

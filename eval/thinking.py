@@ -27,6 +27,7 @@ from letterhead.runs.processes import Workers
 from letterhead.runs.stage import Stage
 from letterhead.runs.terminal import progress
 from letterhead.serving import vllm as service
+from letterhead.serving.process import http_client
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # Qwen3's model card, thinking mode
 IN_FLIGHT = 256
@@ -254,7 +255,7 @@ async def _ask(
 ):
     """Row number and generated ids, as answers come, so many requests in flight."""
     waiting, flying = iter(rows), set()
-    async with service.client() as client:
+    async with http_client() as client:
 
         async def one(i: int) -> tuple[int, list[int]]:
             route = service.sampled_route(tokens, stop, SAMPLING | {"seed": seed + i})

@@ -136,7 +136,7 @@ def model_identity(folder: Path) -> dict:
     files = (
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix in (".safetensors", ".json", ".txt", ".model")
+        if path.suffix in (".safetensors", ".onnx", ".json", ".txt", ".model")
     )
     if record := read_json(folder / SOURCE):
         return {key: value for key, value in record.items() if key != BESIDE}

@@ -491,7 +491,7 @@ class Method:
     thinks : it writes freely
     step_0 : the method as which its model before training stands
     is_saved : its stage leaves it as a model of its own
-    runner : vLLM's way of serving it
+    runner : vLLM's way of serving it, for decoders
     bench : what is measured in service: name of the row, engine, and how an answer is got out of it
     priced_as : rows of the bench whose price is its own, too
     when : whether an experiment compares it
@@ -560,7 +560,6 @@ CLASSIFIER = "letterhead.models.classifier"
 _HEAD = {
     "loader": f"{CLASSIFIER}:load_head_method",
     "has_steps": True,
-    "runner": "pooling",
     "settings": "head",
 }
 _FITTED = {"loader": f"{CLASSIFIER}:load_fitted_method"}
@@ -621,7 +620,11 @@ _METHODS = (
         "embedding",
         SHARED,
         short="embedding",
-        bench=(("embedding", "st", "head"),),
+        bench=(
+            ("embedding", "st", "head"),
+            ("embedding", "onnx", "head"),
+            ("embedding", "onnx_int8", "head"),
+        ),
         **_EMBEDDING,
     ),
     EMBEDDING_ALL := Method(
@@ -655,7 +658,12 @@ _METHODS = (
         SHARED,
         "encoder",
         short="BERT",
-        bench=(("bert", "hf", "head"), ("bert", "vllm", "head")),
+        bench=(
+            ("bert", "hf", "head"),
+            ("bert", "onnx", "head"),
+            ("bert", "onnx_int8", "head"),
+            ("bert", "vllm", "head"),
+        ),
         **_HEAD,
     ),
     BERT_ALL := Method(
@@ -682,6 +690,7 @@ _METHODS = (
             ("linear_head", "vllm", "head"),
             (HEAD_ON_PROMPT, "vllm", "head"),
         ),
+        runner="pooling",
         **_HEAD,
     ),
     SFT := Method(
@@ -724,6 +733,7 @@ _METHODS = (
         SHARED,
         "decoder",
         reads_prompt=True,
+        runner="pooling",
         priced_as=(FOLDED,),
         when=trains_on_options,
         **_HEAD | {"settings": "sft_options"},
@@ -734,6 +744,8 @@ _METHODS = (
         CASCADES.name,
         CASCADES.name,
         loader=f"{CLASSIFIER}:load_cascade_method",
+        short="cascade",
+        bench=(("cascade", "two", "head"),),
         when=can_cascade,
     ),
 )

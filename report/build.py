@@ -67,6 +67,9 @@ ENGINES = {
     "sklearn": "scikit-learn",
     "st": "sentence-transformers",
     "hf": "HF",
+    "onnx": "ONNX Runtime",
+    "onnx_int8": "ONNX Runtime, int8",
+    "two": "both halves",
     "vllm": "vLLM",
 }
 

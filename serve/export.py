@@ -4,13 +4,16 @@ classifier: a letter is a head.
     python -m serve.export --experiment quick --model sft@80
 
 Anything that takes a sequence classifier serves what is written to runs/EXPERIMENT/export/NAME. For
-an SFT checkpoint letterhead_export.json in it says how the fold was checked.
+an SFT checkpoint letterhead_export.json in it says how the fold was checked. With --format onnx an
+encoder is written once more, to NAME.onnx, for ONNX Runtime.
 """
 
 import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, atomic_folder, exclusive, read_json, write_json
@@ -19,6 +22,7 @@ from letterhead.models.classifier import (
     EXPORTED_CASCADE,
     ON_PROMPT,
     frozen_cascade,
+    load_classifier,
     model_folder,
     named_method,
     whole_folder,
@@ -35,6 +39,7 @@ from letterhead.pipeline import (
     method_of,
 )
 from letterhead.runs import contenders, results
+from letterhead.runs.devices import machine
 from letterhead.runs.stage import run
 from letterhead.serving.model_card import write_card
 
@@ -126,6 +131,40 @@ logits = (vectorizer.transform([text]) @ layer["linear.weight"].T + layer["linea
 shares = numpy.exp(logits - logits.max())
 print(config["id2label"], (shares / shares.sum()).tolist())
 """
+CALL_ONNX = """
+import json
+import re
+
+import numpy
+from onnxruntime import InferenceSession
+from tokenizers import Tokenizer
+
+folder = {folder!r}
+config = json.load(open(folder + "/config.json", encoding="utf-8"))
+tokenizer = Tokenizer.from_file(folder + "/tokenizer.json")
+session = InferenceSession(folder + "/" + config["file"])
+
+
+def as_trained(text):
+    \"\"\"The text as training read it{cut_words}, control tokens in it broken up.\"\"\"
+    words = [word.end() for word in re.finditer({word!r}, text)]
+    text = text[: words[{words} - 1]] if {words} and len(words) > {words} else text
+    control = re.compile(config["control"])
+    return config["prefix"] + control.sub(lambda at: at[0][0] + " " + at[0][1:], text.strip())
+
+
+read = tokenizer.encode_batch([as_trained({text!r})])
+ids = numpy.array([one.ids for one in read])
+mask = numpy.array([one.attention_mask for one in read])
+logits = session.run(None, {{"input_ids": ids, "attention_mask": mask}})[0]
+shares = numpy.exp(logits - logits.max(axis=1, keepdims=True))
+print(config["id2label"], (shares / shares.sum(axis=1, keepdims=True)).tolist())
+"""
+ONNX_CHECKED = (
+    "{precision}: {same} of {rows} test rows have the label of the torch model, whose logits (less "
+    "their mean) are {difference:.2g} away at most; of validation rows {validation_same} of "
+    "{validation_rows}"
+)
 CASCADE_CARD = """# {name}
 
 Two classifiers: {cheap} in `cheap/`, {dear} in `dear/`. The card of each says how to call it.
@@ -139,8 +178,15 @@ TEXT_CLASSIFICATION = "text-classification"
 EXAMPLE = "The text that is to be labelled."
 
 
-def main(experiment: Experiment, model: str) -> None:
-    folder, how = export(experiment, named_method(experiment, model))
+# A model as torch and safetensors know it, or for ONNX Runtime
+FORMATS = ("safetensors", ONNX := "onnx")
+
+
+def main(experiment: Experiment, model: str, form: str = "") -> None:
+    if form not in ("", *FORMATS):
+        raise LetterheadError(f"FORMAT={form}: no such format; choose {' or '.join(FORMATS)}")
+    name = named_method(experiment, model)
+    folder, how = (export_onnx if form == ONNX else export)(experiment, name)
     print(f"{folder}: {how}; README.md in it is its model card")
 
 
@@ -211,6 +257,93 @@ def _export(experiment: Experiment, name: str) -> tuple[Path, str]:
         None,
     )
     return folder, f"{how}; {ways}"
+
+
+def export_onnx(experiment: Experiment, name: str) -> tuple[Path, str]:
+    """Export a method whose model is an encoder, and write it for ONNX Runtime beside that, checked
+    on validation and test rows; returns as `export` does.
+
+    int8 is what config.json names if it gives enough validation rows float32's label.
+
+    Raises
+    ------
+    LetterheadError : as `export`, or the method is no encoder
+    """
+    from letterhead.models import onnx
+
+    known = [one.name for one in METHODS.values() if can_export(one) and one.model == "encoder"]
+    method = find_method(name)
+    if method is None or method.name not in known:
+        raise LetterheadError(
+            f"{name}: is no encoder; FORMAT=onnx writes {', '.join(known)}, and the others as they "
+            f"are without FORMAT="
+        )
+    with exclusive(experiment.run_folder / "export" / ".lock"):
+        source, _ = _export(experiment, name)
+        target = source.with_name(f"{source.name}.onnx")
+        length = experiment.encoder.head.max_length
+        with atomic_folder(target) as folder:
+            onnx.write(source, folder, experiment.labels, length)
+            checked = check_onnx(experiment, source, folder)
+            config = read_json(folder / onnx.CONFIG)
+            found = checked[onnx.INT8]
+            if found["validation_same"] >= results.LEAST_AGREEMENT * found["validation_rows"]:
+                config["file"] = onnx.FILES[onnx.INT8]
+            write_json(folder / onnx.CONFIG, config | {"checked": checked})
+        found = [ONNX_CHECKED.format(precision=one, **checked[one]) for one in checked]
+        how = f"{config['file']} is its config's; {'; '.join(found)}; checked on {machine()}"
+        max_words = experiment.data.max_words
+        asked = (
+            f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} "
+            f"tokens, and needs onnxruntime, tokenizers and numpy alone. It was checked on "
+            f"{machine()}:\n\n" + "\n".join(f"- {line}." for line in found)
+        )
+        call = CALL_ONNX.format(
+            folder=str(target),
+            word=WORD.pattern,
+            words=max_words or 0,
+            cut_words=first_words(max_words),
+            text=EXAMPLE,
+        )
+        write_card(experiment, name, target, asked, call, TEXT_CLASSIFICATION)
+    return target, how
+
+
+def check_onnx(experiment: Experiment, source: Path, folder: Path) -> dict[str, dict]:
+    """Precision → what its answers to validation and test rows have in common with those of the
+    exported model."""
+    from letterhead.models import onnx
+
+    texts = {
+        split: [row["text"] for row in results.read_rows(experiment, split)]
+        for split in ("validation", "test")
+    }
+    classify = load_classifier(experiment, str(source))
+    expected = {split: classify(of_split) for split, of_split in texts.items()}
+    checked = {}
+    for precision in onnx.FILES:
+        model = onnx.OnnxClassifier(folder, precision)
+        logits = {split: model.logits(of_split) for split, of_split in texts.items()}
+        same = {
+            split: int((logits[split].argmax(axis=1) == expected[split].argmax(axis=1)).sum())
+            for split in texts
+        }
+        with np.errstate(divide="ignore"):
+            difference = centred(logits["test"].astype(float)) - centred(np.log(expected["test"]))
+        checked[precision] = {
+            "same": same["test"],
+            "rows": len(texts["test"]),
+            "validation_same": same["validation"],
+            "validation_rows": len(texts["validation"]),
+            "difference": float(np.abs(difference).max()),
+        }
+    return checked
+
+
+def centred(logits: np.ndarray) -> np.ndarray:
+    """Logits less their mean over the classes, shape (rows, classes); of log-probabilities the
+    same."""
+    return logits - logits.mean(axis=1, keepdims=True)
 
 
 def can_export(method: Method) -> bool:
@@ -333,9 +466,14 @@ def cut_in_words(max_words: int | None) -> str:
     return f"cut behind its first {max_words} words (a Chinese or Japanese character counts as one)"
 
 
+def first_words(max_words: int | None) -> str:
+    """The same in a few words, for a comment."""
+    return f" (its first {max_words} words)" if max_words else ""
+
+
 def read_text(imports: str, max_words: int | None, more_names: str) -> str:
     """Lines of Python that do to a text what training did."""
-    cut_words = f" (its first {max_words} words)" if max_words else ""
+    cut_words = first_words(max_words)
     return READ_TEXT.format(
         imports=imports,
         word=WORD.pattern,
@@ -371,4 +509,9 @@ def export_head(
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], options={"model": "a method, or METHOD@STEP"})
+    run(
+        main,
+        __doc__.splitlines()[0],
+        options={"model": "a method, or METHOD@STEP"},
+        optional={"format": " or ".join(FORMATS)},
+    )

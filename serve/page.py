@@ -9,7 +9,6 @@ ask nobody else).
 
 import html
 import os
-import socket
 import time
 import warnings
 from pathlib import Path
@@ -22,7 +21,9 @@ from letterhead.models.prompt import keep_words, load_prompt_encoder
 from letterhead.pipeline import HOSTED_LLM, METHODS, method_of
 from letterhead.rows.tables import KINDS, PACKED
 from letterhead.runs.stage import OFFLINE, run
+from letterhead.serving.process import require_free
 from serve import predict
+from serve.start import as_port
 
 HOST = "127.0.0.1"
 POLICY = (
@@ -36,23 +37,15 @@ EXAMPLES = 4
 
 def main(experiment: Experiment, port: str) -> None:
     os.environ |= OFFLINE | {"GRADIO_ANALYTICS_ENABLED": "False", "DO_NOT_TRACK": "1"}
-    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise LetterheadError(f"PORT={port}: not a port; write PORT=8000")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, int(port)))
-        except OSError as error:
-            raise LetterheadError(
-                f"PORT={port}: {error.strerror}; choose another: make try PORT=8001"
-            ) from None
+    number = as_port(port)
+    require_free(number)
     import uvicorn
 
     with TemporaryDirectory(prefix="letterhead-") as files:
         os.environ["GRADIO_TEMP_DIR"] = files  # what is dropped in goes when the page does
         application = build(experiment, Path(files))
         print(f"http://{HOST}:{port} (end with Ctrl-C)", flush=True)
-        uvicorn.run(application, host=HOST, port=int(port), log_level="warning")
+        uvicorn.run(application, host=HOST, port=number, log_level="warning")
 
 
 def trained_methods(experiment: Experiment) -> dict[str, str]:

@@ -37,7 +37,7 @@ from letterhead.files import (
     sha256_json,
     write_json,
 )
-from letterhead.models import embeddings, tfidf
+from letterhead.models import embeddings, onnx, tfidf
 from letterhead.models.checkpoints import base_of, require_model
 from letterhead.models.classifier import (
     CHUNK,
@@ -96,7 +96,7 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
         require_model(folder)
     dtypes = [
         folder
-        and not any(module.is_saved(folder) for module in (embeddings, tfidf))
+        and not any(module.is_saved(folder) for module in (embeddings, onnx, tfidf))
         and precision(experiment.decoder.dtype, base_of(folder))
         for folder in folders
     ]

@@ -1,31 +1,107 @@
-"""Serve a checkpoint with vLLM on 127.0.0.1 until Ctrl-C.
+"""Serve a method on 127.0.0.1 until Ctrl-C: a decoder with vLLM, the others by a small server.
 
     python -m serve.start --experiment quick --model sft@80 --port 8000
 
-sft generates; bert, linear_head, sft_options and folded (which `make export` makes too) classify;
-each may name its @STEP.
+Of the decoders sft generates; linear_head, sft_options and folded (which `make export` makes too)
+classify; each may name its @STEP. The small server takes texts; with --error it says from which
+answers it had better abstain.
 """
 
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError
-from letterhead.models.classifier import named_method, whole_folder
+from letterhead.models.classifier import load_classifier, named_method, whole_folder
 from letterhead.models.precision import precision
-from letterhead.pipeline import METHODS, SFT
+from letterhead.pipeline import SFT, find_method, method_of
 from letterhead.runs.devices import process_count
 from letterhead.runs.stage import run
-from letterhead.serving.vllm import VllmServer
+from letterhead.serving.process import require_free
+from letterhead.serving.vllm import ENVIRONMENT, VllmServer
 from serve.export import export
+from serve.predict import as_share, promise_of
 
 FOLDED_MODEL = "folded"
 
 
-def main(experiment: Experiment, model: str, port: str) -> None:
-    if not port.isdecimal() or not 0 < int(port) < 65536:
+def main(experiment: Experiment, model: str, port: str, error: str = "") -> None:
+    number = as_port(port)
+    require_free(number)
+    if is_decoder(experiment, model):
+        if error:
+            raise LetterheadError(
+                f"ERROR={error}: vLLM, which serves {model}, can't abstain; leave ERROR= out, or "
+                f"serve another method"
+            )
+        serve_by_vllm(experiment, model, number)
+    else:
+        serve_texts(experiment, model, number, error)
+
+
+def as_port(port: str) -> int:
+    """PORT as a number.
+
+    Raises
+    ------
+    LetterheadError : it is no port
+    """
+    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise LetterheadError(f"PORT={port}: not a port; write a number up to 65535")
+    return int(port)
+
+
+def is_decoder(experiment: Experiment, model: str) -> bool:
+    """Whether a name stands for a decoder, which vLLM serves."""
+    if model.partition("@")[0] == FOLDED_MODEL:
+        return True
+    method = find_method(named_method(experiment, model))
+    return bool(method and method.runner)
+
+
+def serve_texts(experiment: Experiment, model: str, port: int, error: str) -> None:
+    """Serve a method that is no decoder, or a cascade, from this process until it is ended."""
+    import uvicorn
+
+    from letterhead.serving import server
+
+    name = named_method(experiment, model)
+    promised = promise_of(experiment, name, as_share(error)) if error else None
+    print(f"loading {name}", flush=True)
+    start = time.perf_counter()
+    served = server.Served(
+        name,
+        experiment.labels,
+        load_classifier(experiment, name),
+        experiment.data.max_words,
+        promised and promised.threshold,
+        max(experiment.eval.batch_tokens, 1),
+    )
+    url = f"http://{server.HOST}:{port}"
+    application = server.create(served)
+    print(
+        f"{name} is served at {url}{server.CLASSIFY} (loaded in "
+        f"{time.perf_counter() - start:.0f} s), described at {url}/docs; Ctrl-C ends it",
+        flush=True,
+    )
+    uvicorn.run(
+        application,
+        host=server.HOST,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=server.ENDING_S,
+    )
+    metrics = application.state.metrics
+    print(f"ended; {metrics.ended:,} of {metrics.begun:,} requests were answered", flush=True)
+
+
+def serve_by_vllm(experiment: Experiment, model: str, port: int) -> None:
+    """Serve a decoder's checkpoint with vLLM until it is ended; vLLM's environment is made first
+    where it is missing."""
+    if not (ENVIRONMENT / "bin" / "python").exists():
+        subprocess.run(["make", "setup-serve"], check=True)
     name, folder, runner, length = served(experiment, model)
     log = experiment.run_folder / "serve" / f"{name}.log"
     print(f"loading {folder}; vLLM's log is {log}", flush=True)
@@ -50,7 +126,7 @@ def main(experiment: Experiment, model: str, port: str) -> None:
     # Prompts of a decoder begin alike; a classifier's texts do not.
     keeps = runner == "generate"
     settings = (dtype, memory, process_count(), tokenizer, keeps)
-    with VllmServer(folder, runner, length, log, int(port), *settings) as server:
+    with VllmServer(folder, runner, length, log, port, *settings) as server:
         route = "/v1/completions" if runner == "generate" else "/classify"
         print(
             f"{name} is served at {server.url}{route} (loaded in {server.load_seconds:.0f} "
@@ -65,11 +141,12 @@ def main(experiment: Experiment, model: str, port: str) -> None:
 
 
 def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
-    """What a name stands for: full name, folder, vLLM's runner, and the longest request in tokens.
+    """What the name of a decoder stands for: full name, folder, vLLM's runner, and the longest
+    request in tokens.
 
     Raises
     ------
-    LetterheadError : no such model, or one that vLLM can't serve
+    LetterheadError : no such checkpoint
     """
     cutoff = experiment.sft_arguments()["cutoff_len"]
     if model.partition("@")[0] == FOLDED_MODEL:
@@ -77,12 +154,7 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
         folder, _ = export(experiment, source)
         return source.replace(SFT.name, FOLDED_MODEL), folder, "pooling", cutoff
     name = named_method(experiment, model)
-    method = METHODS.get(name.partition("@")[0])
-    if method is None or not method.runner:
-        known = ", ".join(one.name for one in METHODS.values() if one.runner)
-        raise LetterheadError(
-            f"{name}: vLLM serves {known} and {FOLDED_MODEL}; choose one with MODEL="
-        )
+    method = method_of(name)
     length = cutoff if method.reads_prompt else method.head(experiment).max_length
     # An exported classifier's probabilities are calibrated.
     is_classifier = method.runner == "pooling"
@@ -95,7 +167,8 @@ if __name__ == "__main__":
         main,
         __doc__.splitlines()[0],
         options={
-            "model": "sft, bert, linear_head, sft_options or folded, with @STEP",
+            "model": "best, a method, folded, METHOD@STEP, or a folder that make export wrote",
             "port": "of 127.0.0.1",
         },
+        optional={"error": "the share of wrong answers that is allowed"},
     )

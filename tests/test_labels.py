@@ -27,7 +27,7 @@ from letterhead.rows.sources import RawRow, Source, open_source, require_order
 from letterhead.runs import results
 from prep import data
 from report import build
-from serve import export, page, predict, start
+from serve import export, page, predict
 from tests.test_data import write_csv
 from tests.test_new import place, words, written  # noqa: F401
 from train import fitted, heads
@@ -246,12 +246,8 @@ def test_export_service_and_the_reports_counts_have_the_label_that_the_file_gave
             stage.main(experiment)
         assert predict_all(experiment, truth, "bert") == truth
         folder, _ = export.export(experiment, classifier.named_method(experiment, "bert"))
-        _, served_folder, runner, _ = start.served(experiment, "bert")
-    assert runner == "pooling"
-    for exported in (folder, served_folder):
-        classify = pipeline_of("text-classification", model=str(exported))
-        answers = classify(list(truth))
-        assert dict(zip(truth, (one["label"] for one in answers), strict=True)) == truth
+    answers = pipeline_of("text-classification", model=str(folder))(list(truth))
+    assert dict(zip(truth, (one["label"] for one in answers), strict=True)) == truth
     in_splits = {
         split: Counter(truth[row["text"]] for row in results.read_rows(experiment, split))
         for split in ("train", "validation", "test")

@@ -26,9 +26,11 @@ from letterhead.files import LetterheadError, write_json
 from letterhead.models import folding
 from letterhead.models.prompt import Answer, load_prompt_encoder
 from letterhead.models.scoring import load_decoder, score_options
+from letterhead.pipeline import METHODS
 from letterhead.runs import processes, results
 from letterhead.serving import load
 from letterhead.serving import vllm as service
+from letterhead.serving.process import Route, http_client
 from letterhead.stats.metrics import NO_ANSWER
 from prep import data
 from report import build
@@ -59,9 +61,9 @@ def served(make_experiment, fetched, monkeypatch):
     return experiment
 
 
-def ask_all(server: service.VllmServer, route: service.Route, prompts: list[list[int]]) -> list:
+def ask_all(server: service.VllmServer, route: Route, prompts: list[list[int]]) -> list:
     async def go() -> list:
-        async with service.client() as client:
+        async with http_client() as client:
             return await asyncio.gather(*(server.ask(client, route, ids) for ids in prompts))
 
     return asyncio.run(go())
@@ -365,7 +367,7 @@ def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_p
 
 
 def test_every_row_of_the_bench_has_a_place_and_a_title():
-    measured = rps.rows_of_methods()
+    measured = rps.rows_of(METHODS.values())
     assert {row.method for row in measured} >= {"tfidf", "embedding", "bert", "sft"}
     assert all(build.served(vars(row)) for row in measured)
 

@@ -9,7 +9,7 @@ The weights are random, so accuracies mean nothing; time and memory depend on th
 
 from pathlib import Path
 
-from bench.contenders import Row, measure_rows
+from bench.contenders import ONNX, Row, measure_rows
 from bench.peers.scoring import compare, draw_rows, summary
 from letterhead.config.experiment import Experiment
 from letterhead.files import read_json, write_json
@@ -34,7 +34,7 @@ ROWS = [
     for row in method.bench
     if row != LINEAR_HEAD.bench[1]
 ]
-ROWS = [row for row in ROWS if row.method != HEAD_ON_PROMPT]
+ROWS = [row for row in ROWS if row.method != HEAD_ON_PROMPT and row.engine not in ONNX]
 UNTRAINED = {row.method: f"{SFT.name if row.method == FOLDED else row.method}@0" for row in ROWS}
 
 

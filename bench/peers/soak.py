@@ -10,6 +10,7 @@ takes soak.json and soak.png.
 
 import asyncio
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,11 +29,13 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, write_json
 from letterhead.models.classifier import named_method
 from letterhead.models.precision import precision
-from letterhead.pipeline import BERT, LINEAR_HEAD, SFT
+from letterhead.pipeline import LINEAR_HEAD, SFT, method_of
 from letterhead.runs.devices import device_name, machine
+from letterhead.runs.processes import free_port
 from letterhead.runs.stage import StageRun, run
 from letterhead.runs.terminal import progress
 from letterhead.serving import vllm as service
+from letterhead.serving.process import Route, ServerProcess, http_client
 from letterhead.stats.figures import caption_of, plt, save
 
 ROWS, CLIENTS, SHARE = (
@@ -72,26 +75,17 @@ class Tally:
     said: dict[str, str] = field(default_factory=dict)
 
 
-def main(experiment: Experiment, model: str) -> None:
+def main(experiment: Experiment, source: str, overrides: str, model: str) -> None:
     name = named_method(experiment, model)
-    method = name.partition("@")[0]
-    if method not in [one.name for one in (SFT, BERT, LINEAR_HEAD)]:
-        raise LetterheadError(f"{name}: choose MODEL=sft, bert or linear_head")
-    if method == SFT.name and experiment.prompt.options == "names":
-        raise LetterheadError(
-            f"{name}: vLLM is asked for one token, and the options are names; choose bert "
-            f"or linear_head"
-        )
     stage = StageRun(experiment, "soak", None)
-    row = Row(method, "vllm", "one_token" if method == SFT.name else "head")
-    folder, route, encode = asked_of_vllm(experiment, row, name)
-    requests = [encode(row["text"]) for row in draw(experiment, ROWS, 0)]
-    dtype, log = precision(experiment.decoder.dtype, folder), stage.folder / "vllm.log"
-    runner = "generate" if method == SFT.name else "pooling"
-    memory = experiment.serve.gpu_memory_utilization
-    with service.VllmServer(
-        folder, runner, model_length(experiment, row), log, dtype=dtype, gpu_memory=memory
-    ) as server:
+    log = stage.folder / "server.log"
+    texts = [row["text"] for row in draw(experiment, ROWS, 0)]
+    at_work, route, requests = (
+        by_vllm(experiment, name, texts, log)
+        if runs_in_vllm(name)
+        else by_small_server(source, overrides, name, texts, log)
+    )
+    with at_work as server:
         family = psutil.Process(server.pid).children(recursive=True)
         tally = asyncio.run(
             soak(
@@ -115,6 +109,62 @@ def main(experiment: Experiment, model: str) -> None:
         raise LetterheadError(f"{name}: {'; '.join(faults)}; see {path} and {log}")
 
 
+def runs_in_vllm(name: str) -> bool:
+    """Whether a method is soaked in vLLM.
+
+    Raises
+    ------
+    LetterheadError : vLLM serves it in a way that is not soaked
+    """
+    method = method_of(name)
+    if method.runner and method not in (SFT, LINEAR_HEAD):
+        raise LetterheadError(f"{name}: choose MODEL=sft, linear_head, or a method that is no LLM")
+    return bool(method.runner)
+
+
+def by_vllm(
+    experiment: Experiment, name: str, texts: Sequence[str], log: Path
+) -> tuple[ServerProcess, Route, list]:
+    """A server, the route that is asked, and what it is asked about each text.
+
+    Raises
+    ------
+    LetterheadError : SFT on names, of which one token says nothing
+    """
+    method = method_of(name)
+    if method is SFT and experiment.prompt.options == "names":
+        raise LetterheadError(
+            f"{name}: vLLM is asked for one token, and the options are names; choose another method"
+        )
+    row = Row(method.name, "vllm", "one_token" if method is SFT else "head")
+    folder, route, encode = asked_of_vllm(experiment, row, name)
+    dtype, memory = precision(experiment.decoder.dtype, folder), experiment.serve
+    server = service.VllmServer(
+        folder,
+        method.runner,
+        model_length(experiment, row),
+        log,
+        dtype=dtype,
+        gpu_memory=memory.gpu_memory_utilization,
+    )
+    return server, route, [encode(text) for text in texts]
+
+
+def by_small_server(
+    source: str, overrides: str, name: str, texts: Sequence[str], log: Path
+) -> tuple[ServerProcess, Route, list]:
+    """The same of the server that a method without an LLM has.
+
+    Parameters
+    ----------
+    source, overrides : what names the experiment
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "serve.start", "--experiment", source, "--set", overrides]
+    command += ["--model", name, "--port", str(port)]
+    return ServerProcess(command, port, log, name), service.classify_route(), list(texts)
+
+
 def held(pid: int) -> tuple[float, int, int]:
     """What a process's children hold: MiB of resident memory (shared pages count in each), open
     files, threads."""
@@ -128,7 +178,7 @@ def held(pid: int) -> tuple[float, int, int]:
 
 async def soak(
     url: str,
-    route: service.Route,
+    route: Route,
     requests: Sequence[list[int]],
     seconds: float,
     memory: Callable[[], tuple[float, int, int]],
@@ -143,7 +193,7 @@ async def soak(
     memory : gives MiB, open files, threads of the service
     """
     tally, chance = Tally(), np.random.default_rng(seed)
-    async with service.client() as client:
+    async with http_client() as client:
 
         async def answer(i: int) -> np.ndarray:
             reply = await client.post(url + route.path, json=route.body(requests[i]))
@@ -200,7 +250,7 @@ async def soak(
 
 
 async def misbehave(
-    kind: str, url: str, route: service.Route, ids: list[int], chance: np.random.Generator
+    kind: str, url: str, route: Route, ids: list[int], chance: np.random.Generator
 ) -> str:
     """Be a bad client once; gives what the service replied: a status and its text, `closed`,
     `nothing`, or `left`."""
@@ -341,4 +391,9 @@ def draw_picture(path: Path, caption: str, tally: Tally) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__.splitlines()[0], options={"model": "sft, bert or linear_head, with @STEP"})
+    run(
+        main,
+        __doc__.splitlines()[0],
+        options={"model": "a method, or METHOD@STEP"},
+        with_arguments=True,
+    )

@@ -69,9 +69,10 @@ def require_model(folder: Path) -> None:
             f"{folder}: no checkpoint there (no config.json); train it, or name another"
         )
     weights = sorted(folder.rglob("*.safetensors"))
-    if not weights:
+    if not weights and not any(folder.glob("*.onnx")):
         raise LetterheadError(
-            f"{folder}: no safetensors file; other weight formats can run code and are refused"
+            f"{folder}: no safetensors or ONNX file; other weight formats can run code and are "
+            f"refused"
         )
     for file in weights:
         if reason := safetensors_error(file):

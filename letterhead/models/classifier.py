@@ -13,7 +13,7 @@ from letterhead import pipeline
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
 from letterhead.files import LetterheadError, read_json
-from letterhead.models import checkpoints, embeddings, tfidf
+from letterhead.models import checkpoints, embeddings, onnx, tfidf
 from letterhead.models.fitted import fit_method
 from letterhead.pipeline import CASCADE, METHODS, Method, find_method, method_of
 from letterhead.runs import contenders, results
@@ -248,16 +248,16 @@ class CascadeClassifier:
     """
 
     def __init__(self, frozen: Cascade, cheap: Classifier, dear: Classifier):
-        self._frozen, self._cheap, self._dear = frozen, cheap, dear
+        self.frozen, self.cheap, self.dear = frozen, cheap, dear
 
     def answer(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities, shape (rows, classes), and whether the dear method answered, shape
         (rows,)."""
-        cheap = self._cheap(texts)
-        deferred = self._frozen.is_deferred(cheap)
+        cheap = self.cheap(texts)
+        deferred = self.frozen.is_deferred(cheap)
         passed = [text for text, is_passed in zip(texts, deferred, strict=True) if is_passed]
-        dear = self._dear(passed) if passed else cheap[:0]
-        return self._frozen.combine(cheap, dear, deferred), deferred
+        dear = self.dear(passed) if passed else cheap[:0]
+        return self.frozen.combine(cheap, dear, deferred), deferred
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         return self.answer(texts)[0]
@@ -355,7 +355,7 @@ def _exported(experiment: Experiment, folder: Path) -> Classifier:
             f"so in its config.json (id2label)"
         )
     columns = [labels.index(label) for label in experiment.labels]
-    for saved in (embeddings, tfidf):
+    for saved in (onnx, embeddings, tfidf):
         if saved.is_saved(folder):
             classify_saved = saved.load_saved(folder)
             return lambda texts: classify_saved(texts)[:, columns]

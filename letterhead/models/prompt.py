@@ -75,7 +75,8 @@ def _control_strings(tokenizer, more: Iterable[str] = ()) -> re.Pattern:
     return re.compile("|".join(names) or r"(?!)")
 
 
-def _break_up(control: re.Pattern, text: str) -> str:
+def break_up(control: re.Pattern, text: str) -> str:
+    """A text with a space inside each string that a pattern knows as a control token."""
     return control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
@@ -88,7 +89,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer, max_length: int):
         self.tokenizer, self.max_length = tokenizer, max_length
-        self._control = _control_strings(tokenizer)
+        self.control = _control_strings(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids, special tokens included, one list a text."""
@@ -99,7 +100,7 @@ class TextEncoder:
     def neutralise(self, texts: Sequence[str]) -> list[str]:
         """The texts with a space inside each string that the tokenizer would read as a control
         token."""
-        return [_break_up(self._control, text) for text in texts]
+        return [break_up(self.control, text) for text in texts]
 
 
 class PromptEncoder:
@@ -195,7 +196,7 @@ class PromptEncoder:
     def neutralise(self, text: str) -> str:
         """The text with a space inside each string that the tokenizer would read as a control
         token."""
-        return _break_up(self._control, text)
+        return break_up(self._control, text)
 
     def fit(self, text: str) -> str:
         """The text as it stands in the prompt: neutralised, and shortened so that prompt and answer

@@ -27,6 +27,8 @@ from letterhead.runs.devices import device_name, versions
 from letterhead.stats.metrics import NO_ANSWER, classification_figures
 
 SPLITS = ("test", "validation")
+# So many of its answers a model whose weights are rounded must keep, to stand for the other
+LEAST_AGREEMENT = 0.99
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,13 @@ def read_bench(experiment: Experiment) -> dict | None:
 
 def read_prices(experiment: Experiment) -> list[dict]:
     """What a million rows cost in service, of each row of the bench that is there: its method, full
-    name and price."""
+    name and price. One whose weights are rounded is left out where its answers are others than
+    were evaluated on more than one row in a hundred."""
     bench = read_bench(experiment) or {"rows": []}
     return [
-        {key: row[key] for key in ("method", "name", "cost_per_million")} for row in bench["rows"]
+        {key: row[key] for key in ("method", "name", "cost_per_million")}
+        for row in bench["rows"]
+        if not row.get("is_approximate") or (row["same_as_evaluated"] or 0) >= LEAST_AGREEMENT
     ]
 
 

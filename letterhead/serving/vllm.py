@@ -5,39 +5,26 @@ the tokenizer of a service would not give them back (at the seam between prompt 
 where a text holds control strings).
 """
 
-import asyncio
 import json
 import os
 import re
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import torch
 
 from letterhead.files import LetterheadError
 from letterhead.models.prompt import Answer
 from letterhead.models.scoring import softmax
 from letterhead.runs.devices import gpu_memory_used_mb, require_compiler
-from letterhead.runs.processes import free_port, guarded
+from letterhead.runs.processes import free_port
+from letterhead.serving.process import Route, ServerProcess
 from letterhead.stats.metrics import NO_ANSWER
 
 ENVIRONMENT = Path(".venv-serve")
 NAME = "letterhead"
-LOAD_PATIENCE_S = 900
-TIMEOUT_S = 600
-IDLE_S = (
-    1  # the server drops a connection that idles for 5 s, perhaps just as the next request takes it
-)
-TAIL_LINES = 6
 PHASES = {
     "prefill_ms": "vllm:request_prefill_time_seconds",
     "decode_ms": "vllm:request_decode_time_seconds",
@@ -46,21 +33,6 @@ PHASES = {
 
 class NotSupported(LetterheadError):
     """vLLM has no implementation of the model's architecture."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """One way of asking.
-
-    path : of the HTTP route
-    body : token ids → the request
-    read : the reply → (class number or NO_ANSWER, probabilities of the classes or None); of
-        `text_route` the text
-    """
-
-    path: str
-    body: Callable[[list[int]], dict]
-    read: Callable[[dict], Any]
 
 
 def generate_route(answers: Sequence[Answer]) -> Route:
@@ -141,7 +113,7 @@ def classify_route() -> Route:
     return Route("/classify", lambda ids: {"model": NAME, "input": ids}, read)
 
 
-class VllmServer:
+class VllmServer(ServerProcess):
     """A vLLM server on 127.0.0.1, from start to the end of the block.
 
     Parameters
@@ -162,9 +134,10 @@ class VllmServer:
     Raises
     ------
     NotSupported : vLLM does not know the architecture
-    LetterheadError : no serving environment, a port that is taken, or a server that ends before it
-        answers; quotes the log
+    LetterheadError : no serving environment, or as `ServerProcess`
     """
+
+    engine = "vLLM"
 
     def __init__(
         self,
@@ -179,7 +152,7 @@ class VllmServer:
         tokenizer: Path | None = None,
         keeps_prefixes: bool = False,
     ):
-        self.model, self.log, self.port = model, log, port or free_port()
+        port = port or free_port()
         python, gpu = ENVIRONMENT / "bin" / "python", torch.cuda.is_available()
         if not python.exists():
             raise LetterheadError(f"{python}: no serving environment; run: make setup-serve")
@@ -189,13 +162,7 @@ class VllmServer:
                     f"{ENVIRONMENT} is built for the CPU; remove it, and run: make setup-serve"
                 )
             require_compiler(python)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                raise LetterheadError(
-                    f"port {self.port} of 127.0.0.1 is taken; end what listens there, or name "
-                    f"another"
-                )
-        options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME]
+        options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
         options += [
             "--runner",
             runner,
@@ -223,104 +190,12 @@ class VllmServer:
             str(model),
             *options,
         ]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._start = time.perf_counter()
         self._gpu_memory_before = gpu_memory_used_mb() if gpu else None
-        output = {"stdout": open(log, "w"), "stderr": subprocess.STDOUT}
-        self._process = subprocess.Popen(
-            guarded(command), **output, env=server_environment(gpu, os.environ)
-        )
+        super().__init__(command, port, log, str(model), server_environment(gpu, os.environ))
 
-    @property
-    def pid(self) -> int:
-        """The process that ends the server's when it ends."""
-        return self._process.pid
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> "VllmServer":
-        try:
-            self._wait_until_it_answers()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End the server and all its processes."""
-        self._process.terminate()
-        self._process.wait()
-
-    def require_alive(self) -> None:
-        """Make sure that the server still runs.
-
-        Raises
-        ------
-        LetterheadError : it has ended; quotes the end of its log
-        """
-        if self._process.poll() is not None:
-            lines = self.log.read_text(errors="replace").splitlines()
-            if unknown := re.search(
-                r"Model architectures \[.*?\] are not supported", "\n".join(lines)
-            ):
-                raise NotSupported(f"{self.model}: vLLM says: {unknown[0]}")
-            # An error's message may begin on the line behind its name.
-            at = [i for i, line in enumerate(lines) if "Error" in line and "WARNING" not in line]
-            quoted = [
-                lines[j] for j in sorted({j for i in at for j in (i, i + 1) if j < len(lines)})
-            ] or lines
-            quoted = "\n  ".join(line[-300:] for line in quoted[-TAIL_LINES:])
-            raise LetterheadError(
-                f"vLLM ended (exit code {self._process.returncode}) on {self.model}; {self.log} "
-                f"says:\n  {quoted}"
-            )
-
-    def _wait_until_it_answers(self) -> None:
-        while time.perf_counter() - self._start < LOAD_PATIENCE_S:
-            self.require_alive()
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2, trust_env=False).status_code == 200:
-                    self.load_seconds = time.perf_counter() - self._start
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.5)
-        raise LetterheadError(
-            f"vLLM did not answer within {LOAD_PATIENCE_S} s on {self.model}; its log is {self.log}"
-        )
-
-    async def ask(self, client: httpx.AsyncClient, route: Route, ids: list[int]) -> Any:
-        """One request; gives what the route reads from the reply.
-
-        Raises
-        ------
-        LetterheadError : the server has ended (quotes its log), refuses the request or sends what
-            can't be read (quotes it)
-        """
-        try:
-            reply = await client.post(self.url + route.path, json=route.body(ids))
-        except httpx.HTTPError as error:
-            await asyncio.sleep(1)  # a server that was killed needs a moment to be found dead
-            self.require_alive()
-            raise LetterheadError(
-                f"{self.url}{route.path}: {type(error).__name__} {error}; its log is {self.log}"
-            ) from None
-        if reply.status_code != 200:
-            raise LetterheadError(
-                f"{self.url}{route.path}: status {reply.status_code}: {reply.text[:300]}"
-            )
-        try:
-            return route.read(reply.json())
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise LetterheadError(
-                f"{self.url}{route.path}: not a reply of vLLM's ({type(error).__name__}): "
-                f"{reply.text[:300]}"
-            ) from None
+    def _explain(self, text: str) -> None:
+        if unknown := re.search(r"Model architectures \[.*?\] are not supported", text):
+            raise NotSupported(f"{self.what}: vLLM says: {unknown[0]}")
 
     def phases(self) -> dict[str, float]:
         """Milliseconds in prefill and in decoding, summed over all requests so far, by vLLM's own
@@ -333,15 +208,9 @@ class VllmServer:
         return {name: 1000 * float(match[1]) for name, match in found.items() if match}
 
     def peak_memory(self) -> dict[str, int]:
-        """The most memory that each of the server's processes has held, summed, in MiB: pages they
-        share count twice, so it is an upper bound; and what all GPUs together hold more than before
-        the server was started (vLLM takes its share at once and keeps it)."""
-        peak = 0
-        for process in psutil.Process(self.pid).children(recursive=True):
-            with suppress(OSError):
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                peak += sum(int(kibibytes) for kibibytes in re.findall(r"VmHWM:\s*(\d+)", status))
-        memory = {"peak_memory_mb": peak // 1024}
+        """The same, and what all GPUs together hold more than before the server was started (vLLM
+        takes its share at once and keeps it)."""
+        memory = super().peak_memory()
         if None not in (
             before := self._gpu_memory_before,
             now := gpu_memory_used_mb() if before is not None else None,
@@ -388,13 +257,6 @@ def server_environment(gpu: bool, environment: Mapping[str, str]) -> dict[str, s
         return variables
     # vLLM would keep one core for itself: of two cores that is half the throughput.
     return {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} | variables
-
-
-def client() -> httpx.AsyncClient:
-    """An HTTP client with a connection for each request in flight."""
-    # No proxy: it would be asked for 127.0.0.1 too.
-    limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S)
-    return httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False)
 
 
 def vllm_version() -> str:
