@@ -11,17 +11,24 @@ import html
 import os
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, read_json
-from letterhead.models.classifier import Classifier, load_classifier, model_folder
+from letterhead.models.classifier import (
+    CascadeClassifier,
+    Classifier,
+    load_classifier,
+    model_folder,
+)
 from letterhead.models.prompt import keep_words, load_prompt_encoder
 from letterhead.pipeline import HOSTED_LLM, METHODS, method_of
 from letterhead.rows.tables import KINDS, PACKED
 from letterhead.runs.stage import OFFLINE, run
 from letterhead.serving.process import require_free
+from letterhead.stats.verdict import as_times
 from serve import predict
 from serve.start import as_port
 
@@ -98,11 +105,24 @@ def _answers_here(experiment: Experiment, name: str) -> bool:
         return False
 
 
-def answer(
-    experiment: Experiment, classifiers: dict[str, Classifier], text: str
-) -> list[tuple[dict[str, float], float]]:
-    """Each method's probabilities, label → share, and the milliseconds that it took for this one
-    text.
+@dataclass(frozen=True)
+class Answer:
+    """A method's answer to one text.
+
+    Attributes
+    ----------
+    shares : label → probability
+    milliseconds : that it took
+    is_deferred : whether a cascade passed the text on; None of a method that is no cascade
+    """
+
+    shares: dict[str, float]
+    milliseconds: float
+    is_deferred: bool | None = None
+
+
+def answer(experiment: Experiment, classifiers: dict[str, Classifier], text: str) -> list[Answer]:
+    """Each method's answer to a text.
 
     Raises
     ------
@@ -114,12 +134,31 @@ def answer(
     answers = []
     for classify in classifiers.values():
         start = time.perf_counter()
-        probabilities = classify([cut])[0]
+        deferred = None
+        if isinstance(classify, CascadeClassifier):
+            (probabilities,), (deferred,) = classify.answer([cut])
+        else:
+            (probabilities,) = classify([cut])
         milliseconds = 1000 * (time.perf_counter() - start)
-        answers.append(
-            (dict(zip(experiment.labels, map(float, probabilities), strict=True)), milliseconds)
-        )
+        shares = dict(zip(experiment.labels, map(float, probabilities), strict=True))
+        answers.append(Answer(shares, milliseconds, None if deferred is None else bool(deferred)))
     return answers
+
+
+def who_answered(experiment: Experiment, name: str, answered: Answer) -> str:
+    """Which half of a cascade answered, and the price of that, in Markdown; of another method the
+    price. Prices are the decision's, over the cheapest method's."""
+    methods = read_json(experiment.results_folder / "comparison.json")["methods"]
+    prices = (read_json(experiment.results_folder / "decision.json") or {}).get("prices", {})
+    asked = parts_of(methods[name], name)
+    half = ""
+    if answered.is_deferred is not None:
+        asked = asked if answered.is_deferred else asked[:1]
+        half = f", answered by {methods[asked[-1]]['title']}"
+    if not all(one in prices for one in asked):
+        return half
+    times = sum(prices[one] for one in asked) / min(prices.values())
+    return f"{half}, price {as_times(times)}"
 
 
 def prompt_of(experiment: Experiment, encoder, text: str) -> tuple[str, str]:
@@ -170,10 +209,11 @@ def build(experiment: Experiment, files: Path):
         except LetterheadError as error:
             raise gr.Error(str(error)) from None
         taken = [
-            f"{title}: **{ms:.0f} ms**"
-            for (_, ms), title in zip(answers, titles.values(), strict=True)
+            f"{title}: **{one.milliseconds:.0f} ms**{who_answered(experiment, name, one)}"
+            for one, (name, title) in zip(answers, titles.items(), strict=True)
         ]
-        return [*taken, *(shares for shares, _ in answers), *prompt_of(experiment, encoder, text)]
+        shares = (one.shares for one in answers)
+        return [*taken, *shares, *prompt_of(experiment, encoder, text)]
 
     def label_file(source: str | None, name: str) -> str:
         if source is None:

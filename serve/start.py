@@ -7,6 +7,7 @@ classify; each may name its @STEP. The small server takes texts; with --error it
 answers it had better abstain.
 """
 
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -86,6 +87,7 @@ def serve_texts(experiment: Experiment, model: str, port: int, error: str) -> No
         f"{time.perf_counter() - start:.0f} s), described at {url}/docs; Ctrl-C ends it",
         flush=True,
     )
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn ends by it, and then raises it anew
     uvicorn.run(
         application,
         host=server.HOST,

@@ -17,9 +17,11 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from letterhead.files import LetterheadError, write_json
+from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import heads
+from letterhead.models.classifier import CascadeClassifier
 from letterhead.models.prompt import load_prompt_encoder
+from letterhead.stats.cascade import Cascade
 from prep import data
 from serve import page
 from tests.browser import Browser, needs_browser
@@ -93,7 +95,7 @@ def test_what_answers_are_the_trained_methods_and_the_ids_are_those_of_training(
         TITLES
     )  # the linear head's checkpoint is gone
     answers = page.answer(experiment, {"a": lambda texts: np.array([[0.25, 0.75]])}, "  some text ")
-    assert answers[0][0] == {LABELS[0]: 0.25, "Sports": 0.75} and answers[0][1] > 0
+    assert answers[0].shares == {LABELS[0]: 0.25, "Sports": 0.75} and answers[0].milliseconds > 0
     with pytest.raises(LetterheadError, match="the text is empty"):
         page.answer(experiment, {}, " \n")
     encoder = load_prompt_encoder(experiment)
@@ -104,6 +106,30 @@ def test_what_answers_are_the_trained_methods_and_the_ids_are_those_of_training(
     )
     answer = encoder.answers[1]
     assert f"B = Sports: {answer.ids[answer.start]}" in ids
+
+
+def test_a_cascade_says_which_half_answered_and_the_price_of_that(experiment):
+    frozen = Cascade("tfidf", "bert@9", (1.0, 1.0), 0.7, 0.0)
+    dear, halves = np.array([[0.9, 0.1]]), {"cheap": "tfidf", "dear": "bert@9"}
+    comparison = read_json("runs/mine/results/comparison.json")
+    comparison["methods"]["cascade:bert"] = {"method": "cascade", "halves": halves}
+    write_json("runs/mine/results/comparison.json", comparison)
+    for sure, half in ((0.8, "TF-IDF + logistic regression"), (0.6, "BERT")):
+        cheap = np.array([[1 - sure, sure]])
+        classify = CascadeClassifier(frozen, lambda _, cheap=cheap: cheap, lambda _: dear)
+        (answered,) = page.answer(experiment, {"cascade:bert": classify}, "a text")
+        assert answered.is_deferred == (half == "BERT")
+        assert answered.shares["Sports"] == pytest.approx(0.8 if half != "BERT" else 0.1)
+        said = page.who_answered(experiment, "cascade:bert", answered)
+        assert said == f", answered by {half}"  # as long as nothing was decided
+        write_json("runs/mine/results/decision.json", {"prices": {"tfidf": 2, "bert@9": 3000}})
+        said = page.who_answered(experiment, "cascade:bert", answered)
+        assert said == f", answered by {half}, price {'1,500' if half == 'BERT' else 1}"
+        write_json("runs/mine/results/decision.json", {"ship": "tfidf"})
+    write_json("runs/mine/results/decision.json", {"prices": {"tfidf": 2, "bert@9": 3000}})
+    alone = page.Answer({}, 1.0)
+    assert page.who_answered(experiment, "tfidf", alone) == ", price 1"
+    assert page.who_answered(experiment, "sft@0", alone) == ""
 
 
 def test_without_a_comparison_and_on_a_port_that_is_taken_the_mend_is_named(experiment):

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from letterhead.config.data import Columns
 from letterhead.files import LetterheadError
 from letterhead.rows import tables
 from letterhead.rows.sources import every_column, open_source, plain_file
@@ -155,11 +156,14 @@ def test_a_broken_row_is_told_with_advice_for_its_kind_of_file(workplace):
         "3 fields, but the header has 2; put quotes around a text that contains the separator"
     )
     assert found[1:] == [["c", "y"], ["d", "x"]]  # empty fields at the end are nobody's
-    found = read("a.csv", b"text,label,date,note\na,x\nb\nc,y,1\nd,x,1,n,o\n")
-    assert [found[0], found[2]] == [["a", "x"], ["c", "y"]]  # a row may end before other columns
-    assert [row.split(";")[0] for row in found[1::2]] == [
-        f"{n} fields, but the header has 4" for n in (1, 5)
-    ]
+    content = b"text,label,date,note\na,x\nb\nc,y,1\nd,x,1,n,o\n"  # rows may end early
+    found = read("a.csv", content)
+    assert found[:2] == [["a", "x", None, None], ["b", None, None, None]]
+    data = plain_file("a.csv").model_copy(update={"columns": Columns(text="text", label="label")})
+    rows = list(open_source(data).splits["train"])
+    assert [row.label for row in rows] == ["x", None, "y", None]
+    for row, n in ((rows[1], 1), (rows[3], 5)):
+        assert row.fault.startswith(f"{n} fields, but the header has 4")
     found = read("a.tsv", b"text\tlabel\na\tb\tx\nc\ty\n")
     assert found[0].endswith("a text must not contain the separator: write a space for it")
     with pytest.raises(LetterheadError, match=r"b.csv, row 1 \(line 2\): a broken quote"):
