@@ -11,6 +11,7 @@ import codecs
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any
 import charset_normalizer
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from letterhead.config.data import Data, same_spelling
 from letterhead.config.evaluation import LETTERS
-from letterhead.config.experiment import HAN, Experiment, load_experiment
-from letterhead.config.models import Head
+from letterhead.config.experiment import HAN, KANA, Experiment, load_experiment
+from letterhead.config.models import E5, Head
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import tfidf
 from letterhead.models.prompt import WORD, keep_words
@@ -139,17 +141,18 @@ ENGLISH = {
         "Category:/no_think"
     },
 }
-CHINESE = {
-    "why": "Qwen2.5-Coder-0.5B, which reads Chinese, and MPNet, which knows few "
-    "characters of it (TF-IDF is fairer)",
+MULTILINGUAL = {
     "rate": 2e-5,
     "steps": 100,
     "optimizer": {},
     "overrides": {},
-    "encoder_rate": 5e-5,
+    "encoder_rate": 2e-4,
     "config": "llamafactory_configs/qwen2.5_0.5b_full_sft.yaml",
     "decoder": {"model": "experiments/models/qwen2.5_coder_0.5b.yaml", "license": "apache-2.0"},
-    "encoder": {"model": "experiments/models/mpnet_base.yaml", "license": "apache-2.0"},
+    "encoder": {"model": E5, "license": "mit", "prefix": "query: "},
+}
+CHINESE = MULTILINGUAL | {
+    "why": "Qwen2.5-Coder-0.5B and multilingual-e5-small, which read Chinese",
     "prompt": {
         "answer_prefix": "",
         "template": "请从选项中选出下面文字的类别。\n\n文字：\n{text}\n\n"
@@ -164,6 +167,28 @@ CHINESE = {
         "template": "请说出下面文字的类别。\n\n文字：\n{text}\n\n类别：",
     },
 }
+OTHER = MULTILINGUAL | {
+    "why": "Qwen2.5-Coder-0.5B and multilingual-e5-small, which read many languages, since few "
+    "words of the texts are English",
+    "prompt": {
+        "answer_prefix": "",
+        "template": "Please read the text and determine its category from the options below.\n\n"
+        "Text:\n{text}\n\nQuestion: What is the most appropriate category for this text?\n"
+        "{options}\n\nAnswer:",
+    },
+    "listed": {
+        "answer_prefix": "",
+        "template": ENGLISH["listed"]["template"].removesuffix("/no_think"),
+    },
+    "unlisted": {
+        "answer_prefix": "",
+        "template": ENGLISH["unlisted"]["template"].removesuffix("/no_think"),
+    },
+}
+# In English a larger share of the words are among its most frequent ones, and a smaller one of the
+# letters are none of ASCII's.
+FREQUENT_WORDS, OTHER_LETTERS = 0.12, 0.003
+MARKS = "".join(mark for mark in map(chr, range(128)) if not mark.isalnum())
 
 
 @dataclass
@@ -645,6 +670,7 @@ class Reading:
     whole : those looked at that have a text and a label
     middle : the words of half of the texts are no more
     cut : the words of a text that are read, None for all
+    chinese, english : whether the texts are
     merged : each label, as it is written → the spelling that stands for it
     conflicts : texts that stand with different labels, each with these
     distinct : of each other text the first row
@@ -659,6 +685,7 @@ class Reading:
     middle: int
     cut: int | None
     chinese: bool
+    english: bool
     merged: dict[str, str]
     conflicts: dict[str, set[str]]
     distinct: list[RawRow]
@@ -700,7 +727,7 @@ def decide(
     values |= choose_left_out(reading, kept, reasons)
     values["rows"], train = choose_rows(path, reading, kept, reasons)
     options = "letters" if len(kept) <= len(LETTERS) else "names"
-    models = CHINESE if reading.chinese else ENGLISH
+    models = CHINESE if reading.chinese else ENGLISH if reading.english else OTHER
     if options == "letters":
         prompt = models["prompt"]
         reasons.append("options: letters, since each label has one")
@@ -733,6 +760,33 @@ def decide(
         "prompt": {"options": options} | prompt,
         **choose_training(models, len(kept), train, reasons),
     }
+
+
+def is_chinese(texts: Iterable[str]) -> bool:
+    """Whether most of the texts hold Han characters, and few of them kana, which is Japanese."""
+    found = [(bool(HAN.search(text)), bool(KANA.search(text))) for text in texts]
+    has_han, has_kana = (sum(column) for column in zip(*found, strict=True)) if found else (0, 0)
+    return has_han > len(found) / 2 and has_kana <= len(found) / 10
+
+
+def is_english(texts: Iterable[str]) -> bool:
+    """Whether texts may be in English: hardly a letter is none of ASCII's, or enough of their words
+    are among its most frequent ones (scikit-learn's list).
+
+    Examples
+    --------
+    >>> is_english(["The café won", "shares fell after a warning from the bank"])
+    True
+    >>> is_english(["Die Börse schloss nach einer Warnung", "La città ha vinto la finale"])
+    False
+    """
+    words = Counter(word.strip(MARKS) for text in texts for word in WORD.findall(text.lower()))
+    letters = sum(len(word) * n for word, n in words.items())
+    others = sum(
+        n for word, n in words.items() for mark in word if mark.isalpha() and not mark.isascii()
+    )
+    frequent = sum(words[word] for word in ENGLISH_STOP_WORDS)
+    return others < OTHER_LETTERS * letters or frequent >= FREQUENT_WORDS * words.total()
 
 
 def read_file(data: Data) -> Reading:
@@ -774,7 +828,8 @@ def read_file(data: Data) -> Reading:
         whole=whole,
         middle=words[len(words) // 2],
         cut=cut,
-        chinese=sum(bool(HAN.search(row.text)) for row in whole) > len(whole) / 2,
+        chinese=is_chinese(row.text for row in whole),
+        english=is_english(row.text for row in whole),
         merged=merged,
         conflicts=conflicts,
         distinct=distinct,

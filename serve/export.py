@@ -318,7 +318,9 @@ def check_onnx(experiment: Experiment, source: Path, folder: Path) -> dict[str, 
         split: [row["text"] for row in results.read_rows(experiment, split)]
         for split in ("validation", "test")
     }
-    classify = load_classifier(experiment, str(source))
+    decoder = experiment.decoder.model_copy(update={"dtype": "float32"})
+    float32 = experiment.model_copy(update={"decoder": decoder})
+    classify = load_classifier(float32, str(source))
     expected = {split: classify(of_split) for split, of_split in texts.items()}
     checked = {}
     for precision in onnx.FILES:

@@ -8,6 +8,7 @@ import openpyxl
 import pytest
 
 from letterhead.config.experiment import load_experiment
+from letterhead.config.models import E5
 from letterhead.files import LetterheadError, read_json
 from letterhead.models.prompt import load_prompt_encoder
 from letterhead.plan.evidence import contenders, evidence, margin_finder
@@ -129,11 +130,31 @@ def test_chinese_texts_get_models_that_read_them(written):
         experiment.decoder.folder.name.startswith("Qwen2.5")
         and "{text}" in experiment.prompt.template
     )
+    assert experiment.encoder.model == E5 and "请" in experiment.prompt.template
     assert experiment.data.columns.text == "content" and experiment.prompt.answer_prefix == ""
     assert (
         experiment.data.max_words == 64
         and experiment.sft_arguments()["per_device_train_batch_size"] == 4
     )
+
+
+OTHERS = {
+    "German": "Die Börse schloss am Montag schwächer, sagt der Händler über das Straßenfest",
+    "Japanese": "東京の株価が下落した。サッカー日本代表が勝利しました",
+    "Russian": "Акции упали в Москве, и мы не знаем, что это значит",
+    "Spanish": "Las acciones cayeron en Madrid según el índice más grande",
+}
+
+
+@pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
+def test_texts_of_other_languages_get_models_that_read_them_and_english_ones_do_not(written, text):
+    rows = [("up" if i % 2 else "down", f"{text} {i}" + " und so" * (i % 2)) for i in range(200)]
+    write_csv("rows.csv", rows, ("kind", "content"))
+    experiment = written("rows.csv")
+    assert experiment.encoder.model == E5 and experiment.encoder.prefix == "query: "
+    assert experiment.decoder.folder.name.startswith("Qwen2.5")
+    assert "Please read the text" in experiment.prompt.template
+    assert experiment.prompt.answer_prefix == ""
 
 
 def test_a_folder_names_its_labels_and_few_rows_are_trained_on_longer(written):

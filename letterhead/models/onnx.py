@@ -4,8 +4,11 @@ torch nor transformers.
 What is written is an exported classifier, whose last layer is divided by its temperature already.
 """
 
+import logging
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +75,19 @@ def write(source: Path, folder: Path, labels: Sequence[str], max_length: int) ->
         )
     tokens = torch.zeros((2, 8), dtype=torch.long), torch.ones((2, 8), dtype=torch.long)
     dynamic = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
-    torch.onnx.export(
-        model,
-        tokens,
-        str(folder / FILES[FLOAT32]),
-        input_names=list(INPUTS),
-        output_names=["logits"],
-        dynamic_shapes=dict.fromkeys(INPUTS, dynamic),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-    quantize_dynamic(folder / FILES[FLOAT32], folder / FILES[INT8], weight_type=QuantType.QInt8)
+    with _quiet():
+        torch.onnx.export(
+            model,
+            tokens,
+            str(folder / FILES[FLOAT32]),
+            input_names=list(INPUTS),
+            output_names=["logits"],
+            dynamic_shapes=dict.fromkeys(INPUTS, dynamic),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        quantize_dynamic(folder / FILES[FLOAT32], folder / FILES[INT8], weight_type=QuantType.QInt8)
     reader = TextEncoder(model.tokenizer, model.max_length or max_length)
     tokenizer, pad = model.tokenizer.backend_tokenizer, model.tokenizer.pad_token
     tokenizer.enable_truncation(reader.max_length)
@@ -91,6 +95,18 @@ def write(source: Path, folder: Path, labels: Sequence[str], max_length: int) ->
     tokenizer.save(str(folder / TOKENIZER))
     config = {"id2label": dict(enumerate(labels)), "file": FILES[FLOAT32], "prefix": model.prefix}
     write_json(folder / CONFIG, config | {"control": reader.control.pattern})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A block in which the exporter's names of axes and the advice to pre-process go unsaid."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class OnnxClassifier:

