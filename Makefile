@@ -153,7 +153,7 @@ export: $(READY) ## a checkpoint as a model of its own, with a card; SFT's is fo
 serve: $(READY) ## serve a method on 127.0.0.1, a decoder with vLLM: make serve MODEL=best PORT=8000 (ERROR=0.05: abstain where unsure)
 	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT" --error "$$ERROR"
 
-bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF and vLLM; then the choice and the report anew
+bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF, ONNX Runtime and vLLM; then the choice and the report anew
 	@$(RUN) bench.rps $(STAGE)
 	@$(RUN) eval.decide $(STAGE)
 	@$(RUN) report.build $(STAGE)

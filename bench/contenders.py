@@ -10,15 +10,22 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import atomic_folder, model_identity, read_json, write_json
+from letterhead.files import (
+    LetterheadError,
+    atomic_folder,
+    model_identity,
+    read_json,
+    write_json,
+)
 from letterhead.models import onnx
-from letterhead.models.classifier import load_classifier, whole_folder
+from letterhead.models.classifier import asks_a_service, load_classifier, whole_folder
 from letterhead.models.fitted import fit_method
 from letterhead.models.precision import precision
 from letterhead.pipeline import (
@@ -45,6 +52,7 @@ THOUGHT_TOKENS, THOUGHTS = 16, 200
 # rate that holds.
 FIRST_RATE, STEP, LOWEST_RATE, MOST_RATES = 0.9, 1.2, 0.2, 20
 FOLDED_READS = (HEAD_ON_PROMPT, FOLDED)
+MADE_FROM = "made_from.json"
 # Engine → what ONNX Runtime computes in
 ONNX = {"onnx": onnx.FLOAT32, "onnx_int8": onnx.INT8}
 
@@ -105,17 +113,26 @@ def measure_rows(
     done, skipped = [], []
     for row in rows:
         kept, of_row = folder / f"{row.key}.json", settings | {"model": identities.get(row.method)}
+        of_row |= {"onnxruntime": version("onnxruntime")} if row.engine in ONNX else {}
         result = read_json(kept)
         if not result or result.pop("settings") != of_row:
             print(f"{row.key}: {names[row.method]}", flush=True)
-            result = measure(experiment, row, names[row.method], folder)
+            identity = identities.get(row.method)
+            result = measure(experiment, row, names[row.method], folder, identity)
             write_json(kept, result | {"settings": of_row})
         (skipped if "why" in result else done).append(result)
     return done, skipped
 
 
-def measure(experiment: Experiment, row: Row, name: str, folder: Path) -> dict:
-    """Measure one row; one that can't be measured says `why`."""
+def measure(
+    experiment: Experiment, row: Row, name: str, folder: Path, model: list | None = None
+) -> dict:
+    """Measure one row; one that can't be measured says `why`.
+
+    Parameters
+    ----------
+    model : what tells its model from another; None of one that is fitted where it is needed
+    """
     head = {"method": row.method, "engine": row.engine, "decode": row.decode, "name": name}
     if experiment.prompt.options == "names" and (
         row.decode == "one_token" or row.method in FOLDED_READS
@@ -125,9 +142,16 @@ def measure(experiment: Experiment, row: Row, name: str, folder: Path) -> dict:
             "one "
             "token or folded"
         }
+    if row.method == CASCADE.name and asks_a_service(experiment, name):
+        return head | {"why": "its dear half is a hosted LLM, which is paid by the token"}
     if row.engine in ONNX:
         target = folder / f"{row.method}.onnx"
-        call_in_a_process(write_onnx, experiment, name, target)
+        made_from = {"name": name, "model": model, "data": outputs(DATA, experiment)}
+        try:
+            if read_json(target / MADE_FROM) != made_from:
+                call_in_a_process(write_onnx, experiment, name, target, made_from)
+        except LetterheadError as error:
+            return head | {"why": str(error)}
         measured = call_in_a_process(measure_here, experiment, row, name, target)
         return head | measured | {"is_approximate": ONNX[row.engine] == onnx.INT8}
     if row.engine != "vllm":
@@ -204,8 +228,8 @@ def figures(
     }
 
 
-def write_onnx(experiment: Experiment, name: str, target: Path) -> None:
-    """Write an encoder for ONNX Runtime."""
+def write_onnx(experiment: Experiment, name: str, target: Path, made_from: dict) -> None:
+    """Write an encoder for ONNX Runtime, and beside it what it was made from."""
     with atomic_folder(target) as folder, TemporaryDirectory() as fitted:
         source = Path(fitted)
         if method_of(name).fitter:
@@ -213,6 +237,7 @@ def write_onnx(experiment: Experiment, name: str, target: Path) -> None:
         else:
             source = whole_folder(experiment, name)
         onnx.write(source, folder, experiment.labels, experiment.encoder.head.max_length)
+        write_json(folder / MADE_FROM, made_from)
 
 
 def measure_here(experiment: Experiment, row: Row, name: str, folder: Path | None = None) -> dict:

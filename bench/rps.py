@@ -1,9 +1,9 @@
-"""Requests per second, and how long one takes: every trained method, in HF and in vLLM, on the same
-kind of requests.
+"""Requests per second, and how long one takes: every trained method, in each engine that serves it,
+on the same kind of requests.
 
     python -m bench.rps --experiment quick
 
-The rows are measured by bench/rows.py; here they are chosen, compared and written down.
+The rows are measured by bench/contenders.py; here they are chosen, compared and written down.
 """
 
 from collections.abc import Iterable

@@ -259,7 +259,7 @@ _STAGES = (
             "decoder.sft:template,cutoff_len,enable_thinking,dataset",
         ),
         models=("decoder", "encoder"),
-        version=5,
+        version=6,
         more="letterhead.rows.sources:files_of",
     ),
     DISTILL := Stage(

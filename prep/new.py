@@ -188,7 +188,7 @@ OTHER = MULTILINGUAL | {
 # In English a larger share of the words are among its most frequent ones, and a smaller one of the
 # letters are none of ASCII's.
 FREQUENT_WORDS, OTHER_LETTERS = 0.12, 0.003
-MARKS = "".join(mark for mark in map(chr, range(128)) if not mark.isalnum())
+MARKS = "".join(mark for mark in map(chr, range(128)) if not mark.isalnum()) + "“”‘’…–—"
 
 
 @dataclass

@@ -14,10 +14,10 @@ from collections import Counter
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from letterhead.config.experiment import Experiment
-from letterhead.files import atomic_open
+from letterhead.files import LetterheadError, atomic_open
 from letterhead.models.embeddings import C, Embedder
 from letterhead.models.fitted import FOLDS, class_weight, fit_regression
 from letterhead.pipeline import AUDIT, read_card
@@ -88,6 +88,10 @@ def out_of_sample(
     vectors : embeddings, shape (rows, width)
     labelled : class numbers, shape (rows,)
     groups : what no fold divides, shape (rows,)
+
+    Raises
+    ------
+    LetterheadError : all rows are of one group
     """
     weight, seed = class_weight(experiment), experiment.seed
     strength = fit_regression(vectors, labelled.tolist(), C, seed, weight).C
@@ -98,20 +102,24 @@ def out_of_sample(
     if groups is None:
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(vectors, numbers)
     else:
-        divider = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-        folds = divider.split(vectors, numbers, groups[frequent])
-    folds = list(folds)
-    judged = cross_val_predict(
-        LogisticRegression(C=strength, max_iter=1000, **settings),
-        vectors,
-        numbers,
-        cv=folds,
-        method="predict_proba",
-    )
+        groups = groups[frequent]
+        n = min(FOLDS, len(np.unique(groups)))
+        if n < 2:
+            raise LetterheadError(
+                f"data.group: column {experiment.data.group!r} holds one group, so no row can be "
+                f"judged by others; unset data.group"
+            )
+        divider = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
+        folds = divider.split(vectors, numbers, groups)
     probabilities = np.eye(len(experiment.labels))[labelled]
     for seen, left in folds:
         known = left[np.isin(numbers[left], numbers[seen])]
-        probabilities[np.ix_(frequent[known], np.unique(numbers))] = judged[known]
+        if len(known) and len(np.unique(numbers[seen])) > 1:
+            model = LogisticRegression(C=strength, max_iter=1000, **settings)
+            model.fit(vectors[seen], numbers[seen])
+            probabilities[frequent[known]] = 0.0
+            judged = model.predict_proba(vectors[known])
+            probabilities[np.ix_(frequent[known], model.classes_)] = judged
     return probabilities
 
 

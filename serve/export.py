@@ -287,11 +287,12 @@ def export_onnx(experiment: Experiment, name: str) -> tuple[Path, str]:
             checked = check_onnx(experiment, source, folder)
             config = read_json(folder / onnx.CONFIG)
             found = checked[onnx.INT8]
-            if found["validation_same"] >= results.LEAST_AGREEMENT * found["validation_rows"]:
+            least = max(1, results.LEAST_AGREEMENT * found["validation_rows"])
+            if found["validation_same"] >= least:
                 config["file"] = onnx.FILES[onnx.INT8]
             write_json(folder / onnx.CONFIG, config | {"checked": checked})
         found = [ONNX_CHECKED.format(precision=one, **checked[one]) for one in checked]
-        how = f"{config['file']} is its config's; {'; '.join(found)}; checked on {machine()}"
+        how = f"config.json names {config['file']}; {'; '.join(found)}; checked on {machine()}"
         max_words = experiment.data.max_words
         asked = (
             f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} "
@@ -314,30 +315,31 @@ def check_onnx(experiment: Experiment, source: Path, folder: Path) -> dict[str, 
     exported model."""
     from letterhead.models import onnx
 
-    texts = {
-        split: [row["text"] for row in results.read_rows(experiment, split)]
-        for split in ("validation", "test")
-    }
     decoder = experiment.decoder.model_copy(update={"dtype": "float32"})
     float32 = experiment.model_copy(update={"decoder": decoder})
+    texts = {
+        split: [row["text"] for row in results.read_rows(experiment, split)]
+        for split in results.SPLITS
+    }
+    texts = {split: of_split for split, of_split in texts.items() if of_split}
     classify = load_classifier(float32, str(source))
     expected = {split: classify(of_split) for split, of_split in texts.items()}
     checked = {}
     for precision in onnx.FILES:
         model = onnx.OnnxClassifier(folder, precision)
-        logits = {split: model.logits(of_split) for split, of_split in texts.items()}
+        logits = {split: model.logits(of_split).astype(float) for split, of_split in texts.items()}
         same = {
             split: int((logits[split].argmax(axis=1) == expected[split].argmax(axis=1)).sum())
             for split in texts
         }
-        with np.errstate(divide="ignore"):
-            difference = centred(logits["test"].astype(float)) - centred(np.log(expected["test"]))
+        smallest = np.finfo(float).tiny
+        given = np.log(np.clip(expected["test"], smallest, None))
         checked[precision] = {
             "same": same["test"],
             "rows": len(texts["test"]),
-            "validation_same": same["validation"],
-            "validation_rows": len(texts["validation"]),
-            "difference": float(np.abs(difference).max()),
+            "validation_same": same.get("validation", 0),
+            "validation_rows": len(texts.get("validation", ())),
+            "difference": float(np.abs(centred(logits["test"]) - centred(given)).max()),
         }
     return checked
 

@@ -145,20 +145,23 @@ def answer(experiment: Experiment, classifiers: dict[str, Classifier], text: str
     return answers
 
 
-def who_answered(experiment: Experiment, name: str, answered: Answer) -> str:
-    """Which half of a cascade answered, and the price of that, in Markdown; of another method the
-    price. Prices are the decision's, over the cheapest method's."""
-    methods = read_json(experiment.results_folder / "comparison.json")["methods"]
-    prices = (read_json(experiment.results_folder / "decision.json") or {}).get("prices", {})
-    asked = parts_of(methods[name], name)
-    half = ""
+def who_answered(methods: dict, prices: dict[str, float], name: str, answered: Answer) -> str:
+    """Which half of a cascade answered, and the price of that over the cheapest method's, in
+    Markdown; of another method the price.
+
+    Parameters
+    ----------
+    methods : the comparison's
+    prices : full name → price of a row, the decision's
+    """
+    asked, half = parts_of(methods[name], name), ""
     if answered.is_deferred is not None:
         asked = asked if answered.is_deferred else asked[:1]
         half = f", answered by {methods[asked[-1]]['title']}"
-    if not all(one in prices for one in asked):
+    cheapest = min(prices.values(), default=0)
+    if not cheapest or not all(one in prices for one in asked):
         return half
-    times = sum(prices[one] for one in asked) / min(prices.values())
-    return f"{half}, price {as_times(times)}"
+    return f"{half}, price {as_times(sum(prices[one] for one in asked) / cheapest)}"
 
 
 def prompt_of(experiment: Experiment, encoder, text: str) -> tuple[str, str]:
@@ -198,6 +201,8 @@ def build(experiment: Experiment, files: Path):
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     titles = trained_methods(experiment)
+    methods = read_json(experiment.results_folder / "comparison.json")["methods"]
+    prices = (read_json(experiment.results_folder / "decision.json") or {}).get("prices", {})
     classifiers = {name: load_classifier(experiment, name) for name in titles}
     answer(experiment, classifiers, "warm up")
     encoder = load_prompt_encoder(experiment)
@@ -209,7 +214,7 @@ def build(experiment: Experiment, files: Path):
         except LetterheadError as error:
             raise gr.Error(str(error)) from None
         taken = [
-            f"{title}: **{one.milliseconds:.0f} ms**{who_answered(experiment, name, one)}"
+            f"{title}: **{one.milliseconds:.0f} ms**{who_answered(methods, prices, name, one)}"
             for one, (name, title) in zip(answers, titles.items(), strict=True)
         ]
         shares = (one.shares for one in answers)

@@ -46,6 +46,7 @@ from letterhead.models.classifier import (
     frozen_cascade,
     in_parts,
     is_cascade,
+    is_source,
     load_classifier,
     load_raw,
     model_folder,
@@ -79,9 +80,7 @@ NEAR_TIE = 0.1
 
 def main(experiment: Experiment, source: str, target: str, model: str, error: str = "") -> None:
     allowed = as_share(error) if error else None
-    if model.startswith("hf:"):
-        with exclusive(CACHE / ".lock"):
-            fetch_model(model, model_folder(experiment, model))
+    fetch_named(experiment, model)
     os.environ.update(OFFLINE)
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
@@ -93,7 +92,8 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
     parts = [frozen.cheap, frozen.dear] if frozen else [name]
     folders = [None if is_fitted(part) else model_folder(experiment, part) for part in parts]
     for folder in filter(None, folders):
-        require_model(folder)
+        if not onnx.is_saved(folder):
+            require_model(folder)
     dtypes = [
         folder
         and not any(module.is_saved(folder) for module in (embeddings, onnx, tfidf))
@@ -218,6 +218,13 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
     print(f"{target}: {done['rows']:,} rows labelled by {name}{left}")
 
 
+def fetch_named(experiment: Experiment, model: str) -> None:
+    """Fetch a model that MODEL= names on a hub; nothing is done for another."""
+    if model.startswith("hf:"):
+        with exclusive(CACHE / ".lock"):
+            fetch_model(model, model_folder(experiment, model))
+
+
 def near_ties(probabilities: np.ndarray) -> int:
     """How many rows have their two highest probabilities, of shape (rows, classes), nearer than
     `NEAR_TIE`."""
@@ -276,8 +283,13 @@ def promise_of(experiment: Experiment, name: str, error: float) -> Promise:
 
     Raises
     ------
-    LetterheadError : its validation rows promise nothing of the kind
+    LetterheadError : its validation rows promise nothing of the kind, or it has none
     """
+    if is_source(name):
+        raise LetterheadError(
+            f"{name}: a promise needs validation rows, and those of a folder are not known; name "
+            f"the method that it was made from, or leave ERROR= out"
+        )
     scored = results.parse_result(results.result_files(experiment, name, "validation")[0])
     if scored is None or scored.log_loss is None:
         raise LetterheadError(

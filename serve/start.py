@@ -8,22 +8,30 @@ answers it had better abstain.
 """
 
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError
-from letterhead.models.classifier import load_classifier, named_method, whole_folder
+from letterhead.models import onnx
+from letterhead.models.checkpoints import require_model
+from letterhead.models.classifier import (
+    is_cascade,
+    is_source,
+    load_classifier,
+    model_folder,
+    named_method,
+    whole_folder,
+)
 from letterhead.models.precision import precision
 from letterhead.pipeline import SFT, find_method, method_of
 from letterhead.runs.devices import process_count
 from letterhead.runs.stage import run
 from letterhead.serving.process import require_free
-from letterhead.serving.vllm import ENVIRONMENT, VllmServer
+from letterhead.serving.vllm import VllmServer, prepare_environment
 from serve.export import export
-from serve.predict import as_share, promise_of
+from serve.predict import as_share, fetch_named, promise_of
 
 FOLDED_MODEL = "folded"
 
@@ -68,7 +76,10 @@ def serve_texts(experiment: Experiment, model: str, port: int, error: str) -> No
 
     from letterhead.serving import server
 
+    fetch_named(experiment, model)
     name = named_method(experiment, model)
+    if is_source(name) and not is_cascade(name) and not onnx.is_saved(Path(name)):
+        require_model(model_folder(experiment, name))
     promised = promise_of(experiment, name, as_share(error)) if error else None
     print(f"loading {name}", flush=True)
     start = time.perf_counter()
@@ -81,12 +92,12 @@ def serve_texts(experiment: Experiment, model: str, port: int, error: str) -> No
         max(experiment.eval.batch_tokens, 1),
     )
     url = f"http://{server.HOST}:{port}"
-    application = server.create(served)
     print(
-        f"{name} is served at {url}{server.CLASSIFY} (loaded in "
-        f"{time.perf_counter() - start:.0f} s), described at {url}/docs; Ctrl-C ends it",
+        f"{name} is loaded ({time.perf_counter() - start:.0f} s) and served at "
+        f"{url}{server.CLASSIFY}, described at {url}/docs; Ctrl-C ends it",
         flush=True,
     )
+    application = server.create(served)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn ends by it, and then raises it anew
     uvicorn.run(
         application,
@@ -100,10 +111,8 @@ def serve_texts(experiment: Experiment, model: str, port: int, error: str) -> No
 
 
 def serve_by_vllm(experiment: Experiment, model: str, port: int) -> None:
-    """Serve a decoder's checkpoint with vLLM until it is ended; vLLM's environment is made first
-    where it is missing."""
-    if not (ENVIRONMENT / "bin" / "python").exists():
-        subprocess.run(["make", "setup-serve"], check=True)
+    """Serve a decoder's checkpoint with vLLM until it is ended."""
+    prepare_environment()
     name, folder, runner, length = served(experiment, model)
     log = experiment.run_folder / "serve" / f"{name}.log"
     print(f"loading {folder}; vLLM's log is {log}", flush=True)

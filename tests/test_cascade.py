@@ -300,6 +300,11 @@ def test_predict_answers_as_the_comparison_does_and_says_who_answered(
     deferred = results.read_result(experiment, "cascade:embedding", "test").halves["deferred"]
     assert 0 < deferred < 60
     assert f"embedding was asked about {deferred} of 60 texts" in capfd.readouterr().out
+    # The page and the server ask each half by itself.
+    loaded = classifier.load_classifier(experiment, "cascade:embedding")
+    assert isinstance(loaded, classifier.CascadeClassifier)
+    found, passed = loaded.answer([row["text"] for row in rows])
+    assert passed.sum() == deferred and np.abs(found - told).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["tfidf", "cascade:embedding"])

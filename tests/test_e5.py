@@ -125,10 +125,13 @@ def test_a_file_that_lies_or_is_cut_off_is_refused(workplace):
         ("another magic", b"E5S1", b"E5S2"),
         ("another name", b"emb.word", b"emb.wurd"),
         ("a name twice", b"emb.ln.w", b"emb.ln.b"),
-        ("a place behind the end", struct.pack("<IQ", WORDS * HIDDEN, 0)[:4], b"\xff\xff\xff\x7f"),
+        ("another number of weights", struct.pack("<I", WORDS * HIDDEN), struct.pack("<I", 9)),
     ):
         assert old in content, what
         lies[what] = content.replace(old, new, 1)
+    at = content.index(b"emb.word") + len(b"emb.word") + 5  # behind kind and number of weights
+    for what, place in (("behind the end", len(content)), ("far behind", 1 << 62)):
+        lies[what] = content[:at] + struct.pack("<Q", place) + content[at + 8 :]
     for what, lie in lies.items():
         Path("lie.bin").write_bytes(lie)
         with pytest.raises(LetterheadError, match="lie.bin: cannot be read as multilingual-e5"):

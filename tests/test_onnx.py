@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.contenders import Row, loops, measure_rows
 from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import classifier, heads, onnx
 from letterhead.models.prompt import TextEncoder
@@ -115,7 +116,8 @@ def test_an_encoder_answers_in_onnx_as_in_torch_and_its_card_without_torch(
         for file in ("onnx.csv", "float32.csv", "torch.csv")
     ]
     assert np.abs(answers[1] - answers[2]).max() < 1e-4
-    assert 1e-6 < np.abs(answers[0] - answers[1]).max() < 0.1 or not agrees
+    largest = np.abs(answers[0] - answers[1]).max()
+    assert 1e-6 < largest < 0.1 if agrees else largest == 0
 
 
 def test_int8_that_answers_otherwise_is_not_what_is_named(experiment, monkeypatch):
@@ -157,3 +159,31 @@ def test_what_is_no_encoder_and_what_is_no_format_are_told(experiment, workplace
     file.write_bytes(file.read_bytes()[:9999])
     with pytest.raises(LetterheadError, match="cannot be loaded .* export the model again"):
         classifier.load_classifier(experiment, str(folder))
+
+
+def test_the_bench_measures_both_precisions_of_one_export(experiment, monkeypatch):
+    name = trained(experiment, BERT.name)
+    experiment.bench.requests, experiment.bench.concurrency = 10, [1, 4]
+    both = [Row(BERT.name, engine, "head") for engine in ("onnx", "onnx_int8")]
+    names = {BERT.name: name}
+    first, _ = measure_rows(experiment, both[:1], names, Path("bench"))
+    written = Path("bench/bert.onnx/model.onnx").stat().st_mtime_ns
+    done, skipped = measure_rows(experiment, both, names, Path("bench"))
+    assert done[:1] == first and not skipped
+    assert Path("bench/bert.onnx/model.onnx").stat().st_mtime_ns == written
+    assert [row["is_approximate"] for row in done] == [False, True]
+    asked = [row for _, drawn in loops(experiment) for row in drawn if row["split"] == "test"]
+    answers = classifier.load_classifier(experiment, name)([row["text"] for row in asked])
+    right = [LABELS[i] == row["label"] for i, row in zip(answers.argmax(1), asked, strict=True)]
+    assert done[0]["accuracy"] == pytest.approx(np.mean(right)) and done[0]["rps_single"] > 0
+
+
+def test_a_price_of_rounded_weights_counts_where_they_answer_alike(monkeypatch):
+    def prices(is_approximate: bool, same: float | None) -> int:
+        row = {"method": "bert", "name": "bert@9", "cost_per_million": 1.0}
+        row |= {"is_approximate": is_approximate, "same_as_evaluated": same}
+        monkeypatch.setattr(results, "read_bench", lambda _: {"rows": [row]})
+        return len(results.read_prices(None))
+
+    assert [prices(True, same) for same in (1.0, 0.99, 0.98, None)] == [1, 1, 0, 0]
+    assert prices(False, 0.5) == prices(False, None) == 1

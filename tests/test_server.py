@@ -51,11 +51,15 @@ def running(classify, **keys) -> Iterator[str]:
     here = uvicorn.Server(uvicorn.Config(application, **settings))
     thread = threading.Thread(target=here.run, daemon=True)
     thread.start()
-    while not here.started:
-        time.sleep(0.01)
-    yield f"http://{server.HOST}:{port}"
-    here.should_exit = True
-    thread.join(20)
+    until = time.time() + 20
+    try:
+        while not here.started:
+            assert thread.is_alive() and time.time() < until
+            time.sleep(0.01)
+        yield f"http://{server.HOST}:{port}"
+    finally:
+        here.should_exit = True
+        thread.join(20)
     assert not thread.is_alive()
 
 
@@ -81,9 +85,11 @@ def test_a_reply_is_read_as_vllms_and_tells_labels_and_doubt():
         assert 'letterhead_texts_total{label="even"} 4.0' in told
         assert "letterhead_abstained_total 4.0" in told
         assert "letterhead_seconds_count 4.0" in told and "letterhead_waiting_texts 0.0" in told
+        assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 400
+        schema = httpx.get(f"{url}/openapi.json").json()["paths"]["/classify"]["post"]
+        assert set(schema["responses"]) == {"200", "4XX", "5XX"}
         page = httpx.get(f"{url}/docs").text
         assert "POST /classify" in page and not re.search(r"https?:|src=", page)
-        assert httpx.get(f"{url}/openapi.json").json()["paths"]["/classify"]
     with running(parity) as url:
         assert ask(url, {"input": "x"}).json()["data"][0]["abstain"] is None
 
@@ -91,11 +97,11 @@ def test_a_reply_is_read_as_vllms_and_tells_labels_and_doubt():
 BAD = {
     "no input": ({"inputs": "x"}, 400, "input", "Field required"),
     "a number": ({"input": 7}, 400, "input", "valid string"),
-    "ids": ({"input": [1, 2]}, 400, "input", "valid string"),
-    "a list in a list": ({"input": ["a", ["b"]]}, 400, "input", "valid string"),
-    "nothing": ({"input": []}, 400, "input", ""),
+    "ids": ({"input": [1, 2]}, 400, "input[0]", "valid string"),
+    "a list in a list": ({"input": ["a", ["b"]]}, 400, "input[1]", "valid string"),
+    "nothing": ({"input": []}, 400, "input", "at least 1 item"),
     "an empty text": ({"input": ["a", " "]}, 400, "input[1]", "the text is empty"),
-    "too many": ({"input": ["a"] * 1025}, 400, "input", ""),
+    "too many": ({"input": ["a"] * 1025}, 400, "input", "at most 1024 items"),
     "a list": (["a"], 400, "body", "dictionary"),
 }
 
@@ -127,7 +133,7 @@ def test_a_body_that_is_too_long_or_does_not_come_is_told(monkeypatch):
         assert ask(url, {"input": "x" * 9_000}).status_code == 200
         with socket.create_connection((server.HOST, int(url.rpartition(":")[2]))) as hanging:
             hanging.sendall(
-                b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b"POST /classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
                 b'Content-Length: 99\r\n\r\n{"input'
             )
             hanging.settimeout(10)
@@ -206,7 +212,35 @@ def test_a_classifier_that_fails_is_told_as_json_and_the_next_request_is_answere
         assert failed.status_code == 500 and "secret" not in failed.text
         assert failed.json()["error"]["message"] == "the server failed: ValueError"
         assert ask(url, {"input": "good"}).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
         assert 'requests_total{status="500"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
+def test_a_text_that_fails_fails_no_other_request_of_its_batch():
+    batches = []
+
+    def classify(texts: Sequence[str]) -> np.ndarray:
+        batches.append(list(texts))
+        time.sleep(0.2)
+        if "bad" in texts:
+            raise ValueError("no")
+        return parity(texts) if "short" not in texts else parity(texts)[:0]
+
+    async def go(url: str) -> list[int]:
+        async with http_client() as client:
+
+            async def one(text: str) -> int:
+                return (await client.post(f"{url}/classify", json={"input": text})).status_code
+
+            first = asyncio.create_task(one("first"))
+            await asyncio.sleep(0.05)
+            return [*await asyncio.gather(*map(one, ("a", "bad", "b", "short"))), await first]
+
+    with running(classify) as url:
+        assert asyncio.run(go(url)) == [200, 500, 200, 500, 200]
+        assert sorted(batches[1]) == ["a", "b", "bad", "short"]  # and then each alone
+        assert sorted(map(len, batches[2:])) == [1, 1, 1, 1]
+        assert ask(url, {"input": "after"}).status_code == 200
 
 
 @pytest.fixture
@@ -254,7 +288,7 @@ def test_a_server_that_is_told_to_end_under_load_answers_all_that_it_accepted(
         assert np.abs(np.array(shares) - expected).max() < 1e-6
     log = Path("server.log").read_text()
     answered = f"{len(replies):,}"
-    assert "tfidf is served at" in log
+    assert "tfidf is loaded" in log
     assert log.rstrip().endswith(f"ended; {answered} of {answered} requests were answered")
 
 

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from bench.contenders import Row, asked_of_vllm, draw, model_length
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, write_json
-from letterhead.models.classifier import named_method
+from letterhead.models.classifier import asks_a_service, named_method
 from letterhead.models.precision import precision
-from letterhead.pipeline import LINEAR_HEAD, SFT, method_of
+from letterhead.pipeline import LINEAR_HEAD, SFT, find_method, method_of
 from letterhead.runs.devices import device_name, machine
 from letterhead.runs.processes import free_port
 from letterhead.runs.stage import StageRun, run
@@ -82,7 +82,7 @@ def main(experiment: Experiment, source: str, overrides: str, model: str) -> Non
     texts = [row["text"] for row in draw(experiment, ROWS, 0)]
     at_work, route, requests = (
         by_vllm(experiment, name, texts, log)
-        if runs_in_vllm(name)
+        if runs_in_vllm(experiment, name)
         else by_small_server(source, overrides, name, texts, log)
     )
     with at_work as server:
@@ -109,17 +109,19 @@ def main(experiment: Experiment, source: str, overrides: str, model: str) -> Non
         raise LetterheadError(f"{name}: {'; '.join(faults)}; see {path} and {log}")
 
 
-def runs_in_vllm(name: str) -> bool:
+def runs_in_vllm(experiment: Experiment, name: str) -> bool:
     """Whether a method is soaked in vLLM.
 
     Raises
     ------
-    LetterheadError : vLLM serves it in a way that is not soaked
+    LetterheadError : vLLM serves it in a way that is not soaked, or it asks a hosted LLM
     """
-    method = method_of(name)
-    if method.runner and method not in (SFT, LINEAR_HEAD):
+    if asks_a_service(experiment, name):
+        raise LetterheadError(f"{name}: asks a hosted LLM, which is paid by the token")
+    method = find_method(name)
+    if method and method.runner and method not in (SFT, LINEAR_HEAD):
         raise LetterheadError(f"{name}: choose MODEL=sft, linear_head, or a method that is no LLM")
-    return bool(method.runner)
+    return bool(method and method.runner)
 
 
 def by_vllm(
@@ -136,6 +138,7 @@ def by_vllm(
         raise LetterheadError(
             f"{name}: vLLM is asked for one token, and the options are names; choose another method"
         )
+    service.prepare_environment()
     row = Row(method.name, "vllm", "one_token" if method is SFT else "head")
     folder, route, encode = asked_of_vllm(experiment, row, name)
     dtype, memory = precision(experiment.decoder.dtype, folder), experiment.serve
@@ -266,7 +269,7 @@ async def misbehave(
         text = "word " * (BIG // 5)
         body = json.dumps(route.body([7] * (BIG // 3) if chance.random() < 0.5 else text)).encode()
     head = (
-        f"POST {route.path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: "
+        f"POST {route.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: "
         f"application/json\r\n"
     )
     sent = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

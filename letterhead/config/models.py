@@ -424,6 +424,15 @@ class Endpoint(Hosted):
         description="Whether log-probabilities are asked for, which services without them refuse.",
     )
 
+    @model_validator(mode="after")
+    def _an_error_is_weighed_against_a_price(self) -> "Endpoint":
+        if self.price_of_error is not None and not (self.price_of_prompts or self.price_of_replies):
+            raise ValueError(
+                "endpoint: price_of_error is weighed against the price of a reply; name "
+                "price_of_prompts and price_of_replies, or unset it"
+            )
+        return self
+
 
 class Grpo(Section):
     """GRPO (Shao et al. 2024) from the chosen SFT checkpoint on."""

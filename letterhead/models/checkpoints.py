@@ -69,10 +69,9 @@ def require_model(folder: Path) -> None:
             f"{folder}: no checkpoint there (no config.json); train it, or name another"
         )
     weights = sorted(folder.rglob("*.safetensors"))
-    if not weights and not any(folder.glob("*.onnx")):
+    if not weights:
         raise LetterheadError(
-            f"{folder}: no safetensors or ONNX file; other weight formats can run code and are "
-            f"refused"
+            f"{folder}: no safetensors file; other weight formats can run code and are refused"
         )
     for file in weights:
         if reason := safetensors_error(file):

@@ -15,7 +15,7 @@ from letterhead.config.models import Head
 from letterhead.files import LetterheadError, read_json
 from letterhead.models import checkpoints, embeddings, onnx, tfidf
 from letterhead.models.fitted import fit_method
-from letterhead.pipeline import CASCADE, METHODS, Method, find_method, method_of
+from letterhead.pipeline import CASCADE, HOSTED_LLM, METHODS, Method, find_method, method_of
 from letterhead.runs import contenders, results
 from letterhead.runs.processes import Workers
 from letterhead.stats.cascade import Cascade
@@ -189,8 +189,11 @@ def load_classifier(experiment: Experiment, name: str) -> Classifier:
 
 
 def load_raw(experiment: Experiment, name: str) -> Classifier:
-    """The same with probabilities as the model gives them."""
+    """The same with probabilities as the model gives them; a cascade is a `CascadeClassifier`,
+    whose halves are checked."""
     classify = _load(experiment, name)
+    if isinstance(classify, CascadeClassifier):
+        return classify
 
     def checked(texts: Sequence[str]) -> np.ndarray:
         probabilities = classify(texts)
@@ -269,6 +272,15 @@ def is_cascade(name: str) -> bool:
     if is_source(name):
         return (Path(name) / EXPORTED_CASCADE).is_file()
     return find_method(name) is CASCADE
+
+
+def asks_a_service(experiment: Experiment, name: str) -> bool:
+    """Whether a method asks a hosted LLM, which is paid for."""
+    parts = [name]
+    if is_cascade(name):
+        frozen = frozen_cascade(experiment, name)
+        parts = [frozen.cheap, frozen.dear]
+    return any(find_method(part) is HOSTED_LLM for part in parts)
 
 
 def frozen_cascade(experiment: Experiment, name: str) -> Cascade:

@@ -62,11 +62,13 @@ def write(source: Path, folder: Path, labels: Sequence[str], max_length: int) ->
 
     Raises
     ------
-    LetterheadError : a model that is too large for one file
+    LetterheadError : a model that is too large for one file, or that torch cannot write
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = _Logits(source, labels)
+    if not model.tokenizer.is_fast:
+        raise LetterheadError(f"{source}: has no tokenizer.json, which the folder needs")
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     if size > LARGEST_BYTES:
         raise LetterheadError(
@@ -75,19 +77,26 @@ def write(source: Path, folder: Path, labels: Sequence[str], max_length: int) ->
         )
     tokens = torch.zeros((2, 8), dtype=torch.long), torch.ones((2, 8), dtype=torch.long)
     dynamic = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
-    with _quiet():
-        torch.onnx.export(
-            model,
-            tokens,
-            str(folder / FILES[FLOAT32]),
-            input_names=list(INPUTS),
-            output_names=["logits"],
-            dynamic_shapes=dict.fromkeys(INPUTS, dynamic),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        quantize_dynamic(folder / FILES[FLOAT32], folder / FILES[INT8], weight_type=QuantType.QInt8)
+    try:
+        with _quiet():
+            torch.onnx.export(
+                model,
+                tokens,
+                str(folder / FILES[FLOAT32]),
+                input_names=list(INPUTS),
+                output_names=["logits"],
+                dynamic_shapes=dict.fromkeys(INPUTS, dynamic),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+            whole, rounded = (folder / FILES[precision] for precision in (FLOAT32, INT8))
+            quantize_dynamic(whole, rounded, weight_type=QuantType.QInt8)
+    except Exception as error:  # of torch, onnxscript or onnxruntime, in a dozen kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LetterheadError(
+            f"{source}: torch cannot write it as ONNX ({reason}); serve it without FORMAT=onnx"
+        ) from None
     reader = TextEncoder(model.tokenizer, model.max_length or max_length)
     tokenizer, pad = model.tokenizer.backend_tokenizer, model.tokenizer.pad_token
     tokenizer.enable_truncation(reader.max_length)
@@ -154,7 +163,7 @@ class OnnxClassifier:
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder holds what `write` wrote."""
-    return (folder / FILES[FLOAT32]).is_file()
+    return {"file", "prefix", "control"} <= set(read_json(folder / CONFIG) or ())
 
 
 load_saved = OnnxClassifier

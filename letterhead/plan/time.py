@@ -33,6 +33,8 @@ from letterhead.runs.devices import device_name, process_count
 TRAINING = {"bfloat16": 0.36, "float32": 0.50}
 SCORING = {"bfloat16": 0.60, "float32": 0.70}
 START_S = 6.0
+# Of logistic regression with C by cross-validation, on two cores of an Intel Xeon with AMX
+FITTING_S, FITTED_ROWS_A_SECOND = 2.0, 230
 SECONDS = 0.3  # to time products for
 TRIAL = "trial.json"  # what preflight keeps of the steps that it times
 ANSWER_TOKENS = 8  # a trained answer's, in round numbers
@@ -107,8 +109,9 @@ def stage_seconds(
             read = rows_read(experiment, card, method.rows == ALL)
             found[method.stage] = head(method.section(experiment).folder, settings, read, length)
         elif method.fitter:
-            found[method.stage] = 2.0 + rows["train"] / 2000
+            found[method.stage] = FITTING_S + n / FITTED_ROWS_A_SECOND
             if method.model:
+                found[method.stage] += 2 * START_S  # to load sentence-transformers
                 parameters, training, scoring = rates[method.section(experiment).folder]
                 length = lengths[method.model]["p50"]
                 found[method.stage] += 2 * parameters * length * (n + to_score) / scoring

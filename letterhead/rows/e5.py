@@ -44,6 +44,12 @@ EMBEDDINGS = {
 }
 
 
+def is_e5(path: Path) -> bool:
+    """Whether a file begins as such a file does."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def convert(path: Path, folder: Path) -> None:
     """Write the encoder, without a pooler, which the file lacks, and its tokenizer to a folder.
 
@@ -59,10 +65,11 @@ def convert(path: Path, folder: Path) -> None:
         weights = dict(reader.weights(config))
         model = BertModel(config, add_pooling_layer=False)
         model.load_state_dict(weights, strict=True)
-    except (ValueError, RuntimeError, struct.error, UnicodeDecodeError) as error:
+    except Exception as error:  # its sizes are believed, and tokenizers raises bare ones
+        reason = (str(error).splitlines() or [""])[0]
         raise LetterheadError(
             f"{path.name}: cannot be read as multilingual-e5-small ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})"
+            f"{reason})"
         ) from None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

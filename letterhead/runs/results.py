@@ -27,7 +27,7 @@ from letterhead.runs.devices import device_name, versions
 from letterhead.stats.metrics import NO_ANSWER, classification_figures
 
 SPLITS = ("test", "validation")
-# So many of its answers a model whose weights are rounded must keep, to stand for the other
+# So many of its answers a model of rounded weights has in common with the one that it stands for
 LEAST_AGREEMENT = 0.99
 
 
@@ -155,7 +155,11 @@ def bench_made_from(experiment: Experiment) -> dict[str, str]:
     made the rows."""
     names = [
         pipeline.DATA.name,
-        *(method.trained_by for method in pipeline.METHODS.values() if method.bench),
+        *(
+            method.trained_by
+            for method in pipeline.METHODS.values()
+            if method.bench and method is not pipeline.CASCADE  # its price is made of its halves'
+        ),
     ]
     records = {name: read_json(experiment.run_folder / name / "stage.json") for name in names}
     return {name: record and record["inputs_sha256"] for name, record in records.items()}
@@ -173,8 +177,8 @@ def read_bench(experiment: Experiment) -> dict | None:
 
 def read_prices(experiment: Experiment) -> list[dict]:
     """What a million rows cost in service, of each row of the bench that is there: its method, full
-    name and price. One whose weights are rounded is left out where its answers are others than
-    were evaluated on more than one row in a hundred."""
+    name and price. A model of rounded weights is left out where it gave too few rows the evaluated
+    answer (`LEAST_AGREEMENT`)."""
     bench = read_bench(experiment) or {"rows": []}
     return [
         {key: row[key] for key in ("method", "name", "cost_per_million")}

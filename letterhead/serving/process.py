@@ -190,7 +190,7 @@ def require_free(port: int) -> None:
         except OSError as error:
             raise LetterheadError(
                 f"port {port} of 127.0.0.1 is taken ({error.strerror}); end what listens there, or "
-                f"name another: PORT={port + 1}"
+                f"name another with PORT="
             ) from None
 
 

@@ -30,6 +30,7 @@ from prometheus_client import (
 )
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from letterhead.files import LetterheadError
@@ -80,6 +81,19 @@ class Answers(BaseModel):
     data: list[Answer]
 
 
+class Fault(BaseModel):
+    """What is wrong with a request."""
+
+    message: str
+    field: str | None = Field(description="Where it is wrong; null where the server failed.")
+
+
+class Failure(BaseModel):
+    """The reply to a request that gets no answer."""
+
+    error: Fault
+
+
 @dataclass(frozen=True)
 class Served:
     """What a server answers with.
@@ -106,6 +120,35 @@ class Full(Exception):
     """Too much waits already."""
 
 
+@dataclass
+class _Waiting:
+    """A request that waits.
+
+    Attributes
+    ----------
+    future : takes its probabilities, shape (texts, classes)
+    """
+
+    texts: list[str]
+    future: asyncio.Future
+
+    @property
+    def tokens(self) -> int:
+        """About how many it has."""
+        lengths = (len(text.encode(errors="replace")) for text in self.texts)
+        return sum(1 + length // BYTES_PER_TOKEN for length in lengths)
+
+    def answer(self, found: np.ndarray) -> None:
+        """Hand over its probabilities, if somebody waits for them."""
+        if not self.future.done():
+            self.future.set_result(found)
+
+    def fail(self, error: Exception) -> None:
+        """Hand over an error."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
 class Batcher:
     """A queue before a classifier: while one batch is classified the next one gathers.
 
@@ -119,7 +162,7 @@ class Batcher:
         self, classify: Classifier, most_tokens: int, seen: Callable[[int], None] = lambda _: None
     ):
         self._classify, self._most_tokens, self._seen = classify, most_tokens, seen
-        self._waiting: deque[tuple[list[str], int, asyncio.Future]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1)
         self.texts_waiting = 0
@@ -134,12 +177,11 @@ class Batcher:
         """
         if self.texts_waiting + len(texts) > MOST_WAITING:
             raise Full
-        tokens = sum(1 + len(text.encode(errors="replace")) // BYTES_PER_TOKEN for text in texts)
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((texts, tokens, future))
+        one = _Waiting(texts, asyncio.get_running_loop().create_future())
+        self._waiting.append(one)
         self.texts_waiting += len(texts)
         self._arrived.set()
-        return await future
+        return await one.future
 
     async def run(self) -> None:
         """Classify what waits, until cancelled."""
@@ -147,30 +189,45 @@ class Batcher:
             await self._arrived.wait()
             batch, tokens = [], 0
             while self._waiting and (
-                not batch or tokens + self._waiting[0][1] <= self._most_tokens
+                not batch or tokens + self._waiting[0].tokens <= self._most_tokens
             ):
-                batch.append(self._waiting.popleft())
-                tokens += batch[-1][1]
+                one = self._waiting.popleft()
+                self.texts_waiting -= len(one.texts)
+                if not one.future.done():  # nobody waits for it any more
+                    batch.append(one)
+                    tokens += one.tokens
             if not self._waiting:
                 self._arrived.clear()
-            await self._answer(batch)
+            if batch:
+                await self._answer(batch)
 
-    async def _answer(self, batch: list[tuple[list[str], int, asyncio.Future]]) -> None:
-        texts = [text for of_request, *_ in batch for text in of_request]
-        self.texts_waiting -= len(texts)
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        """Give each request of a batch its answer. Where a text of several requests fails, each is
+        classified alone."""
+        texts = [text for one in batch for text in one.texts]
         self._seen(len(texts))
         loop = asyncio.get_running_loop()
         try:
             found = await loop.run_in_executor(self._thread, self._classify, texts)
+            if len(found) != len(texts):
+                raise ValueError(f"{len(found)} answers to {len(texts)} texts")
         except Exception as error:
-            for *_, future in batch:
-                if not future.done():  # its client may have left
-                    future.set_exception(error)
+            # A service that is gone is asked no more often for that.
+            if len(batch) > 1 and not isinstance(error, LetterheadError):
+                for one in batch:
+                    await self._answer([one])
+            else:
+                for one in batch:
+                    one.fail(error)
             return
-        for of_request, _, future in batch:
-            mine, found = found[: len(of_request)], found[len(of_request) :]
-            if not future.done():
-                future.set_result(mine)
+        at = 0
+        for one in batch:
+            one.answer(found[at : at + len(one.texts)])
+            at += len(one.texts)
+
+    def close(self) -> None:
+        """End; what waits is not classified any more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class _Metrics:
@@ -283,7 +340,7 @@ class _Service:
         except LetterheadError as error:
             raise HTTPException(503, f"input: no answer now: {error}", again) from None
         if not found.any(axis=1).all():
-            raise HTTPException(503, "input: a text got no answer; ask again", again)
+            raise HTTPException(502, "input: the method gave no answer to a text")
         self.metrics.seconds.observe(time.perf_counter() - began)
         return Answers(
             id=f"classify-{uuid.uuid4().hex}",
@@ -321,20 +378,26 @@ def create(served: Served) -> FastAPI:
     """The server as an ASGI application."""
     service = _Service(served)
 
+    tasks: list[asyncio.Task] = []
+
     @asynccontextmanager
     async def lifespan(_: FastAPI):
-        tasks = [asyncio.create_task(queue.run()) for queue in service.queues]
+        tasks.extend(asyncio.create_task(queue.run()) for queue in service.queues)
         yield
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for queue in service.queues:
+            queue.close()
 
     application = FastAPI(
         title=f"Letterhead: {served.name}", lifespan=lifespan, docs_url=None, redoc_url=None
     )
     application.add_middleware(_Limits, metrics=service.metrics)
+    application.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     application.state.metrics = service.metrics
 
-    @application.post(CLASSIFY)
+    @application.post(CLASSIFY, responses={"4XX": {"model": Failure}, "5XX": {"model": Failure}})
     async def classify(question: Question) -> Answers:
         """The label and the probabilities of each text."""
         return await service.answer(question)
@@ -342,6 +405,8 @@ def create(served: Served) -> FastAPI:
     @application.get("/health")
     async def health() -> dict[str, str]:
         """Whether the server answers."""
+        if any(task.done() for task in tasks):
+            raise HTTPException(503, "health: a queue has ended; start the server anew")
         return {"status": "ok", "model": served.name}
 
     @application.get("/metrics", response_class=Response)
@@ -355,8 +420,8 @@ def create(served: Served) -> FastAPI:
         return HTMLResponse(as_page(application.openapi()))
 
     @application.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        service.metrics.count(CLASSIFY, 500)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        service.metrics.count(request.url.path, 500)
         return as_error(500, f"the server failed: {type(error).__name__}", None)
 
     application.add_exception_handler(RequestValidationError, malformed)
@@ -365,8 +430,11 @@ def create(served: Served) -> FastAPI:
 
 
 async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-    """The reply to a body that is no question."""
-    first = error.errors()[0]
+    """The reply to a body that is no question. Of a list the errors as a list are told, not those
+    as a text."""
+    errors = error.errors()
+    as_list = [one for one in errors if "str" not in one["loc"][2:3]]
+    first = as_list[0] if isinstance(errors[0].get("input"), list) and as_list else errors[0]
     place = [part for part in first["loc"] if part != "body"]
     is_json = first["type"] != "json_invalid"
     field = place[0] if place and is_json else "body"

@@ -8,6 +8,7 @@ where a text holds control strings).
 import json
 import os
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -257,6 +258,17 @@ def server_environment(gpu: bool, environment: Mapping[str, str]) -> dict[str, s
         return variables
     # vLLM would keep one core for itself: of two cores that is half the throughput.
     return {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} | variables
+
+
+def prepare_environment() -> None:
+    """Make vLLM's environment where it is missing, or its lock has changed since.
+
+    Raises
+    ------
+    LetterheadError : it could not be made
+    """
+    if subprocess.run(["make", "-s", "setup-serve"]).returncode:
+        raise LetterheadError(f"{ENVIRONMENT}: could not be made; run: make setup-serve")
 
 
 def vllm_version() -> str:
