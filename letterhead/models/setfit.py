@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from sklearn.linear_model import LogisticRegression
 
 from letterhead.config.experiment import Experiment
+from letterhead.models.callbacks import StepBar
 from letterhead.models.embeddings import Embedder, as_fitted
 from letterhead.models.fitted import Fitted, class_weight, require_classes
 
@@ -49,7 +50,8 @@ def fit(experiment: Experiment, rows: list[dict]) -> Fitted:
             logging_strategy="no",
         )
         model = SetFitModel(embedder.model, regression, normalize_embeddings=True)
-        Trainer(model, arguments, Dataset.from_dict(columns)).train()
+        bar = StepBar("SetFit")
+        Trainer(model, arguments, Dataset.from_dict(columns), callbacks=[bar]).train()
     embedder.model.default_prompt_name = prompt
     title = f"{embedder.folder}, fine-tuned by SetFit, logistic regression"
     return as_fitted(experiment, embedder, regression, title, is_frozen=False)
