@@ -29,8 +29,8 @@ from letterhead.runs.devices import device_name, process_count
 
 # Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a
 # stage; fitted to stages on two cores each: float32, where products are slower and weigh more, on
-# Zen 3. In bfloat16 training reaches 0.36 on Zen 4 and Zen 5, and 0.20 to 0.31 on an Intel Xeon with
-# AMX, whose products are faster; what is between is within 1.5 times on all.
+# Zen 3. In bfloat16 training reaches 0.36 on Zen 4 and Zen 5, and 0.20 to 0.31 on an Intel Xeon
+# with AMX, whose products are faster; what is between is within 1.5 times on all.
 TRAINING = {"bfloat16": 0.29, "float32": 0.50}
 SCORING = {"bfloat16": 0.60, "float32": 0.70}
 START_S = 6.0
