@@ -772,13 +772,6 @@ def is_chinese(texts: Iterable[str]) -> bool:
 def is_english(texts: Iterable[str]) -> bool:
     """Whether texts may be in English: hardly a letter is none of ASCII's, or enough of their words
     are among its most frequent ones (scikit-learn's list).
-
-    Examples
-    --------
-    >>> is_english(["The café won", "shares fell after a warning from the bank"])
-    True
-    >>> is_english(["Die Börse schloss nach einer Warnung", "La città ha vinto la finale"])
-    False
     """
     words = Counter(word.strip(MARKS) for text in texts for word in WORD.findall(text.lower()))
     letters = sum(len(word) * n for word, n in words.items())

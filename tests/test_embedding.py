@@ -166,7 +166,7 @@ def test_the_stage_predict_the_export_and_its_card_answer_alike(
 def test_setfit_reads_its_pairs_once(make_experiment, monkeypatch, most, steps):
     """20 rows, each in two pairs: 40, of which 16 make a step."""
     settings = {"rows_per_class": 64, "iterations": 1, "most_steps": most}
-    experiment = make(make_experiment, setfit=settings)
+    experiment = make(make_experiment, setfit=settings, head={"max_length": 32})
     data.main(experiment)
     made, train = [], setfit.Trainer.train
 

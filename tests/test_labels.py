@@ -205,8 +205,8 @@ def test_training_predict_and_page_have_the_label_that_the_file_gave(
     assert predict_all(experiment, truth, "tfidf") == truth
     classify = {"tfidf": load_classifier(experiment, "tfidf")}
     for text in list(truth)[:classes]:
-        [(shares, _)] = page.answer(experiment, classify, text)
-        assert max(shares, key=shares.get) == truth[text]
+        [answered] = page.answer(experiment, classify, text)
+        assert max(answered.shares, key=answered.shares.get) == truth[text]
     card = read_json("data/mine/data_card.json")
     counted = {
         name: sum(label == name for label in read_labels(experiment).values()) for name in order

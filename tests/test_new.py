@@ -157,6 +157,16 @@ def test_texts_of_other_languages_get_models_that_read_them_and_english_ones_do_
     assert experiment.prompt.answer_prefix == ""
 
 
+def test_english_is_told_by_its_letters_or_its_frequent_words():
+    english = ["The café won", "shares fell after a warning from the bank", "word7 word8"]
+    assert new.is_english(english) and new.is_english(english[2:])
+    for text in OTHERS.values():
+        assert not new.is_english([text])
+    assert not new.is_english(
+        ["La città ha vinto la finale", "Die Börse schloss nach einer Warnung"]
+    )
+
+
 def test_a_folder_names_its_labels_and_few_rows_are_trained_on_longer(written):
     for i in range(120):
         path = Path("mails", "spam" if i % 3 else "ham", f"{i}.txt")

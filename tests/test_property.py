@@ -373,7 +373,7 @@ def test_a_services_reply_is_read_or_told(name, draw):
         )
     )
     route = make([Answer([5, 9], 0, 1), Answer([6, 9], 0, 1)])
-    server = SimpleNamespace(url="http://127.0.0.1:1", log="vllm.log")
+    server = SimpleNamespace(url="http://127.0.0.1:1", log="vllm.log", engine="vLLM")
     with told():
         found, _ = asyncio.run(service.VllmServer.ask(server, Replies(content), route, [1]))
         assert found in (NO_ANSWER, *range(9))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import uvicorn
 
@@ -282,6 +283,7 @@ def test_a_server_that_is_told_to_end_under_load_answers_all_that_it_accepted(
 
     with ServerProcess(command, port, Path("server.log"), "tfidf") as here:
         asyncio.run(load(here.url, here.pid))
+        psutil.wait_procs(psutil.Process(here.pid).children(), timeout=60)
     assert len(refused) == 8 and len(replies) > 50
     for reply in replies:
         shares = [one["probs"] for one in reply.json()["data"]]

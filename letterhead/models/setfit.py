@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from letterhead.config.experiment import Experiment
 from letterhead.models.callbacks import StepBar
+from letterhead.models.cpu import attention, quicken_dropout
 from letterhead.models.embeddings import Embedder, as_fitted
 from letterhead.models.fitted import Fitted, class_weight, require_classes
 
@@ -24,6 +25,9 @@ def fit(experiment: Experiment, rows: list[dict]) -> Fitted:
 
     require_classes(rows)
     settings, embedder = experiment.encoder.setfit, Embedder(experiment)
+    # On a CPU torch's fused attention with dropout takes most of a step.
+    embedder.model[0].auto_model.set_attn_implementation(attention())
+    quicken_dropout(embedder.model)
     clean = embedder.reader.neutralise([row["text"] for row in rows])
     columns = {
         "text": [embedder.prefix + text for text in clean],
