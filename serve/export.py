@@ -333,13 +333,13 @@ def check_onnx(experiment: Experiment, source: Path, folder: Path) -> dict[str, 
             for split in texts
         }
         smallest = np.finfo(float).tiny
-        given = np.log(np.clip(expected["test"], smallest, None))
+        expected_logits = np.log(np.clip(expected["test"], smallest, None))
         checked[precision] = {
             "same": same["test"],
             "rows": len(texts["test"]),
             "validation_same": same.get("validation", 0),
             "validation_rows": len(texts.get("validation", ())),
-            "difference": float(np.abs(centred(logits["test"]) - centred(given)).max()),
+            "difference": float(np.abs(centred(logits["test"]) - centred(expected_logits)).max()),
         }
     return checked
 

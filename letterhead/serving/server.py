@@ -326,8 +326,8 @@ class _Service:
         HTTPException : an empty text, too much that waits, or no answer
         """
         began = time.perf_counter()
-        given = [question.input] if isinstance(question.input, str) else question.input
-        texts = [keep_words(text, self.served.max_words).strip() for text in given]
+        asked = [question.input] if isinstance(question.input, str) else question.input
+        texts = [keep_words(text, self.served.max_words).strip() for text in asked]
         if "" in texts:
             where = "input" if isinstance(question.input, str) else f"input[{texts.index('')}]"
             raise HTTPException(400, f"{where}: the text is empty")
@@ -335,8 +335,8 @@ class _Service:
         try:
             found = await self._probabilities(texts)
         except Full:
-            said = f"input: {MOST_WAITING:,} texts wait already; ask again"
-            raise HTTPException(429, said, again) from None
+            message = f"input: {MOST_WAITING:,} texts wait already; ask again"
+            raise HTTPException(429, message, again) from None
         except LetterheadError as error:
             raise HTTPException(503, f"input: no answer now: {error}", again) from None
         if not found.any(axis=1).all():
@@ -412,8 +412,8 @@ def create(served: Served) -> FastAPI:
     @application.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Counts and latencies as Prometheus reads them."""
-        told = generate_latest(service.metrics.registry)
-        return Response(told, media_type=CONTENT_TYPE_LATEST)
+        metrics_text = generate_latest(service.metrics.registry)
+        return Response(metrics_text, media_type=CONTENT_TYPE_LATEST)
 
     @application.get("/docs", include_in_schema=False)
     async def documentation() -> HTMLResponse:
@@ -444,10 +444,10 @@ async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
 
 async def refused(_: Request, error: HTTPException) -> JSONResponse:
     """The reply to a question that gets no answer."""
-    said = error.detail if ":" in error.detail else f"body: {error.detail}"
+    message = error.detail if ":" in error.detail else f"body: {error.detail}"
     if error.status_code in (404, 405):
         return as_error(error.status_code, error.detail, None, error.headers)
-    return as_error(error.status_code, said, said.partition(":")[0], error.headers)
+    return as_error(error.status_code, message, message.partition(":")[0], error.headers)
 
 
 def as_error(
