@@ -159,9 +159,8 @@ class _Reader:
 
     def _exceptions(self) -> list[Replace]:
         """The characters that the file's table maps otherwise than NFKC does."""
-        entries = self._size()
-        end = self._at + 4 + self._peek_size()
-        self._size()
+        entries, length = self._size(), self._size()
+        end = self._at + length
         found = []
         for _ in range(entries):
             number, n = self._numbers("IB")
@@ -172,12 +171,6 @@ class _Reader:
         if self._at != end:
             raise ValueError("the normalisation table has another length")
         return found
-
-    def _peek_size(self) -> int:
-        at = self._at
-        size = self._size()
-        self._at = at
-        return size
 
     def weights(self, config: BertConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """BERT's names and tensors, those in blocks dequantised."""
