@@ -17,6 +17,8 @@ ROWS ?= 1000000
 PYTHON ?= python3
 # How many GPUs (or, without one, processes) a stage uses; one, whatever is visible. Only `make … NPROC=2` changes it.
 NPROC = 1
+# What `make predict` labels with: ray, or this process. Another program's variable of that name is not meant.
+ENGINE =
 # `make … PREFLIGHT=no` leaves out the check before a run on a GPU.
 PREFLIGHT ?= yes
 .DEFAULT_GOAL := help
@@ -25,12 +27,14 @@ MAKEFLAGS += --no-print-directory
 
 LOCK := requirements/train.txt
 LOCKS_SERVE := requirements/serve-cpu.txt requirements/serve-gpu.txt
+LOCK_RAY := requirements/ray.txt
 LOCK_SBOM := requirements/sbom.txt
 # An environment's stamp holds its locks' sha256, so that other locks build it anew.
 stamp = $(1)/.ready-$(shell cat requirements/build.txt $(2) 2>/dev/null | sha256sum | cut -c1-16)
 READY := $(call stamp,.venv,$(LOCK))
 READY_SBOM := $(call stamp,.venv-sbom,$(LOCK_SBOM))
 READY_SERVE := $(call stamp,.venv-serve,$(LOCKS_SERVE))
+READY_RAY := $(call stamp,.venv-ray,$(LOCK_RAY) $(LOCK))
 # What is freed stays with the process, in huge pages: page faults cost a training on a CPU a third of its time. (glibc's own
 # variable; elsewhere nobody reads it.)
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
@@ -42,13 +46,17 @@ VERBOSE ?=
 # Libraries draw no bars into a stage's log.
 QUIET := $(if $(VERBOSE),,TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1)
 RUN = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
+# What runs for long gives back what it frees.
+KEEPS_LITTLE = env -u GLIBC_TUNABLES
+SERVICE = $(KEEPS_LITTLE) $(RUN)
+BY_RAY = $(KEEPS_LITTLE) $(QUIET) .venv-ray/bin/python -m serve.predict_by_ray --workers "$(if $(filter command,$(origin NPROC)),$(NPROC))"
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL FORMAT ERROR PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC
+export EXP SET IN OUT MODEL FORMAT ERROR ENGINE PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC
 # What the user asked for by name; a stage that only another needs says less.
 export ASKED := $(MAKECMDGOALS)
 
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
-KNOWN := EXP SET IN OUT MODEL FORMAT ERROR PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
+KNOWN := EXP SET IN OUT MODEL FORMAT ERROR ENGINE PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
 OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
 UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
@@ -56,9 +64,10 @@ NEAREST := import difflib, sys; known = {name.lower(): name for name in sys.argv
 NEAREST += ; print(*(known[name] for name in difflib.get_close_matches(sys.argv[1].lower(), known, 1)))
 nearest = $(shell $(PYTHON) -c '$(NEAREST)' '$(1)' $(2))
 $(if $(UNKNOWN),$(error no variable $(UNKNOWN); $(or $(patsubst %,did you mean %=?,$(call nearest,$(UNKNOWN),$(KNOWN))),choose of $(KNOWN))))
+$(if $(filter-out ray,$(ENGINE)),$(error ENGINE=$(ENGINE): no such engine; write ENGINE=ray, or leave it out))
 # A misspelt target would end in make's own words.
-TARGETS := help setup setup-serve licenses new preflight preflight-on-gpu data audit rank distill sft eval-ckpts sft-think grpo zero-shot endpoint tfidf embedding setfit bert bert-all linear-head sft-options cascade compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
-NO_TARGET := $(firstword $(filter-out $(TARGETS) $(READY) $(READY_SBOM) $(READY_SERVE),$(MAKECMDGOALS)))
+TARGETS := help setup setup-serve setup-ray licenses new preflight preflight-on-gpu data audit rank distill sft eval-ckpts sft-think grpo zero-shot endpoint tfidf embedding setfit bert bert-all linear-head sft-options cascade compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
+NO_TARGET := $(firstword $(filter-out $(TARGETS) $(READY) $(READY_SBOM) $(READY_SERVE) $(READY_RAY),$(MAKECMDGOALS)))
 $(if $(NO_TARGET),$(error no target $(NO_TARGET); $(or $(patsubst %,did you mean make %?,$(call nearest,$(NO_TARGET),$(TARGETS))),make help lists them)))
 ONLY_NEW := $(firstword $(filter DATA TEXT LABEL SHEET,$(GIVEN)))
 $(if $(ONLY_NEW),$(if $(filter-out new,$(MAKECMDGOALS)),$(error $(ONLY_NEW)= is for make new; here its experiment is read, edit that: EXP=name)))
@@ -88,10 +97,10 @@ status: $(READY) ## which stages are done or stale, how long each took, what run
 	@$(RUN) report.status $(STAGE)
 
 try: $(READY) ## a page on 127.0.0.1 where all trained methods answer side by side: make try PORT=8000
-	@$(RUN) serve.page $(STAGE) --port "$$PORT"
+	@$(SERVICE) serve.page $(STAGE) --port "$$PORT"
 
-predict: $(READY) ## label a file of texts: make predict IN=rows.csv OUT=labelled.csv (or .jsonl, .parquet) MODEL=best (ERROR=0.05: abstain where unsure)
-	@$(ONLINE) serve.predict $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL" --error "$$ERROR"
+predict: $(READY) $(if $(ENGINE),$(READY_RAY)) ## label a file of texts: make predict IN=rows.csv OUT=labelled.csv (or .jsonl, .parquet) MODEL=best (ERROR=0.05: abstain where unsure; ENGINE=ray: by several workers or machines)
+	@$(if $(ENGINE),$(BY_RAY),$(ONLINE) serve.predict) $(STAGE) --in "$$IN" --out "$$OUT" --model "$$MODEL" --error "$$ERROR"
 
 #: stages, in order
 
@@ -151,7 +160,7 @@ export: $(READY) ## a checkpoint as a model of its own, with a card; SFT's is fo
 	@$(RUN) serve.export $(STAGE) --model "$$MODEL" --format "$$FORMAT"
 
 serve: $(READY) ## serve a method on 127.0.0.1, a decoder with vLLM: make serve MODEL=best PORT=8000 (ERROR=0.05: abstain where unsure)
-	@$(RUN) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT" --error "$$ERROR"
+	@$(SERVICE) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT" --error "$$ERROR"
 
 bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF, ONNX Runtime and vLLM; then the choice and the report anew
 	@$(RUN) bench.rps $(STAGE)
@@ -159,7 +168,7 @@ bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every m
 	@$(RUN) report.build $(STAGE)
 
 soak: $(READY) ## 20 minutes of load and bad clients on a service: make soak MODEL=bert (after make report)
-	@$(RUN) bench.peers.soak $(STAGE) --model "$$MODEL"
+	@$(SERVICE) bench.peers.soak $(STAGE) --model "$$MODEL"
 
 growth: data ## time and memory against rows, options and results, up to a million rows: make growth ROWS=1000000
 	@$(RUN) bench.peers.growth $(STAGE) --rows "$$ROWS"
@@ -225,17 +234,22 @@ setup-serve: $(READY_SERVE) ## build .venv-serve (vLLM: for the GPU if there is 
 $(READY_SERVE): | $(READY)
 	@device=$$($(ONLINE) letterhead.runs.devices) && PYTHON="$(PYTHON)" requirements/install.sh requirements/serve-$$device.txt .venv-serve $@
 
+setup-ray: $(READY_RAY) ## build .venv-ray (Ray, beside the packages of .venv)
+
+$(READY_RAY): | $(READY)
+	@PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_RAY) .venv-ray $@ .venv
+
 licenses: $(READY) $(READY_SBOM) ## licenses of packages, models and data, and an SBOM (CycloneDX): sbom/
 	@$(ONLINE) prep.licenses
 
 $(READY_SBOM): ; @PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_SBOM) .venv-sbom $@
 
 # Two workers with half of the processors each; the tests of a file stay with one, which shares what it loaded among them.
-test: $(READY) $(READY_SERVE) ## lint, then the tests
+test: $(READY) $(READY_SERVE) $(READY_RAY) ## lint, then the tests
 	@.venv/bin/ruff check -q . && .venv/bin/ruff format -q --check .
 	@OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY) $(READY_SERVE) ## the tests that take minutes each, and three kills of each stage
+test-slow: $(READY) $(READY_SERVE) $(READY_RAY) ## the tests that take minutes each, and three kills of each stage
 	@.venv/bin/python -m pytest -m slow
 	@.venv/bin/python -m pytest tests/test_drill.py -k killed --kills 3
 

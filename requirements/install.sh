@@ -1,14 +1,15 @@
 #!/bin/sh
-# Build one virtual environment from one lock: requirements/install.sh LOCK ENVIRONMENT STAMP
+# Build one virtual environment from one lock: requirements/install.sh LOCK ENVIRONMENT STAMP [BASE]
+# It sees the packages of the environment BASE, too, where one is named.
 # The stamp (its name holds the lock's sha256) is written last, so that a build that was cut off is built again.
 set -eu
-lock=$1 environment=$2 stamp=$3
+lock=$1 environment=$2 stamp=$3 base=${4:-}
 python=${PYTHON:-python3}
 # The environment's size as built, in GB, and one to unpack in.
 case $lock in
 *serve-gpu.txt) need_gb=10 ;;
 *serve-cpu.txt) need_gb=8 ;;
-*sbom.txt) need_gb=2 ;;
+*sbom.txt | *ray.txt) need_gb=2 ;;
 *) need_gb=9 ;;
 esac
 
@@ -29,4 +30,8 @@ for locked in requirements/build.txt "$lock"; do
     "$environment/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --require-hashes -r "$locked" ||
         die "pip could not install $locked (its message is above); mend that and run again"
 done
+if [ -n "$base" ]; then
+    packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$base/bin/python" -c "$packages" > "$("$environment/bin/python" -c "$packages")/base.pth"
+fi
 touch "$stamp"

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,15 @@ from letterhead.runs.processes import Workers
 from letterhead.runs.stage import OFFLINE, run
 from letterhead.runs.terminal import progress
 from letterhead.stats.abstention import SURE, Promise, promise
+from letterhead.stats.cascade import Cascade
 from letterhead.stats.metrics import tempered
 
 DIGITS = 6
 # Of 300 BBC News texts nine changed class between float32 and bfloat16, all with gaps below 0.03.
 NEAR_TIE = 0.1
+# What is counted of the rows: all, those without a text, near ties, those that a cascade passed on,
+# and those without an answer
+COUNTED = ("rows", "without", "near", "passed", "unanswered")
 
 
 def main(experiment: Experiment, source: str, target: str, model: str, error: str = "") -> None:
@@ -86,41 +90,15 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
     if target.resolve() == source.resolve():
         raise LetterheadError(f"{target}: OUT is IN; name another file")
     header, table = read_table(source, experiment)
-    name = named_method(experiment, model)
-    frozen = frozen_cascade(experiment, name) if is_cascade(name) else None
-    promised = allowed and promise_of(experiment, name, allowed)
-    parts = [frozen.cheap, frozen.dear] if frozen else [name]
-    folders = [None if is_fitted(part) else model_folder(experiment, part) for part in parts]
-    for folder in filter(None, folders):
-        if not onnx.is_saved(folder):
-            require_model(folder)
-    dtypes = [
-        folder
-        and not any(module.is_saved(folder) for module in (embeddings, onnx, tfidf))
-        and precision(experiment.decoder.dtype, base_of(folder))
-        for folder in folders
-    ]
-    is_half = "bfloat16" in dtypes
-    temperatures = [contenders.temperature_of(experiment, part) for part in parts]
+    chosen = choose(experiment, named_method(experiment, model), allowed)
+    name, frozen, parts = chosen.name, chosen.frozen, chosen.parts
     if target.is_dir():
         raise LetterheadError(f"{target}: is a folder; name a file")
     if target.suffix.lower() not in FORMS:
         raise LetterheadError(f"{target}: OUT is written as {', '.join(FORMS)}; name one of them")
     part, progress_file = (target.with_name(target.name + end) for end in (".part", ".part.json"))
     inputs = sha256_json(
-        {
-            "source": sha256_file(source),
-            "method": name,
-            "models": [
-                model_identity(folder) if folder else fitted_from(experiment, part)
-                for part, folder in zip(parts, folders, strict=True)
-            ],
-            "halves": frozen and asdict(frozen),
-            "promise": promised and asdict(promised),
-            "temperatures": temperatures,
-            "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
-            "device": [device_name(), *dtypes, process_count()],
-        }
+        {"source": sha256_file(source), "processes": process_count(), **chosen.inputs(experiment)}
     )
     with ExitStack() as stack:
         stack.enter_context(alone(target))
@@ -132,15 +110,7 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
             and part.is_file()
             and part.stat().st_size >= done["bytes"]
         ):
-            done = {
-                "inputs": inputs,
-                "rows": 0,
-                "without": 0,
-                "near": 0,
-                "passed": 0,
-                "unanswered": 0,
-                "bytes": 0,
-            }
+            done = {"inputs": inputs, "bytes": 0, **dict.fromkeys(COUNTED, 0)}
         if done["rows"]:
             print(f"{part}: goes on behind row {done['rows']:,}")
         pools = [
@@ -162,14 +132,9 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
             progress(desc=f"predicting with {name}", unit=" rows", initial=done["rows"])
         )
         file.truncate(done["bytes"])
-        columns = [*header, "prediction", *(["abstain"] if promised else [])]
-        columns += [f"p({label})" for label in experiment.labels]
-        twice = [name for name, times in Counter(columns).items() if times > 1]
-        if twice and target.suffix.lower() != ".csv":
-            raise LetterheadError(
-                f"{source}: {target.suffix} would have two columns {twice[0]!r}; rename one, or "
-                f"write OUT=….csv"
-            )
+        columns = chosen.columns(experiment, header)
+        if target.suffix.lower() != ".csv":
+            require_different(source, columns, target.suffix)
         if not done["rows"]:
             file.write(as_csv([columns]))
         rows = islice(table, done["rows"], None)
@@ -184,38 +149,146 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
             if overlap
             else (labelled(classify, part_of_rows) for part_of_rows in chunks)
         ):
-            done["near"] += near_ties(probabilities) if is_half else 0
-            done["passed"] += passed
-            found, nothing = iter(probabilities), [""] * (len(columns) - len(header))
-            lines = [
-                [*fields, *(of_row(experiment, next(found), promised) if text else nothing)]
-                for fields, text in chunk
-            ]
-            done["without"] += sum(not text for _, text in chunk)
-            done["unanswered"] += int((~probabilities.any(axis=-1)).sum())
-            file.write(as_csv(lines))
+            file.write(as_csv(chosen.lines(experiment, chunk, probabilities)))
             file.flush()
             os.fsync(file.fileno())
-            done |= {"rows": done["rows"] + len(chunk), "bytes": file.tell()}
+            for what, n in chosen.counted(chunk, probabilities, passed).items():
+                done[what] += n
+            done["bytes"] = file.tell()
             write_json(progress_file, done)
             bar.update(len(chunk))
         FORMS[target.suffix.lower()](part, target, len(header))
         part.unlink(missing_ok=True)
         progress_file.unlink(missing_ok=True)
-    if done["near"]:
-        print(
-            f"{done['near']:,} rows have two classes within {NEAR_TIE:g}: in bfloat16 rounding may "
-            "decide there (decoder.dtype=float32 does not hang on it)"
+    chosen.tell(str(target), done)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The method that labels rows.
+
+    Parameters
+    ----------
+    name : in full
+    frozen : a cascade's threshold and halves; None for any other method
+    promised : from which confidence on it answers; None: always
+    parts, folders, dtypes : of each half, or of the method: name, folder (None: it is fitted where
+        it is used), and the type that it computes in (False or None where it has no say)
+    """
+
+    name: str
+    frozen: Cascade | None
+    promised: Promise | None
+    parts: list[str]
+    folders: list[Path | None]
+    dtypes: list[str | bool | None]
+
+    def inputs(self, experiment: Experiment) -> dict[str, Any]:
+        """Whatever decides an answer, but for the text."""
+        return {
+            "method": self.name,
+            "models": [
+                model_identity(folder) if folder else fitted_from(experiment, part)
+                for part, folder in zip(self.parts, self.folders, strict=True)
+            ],
+            "halves": self.frozen and asdict(self.frozen),
+            "promise": self.promised and asdict(self.promised),
+            "temperatures": [contenders.temperature_of(experiment, part) for part in self.parts],
+            "experiment": experiment.model_dump(mode="json", exclude={"bench"}),
+            "device": [device_name(), *self.dtypes],
+        }
+
+    def columns(self, experiment: Experiment, header: list[str]) -> list[str]:
+        """The columns that are written: the file's own, and those of an answer."""
+        abstains = ["abstain"] if self.promised else []
+        return [
+            *header,
+            "prediction",
+            *abstains,
+            *(f"p({label})" for label in experiment.labels),
+        ]
+
+    def lines(
+        self, experiment: Experiment, chunk: list, probabilities: np.ndarray
+    ) -> list[list[str]]:
+        """The rows of a chunk of (fields, text) with their answers; one without a text has empty
+        ones."""
+        found = iter(probabilities)
+        nothing = [""] * len(self.columns(experiment, []))
+        return [
+            [*fields, *(of_row(experiment, next(found), self.promised) if text else nothing)]
+            for fields, text in chunk
+        ]
+
+    def counted(self, chunk: list, probabilities: np.ndarray, passed: int) -> dict[str, int]:
+        """How many rows of a chunk are of each kind in `COUNTED`."""
+        return {
+            "rows": len(chunk),
+            "without": sum(not text for _, text in chunk),
+            "near": near_ties(probabilities) if "bfloat16" in self.dtypes else 0,
+            "passed": passed,
+            "unanswered": int((~probabilities.any(axis=-1)).sum()),
+        }
+
+    def tell(self, target: str, done: dict[str, int]) -> None:
+        """Say what was labelled, and what the reader should know of it."""
+        if done["near"]:
+            print(
+                f"{done['near']:,} rows have two classes within {NEAR_TIE:g}: in bfloat16 rounding "
+                "may decide there (decoder.dtype=float32 does not hang on it)"
+            )
+        if self.frozen and (answered := done["rows"] - done["without"]):
+            print(
+                f"{self.frozen.dear} was asked about {done['passed']:,} of {answered:,} texts "
+                f"({done['passed'] / answered:.1%}), {self.frozen.cheap} answered the others"
+            )
+        if done["unanswered"]:
+            print(f"{done['unanswered']:,} rows got no answer and are left empty")
+        left = (
+            f", {done['without']:,} of them without a text and left empty"
+            if done["without"]
+            else ""
         )
-    if frozen and (answered := done["rows"] - done["without"]):
-        print(
-            f"{frozen.dear} was asked about {done['passed']:,} of {answered:,} texts "
-            f"({done['passed'] / answered:.1%}), {frozen.cheap} answered the others"
+        print(f"{target}: {done['rows']:,} rows labelled by {self.name}{left}")
+
+
+def choose(experiment: Experiment, name: str, error: float | None) -> Chosen:
+    """A method by its full name, its models looked at, with a promise where `error` allows wrong
+    answers.
+
+    Raises
+    ------
+    LetterheadError : a model is missing or broken, or nothing can be promised
+    """
+    frozen = frozen_cascade(experiment, name) if is_cascade(name) else None
+    promised = promise_of(experiment, name, error) if error else None
+    parts = [frozen.cheap, frozen.dear] if frozen else [name]
+    folders = [None if is_fitted(part) else model_folder(experiment, part) for part in parts]
+    for folder in filter(None, folders):
+        if not onnx.is_saved(folder):
+            require_model(folder)
+    dtypes = [
+        folder
+        and not any(module.is_saved(folder) for module in (embeddings, onnx, tfidf))
+        and precision(experiment.decoder.dtype, base_of(folder))
+        for folder in folders
+    ]
+    return Chosen(name, frozen, promised, parts, folders, dtypes)
+
+
+def require_different(source: Path | str, columns: list[str], ending: str) -> None:
+    """Formats other than CSV know a column by its name.
+
+    Raises
+    ------
+    LetterheadError : two have the same
+    """
+    twice = [name for name, times in Counter(columns).items() if times > 1]
+    if twice:
+        raise LetterheadError(
+            f"{source}: {ending} would have two columns {twice[0]!r}; rename one, or write "
+            f"OUT=….csv"
         )
-    if done["unanswered"]:
-        print(f"{done['unanswered']:,} rows got no answer and are left empty")
-    left = f", {done['without']:,} of them without a text and left empty" if done["without"] else ""
-    print(f"{target}: {done['rows']:,} rows labelled by {name}{left}")
 
 
 def fetch_named(experiment: Experiment, model: str) -> None:
@@ -405,12 +478,17 @@ def read_answers(part: Path, fields: int) -> Iterator[dict[str, Any]]:
         reader = csv.reader(file)
         names = next(reader)
         for row in reader:
-            own, answered = row[:fields], row[fields:]
-            values = [
-                (int if name == "abstain" else float)(value) if value else None
-                for name, value in zip(names[fields + 1 :], answered[1:], strict=True)
-            ]
-            yield dict(zip(names, [*own, answered[0] or None, *values], strict=True))
+            yield with_numbers(row, names, fields)
+
+
+def with_numbers(row: list[str], names: list[str], fields: int) -> dict[str, Any]:
+    """A row of a CSV (see `read_answers`) by the names of its columns."""
+    own, answered = row[:fields], row[fields:]
+    values = [
+        (int if name == "abstain" else float)(value) if value else None
+        for name, value in zip(names[fields + 1 :], answered[1:], strict=True)
+    ]
+    return dict(zip(names, [*own, answered[0] or None, *values], strict=True))
 
 
 def write_jsonl(part: Path, target: Path, fields: int) -> None:
@@ -420,15 +498,21 @@ def write_jsonl(part: Path, target: Path, fields: int) -> None:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def parquet_schema(names: list[str], fields: int) -> pyarrow.Schema:
+    """The columns' types: the file's own `fields` and the label as text, probabilities as
+    numbers."""
+    kinds = [pyarrow.string()] * (fields + 1) + [pyarrow.float64()] * (len(names) - fields - 1)
+    return pyarrow.schema(
+        (name, pyarrow.int64() if name == "abstain" and at == fields + 1 else kind)
+        for at, (name, kind) in enumerate(zip(names, kinds, strict=True))
+    )
+
+
 def write_parquet(part: Path, target: Path, fields: int) -> None:
     """The rows as Parquet, a batch at a time."""
     with open(part, encoding="utf-8", newline="") as file:
         names = next(csv.reader(file))
-    kinds = [pyarrow.string()] * (fields + 1) + [pyarrow.float64()] * (len(names) - fields - 1)
-    schema = pyarrow.schema(
-        (name, pyarrow.int64() if name == "abstain" and at == fields + 1 else kind)
-        for at, (name, kind) in enumerate(zip(names, kinds, strict=True))
-    )
+    schema = parquet_schema(names, fields)
     rows, written = read_answers(part, fields), target.with_name(f"{target.name}.written")
     try:
         with pyarrow.parquet.ParquetWriter(written, schema) as writer:
