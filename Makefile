@@ -236,7 +236,7 @@ $(READY_SERVE): | $(READY)
 
 setup-ray: $(READY_RAY) ## build .venv-ray (Ray, beside the packages of .venv)
 
-$(READY_RAY): | $(READY)
+$(READY_RAY): $(READY)
 	@PYTHON="$(PYTHON)" requirements/install.sh $(LOCK_RAY) .venv-ray $@ .venv
 
 licenses: $(READY) $(READY_SBOM) ## licenses of packages, models and data, and an SBOM (CycloneDX): sbom/

@@ -1,12 +1,12 @@
-"""What the product is made of, with licenses: packages of both environments, models, data; an SBOM
+"""What the product is made of, with licenses: packages of the environments, models, data; an SBOM
 (CycloneDX) of each.
 
     python -m prep.licenses
 
 sbom/train.cdx.json holds .venv's packages and the models and data that the experiments name,
-sbom/serve.cdx.json those of .venv-serve where that is built; sbom/LICENSES.md lists both by
-license. cyclonedx-py, in an environment of its own, reads the packages and checks what is written
-against CycloneDX's schema.
+sbom/serve.cdx.json and sbom/ray.cdx.json those of .venv-serve and .venv-ray where they are built;
+sbom/LICENSES.md lists all by license. cyclonedx-py, in an environment of its own, reads the
+packages and checks what is written against CycloneDX's schema.
 """
 
 import json
@@ -25,7 +25,7 @@ from prep.shape import QWEN_VOCABULARY
 
 FOLDER = Path("sbom")
 TOOLS = Path(".venv-sbom/bin")
-ENVIRONMENTS = {"train": Path(".venv"), "serve": Path(".venv-serve")}
+ENVIRONMENTS = {"train": Path(".venv"), "serve": Path(".venv-serve"), "ray": Path(".venv-ray")}
 NOT_DECLARED = "not declared"
 # Exit code 1, and what is wrong, where it is given something that is not CycloneDX.
 VALIDATE = """
@@ -54,7 +54,9 @@ def main() -> None:
         bom = json.loads(
             call("cyclonedx-py", "environment", environment / "bin/python", "--output-reproducible")
         )
-        packages = [with_said_license(part, environment) for part in bom["components"]]
+        # .venv-ray sees the packages of .venv, of which some are in both.
+        once = {part["bom-ref"]: part for part in bom["components"]}
+        packages = [with_said_license(part, environment) for part in once.values()]
         groups = {f"packages of {environment}": packages}
         if name == "train":
             groups["models and data"] = list(named_by_experiments())

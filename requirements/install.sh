@@ -5,6 +5,7 @@
 set -eu
 lock=$1 environment=$2 stamp=$3 base=${4:-}
 python=${PYTHON:-python3}
+[ -z "$base" ] || python=$base/bin/python
 # The environment's size as built, in GB, and one to unpack in.
 case $lock in
 *serve-gpu.txt) need_gb=10 ;;
@@ -32,6 +33,6 @@ for locked in requirements/build.txt "$lock"; do
 done
 if [ -n "$base" ]; then
     packages='import sysconfig; print(sysconfig.get_path("purelib"))'
-    "$base/bin/python" -c "$packages" > "$("$environment/bin/python" -c "$packages")/base.pth"
+    "$python" -c "$packages" > "$("$environment/bin/python" -c "$packages")/base.pth"
 fi
 touch "$stamp"

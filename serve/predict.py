@@ -91,7 +91,7 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
         raise LetterheadError(f"{target}: OUT is IN; name another file")
     header, table = read_table(source, experiment)
     chosen = choose(experiment, named_method(experiment, model), allowed)
-    name, frozen, parts = chosen.name, chosen.frozen, chosen.parts
+    name = chosen.name
     if target.is_dir():
         raise LetterheadError(f"{target}: is a folder; name a file")
     if target.suffix.lower() not in FORMS:
@@ -113,20 +113,7 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
             done = {"inputs": inputs, "bytes": 0, **dict.fromkeys(COUNTED, 0)}
         if done["rows"]:
             print(f"{part}: goes on behind row {done['rows']:,}")
-        pools = [
-            stack.enter_context(
-                Workers(
-                    # A service counts the questions of a minute, whoever asks them.
-                    1 if find_method(part) is HOSTED_LLM else process_count(),
-                    load_raw if frozen else load_classifier,
-                    experiment,
-                    part,
-                )
-            )
-            for part in parts
-        ]
-        for workers in pools:
-            workers.load()
+        classify = load(stack, experiment, chosen, process_count())
         file = stack.enter_context(open(part, "ab"))
         bar = stack.enter_context(
             progress(desc=f"predicting with {name}", unit=" rows", initial=done["rows"])
@@ -139,8 +126,6 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
             file.write(as_csv([columns]))
         rows = islice(table, done["rows"], None)
         chunks = iter(lambda: list(islice(rows, CHUNK * process_count())), [])
-        classifiers = [in_parts(workers) for workers in pools]
-        classify = CascadeClassifier(frozen, *classifiers) if frozen else classifiers[0]
         # On a CPU tokenising would take from the model's cores, and torch is slower in any thread
         # but the first.
         overlap = process_count() == 1 and device_name() != "cpu"
@@ -164,7 +149,7 @@ def main(experiment: Experiment, source: str, target: str, model: str, error: st
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Labelling:
     """The method that labels rows.
 
     Parameters
@@ -252,7 +237,7 @@ class Chosen:
         print(f"{target}: {done['rows']:,} rows labelled by {self.name}{left}")
 
 
-def choose(experiment: Experiment, name: str, error: float | None) -> Chosen:
+def choose(experiment: Experiment, name: str, error: float | None) -> Labelling:
     """A method by its full name, its models looked at, with a promise where `error` allows wrong
     answers.
 
@@ -273,7 +258,28 @@ def choose(experiment: Experiment, name: str, error: float | None) -> Chosen:
         and precision(experiment.decoder.dtype, base_of(folder))
         for folder in folders
     ]
-    return Chosen(name, frozen, promised, parts, folders, dtypes)
+    return Labelling(name, frozen, promised, parts, folders, dtypes)
+
+
+def load(stack: ExitStack, experiment: Experiment, chosen: Labelling, processes: int) -> Classifier:
+    """The method, loaded in so many processes, which end with the stack; rows of like length go
+    together."""
+    pools = [
+        stack.enter_context(
+            Workers(
+                # A service counts the questions of a minute, whoever asks them.
+                1 if find_method(part) is HOSTED_LLM else processes,
+                load_raw if chosen.frozen else load_classifier,
+                experiment,
+                part,
+            )
+        )
+        for part in chosen.parts
+    ]
+    for workers in pools:
+        workers.load()
+    classifiers = [in_parts(workers) for workers in pools]
+    return CascadeClassifier(chosen.frozen, *classifiers) if chosen.frozen else classifiers[0]
 
 
 def require_different(source: Path | str, columns: list[str], ending: str) -> None:

@@ -1,11 +1,11 @@
-"""Label files of any number of rows with Ray Data: a worker a GPU, or so many cores; a Parquet part
-for some thousand rows.
+"""Label files of any number of rows with Ray Data: a worker a GPU, or a core; a Parquet part for
+some thousand rows.
 
     python -m serve.predict_by_ray --experiment quick --in s3://bucket/rows --out labels --model sft
 
 A task reads a file, as `serve.predict` does, and cuts it into parts. Workers label and write them.
 A part is written beside its place and moved, so one that is there is whole. A run that was killed
-makes the parts that are missing, and Ray gives the part of a worker that died to another.
+makes the parts that are missing. A worker that dies is started again and gets its part anew.
 """
 
 import json
@@ -13,9 +13,12 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -28,18 +31,20 @@ import ray.data
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError, sha256_json
-from letterhead.models.classifier import CHUNK, asks_a_service, load_classifier, named_method
+from letterhead.models.classifier import CHUNK, asks_a_service, named_method
 from letterhead.rows import tables
+from letterhead.runs.devices import unusable_gpu
 from letterhead.runs.stage import OFFLINE, run
 from letterhead.runs.terminal import TERMINAL, progress, say
 from serve.predict import (
     COUNTED,
-    Chosen,
+    Labelling,
     alone,
     as_share,
     choose,
     fetch_named,
     labelled,
+    load,
     parquet_schema,
     read_table,
     require_different,
@@ -48,11 +53,12 @@ from serve.predict import (
 
 PART_ROWS = 8 * CHUNK
 # In OUT. Readers of a folder of Parquet leave out what begins with an underscore.
-INPUTS = "_inputs.json"
+INPUTS = "_inputs.sha256"
 COUNTS = b"letterhead"  # a part's own counts, in its metadata
 RAYS_WORDS = "\nFailed to apply UDF transform"  # what it adds to an error
 STORE_BYTES = 1 << 29  # what Ray may hold of parts between reading and labelling
-Place = tuple[pyarrow.fs.FileSystem, str]
+DEATHS = 3  # of one worker, after which the run ends
+READERS = 16  # of the counts of parts that are there
 
 
 def main(
@@ -72,49 +78,60 @@ def main(
             f"{name}: asks a hosted LLM, which counts questions, not workers; leave ENGINE= out"
         )
     chosen = choose(experiment, name, allowed)
-    files = input_files(source)
-    inputs = {
-        "files": [[file, info.size, info.mtime_ns] for file, info in files.items()],
-        "part_rows": PART_ROWS,
-        **chosen.inputs(experiment),
-    }
+    files = Files(source)
+    parts = Parts(target)
+    parts.require_outside(files)
     with ExitStack() as stack:
         if not is_uri(target):
             stack.enter_context(alone(Path(target)))
-        done = begin(target, sha256_json(inputs))
         log = experiment.run_folder / "predict_by_ray.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         TERMINAL.turn_aside(log)  # Ray says much
         n, cores, gpus = stack.enter_context(cluster(workers))
+        device = "a GPU" if gpus else "cpu"
+        inputs = {"files": files.identity, "rows": PART_ROWS, **chosen.inputs(experiment)}
+        done = parts.begin(sha256_json({**inputs, "device": device}))
         say(
-            f"{source}: files: {len(files):,}; workers: {n}, each with "
+            f"{source}: files: {len(files.paths):,}; workers: {n}, each with "
             f"{'a GPU' if gpus else f'{cores:g} of the cores'}; parts done before: {len(done):,}"
         )
-        parts = ray.data.from_items(
-            [{"number": number, "file": file} for number, file in enumerate(files)],
-            override_num_blocks=len(files),
-        ).map_batches(cut, batch_size=1, num_cpus=0, fn_args=[experiment, done])
-        counts = parts.map_batches(
+        total = parts.counts(done)
+        cut = ray.data.from_items(
+            [{"number": number} for number in range(len(files.paths))],
+            override_num_blocks=len(files.paths),
+        ).map_batches(
+            Cutter(experiment, files, set(done), os.getcwd()),
+            batch_size=1,
+            num_cpus=0,
+            compute=ray.data.TaskPoolStrategy(size=min(n, len(files.paths))),
+        )
+        counts = cut.map_batches(
             Labeller,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=n),
             num_cpus=0 if gpus else cores,
             num_gpus=gpus,
-            fn_constructor_args=[experiment, chosen, target, cores],
+            max_restarts=DEATHS,
+            max_task_retries=DEATHS,
+            fn_constructor_args=[experiment, chosen, parts, cores, os.getcwd()],
         )
-        bar = stack.enter_context(progress(desc=f"predicting with {name}", unit=" rows"))
+        bar = stack.enter_context(
+            progress(desc=f"predicting with {name}", unit=" rows", initial=total["rows"])
+        )
+        made = 0
         try:
-            for labelled_part in counts.iter_rows():
-                bar.update(int(labelled_part["rows"]))
+            for of_part in counts.iter_rows():
+                found = json.loads(of_part["counts"])
+                total.update(found)
+                bar.update(found["rows"])
+                made += 1
         except Exception as failure:
-            if isinstance(found := told(failure), LetterheadError):
-                TERMINAL.turn_back()  # Ray's log says no more
-            raise found from None
-        total = Counter(dict.fromkeys(COUNTED, 0))
-        filesystem, folder = place(target)
-        for part in parts_of(filesystem, folder):
-            schema = pyarrow.parquet.read_schema(f"{folder}/{part}", filesystem=filesystem)
-            total.update(json.loads(schema.metadata[COUNTS]))
+            raise told(failure) from None
+        if len(parts.names()) != len(done) + made:
+            raise LetterheadError(
+                f"{target}: {made:,} parts were labelled, and {len(parts.names()) - len(done):,} "
+                f"came; every worker must reach this folder by the same path"
+            )
     TERMINAL.turn_back()
     chosen.tell(target, total)
 
@@ -124,7 +141,7 @@ def is_uri(name: str) -> bool:
     return bool(re.match(r"[a-z][a-z0-9+.-]*://", name))
 
 
-def place(name: str) -> Place:
+def place(name: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The file system of a path or a URI, and the path in it.
 
     Raises
@@ -133,72 +150,175 @@ def place(name: str) -> Place:
     """
     if not is_uri(name):
         return pyarrow.fs.LocalFileSystem(), str(Path(name).absolute())
-    try:
+    with reaching(name):
         return pyarrow.fs.FileSystem.from_uri(name)
+
+
+@contextmanager
+def reaching(name: str) -> Iterator[None]:
+    """A block in which a file system is asked.
+
+    Raises
+    ------
+    LetterheadError : it says no
+    """
+    try:
+        yield
     except (pyarrow.ArrowException, OSError, ImportError) as error:
         raise LetterheadError(
-            f"{name}: can't be reached ({error}); name a path, or s3://…"
+            f"{name}: can't be reached ({error}); name a path, or a URI like s3://bucket/folder"
         ) from None
 
 
-def input_files(source: str) -> dict[str, pyarrow.fs.FileInfo]:
+class Files:
     """The files to label: the one that is named, or those of a folder whose kind is known, in the
     order of their names.
+
+    Parameters
+    ----------
+    source : a path or a URI
+
+    Attributes
+    ----------
+    paths : in the file system
+    names : as messages tell them
+    identity : what changes where a file does
 
     Raises
     ------
     LetterheadError : there is none
     """
-    filesystem, path = place(source)
-    [info] = filesystem.get_file_info([path])
-    if info.type == pyarrow.fs.FileType.NotFound:
-        raise LetterheadError(f"{source}: no such file or folder; say IN=folder")
-    if info.is_file:
-        return {source: info}
-    found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    inside = {info.path.removeprefix(path).strip("/"): info for info in found if info.is_file}
-    files = {
-        f"{source.rstrip('/')}/{name}": info
-        for name, info in sorted(inside.items())
-        if not any(part.startswith(("_", ".")) for part in name.split("/"))
-        and tables.kind(Path(name))
-    }
-    if not files:
-        raise LetterheadError(f"{source}: holds no file of a kind that is read")
-    return files
+
+    def __init__(self, source: str):
+        self.filesystem, self.path = place(source)
+        with reaching(source):
+            [info] = self.filesystem.get_file_info([self.path])
+            if info.type == pyarrow.fs.FileType.NotFound:
+                raise LetterheadError(f"{source}: no such file or folder; say IN=folder")
+            inside = [info]
+            if not info.is_file:
+                everything = pyarrow.fs.FileSelector(self.path, recursive=True)
+                inside = [of for of in self.filesystem.get_file_info(everything) if of.is_file]
+        found, left = [], []
+        for one in sorted(inside, key=lambda info: info.path):
+            name = one.path.removeprefix(self.path).strip("/")
+            hidden = any(part.startswith(("_", ".")) for part in name.split("/"))
+            is_read = info.is_file or (tables.kind(Path(name)) and not hidden)
+            (found if is_read else left).append((one, name))
+        if not found:
+            raise LetterheadError(f"{source}: holds no file of a kind that is read")
+        if left:
+            print(f"{source}: {len(left):,} files of other kinds are left out, as {left[0][1]}")
+        self.paths = [one.path for one, _ in found]
+        self.names = [f"{source.rstrip('/')}/{name}" if name else source for _, name in found]
+        self.identity = [[one.path, one.size, one.mtime_ns] for one, _ in found]
+
+    @contextmanager
+    def on_disk(self, number: int) -> Iterator[Path]:
+        """The path of a file; one from elsewhere is fetched for the time of the block.
+
+        Raises
+        ------
+        LetterheadError : it can't be fetched; or the block's, with the name that the user gave
+        """
+        path, name = self.paths[number], self.names[number]
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(path)
+            if self.filesystem.type_name != "local":
+                copy = Path(folder) / copy.name
+                with (
+                    reaching(name),
+                    self.filesystem.open_input_stream(path, compression=None) as there,
+                    open(copy, "wb") as file,
+                ):
+                    shutil.copyfileobj(there, file)
+            try:
+                yield copy
+            except LetterheadError as error:
+                raise LetterheadError(str(error).replace(str(copy), name)) from None
 
 
-def begin(target: str, inputs_sha256: str) -> list[str]:
-    """Make the folder of the parts, and give the names of those that are there already.
+class Parts:
+    """The folder of the parts.
 
-    Raises
-    ------
-    LetterheadError : it holds something else
+    Parameters
+    ----------
+    target : a path or a URI
     """
-    filesystem, folder = place(target)
-    filesystem.create_dir(folder, recursive=True)
-    there = filesystem.get_file_info(pyarrow.fs.FileSelector(folder))
-    names = [info.base_name for info in there]
-    if INPUTS in names:
-        with filesystem.open_input_stream(f"{folder}/{INPUTS}") as file:
-            then = file.read().decode()
-    if names and (INPUTS not in names or then != inputs_sha256):
-        raise LetterheadError(
-            f"{target}: holds files that other rows, another model or another experiment made; "
-            f"remove it, or name another OUT"
-        )
-    with filesystem.open_output_stream(f"{folder}/{INPUTS}") as file:
-        file.write(inputs_sha256.encode())
-    for name in names:
-        if name.startswith("."):  # of a worker that was killed
-            filesystem.delete_file(f"{folder}/{name}")
-    return parts_of(filesystem, folder)
 
+    def __init__(self, target: str):
+        self.name = target
+        self.filesystem, self.folder = place(target)
 
-def parts_of(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
-    """The names of the parts that are whole, in order."""
-    there = filesystem.get_file_info(pyarrow.fs.FileSelector(folder))
-    return sorted(info.base_name for info in there if info.base_name.startswith("part-"))
+    def require_outside(self, files: Files) -> None:
+        """
+        Raises
+        ------
+        LetterheadError : the folder lies among the files to label
+        """
+        is_inside = f"{self.folder}/".startswith(f"{files.path.rstrip('/')}/")
+        if is_inside and self.filesystem.equals(files.filesystem):
+            raise LetterheadError(f"{self.name}: OUT lies in IN; name another folder")
+
+    def begin(self, inputs_sha256: str) -> list[str]:
+        """Make the folder, and give the names of the parts that are there already.
+
+        Raises
+        ------
+        LetterheadError : it holds something else
+        """
+        with reaching(self.name):
+            self.filesystem.create_dir(self.folder, recursive=True)
+            there = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.folder))
+            names = [info.base_name for info in there]
+            then = None
+            if INPUTS in names:
+                with self.filesystem.open_input_stream(f"{self.folder}/{INPUTS}") as file:
+                    then = file.read().decode()
+            visible = [name for name in names if not name.startswith(".")]
+            if visible and then != inputs_sha256:
+                raise LetterheadError(
+                    f"{self.name}: holds the parts of other rows, of files that changed since, or "
+                    f"of another model or experiment; remove it, or name another OUT"
+                )
+            for name in set(names).difference(visible):  # of a worker that was killed
+                self.filesystem.delete_file(f"{self.folder}/{name}")
+            if then is None:
+                with self._beside(INPUTS) as path, self.filesystem.open_output_stream(path) as file:
+                    file.write(inputs_sha256.encode())
+            return self.names()
+
+    def names(self) -> list[str]:
+        """Of the parts that are whole."""
+        there = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.folder))
+        return [info.base_name for info in there if info.base_name.startswith("part-")]
+
+    def counts(self, names: list[str]) -> Counter:
+        """What was counted in these parts together."""
+
+        def of(name: str) -> dict[str, int]:
+            path = f"{self.folder}/{name}"
+            metadata = pyarrow.parquet.read_schema(path, filesystem=self.filesystem).metadata
+            return json.loads(metadata[COUNTS])
+
+        total = Counter(dict.fromkeys(COUNTED, 0))
+        with reaching(self.name), ThreadPoolExecutor(READERS) as pool:
+            for found in pool.map(of, names):
+                total.update(found)
+        return total
+
+    def write(self, name: str, table: pyarrow.Table) -> None:
+        """Write a part."""
+        with self._beside(name) as path:
+            pyarrow.parquet.write_table(table, path, filesystem=self.filesystem)
+
+    @contextmanager
+    def _beside(self, name: str) -> Iterator[str]:
+        """A path to write to, of its own for each who writes; after the block it is moved to its
+        name."""
+        path = f"{self.folder}/.{name}.{uuid.uuid4().hex}"
+        yield path
+        self.filesystem.move(path, f"{self.folder}/{name}")
 
 
 @contextmanager
@@ -212,13 +332,13 @@ def cluster(workers: str) -> Iterator[tuple[int, float, int]]:
 
     Raises
     ------
-    LetterheadError : no such number, or more than there are GPUs
+    LetterheadError : no such number, more than there are GPUs, or no cluster there
     """
     if workers and (not workers.isdecimal() or not int(workers)):
         raise LetterheadError(f"NPROC={workers}: not a number of workers; write NPROC=2")
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as scratch:
         asked = {"log_to_driver": False, "logging_level": "error"}
-        if not os.environ.get("RAY_ADDRESS"):
+        if not (address := os.environ.get("RAY_ADDRESS")):
             asked |= {
                 "address": "local",
                 "include_dashboard": False,
@@ -227,64 +347,70 @@ def cluster(workers: str) -> Iterator[tuple[int, float, int]]:
                 "_temp_dir": scratch,
             }
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        ray.init(**asked)
+        try:
+            ray.init(**asked, runtime_env={"env_vars": OFFLINE})
+        except (ConnectionError, RuntimeError) as error:
+            raise LetterheadError(
+                f"Ray does not begin at RAY_ADDRESS={address or ''}: {error}"
+            ) from None
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # each part is a block of its own, for any worker
+        context.execution_no_progress_timeout_s = -1  # a part may take a slow model an hour
         try:
-            held = ray.cluster_resources()
-            gpus, cores = int(held.get("GPU", 0)), int(held.get("CPU", 1))
-            n = int(workers or gpus or cores)
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            gpus = int(sum(node.get("GPU", 0) for node in nodes))
+            cores = [int(node.get("CPU", 0)) for node in nodes]
+            n = int(workers or gpus or sum(cores))
             if gpus and n > gpus:
                 raise LetterheadError(f"NPROC={n}, but Ray sees {gpus} GPUs; lower NPROC")
-            each = cores / n
-            yield n, int(each) if each > 1 else each, min(gpus, 1)
+            if not n or not max(cores):
+                raise LetterheadError("Ray sees no core; start it with some: ray start --num-cpus")
+            yield n, cores_of_one(n, cores), min(gpus, 1)
         finally:
             ray.shutdown()
 
 
-def cut(
-    batch: dict[str, Any], experiment: Experiment, done: list[str]
-) -> Iterator[dict[str, list[str]]]:
-    """A file's parts, but for those that are done: name, and header and rows as JSON."""
-    [number], [file] = batch["number"], batch["file"]
-    done = set(done)
-    with on_disk(str(file)) as path:
-        header, rows = read_table(path, experiment)
-        for at in count():
-            if not (part_rows := list(islice(rows, PART_ROWS))):
-                break
-            part = f"part-{number:05}-{at:06}.parquet"
-            if part not in done:
-                yield {"part": [part], "rows": [json.dumps([str(file), header, part_rows])]}
+def cores_of_one(n: int, cores: list[int]) -> float:
+    """The most cores that each of n workers can have on machines with so many: a whole number, or
+    a share of one.
 
-
-@contextmanager
-def on_disk(name: str) -> Iterator[Path]:
-    """The path of a file; one from elsewhere is fetched for the time of the block.
-
-    Raises
-    ------
-    LetterheadError : it can't be fetched; or, from the block, what names the copy, named as the
-        file
+    Examples
+    --------
+    >>> cores_of_one(2, [2]), cores_of_one(3, [16, 16, 16, 16]), cores_of_one(3, [2])
+    (1, 16, 0.6666)
     """
-    if not is_uri(name):
-        yield Path(name)
-        return
-    filesystem, path = place(name)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / Path(path).name
-        try:
-            with (
-                filesystem.open_input_stream(path, compression=None) as there,
-                open(copy, "wb") as file,
-            ):
-                shutil.copyfileobj(there, file)
-            yield copy
-        except OSError as error:
-            raise LetterheadError(f"{name}: can't be fetched ({error}); run again") from None
-        except LetterheadError as error:
-            raise LetterheadError(str(error).replace(str(copy), name)) from None
+    for each in range(max(cores), 0, -1):
+        if sum(of_machine // each for of_machine in cores) >= n:
+            return each
+    return int(1e4 * sum(cores) / n) / 1e4
+
+
+class Cutter:
+    """Cuts a file into parts.
+
+    Parameters
+    ----------
+    done : the names of parts that are left out
+    folder : the one that relative paths start from
+    """
+
+    def __init__(self, experiment: Experiment, files: Files, done: set[str], folder: str):
+        self._experiment, self._files, self._done, self._folder = experiment, files, done, folder
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
+        """Each part: its name, and columns and rows as JSON."""
+        os.chdir(self._folder)
+        [number] = batch["number"]
+        with self._files.on_disk(number) as path:
+            header, rows = read_table(path, self._experiment)
+            for at in count():
+                if not (part_rows := list(islice(rows, PART_ROWS))):
+                    break
+                part = f"part-{number:05}-{at:06}.parquet"
+                if part not in self._done:
+                    content = [self._files.names[number], header, part_rows]
+                    yield {"part": [part], "rows": [json.dumps(content)]}
 
 
 class Labeller:
@@ -292,19 +418,30 @@ class Labeller:
 
     Parameters
     ----------
-    target : the folder of the parts
     cores : for its computing, where there is no GPU
+    folder : the one that relative paths start from
     """
 
-    def __init__(self, experiment: Experiment, chosen: Chosen, target: str, cores: float):
+    def __init__(
+        self, experiment: Experiment, chosen: Labelling, parts: Parts, cores: float, folder: str
+    ):
         import torch
 
+        os.chdir(folder)
         torch.set_num_threads(max(1, int(cores)))
-        self._experiment, self._chosen = experiment, chosen
-        self._filesystem, self._folder = place(target)
-        self._classify = load_classifier(experiment, chosen.name)
+        self._experiment, self._parts, self._failure = experiment, parts, None
+        try:
+            # What this machine computes in, which may be another than the one that asks
+            here = choose(experiment, chosen.name, None)
+            self._chosen = replace(here, promised=chosen.promised)
+            self._classify = load(ExitStack(), experiment, self._chosen, 1)
+        except LetterheadError as error:  # of one that is raised here Ray keeps no type
+            self._failure = error
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """A part's counts, once it is written."""
+        if self._failure:
+            raise self._failure
         [part], [content] = batch["part"], batch["rows"]
         source, header, rows = json.loads(content)
         columns = self._chosen.columns(self._experiment, header)
@@ -317,21 +454,37 @@ class Labeller:
                 plain = [field.encode(errors="replace").decode() for field in line]
                 written.append(with_numbers(plain, columns, len(header)))
         schema = parquet_schema(columns, len(header)).with_metadata({COUNTS: json.dumps(counts)})
-        table = pyarrow.Table.from_pylist(written, schema)
-        beside = f"{self._folder}/.{part}"
-        pyarrow.parquet.write_table(table, beside, filesystem=self._filesystem)
-        self._filesystem.move(beside, f"{self._folder}/{part}")
-        return {"rows": [counts["rows"]]}
+        self._parts.write(part, pyarrow.Table.from_pylist(written, schema))
+        return {"counts": [json.dumps(counts)]}
 
 
 def told(failure: BaseException | None) -> BaseException:
     """What a task or a worker raised, out of what Ray wraps around it."""
     first = failure
     while failure:
-        if isinstance(cause := getattr(failure, "cause", failure), LetterheadError):
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, LetterheadError):
+            TERMINAL.turn_back()  # Ray's log says no more
             return LetterheadError(str(cause).partition(RAYS_WORDS)[0])
+        if isinstance(cause, OSError):
+            return cause
+        if isinstance(failure, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
+            return LetterheadError(
+                f"a worker died {DEATHS + 1} times, most likely for want of memory: each holds a "
+                f"model; lower NPROC and run again"
+            )
         failure = failure.__cause__ or failure.__context__
     return first
+
+
+def require_usable_gpu() -> None:
+    """
+    Raises
+    ------
+    LetterheadError : there is a GPU that torch can't use
+    """
+    if refused := unusable_gpu():
+        raise LetterheadError(refused)
 
 
 if __name__ == "__main__":
@@ -347,5 +500,5 @@ if __name__ == "__main__":
             "error": "the share of wrong answers that is allowed; none: answer every row",
             "workers": "how many; none: one a GPU, or one a core where there is none",
         },
-        devices=lambda: None,
+        devices=require_usable_gpu,
     )

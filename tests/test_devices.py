@@ -274,8 +274,10 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(gpu, monkeypatch)
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
-@pytest.mark.parametrize("name", ["train", "serve-cpu", "serve-gpu", "ray"])
-def test_a_lock_names_one_version_of_each_package_for_every_python(name, version):
+@pytest.mark.parametrize(
+    ("name", "least"), [("train", 100), ("serve-cpu", 100), ("serve-gpu", 100), ("ray", 20)]
+)
+def test_a_lock_names_one_version_of_each_package_for_every_python(name, least, version):
     lines = re.findall(
         r"^([a-zA-Z0-9].*?) \\$", (ROOT / f"requirements/{name}.txt").read_text(), re.MULTILINE
     )
@@ -287,12 +289,12 @@ def test_a_lock_names_one_version_of_each_package_for_every_python(name, version
     }
     named = [r for r in wanted if not r.marker or r.marker.evaluate(here)]
     versions = {r.name: str(r.specifier).removeprefix("==") for r in named}
-    assert len(versions) == len(named) > 20
+    assert len(versions) == len(named) > least
     if name == "ray":  # it sees the packages of .venv
         beside = (ROOT / "requirements/train.txt").read_text()
         both = [package for package in versions if f"\n{package}==" in beside]
         assert len(both) > 15
-        assert all(f"\n{package}=={versions[package]}" in beside for package in both)
+        assert all(f"\n{package}=={versions[package]} " in beside for package in both)
     if name == "serve-gpu":  # an older cuda-python would overwrite files of cuda-bindings
         assert (
             versions["cuda-python"].split(".")[0] == versions["cuda-bindings"].split(".")[0] == "13"

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow
 import pyarrow.parquet
@@ -33,9 +34,9 @@ def experiment(make_experiment, tiny_models):
     return made
 
 
-def begin(source: str, target: str, *more: str) -> subprocess.Popen:
-    command = [PYTHON, "-m", "serve.predict_by_ray", "--experiment", "mine", "--model", "tfidf"]
-    command += ["--in", source, "--out", target, "--workers", "2", *more]
+def begin(source: str, target: str, model: str = "tfidf") -> subprocess.Popen:
+    command = [PYTHON, "-m", "serve.predict_by_ray", "--experiment", "mine", "--model", model]
+    command += ["--in", source, "--out", target, "--workers", "2"]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=variables, **pipes)
@@ -86,7 +87,9 @@ def merged() -> pyarrow.Table:
 def test_a_worker_that_is_killed_loses_no_part(singles):
     process = begin("in", "labels")
     wait_for(lambda: parts() and labellers(process), process)
-    labellers(process)[0].kill()
+    before = labellers(process)
+    before[0].kill()
+    wait_for(lambda: set(labellers(process)) - set(before), process)
     status, told = end(process)
     assert status == 0 and f"labels: {FILES * ROWS:,} rows labelled by tfidf" in told, told
     assert merged().equals(pyarrow.concat_tables(singles))
@@ -118,5 +121,28 @@ def test_a_row_that_cannot_be_read_is_named_and_a_folder_of_others_is_left_alone
     Path("labels/part-00000-000000.parquet").write_bytes(b"another's")
     write_csv("in.csv", nasty_rows(31))
     status, told = end(begin("in.csv", "labels"))
-    assert status and "labels: holds files that other rows" in told, told
+    assert status and "labels: holds the parts of other rows" in told, told
     assert Path("labels/part-00000-000000.parquet").read_bytes() == b"another's"
+
+
+def test_a_decoder_answers_as_in_a_single_process_whatever_the_files_are_called(experiment):
+    Path("in/more of it").mkdir(parents=True)
+    names = ["1%20 #2.csv", "more of it/3.csv"]
+    for name in names:
+        write_csv(f"in/{name}", [(f"{name} {text}", label) for text, label in nasty_rows(40)])
+    Path("in/notes.pdf").write_text("no table")
+    status, told = end(begin(f"file://{Path('in').absolute()}", "labels", "sft@0"))
+    assert status == 0 and "1 files of other kinds are left out, as notes.pdf" in told, told
+    for name, part in zip(names, parts(), strict=True):
+        predict.main(experiment, f"in/{name}", "single.parquet", "sft@0")
+        single, ours = (
+            pyarrow.parquet.read_table("single.parquet"),
+            pyarrow.parquet.read_table(part),
+        )
+        assert ours.column_names == single.column_names
+        for column in single.column_names:
+            found, wanted = (table[column].to_pylist() for table in (ours, single))
+            if column.startswith("p("):  # another number of threads adds in another order
+                assert np.abs(np.subtract(found, wanted)).max() < 1e-5
+            else:
+                assert found == wanted
