@@ -45,7 +45,13 @@ FILES = (
 )
 
 
-def main(experiment: Experiment) -> None:
+def main(experiment: Experiment, with_evidence: bool = True) -> None:
+    """Make the rows.
+
+    Parameters
+    ----------
+    with_evidence : say which margin the test rows can show
+    """
     data, folder = experiment.data, experiment.data_folder
     encoder_model = experiment.encoder.model
     with exclusive(CACHE / ".lock"):
@@ -98,7 +104,7 @@ def main(experiment: Experiment) -> None:
     stage.finish(
         [folder / name for name in FILES], headline, rows=card["rows"]["read"], device="cpu"
     )
-    if card["rows"]["test"]:
+    if with_evidence and card["rows"]["test"]:
         say(evidence(experiment, card))
     for key, rate in low_rates(experiment).items():
         say(

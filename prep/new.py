@@ -292,7 +292,7 @@ def main(path: str, text: str = "", label: str = "", sheet: str = "") -> None:
     write_experiment(target, values, path, reasons)
     print("\n".join(reasons), flush=True)
     experiment = load_experiment(name)
-    data.main(experiment)
+    data.main(experiment, with_evidence=False)
     margin, reason = choose_margin(experiment)
     more, reasons_of_more = {"compare": {"margin": margin}}, [reason]
     if found := choose_balance(experiment):
@@ -300,8 +300,9 @@ def main(path: str, text: str = "", label: str = "", sheet: str = "") -> None:
         reasons_of_more.append(found[1])
     print("\n".join(reasons_of_more), flush=True)
     write_experiment(target, values | more, path, [*reasons, *reasons_of_more])
-    experiment = load_experiment(name)
-    data.main(experiment)
+    if more.get("balance", experiment.balance) != experiment.balance:
+        experiment = load_experiment(name)
+        data.main(experiment, with_evidence=False)
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     print(f"make report EXP={name}: {foretell(experiment)} on this machine")
 
@@ -320,13 +321,19 @@ def choose_margin(experiment: Experiment) -> tuple[float, str]:
     """A margin that the test rows can bear, and the reason."""
     card = read_json(experiment.data_folder / "data_card.json")
     rows, methods = card["rows"]["test"], contenders(experiment)
-    least = margin_finder(experiment, card)(rows, methods)
+    find = margin_finder(experiment, card)
+    least = find(rows, methods)
     margin = next((each for each in MARGINS if each >= 2 * least), MARGINS[-1])
-    return margin, (
+    reason = (
         f"compare.margin: {margin:g}; {rows:,} test rows and {methods} methods can show none "
-        f"below {least:.3f}, even for a method that answers as the best does. Set another before "
-        f"you look at a test row"
+        f"below {least:.3f}, even for a method that answers as the best does. "
     )
+    if margin < least:
+        return margin, (
+            f"{reason}So the report will decide nothing, and its figures have wide intervals: "
+            f"label more rows, for more than {rows_for_margin(margin, methods, find):,} test rows"
+        )
+    return margin, f"{reason}Set another before you look at a test row"
 
 
 def choose_balance(experiment: Experiment) -> tuple[str, str] | None:
@@ -349,8 +356,9 @@ def choose_balance(experiment: Experiment) -> tuple[str, str] | None:
     better = "weights" if reached["weights"] > reached["none"] else "none"
     return better, (
         f"balance: {better}; the largest class has {max(counts.values())} of {len(rows):,} rows "
-        f"and the smallest {min(counts.values())}, and TF-IDF's macro F1 on validation rows is "
-        f"{reached['weights']:.3f} with weights for the rare classes, {reached['none']:.3f} without"
+        f"and the smallest {min(counts.values())}, and TF-IDF's macro F1 on {len(truth):,} "
+        f"validation rows is {reached['weights']:.3f} with weights for the rare classes, "
+        f"{reached['none']:.3f} without"
     )
 
 
@@ -977,8 +985,8 @@ def choose_training(
         + (f", and once more on all {train:,}" if train > shared else "")
     )
     reasons.append(
-        f"BERT is trained until its log loss on validation rows has not fallen in {PATIENCE} "
-        f"evaluations, of which there are 20 in {epochs_on_all:.3g} epochs, the most"
+        f"BERT trains for at most {epochs_on_all:.3g} epochs, and ends after {PATIENCE} "
+        f"evaluations without a lower log loss on validation rows; there are 20 evaluations at most"
     )
     head = {
         "learning_rate": models["rate"],
