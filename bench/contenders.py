@@ -105,7 +105,7 @@ def measure_rows(
         "seed": experiment.seed,
     }
     for section in (experiment.encoder, experiment.decoder):
-        settings[str(section.folder)] = section.head.max_length
+        settings[str(section.folder)] = [section.head.max_length, section.head.long_texts]
     settings["prefix"] = experiment.encoder.prefix
     settings |= {"machine": machine(), "device": device_name(), "vllm": vllm_version()}
     identities = {method: [str(path), model_identity(path)] for method, path in folders.items()}
@@ -236,7 +236,7 @@ def write_onnx(experiment: Experiment, name: str, target: Path, made_from: dict)
             fit_method(experiment, name).save(source)
         else:
             source = whole_folder(experiment, name)
-        onnx.write(source, folder, experiment.labels, experiment.encoder.head.max_length)
+        onnx.write(source, folder, experiment.labels, experiment.encoder.head)
         write_json(folder / MADE_FROM, made_from)
 
 
@@ -430,6 +430,8 @@ def asked_of_vllm(experiment: Experiment, row: Row, name: str) -> tuple:
 
     folder = whole_folder(experiment, name)
     if row.decode == "head" and row.method not in FOLDED_READS:
+        if method_of(name).head(experiment).long_texts != "cut":
+            raise service.NotSupported(f"{name}: vLLM reads a text in one piece, cut at its end")
         text_encoder = TextEncoder(heads.load_tokenizer(folder), model_length(experiment, row))
         return folder, service.classify_route(), lambda text: text_encoder.encode([text])[0]
     encoder = load_prompt_encoder(experiment)

@@ -281,9 +281,9 @@ def export_onnx(experiment: Experiment, name: str) -> tuple[Path, str]:
     with exclusive(experiment.run_folder / "export" / ".lock"):
         source, _ = _export(experiment, name)
         target = source.with_name(f"{source.name}.onnx")
-        length = experiment.encoder.head.max_length
+        head, length = experiment.encoder.head, experiment.encoder.head.max_length
         with atomic_folder(target) as folder:
-            onnx.write(source, folder, experiment.labels, length)
+            onnx.write(source, folder, experiment.labels, head)
             checked = check_onnx(experiment, source, folder)
             config = read_json(folder / onnx.CONFIG)
             found = checked[onnx.INT8]
@@ -422,10 +422,16 @@ def fitted_call(experiment: Experiment, name: str, folder: Path) -> tuple[str, s
 
 def head_call(experiment: Experiment, name: str, folder: Path) -> tuple[str, str]:
     """What an exported head reads, in Markdown, and lines of Python that call it."""
-    length, max_words = method_of(name).head(experiment).max_length, experiment.data.max_words
+    head, max_words = method_of(name).head(experiment), experiment.data.max_words
+    length = head.max_length
     asked = (
         f"It reads the raw text, as in training {cut_in_words(max_words)}, at most {length} tokens."
     )
+    if head.long_texts != "cut":
+        asked += (
+            f" Of a longer text Letterhead gives it more than the beginning (`long_texts: "
+            f"{head.long_texts}`), which the lines below do not."
+        )
     call = read_text("from transformers import pipeline", max_words, "")
     return asked, call + CALL_TEXT.format(folder=str(folder), length=length, text=EXAMPLE)
 

@@ -166,7 +166,15 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
         return source.replace(SFT.name, FOLDED_MODEL), folder, "pooling", cutoff
     name = named_method(experiment, model)
     method = method_of(name)
-    length = cutoff if method.reads_prompt else method.head(experiment).max_length
+    length = cutoff
+    if not method.reads_prompt:
+        head = method.head(experiment)
+        if head.long_texts != "cut":
+            raise LetterheadError(
+                f"{name}: vLLM reads a text in one piece, and long_texts is {head.long_texts}; "
+                f"label files with make predict"
+            )
+        length = head.max_length
     # An exported classifier's probabilities are calibrated.
     is_classifier = method.runner == "pooling"
     folder = export(experiment, name)[0] if is_classifier else whole_folder(experiment, name)

@@ -2,6 +2,7 @@
 what they say."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -21,6 +22,7 @@ from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_enc
 from letterhead.models.scoring import load_decoder, score_options
 from letterhead.runs import results
 from prep import data
+from serve import export
 from tests.test_data import write_csv
 from tests.test_training import steps_of
 from train import heads as train
@@ -75,6 +77,80 @@ def test_control_strings_in_a_text_are_text_and_long_texts_keep_their_special_to
     assert not set(TextEncoder(decoder, 50).encode(["x <|im_end|> y"])[0]) & set(
         decoder.all_special_ids
     )
+
+
+@pytest.mark.parametrize("name", ["minilm", "smollm2"])
+def test_of_a_long_text_the_ends_are_read_or_all_of_it_in_chunks(fetched, name):
+    tokenizer, most = heads.load_tokenizer(fetched[name]), 20
+    texts = [*TEXTS, *(" ".join(f"word{i}" for i in range(n)) for n in (3, 10, 17, 100))]
+    whole = [
+        tokenizer(TextEncoder(tokenizer, 512).neutralise([one])[0])["input_ids"] for one in texts
+    ]
+    body = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in texts]
+    framing = len(whole[0]) - len(body[0])
+    ends, chunks = (TextEncoder(tokenizer, most, how) for how in ("head_tail", "chunks"))
+    for ids, all_ids in zip(ends.encode(texts), whole, strict=True):
+        assert len(ids) == min(most, len(all_ids))
+        head = (most - framing) // 4
+        first, last = framing // 2 + head, framing // 2 + most - framing - head
+        assert ids[:first] == all_ids[:first] and ids[-last:] == all_ids[-last:]
+    assert chunks.encode(texts) == whole
+    for ids in whole:
+        parts = chunks.parts(ids)
+        inner = [part[framing // 2 : len(part) - framing // 2] for part in parts]
+        assert sum(inner, []) == ids[framing // 2 : len(ids) - framing // 2]
+        assert len(parts) == max(1, -(-(len(ids) - framing) // (most - framing)))
+        assert max(map(len, inner)) - min(map(len, inner)) <= 1
+        for part in parts:
+            assert part[: framing // 2] == ids[: framing // 2] and len(part) <= most
+
+
+def test_a_text_in_chunks_is_trained_on_in_each_and_answered_by_their_mean(
+    make_experiment, tiny_models
+):
+    settings = {"num_train_epochs": 1, "eval_steps": 0.5, "max_length": 32, "long_texts": "chunks"}
+    rows = [
+        (f"{LABELS[i % 3]} {i} " + f"{LABELS[i % 3]} news " * (i % 50), LABELS[i % 3])
+        for i in range(90)
+    ]
+    write_csv("rows.csv", rows)
+    encoder_keys = {"model": str(tiny_models["bert"]), "head": settings}
+    drawn = {"validation": 12, "test": 24}
+    experiment = make_experiment(
+        "rows.csv", LABELS, data={"rows": drawn}, encoder_keys=encoder_keys
+    )
+    data.main(experiment)
+    train.main(experiment, "bert")
+    tokenizer = heads.load_tokenizer(tiny_models["bert"])
+    encoder = TextEncoder(tokenizer, 32, "chunks")
+    trained = results.read_rows(experiment, "decoder_train")
+    pieces = [len(encoder.parts(ids)) for ids in encoder.encode([row["text"] for row in trained])]
+    assert sum(pieces) > 2 * len(trained)
+    steps = -(-sum(pieces) // 16)
+    texts = [row["text"] for row in results.read_rows(experiment, "test")]
+    predicted = load_raw(experiment, f"bert@{steps}")(texts)
+    lines = results.read_predictions(experiment, f"bert@{steps}", "test")
+    evaluated = [[line["probabilities"][label] for label in LABELS] for line in lines]
+    assert np.abs(predicted - evaluated).max() < 1e-4
+    model = heads.load_head(
+        experiment.run_folder / f"bert/checkpoints/checkpoint-{steps}", LABELS
+    ).eval()
+    for text, answer in zip(texts, predicted, strict=True):
+        with torch.inference_mode():
+            of_parts = [
+                model(input_ids=torch.tensor([part])).logits.double().softmax(-1)[0].numpy()
+                for part in encoder.parts(encoder.encode([text])[0])
+            ]
+        assert np.abs(np.mean(of_parts, axis=0) - answer).max() < 1e-5
+    result = experiment.results_folder / f"bert@{steps}.predictions.jsonl"
+    before = result.read_text()
+    result.unlink()
+    train.main(experiment, "bert")  # scores the checkpoint
+    assert [json.loads(line)["prediction"] for line in result.read_text().splitlines()] == [
+        json.loads(line)["prediction"] for line in before.splitlines()
+    ]
+    with pytest.raises(LetterheadError, match=r"encoder.head.long_texts: chunks; in ONNX Runtime"):
+        export.main(experiment, f"bert@{steps}", "onnx")
 
 
 def test_few_rows_are_trained_on_for_the_least_steps_and_many_for_the_epochs():

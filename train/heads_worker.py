@@ -22,7 +22,7 @@ from sklearn.metrics import log_loss
 
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
-from letterhead.files import read_json, write_json
+from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import checkpoints, heads
 from letterhead.models.adapters import adapter_parameters, with_adapter
 from letterhead.models.callbacks import has_ended
@@ -130,17 +130,31 @@ def new_trainer(
     batch, accumulation = share_batch(
         head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), key
     )
-    shared = head.on(len(rows)).model_copy(
-        update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    )
+    if head.long_texts == "chunks" and process_count() > 1:
+        raise LetterheadError(
+            f"{key}.long_texts: chunks are trained on in one process; leave NPROC out"
+        )
     best = "validation_log_loss" if "validation" in splits else None
     dtype = precision(experiment.decoder.dtype, source)
-    arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype, keep)
-    set_seed(experiment.seed)
     # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so
     # they are loaded here.
     tokenizer = heads.load_tokenizer(source)
     encoder = row_encoder(experiment, method, tokenizer)
+    sets = {
+        name: heads.encoded(
+            rows_of_split,
+            results.class_numbers(experiment, rows_of_split),
+            encoder,
+            f"encoding {name}",
+            in_parts=name == "train",
+        )
+        for name, rows_of_split in {"train": rows, **splits}.items()
+    }
+    shared = head.on(len(sets["train"])).model_copy(
+        update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    )
+    arguments = heads.training_arguments(shared, folder, experiment.seed, best, dtype, keep)
+    set_seed(experiment.seed)
     # An adapter is read by the Trainer itself; its base is loaded here.
     whole = None if head.lora else resume
     if not method.reads_prompt:
@@ -151,15 +165,6 @@ def new_trainer(
         model = heads.load_head(whole or source, experiment.labels, new_head=not whole)
     if head.lora:
         model = with_adapter(model, head.lora, source)
-    sets = {
-        name: heads.encoded(
-            rows_of_split,
-            results.class_numbers(experiment, rows_of_split),
-            encoder,
-            f"encoding {name}",
-        )
-        for name, rows_of_split in {"train": rows, **splits}.items()
-    }
     return heads.HeadTrainer(
         model,
         arguments,
@@ -170,6 +175,7 @@ def new_trainer(
         class_weights(experiment, own),
         head.patience if best else None,
         experiment.eval.batch_tokens,
+        encoder.parts,
     )
 
 
@@ -218,10 +224,11 @@ def score_checkpoint(
     model, tokenizer = heads.load_head(checkpoint, experiment.labels), heads.load_tokenizer(source)
     multiplied = checkpoints.parameters_per_token(model)
     model = heads.for_inference(model, dtype)
-    ids = row_encoder(experiment, trained, tokenizer).encode([row["text"] for row in rows])
+    encoder = row_encoder(experiment, trained, tokenizer)
+    ids = encoder.encode([row["text"] for row in rows])
     start = time.perf_counter()
     budget, lengths = experiment.eval.batch_tokens, [len(one) for one in ids]
-    logits = heads.class_logits(model, tokenizer, ids, budget, f"scoring {split}")
+    logits = heads.class_logits(model, tokenizer, ids, budget, f"scoring {split}", encoder.parts)
     results.write_result(
         experiment,
         f"{method}@{step}",
@@ -243,7 +250,8 @@ def row_encoder(experiment: Experiment, method: Method, tokenizer) -> TextEncode
     """What turns texts into the ids that a method reads."""
     if method.reads_prompt:
         return OptionEncoder(load_prompt_encoder(experiment))
-    return TextEncoder(tokenizer, method.head(experiment).max_length)
+    head = method.head(experiment)
+    return TextEncoder(tokenizer, head.max_length, head.long_texts)
 
 
 def read_clock(file: Path) -> dict[str, float]:

@@ -215,7 +215,14 @@ class Head(Section):
         0.2, description="The share of all steps after which a checkpoint is scored."
     )
     max_length: Count = Field(
-        512, description="Texts are cut at so many tokens, special tokens included."
+        512, description="The model reads so many tokens at once, special tokens included."
+    )
+    long_texts: Literal["cut", "head_tail", "chunks"] = Field(
+        "cut",
+        description=(
+            "What is read of a longer text: its beginning; its beginning and its end; or all of it "
+            "in chunks, each of which learns the label, and whose probabilities are averaged."
+        ),
     )
     group_by_length: bool = Field(True, description="Whether rows of like length share a batch.")
     least_steps: Annotated[int, Field(ge=0)] = Field(
@@ -275,6 +282,14 @@ class Decoder(Section):
         ),
     )
     license: str | None = Field(None, description="The license of the model, for the cards.")
+
+    @model_validator(mode="after")
+    def _prompts_are_whole(self) -> "Decoder":
+        if self.sft_options and self.sft_options.long_texts != "cut":
+            raise ValueError(
+                "sft_options.long_texts: its prompt holds the text, cut to fit; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _agrees_with_llamafactory(self) -> "Decoder":

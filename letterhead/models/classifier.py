@@ -341,7 +341,7 @@ def _head(
     model = heads.for_inference(
         heads.load_head(folder, labels), precision(experiment.decoder.dtype, base)
     )
-    encoder = TextEncoder(tokenizer, head.max_length)
+    encoder = TextEncoder(tokenizer, head.max_length, head.long_texts)
     if on_prompt:
         encoder = OptionEncoder(load_prompt_encoder(experiment, folder=folder))
     turn = Lock()
@@ -349,7 +349,8 @@ def _head(
     def classify(texts: Sequence[str]) -> np.ndarray:
         ids = encoder.encode(texts)  # while another thread's texts are in the model
         with turn:
-            return heads.classify(model, tokenizer, ids, experiment.eval.batch_tokens)
+            budget = experiment.eval.batch_tokens
+            return heads.classify(model, tokenizer, ids, budget, encoder.parts)
 
     return classify
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -156,13 +157,28 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def encoded(rows: Sequence[dict], classes: np.ndarray, encoder: TextEncoder, title: str) -> Dataset:
-    """Rows as a data set of input_ids, labels and length, in the order of `rows`."""
+def encoded(
+    rows: Sequence[dict],
+    classes: np.ndarray,
+    encoder: TextEncoder,
+    title: str,
+    in_parts: bool = False,
+) -> Dataset:
+    """Rows as a data set of input_ids, labels and length, in the order of `rows`.
+
+    Parameters
+    ----------
+    in_parts : make a row of each part that the model reads of a row
+    """
     raw = Dataset.from_dict({"text": [row["text"] for row in rows], "labels": classes})
 
     def encode(batch: dict) -> dict:
-        ids = encoder.encode(batch["text"])
-        return {"input_ids": ids, "length": [len(one) for one in ids]}
+        ids, labels = encoder.encode(batch["text"]), batch["labels"]
+        if in_parts:
+            of_rows = [encoder.parts(one) for one in ids]
+            labels = [label for label, parts in zip(labels, of_rows, strict=True) for _ in parts]
+            ids = list(chain.from_iterable(of_rows))
+        return {"input_ids": ids, "labels": labels, "length": [len(one) for one in ids]}
 
     return raw.map(encode, batched=True, remove_columns=["text"], desc=title)
 
@@ -220,14 +236,23 @@ def class_logits(
     ids: Sequence[list[int]],
     batch_tokens: int,
     title: str | None = None,
+    parts: Callable[[list[int]], list[list[int]]] | None = None,
 ) -> np.ndarray:
     """Logits of the classes, float32 of shape (rows, classes), in the order of `ids`; like lengths
-    share a batch.
+    share a batch. Of a row in several parts they are the logarithms of the mean probabilities.
 
     Parameters
     ----------
     batch_tokens : how many tokens a forward pass may hold, padding included
+    parts : what the model reads of a row (`TextEncoder.parts`); None: the whole
     """
+    if parts:
+        of_rows = [parts(row) for row in ids]
+        owners = np.repeat(np.arange(len(ids)), list(map(len, of_rows)))
+        if len(owners) > len(ids):
+            every = list(chain.from_iterable(of_rows))
+            logits = class_logits(model, tokenizer, every, batch_tokens, title)
+            return mean_probabilities(logits, owners)
     logits = np.zeros((len(ids), model.config.num_labels), np.float32)
     with progress(
         total=len(ids), desc=title, unit=" rows", disable=title is None, mininterval=0.5
@@ -239,6 +264,22 @@ def class_logits(
             logits[rows] = model(**inputs).logits.float().cpu().numpy()
             bar.update(len(rows))
     return logits
+
+
+def mean_probabilities(logits: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """The logarithms, shape (rows, classes), of the mean of the probabilities that each row's parts
+    have.
+
+    Parameters
+    ----------
+    logits : of the parts, shape (parts, classes)
+    owners : the row of each part, from 0 on, each row at least once; shape (parts,)
+    """
+    probabilities = softmax(logits.astype(np.float64), axis=-1)
+    total = np.zeros((owners.max() + 1, logits.shape[1]))
+    np.add.at(total, owners, probabilities)
+    floor = np.finfo(np.float64).tiny
+    return np.log(total / np.bincount(owners)[:, None] + floor).astype(np.float32)
 
 
 def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -277,10 +318,15 @@ def for_inference(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
 
 
 def classify(
-    model: PreTrainedModel, tokenizer, ids: Sequence[list[int]], batch_tokens: int
+    model: PreTrainedModel,
+    tokenizer,
+    ids: Sequence[list[int]],
+    batch_tokens: int,
+    parts: Callable[[list[int]], list[list[int]]] | None = None,
 ) -> np.ndarray:
-    """Probabilities of the classes, shape (rows, classes), in the order of `ids`."""
-    logits = class_logits(model, tokenizer, ids, batch_tokens)
+    """Probabilities of the classes, shape (rows, classes), in the order of `ids`; `parts` as for
+    `class_logits`."""
+    logits = class_logits(model, tokenizer, ids, batch_tokens, parts=parts)
     return softmax(logits.astype(np.float64), axis=-1)
 
 
@@ -338,6 +384,8 @@ class HeadTrainer(Trainer):
     patience : ends the training after so many evaluations without a gain
     batch_tokens : how many tokens a forward pass of an evaluation may hold; several processes share
         the arguments' rows instead
+    parts : what the model reads of an evaluated row, as for `class_logits`; several processes read
+        the whole
     on_evaluated : called, in the first process, with split, logits (rows, classes) in the rows'
         order, seconds, and how many tokens went through the model, padding included; returns the
         metrics of that split
@@ -358,10 +406,11 @@ class HeadTrainer(Trainer):
         weights: Sequence[float] | None = None,
         patience: int | None = None,
         batch_tokens: int = 2048,
+        parts: Callable[[list[int]], list[list[int]]] | None = None,
     ):
         # The Trainer drops the column `length` before its samplers see the rows.
         self._lengths = {"train": np.array(train["length"])}
-        self.saving_seconds, self._batch_tokens = 0.0, batch_tokens
+        self.saving_seconds, self._batch_tokens, self._parts = 0.0, batch_tokens, parts
         self._order, self._on_evaluated, by_length = {}, on_evaluated, {}
         for split, rows in (
             evaluated or {}
@@ -464,6 +513,7 @@ class HeadTrainer(Trainer):
             rows["input_ids"],
             self._batch_tokens,
             f"scoring {split}",
+            self._parts,
         )
         del model
         gc.collect()  # modules are cycles, and this copy must not be there at the next evaluation

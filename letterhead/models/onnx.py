@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
+from letterhead.config.models import Head
 from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.models import embeddings, heads
 from letterhead.models.prompt import TextEncoder, break_up
@@ -51,22 +52,28 @@ class _Logits(torch.nn.Module):
         return self.model(**inputs).logits
 
 
-def write(source: Path, folder: Path, labels: Sequence[str], max_length: int) -> None:
+def write(source: Path, folder: Path, labels: Sequence[str], head: Head) -> None:
     """Write an exported encoder with a layer of logits as ONNX, in float32 and int8, with its
     tokenizer and config.json.
 
     Parameters
     ----------
     labels : the classes in the order of the logits
-    max_length : in tokens; a text is cut there
+    head : how the encoder reads a text
 
     Raises
     ------
-    LetterheadError : a model that is too large for one file, or that torch cannot write
+    LetterheadError : a model that is too large for one file, that torch cannot write, or that reads
+        more of a long text than its beginning
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = _Logits(source, labels)
+    if not model.is_sentence_model and head.long_texts != "cut":
+        raise LetterheadError(
+            f"encoder.head.long_texts: {head.long_texts}; in ONNX Runtime the beginning of a text "
+            f"is read; leave FORMAT=onnx out"
+        )
     if not model.tokenizer.is_fast:
         raise LetterheadError(f"{source}: has no tokenizer.json, which the folder needs")
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
@@ -97,7 +104,7 @@ def write(source: Path, folder: Path, labels: Sequence[str], max_length: int) ->
         raise LetterheadError(
             f"{source}: torch cannot write it as ONNX ({reason}); serve it without FORMAT=onnx"
         ) from None
-    reader = TextEncoder(model.tokenizer, model.max_length or max_length)
+    reader = TextEncoder(model.tokenizer, model.max_length or head.max_length)
     tokenizer, pad = model.tokenizer.backend_tokenizer, model.tokenizer.pad_token
     tokenizer.enable_truncation(reader.max_length)
     tokenizer.enable_padding(pad_id=model.tokenizer.convert_tokens_to_ids(pad), pad_token=pad)

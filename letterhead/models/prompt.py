@@ -8,11 +8,12 @@ would go, and the article stay.)
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +84,62 @@ def break_up(control: re.Pattern, text: str) -> str:
 class TextEncoder:
     """Turns texts into what a model with a linear head reads: the raw text, without the prompt.
 
-    Control strings are broken up; ids are cut at `max_length`, the tokenizer's special tokens
-    counted and kept.
+    Control strings are broken up.
+
+    Parameters
+    ----------
+    max_length : tokens that the model reads at once, the tokenizer's special tokens included
+    long_texts : what becomes of a longer text (see `Head.long_texts`)
     """
 
-    def __init__(self, tokenizer, max_length: int):
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(self, tokenizer, max_length: int, long_texts: str = "cut"):
+        self.tokenizer, self.max_length, self.long_texts = tokenizer, max_length, long_texts
         self.control = _control_strings(tokenizer)
 
+    @cached_property
+    def _framing(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and behind a text."""
+        plain, framed = (
+            self.tokenizer("a", add_special_tokens=special)["input_ids"]
+            for special in (False, True)
+        )
+        at = next(at for at in range(len(framed)) if framed[at : at + len(plain)] == plain)
+        return framed[:at], framed[at + len(plain) :]
+
+    @property
+    def _room(self) -> int:
+        return self.max_length - sum(map(len, self._framing))
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids, special tokens included, one list a text."""
-        return self.tokenizer(self.neutralise(texts), truncation=True, max_length=self.max_length)[
-            "input_ids"
-        ]
+        """Token ids, special tokens included, one list a text; of a text that is read in chunks
+        all of them (see `parts`)."""
+        clean = self.neutralise(texts)
+        if self.long_texts == "cut":
+            return self.tokenizer(clean, truncation=True, max_length=self.max_length)["input_ids"]
+        bodies = self.tokenizer(clean, add_special_tokens=False, verbose=False)["input_ids"]
+        if self.long_texts == "head_tail":
+            bodies = [self._head_and_tail(body) for body in bodies]
+        begin, end = self._framing
+        return [[*begin, *body, *end] for body in bodies]
+
+    def _head_and_tail(self, body: list[int]) -> list[int]:
+        """The first quarter and the last three of what fits (Sun et al. 2019, arXiv 1905.05583,
+        take 128 and 382 of 510)."""
+        if len(body) <= self._room:
+            return body
+        head = self._room // 4
+        return body[:head] + body[head - self._room :]
+
+    def parts(self, ids: list[int]) -> list[list[int]]:
+        """What the model reads of a text's ids: as many chunks as they need, of equal length but
+        for a token, each with the special tokens."""
+        if len(ids) <= self.max_length:
+            return [ids]
+        begin, end = self._framing
+        body = ids[len(begin) : len(ids) - len(end)]
+        n = math.ceil(len(body) / self._room)
+        bounds = [len(body) * part // n for part in range(n + 1)]
+        return [[*begin, *body[first:last], *end] for first, last in pairwise(bounds)]
 
     def neutralise(self, texts: Sequence[str]) -> list[str]:
         """The texts with a space inside each string that the tokenizer would read as a control
@@ -318,6 +362,10 @@ class OptionEncoder:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids, one list a text."""
         return [self.prompt.encode_before_option(text) for text in texts]
+
+    def parts(self, ids: list[int]) -> list[list[int]]:
+        """What the model reads of a prompt: the whole."""
+        return [ids]
 
 
 def prompt_inputs(experiment: Experiment) -> dict:

@@ -82,7 +82,8 @@ def stage_seconds(
         )
         passed = head.num_train_epochs * n * passes(head.lora) / training
         passed += len(evaluated) * to_score / scoring
-        once = START_S + 2 * parameters * min(length, head.max_length) * passed
+        length = length if head.long_texts == "chunks" else min(length, head.max_length)
+        once = START_S + 2 * parameters * length * passed
         return once + searching(head.search, once)
 
     parameters, training, scoring = rates[decoder]
