@@ -33,7 +33,7 @@ def place(workplace, fetched, monkeypatch):
 @pytest.fixture
 def written(place, monkeypatch):
     """Write an experiment for a source; its rows are not made."""
-    monkeypatch.setattr(new.data, "main", lambda experiment: None)
+    monkeypatch.setattr(new.data, "main", lambda *_, **__: None)
     monkeypatch.setattr(new, "foretell", lambda _: "a while")
     monkeypatch.setattr(new, "choose_balance", lambda _: None)
     monkeypatch.setattr(new, "choose_margin", lambda _: (0.01, "a margin"))
