@@ -118,19 +118,20 @@ def main(
         bar = stack.enter_context(
             progress(desc=f"predicting with {name}", unit=" rows", initial=total["rows"])
         )
-        made = 0
+        labelled_now = 0
         try:
             for of_part in counts.iter_rows():
                 found = json.loads(of_part["counts"])
                 total.update(found)
                 bar.update(found["rows"])
-                made += 1
+                labelled_now += 1
         except Exception as failure:
             raise told(failure) from None
-        if len(parts.names()) != len(done) + made:
+        if len(parts.names()) != len(done) + labelled_now:
             raise LetterheadError(
-                f"{target}: {made:,} parts were labelled, and {len(parts.names()) - len(done):,} "
-                f"came; every worker must reach this folder by the same path"
+                f"{target}: {labelled_now:,} parts were labelled, and "
+                f"{len(parts.names()) - len(done):,} came; every worker must reach this folder by "
+                f"the same path"
             )
     TERMINAL.turn_back()
     chosen.tell(target, total)
@@ -198,7 +199,8 @@ class Files:
             inside = [info]
             if not info.is_file:
                 everything = pyarrow.fs.FileSelector(self.path, recursive=True)
-                inside = [of for of in self.filesystem.get_file_info(everything) if of.is_file]
+                entries = self.filesystem.get_file_info(everything)
+                inside = [entry for entry in entries if entry.is_file]
         found, left = [], []
         for one in sorted(inside, key=lambda info: info.path):
             name = one.path.removeprefix(self.path).strip("/")
@@ -296,14 +298,14 @@ class Parts:
     def counts(self, names: list[str]) -> Counter:
         """What was counted in these parts together."""
 
-        def of(name: str) -> dict[str, int]:
+        def counted(name: str) -> dict[str, int]:
             path = f"{self.folder}/{name}"
             metadata = pyarrow.parquet.read_schema(path, filesystem=self.filesystem).metadata
             return json.loads(metadata[COUNTS])
 
         total = Counter(dict.fromkeys(COUNTED, 0))
         with reaching(self.name), ThreadPoolExecutor(READERS) as pool:
-            for found in pool.map(of, names):
+            for found in pool.map(counted, names):
                 total.update(found)
         return total
 
