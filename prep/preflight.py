@@ -374,17 +374,18 @@ def prompts(plan: Plan) -> str:
 def steps(plan: Plan) -> str:
     """How many optimizer steps each training takes, and where it saves or is evaluated."""
     from letterhead.models.llamafactory import planned_steps, sft_plan
+    from letterhead.plan.time import parts_of_texts
 
     if not plan.n:
         return f"not known before the rows are made; run: make data EXP={plan.experiment.name}"
     steps, at = sft_plan(plan.experiment, plan.card["shared"]["sft_rows"])
     findings = [f"SFT {steps:,}, saved at {', '.join(f'{step:,}' for step in at)}"]
     for title, (_, name, head, _) in plan.heads().items():
-        head = head.on(plan.n[name])
+        parts, _ = parts_of_texts(head, plan.card["token_lengths"][name])
+        n = round(plan.n[name] * parts)
+        head = head.on(n)
         batch, accumulation = head.per_device_train_batch_size, head.gradient_accumulation_steps
-        steps, at = planned_steps(
-            plan.n[name], batch, accumulation, head.num_train_epochs, head.eval_steps
-        )
+        steps, at = planned_steps(n, batch, accumulation, head.num_train_epochs, head.eval_steps)
         findings.append(f"{title} {steps:,}, evaluated every {at[0]:,}")
     n = devices.process_count()
     if n > 1:

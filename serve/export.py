@@ -507,6 +507,12 @@ def export_head(
     source, target = whole_folder(experiment, name), experiment.run_folder / "export" / name
     if name.endswith("@0"):
         raise LetterheadError(f"{name}: is the untrained model; choose a step that was trained")
+    method = method_of(name)
+    if not method.reads_prompt and method.head(experiment).long_texts == "chunks":
+        raise LetterheadError(
+            f"{name}: answers by the mean over a text's chunks (long_texts), which a model alone "
+            f"does not; label files with make predict, or serve it with make serve"
+        )
     with atomic_folder(target) as folder:
         shutil.copytree(
             source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_FILES)

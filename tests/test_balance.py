@@ -59,18 +59,18 @@ def test_every_class_comes_up_to_the_largest_and_no_row_is_lost(classes, seed):
 
 def test_weights_are_scikit_learns_and_the_loss_torchs(make_experiment):
     experiment = make(make_experiment, "weights")
-    rows = [{"label": label} for label in ["common"] * 9 + ["rare"]]
-    weights = class_weights(experiment, rows)
-    truth = [row["label"] for row in rows]
+    truth = ["common"] * 9 + ["rare"]
+    rows = [{"label": label} for label in truth]
+    weights = class_weights(experiment, truth)
     expected = compute_class_weight("balanced", classes=np.array(LABELS), y=truth)
     assert weights == pytest.approx(expected)
-    assert class_weights(experiment, rows[:9]) == [1.0, 0.0]
+    assert class_weights(experiment, truth[:9]) == [1.0, 0.0]
     logits, labels = torch.randn(10, 2), torch.tensor([0] * 9 + [1])
     own = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     found = heads.mean_over_rows(SequenceClassifierOutput(logits=logits), labels, None, weights)
     assert torch.allclose(found, (own * torch.tensor(weights)[labels]).mean(), atol=1e-6)
     none = make(make_experiment, "none")
-    assert class_weights(none, rows) is None and training_rows(none, rows) == rows
+    assert class_weights(none, truth) is None and training_rows(none, rows) == rows
 
 
 @pytest.mark.parametrize("balance", ["none", "weights", "oversample"])

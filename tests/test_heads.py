@@ -149,8 +149,17 @@ def test_a_text_in_chunks_is_trained_on_in_each_and_answered_by_their_mean(
     assert [json.loads(line)["prediction"] for line in result.read_text().splitlines()] == [
         json.loads(line)["prediction"] for line in before.splitlines()
     ]
-    with pytest.raises(LetterheadError, match=r"encoder.head.long_texts: chunks; in ONNX Runtime"):
-        export.main(experiment, f"bert@{steps}", "onnx")
+    read = results.read_result(experiment, f"bert@{steps}", "test").tokens
+    lengths = [len(part) for ids in encoder.encode(texts) for part in encoder.parts(ids)]
+    budget = experiment.eval.batch_tokens
+    batches = heads.batches_of(sorted(lengths, reverse=True), budget)
+    assert read == heads.padded_tokens(sorted(lengths, reverse=True), batches) < 2 * sum(lengths)
+    with pytest.raises(LetterheadError, match="answers by the mean over a text's chunks"):
+        export.main(experiment, f"bert@{steps}")
+    otherwise = experiment.model_copy(deep=True)
+    otherwise.encoder.head.long_texts = "head_tail"
+    with pytest.raises(LetterheadError, match="was trained with another encoder.head"):
+        load_raw(otherwise, f"bert@{steps}")
 
 
 def test_few_rows_are_trained_on_for_the_least_steps_and_many_for_the_epochs():

@@ -171,6 +171,36 @@ def test_a_search_that_was_cut_off_goes_on_and_repeats_no_finished_trial(
     assert len(tried) == 9
 
 
+def test_a_search_that_goes_on_draws_the_rates_that_an_undisturbed_one_does(
+    make_experiment, tmp_path
+):
+    experiment = make(make_experiment)
+    data.main(experiment)
+    settings, rates = Search(trials=7, rates=[1e-6, 3e-3]), {}
+    for name, cut_off in (("undisturbed", None), ("disturbed", 5)):
+        tried: list[float] = []
+        (folder := tmp_path / name).mkdir()
+
+        def train_at(rate: float, trial: optuna.Trial, tried=tried, cut_off=cut_off) -> float:
+            tried.append(rate)
+            if len(tried) == cut_off:
+                raise KeyboardInterrupt
+            return 1 / len(tried)
+
+        def go_on(folder=folder, train_at=train_at) -> Searched:
+            return search(settings, 1e-3, train_at, folder, "head.search", experiment, "0")
+
+        if cut_off:
+            with pytest.raises(KeyboardInterrupt):
+                go_on()
+        go_on()
+        rates[name] = tried
+    assert len(set(rates["undisturbed"])) == 7
+    cut = rates["disturbed"]
+    assert cut[4] == pytest.approx(cut[5])  # the one that was cut off, again
+    assert [*cut[:4], *cut[5:]] == pytest.approx(rates["undisturbed"])
+
+
 def test_no_trial_begins_after_its_seconds_and_what_diverges_is_no_winner(
     make_experiment, monkeypatch, tmp_path
 ):

@@ -46,6 +46,10 @@ def main(experiment: Experiment, method: str) -> None:
         key = f"{trained.model}.{trained.settings}"
         if head.patience:
             require_validation(experiment, f"{key}.patience")
+        if head.long_texts == "chunks" and process_count() > 1:
+            raise LetterheadError(
+                f"{key}.long_texts: chunks are trained on in one process; leave NPROC=1"
+            )
         if head.search:
             from train.heads_worker import trial_loss
 

@@ -22,7 +22,7 @@ from sklearn.metrics import log_loss
 
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
-from letterhead.files import LetterheadError, read_json, write_json
+from letterhead.files import read_json, write_json
 from letterhead.models import checkpoints, heads
 from letterhead.models.adapters import adapter_parameters, with_adapter
 from letterhead.models.callbacks import has_ended
@@ -130,10 +130,6 @@ def new_trainer(
     batch, accumulation = share_batch(
         head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), key
     )
-    if head.long_texts == "chunks" and process_count() > 1:
-        raise LetterheadError(
-            f"{key}.long_texts: chunks are trained on in one process; leave NPROC out"
-        )
     best = "validation_log_loss" if "validation" in splits else None
     dtype = precision(experiment.decoder.dtype, source)
     # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so
@@ -150,6 +146,7 @@ def new_trainer(
         )
         for name, rows_of_split in {"train": rows, **splits}.items()
     }
+    of_parts = sets["train"]["labels"]
     shared = head.on(len(sets["train"])).model_copy(
         update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     )
@@ -172,7 +169,7 @@ def new_trainer(
         sets.pop("train"),
         sets,
         on_evaluated,
-        class_weights(experiment, own),
+        class_weights(experiment, [experiment.labels[number] for number in of_parts]),
         head.patience if best else None,
         experiment.eval.batch_tokens,
         encoder.parts,
@@ -227,7 +224,8 @@ def score_checkpoint(
     encoder = row_encoder(experiment, trained, tokenizer)
     ids = encoder.encode([row["text"] for row in rows])
     start = time.perf_counter()
-    budget, lengths = experiment.eval.batch_tokens, [len(one) for one in ids]
+    budget = experiment.eval.batch_tokens
+    lengths = heads.read_lengths(ids, encoder.parts)
     logits = heads.class_logits(model, tokenizer, ids, budget, f"scoring {split}", encoder.parts)
     results.write_result(
         experiment,

@@ -76,7 +76,6 @@ def search(
         storage=f"sqlite:///{folder / 'search.db'}",
         study_name=inputs_sha256,
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=experiment.seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=BEFORE_PRUNING),
     )
     rates = list(dict.fromkeys([first, *settings.rates]))
@@ -98,6 +97,8 @@ def search(
     while len(ended := finished(study)) < settings.trials:
         if ended and seconds_of(ended) > settings.seconds:
             break
+        # A stream for each trial: a search that goes on draws no rate that it drew before.
+        study.sampler = optuna.samplers.TPESampler(seed=experiment.seed + len(ended))
         study.optimize(objective, n_trials=1, gc_after_trial=True)
     return outcome(study, first, key)
 

@@ -153,7 +153,11 @@ class Experiment(Section):
             "data.columns.text": self.data.columns.text,
             "data.max_words": self.data.max_words,
         }
-        return of_rows | {"prompt": self.prompt.model_dump(mode="json")}
+        of_heads = {
+            f"{section}.head": head.model_dump(include={"max_length", "long_texts"})
+            for section, head in (("encoder", self.encoder.head), ("decoder", self.decoder.head))
+        }
+        return of_rows | of_heads | {"prompt": self.prompt.model_dump(mode="json")}
 
     @property
     def data_folder(self) -> Path:

@@ -158,6 +158,9 @@ def _require_same_reading(experiment: Experiment, name: str, method: Method) -> 
     now = experiment.reading
     if not method.reads_prompt:
         del now["prompt"]
+    for section in ("encoder", "decoder"):
+        if (method.model, method.settings) != (section, "head"):
+            del now[f"{section}.head"]
     if changed := [key for key, value in now.items() if then.get(key, value) != value]:
         raise LetterheadError(
             f"{name}: was trained with another {' and '.join(changed)} than the experiment "

@@ -299,6 +299,14 @@ def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
+def read_lengths(
+    ids: Sequence[list[int]], parts: Callable[[list[int]], list[list[int]]] | None
+) -> list[int]:
+    """The lengths of what a model reads of rows, longest first; `parts` as for `class_logits`."""
+    of_rows = ([row] if parts is None else parts(row) for row in ids)
+    return sorted(map(len, chain.from_iterable(of_rows)), reverse=True)
+
+
 def padded_tokens(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> int:
     """How many tokens go through a model that reads rows of these lengths in these batches, padding
     included."""
@@ -411,13 +419,14 @@ class HeadTrainer(Trainer):
         # The Trainer drops the column `length` before its samplers see the rows.
         self._lengths = {"train": np.array(train["length"])}
         self.saving_seconds, self._batch_tokens, self._parts = 0.0, batch_tokens, parts
-        self._order, self._on_evaluated, by_length = {}, on_evaluated, {}
+        self._order, self._on_evaluated, by_length, self._read = {}, on_evaluated, {}, {}
         for split, rows in (
             evaluated or {}
         ).items():  # longest first: what does not fit in memory fails at once
             self._lengths[split] = -np.sort(-np.array(rows["length"]))
             self._order[split] = np.argsort(-np.array(rows["length"]), kind="stable")
             by_length[split] = rows.select(self._order[split])
+            self._read[split] = read_lengths(rows["input_ids"], parts)
         super().__init__(
             model=model,
             args=arguments,
@@ -467,7 +476,7 @@ class HeadTrainer(Trainer):
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         start = time.perf_counter()
         split = metric_key_prefix.removeprefix("eval_")
-        lengths = self._lengths[split]
+        lengths = self._read[split]
         if self.args.world_size == 1:
             output = self._score(split, metric_key_prefix)
             batches = batches_of(lengths, self._batch_tokens)

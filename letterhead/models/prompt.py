@@ -108,7 +108,12 @@ class TextEncoder:
 
     @property
     def _room(self) -> int:
-        return self.max_length - sum(map(len, self._framing))
+        room = self.max_length - sum(map(len, self._framing))
+        if room < 1:
+            raise LetterheadError(
+                f"max_length is {self.max_length}, which leaves no token for a text; raise it"
+            )
+        return room
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids, special tokens included, one list a text; of a text that is read in chunks

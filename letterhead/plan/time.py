@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head, Lora, Search
 from letterhead.files import read_json
@@ -38,6 +40,7 @@ START_S = 6.0
 FITTING_S, FITTED_ROWS_A_SECOND = 2.0, 230
 SECONDS = 0.3  # to time products for
 TRIAL = "trial.json"  # what preflight keeps of the steps that it times
+FRAMING = 2  # special tokens of a text, as BERT has
 ANSWER_TOKENS = 8  # a trained answer's, in round numbers
 
 
@@ -71,7 +74,9 @@ def stage_seconds(
     to_score = rows["validation"] + rows["test"]
     prompt = prompt_tokens(card)
 
-    def head(folder: Path, head: Head, n: int, length: int) -> float:
+    def head(folder: Path, head: Head, n: int, length: int, texts: dict[str, int]) -> float:
+        parts, whole = parts_of_texts(head, texts)
+        n = round(n * parts)
         head, (parameters, training, scoring) = head.on(n), rates[folder]
         _, evaluated = planned_steps(
             n,
@@ -81,8 +86,8 @@ def stage_seconds(
             head.eval_steps,
         )
         passed = head.num_train_epochs * n * passes(head.lora) / training
-        passed += len(evaluated) * to_score / scoring
-        length = length if head.long_texts == "chunks" else min(length, head.max_length)
+        passed += len(evaluated) * to_score * parts / scoring
+        length = min(length, head.max_length) if parts == 1 else whole / parts
         once = START_S + 2 * parameters * length * passed
         return once + searching(head.search, once)
 
@@ -109,7 +114,9 @@ def stage_seconds(
             settings = method.head(experiment)
             length = prompt if method.reads_prompt else lengths[method.model]["p50"]
             read = rows_read(experiment, card, method.rows == ALL)
-            found[method.stage] = head(method.section(experiment).folder, settings, read, length)
+            found[method.stage] = head(
+                method.section(experiment).folder, settings, read, length, lengths[method.model]
+            )
         elif method.fitter:
             found[method.stage] = FITTING_S + n / FITTED_ROWS_A_SECOND
             if method.model:
@@ -124,6 +131,28 @@ def stage_seconds(
     closing = {COMPARE: START_S, DECIDE: START_S / 2, REPORT: 2 * START_S}
     closing |= {CASCADES: START_S} if CASCADES.when(experiment) else {}
     return found | {stage.name: seconds for stage, seconds in closing.items()}
+
+
+def parts_of_texts(head: Head, lengths: dict[str, int]) -> tuple[float, float]:
+    """How many parts a head reads of a text, and how many tokens of it, both in the mean: by the
+    percentiles of the texts' lengths, with straight lines between them.
+
+    Parameters
+    ----------
+    lengths : percentile ("p5" and so on) → tokens, from the data card
+
+    Examples
+    --------
+    >>> head = Head(max_length=102, long_texts="chunks")
+    >>> parts_of_texts(head, {"p5": 50, "p50": 100, "p95": 200, "p99": 400, "p100": 600})
+    (1.59, 120.75)
+    """
+    known = [(int(name[1:]), tokens) for name, tokens in lengths.items()]
+    quantiles = np.interp(np.arange(0.5, 100), *zip(*sorted(known), strict=True))
+    if head.long_texts != "chunks":
+        return 1.0, float(np.minimum(quantiles, head.max_length).mean())
+    room = max(1, head.max_length - FRAMING)
+    return float(np.ceil(np.maximum(quantiles, 1) / room).mean()), float(quantiles.mean())
 
 
 def passes(lora: Lora | None) -> int:

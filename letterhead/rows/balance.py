@@ -55,12 +55,12 @@ def rows_read(experiment: Experiment, card: dict, is_all: bool) -> int:
     return len(counts) * max(counts) if is_all else card["shared"]["sft_rows"]
 
 
-def class_weights(experiment: Experiment, rows: Sequence[dict]) -> list[float] | None:
+def class_weights(experiment: Experiment, labels: Sequence[str]) -> list[float] | None:
     """The weight of each class in the loss, rows / (classes × rows of the class), so that the mean
     over rows is 1 (King and Zeng 2001, as scikit-learn's `balanced`); None without `balance:
     weights`."""
     if experiment.balance != "weights":
         return None
-    counts = Counter(row["label"] for row in rows)
-    each = len(rows) / len(counts)
+    counts = Counter(labels)
+    each = len(labels) / len(counts)
     return [each / counts[label] if counts[label] else 0.0 for label in experiment.labels]
