@@ -63,11 +63,15 @@ def as_port(port: str) -> int:
 
 
 def is_decoder(experiment: Experiment, model: str) -> bool:
-    """Whether a name stands for a decoder, which vLLM serves."""
+    """Whether a name stands for a decoder that vLLM serves: not one that reads more of a text than
+    one piece."""
     if model.partition("@")[0] == FOLDED_MODEL:
         return True
     method = find_method(named_method(experiment, model))
-    return bool(method and method.runner)
+    if not method or not method.runner:
+        return False
+    head = method.head(experiment) if method.settings else None
+    return head is None or head.long_texts == "cut"
 
 
 def serve_texts(experiment: Experiment, model: str, port: int, error: str) -> None:
@@ -166,15 +170,7 @@ def served(experiment: Experiment, model: str) -> tuple[str, Path, str, int]:
         return source.replace(SFT.name, FOLDED_MODEL), folder, "pooling", cutoff
     name = named_method(experiment, model)
     method = method_of(name)
-    length = cutoff
-    if not method.reads_prompt:
-        head = method.head(experiment)
-        if head.long_texts != "cut":
-            raise LetterheadError(
-                f"{name}: vLLM reads a text in one piece, and long_texts is {head.long_texts}; "
-                f"label files with make predict"
-            )
-        length = head.max_length
+    length = cutoff if method.reads_prompt else method.head(experiment).max_length
     # An exported classifier's probabilities are calibrated.
     is_classifier = method.runner == "pooling"
     folder = export(experiment, name)[0] if is_classifier else whole_folder(experiment, name)

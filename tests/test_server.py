@@ -299,6 +299,9 @@ def test_which_methods_go_to_vllm(experiment):
         assert start.is_decoder(experiment, name)
     for name in ("tfidf", "bert@10", "./a/folder"):
         assert not start.is_decoder(experiment, name)
+    longer = experiment.model_copy(deep=True)
+    longer.decoder.head.long_texts = "chunks"
+    assert not start.is_decoder(longer, "linear_head@10") and start.is_decoder(longer, "sft@0")
     with pytest.raises(LetterheadError, match="vLLM, which serves sft@0, can't abstain"):
         start.main(experiment, "sft@0", str(free_port()), "0.05")
     with pytest.raises(LetterheadError, match="PORT=high: not a port"):
