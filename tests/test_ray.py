@@ -52,7 +52,7 @@ def parts(folder: str = "labels") -> list[Path]:
 
 
 def wait_for(happened, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not happened():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
