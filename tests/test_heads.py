@@ -20,6 +20,7 @@ from letterhead.models.folding import load_folded
 from letterhead.models.llamafactory import planned_steps
 from letterhead.models.prompt import OptionEncoder, TextEncoder, load_prompt_encoder
 from letterhead.models.scoring import load_decoder, score_options
+from letterhead.plan.time import parts_of_texts
 from letterhead.runs import results
 from prep import data
 from serve import export
@@ -128,6 +129,9 @@ def test_a_text_in_chunks_is_trained_on_in_each_and_answered_by_their_mean(
     trained = results.read_rows(experiment, "decoder_train")
     pieces = [len(encoder.parts(ids)) for ids in encoder.encode([row["text"] for row in trained])]
     assert sum(pieces) > 1.5 * len(trained)
+    lengths = read_json("data/mine/data_card.json")["token_lengths"]["encoder"]
+    parts, _ = parts_of_texts(experiment.encoder.head, lengths)
+    assert parts == pytest.approx(sum(pieces) / len(trained), rel=0.2)
     steps = 3 * -(-sum(pieces) // 16)
     texts = [row["text"] for row in results.read_rows(experiment, "test")]
     predicted = load_raw(experiment, f"bert@{steps}")(texts)
