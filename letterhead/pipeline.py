@@ -22,7 +22,7 @@ from letterhead.files import LetterheadError, model_identity, read_json, sha256_
 
 # Counted up when a result holds other figures, or a checkpoint is chosen otherwise: results of
 # before are computed anew.
-FIGURES = 2
+FIGURES = 3
 # Counted up when written answers are read otherwise (letterhead.models.answers).
 READING = 2
 # The rows that the methods share, and all of train
@@ -259,7 +259,7 @@ _STAGES = (
             "decoder.sft:template,cutoff_len,enable_thinking,dataset",
         ),
         models=("decoder", "encoder"),
-        version=6,
+        version=7,
         more="letterhead.rows.sources:files_of",
     ),
     DISTILL := Stage(

@@ -84,8 +84,9 @@ def main(experiment: Experiment, with_evidence: bool = True) -> None:
         chosen = draw_splits(pool, experiment, card, pool_path)
         decoder_rows = draw_decoder_rows(pool, chosen, experiment)
         encoder = load_prompt_encoder(experiment)
-        times = np.zeros(len(chosen), int)
-        times[decoder_rows] = sft_repeats(experiment, pool.arrays()[0][decoder_rows])
+        times, classes = np.zeros(len(chosen), int), pool.arrays()[0]
+        for rows in (decoder_rows, np.flatnonzero(chosen == SPLITS.index("validation"))):
+            times[rows] = sft_repeats(experiment, classes[rows])
         write_rows(pool_path, chosen, times, experiment, encoder, card)
     card |= {
         "experiment": experiment.name,
@@ -157,11 +158,11 @@ def write_rows(
     Parameters
     ----------
     chosen : index in SPLITS, or UNUSED, shape (rows,)
-    times : how often SFT reads a row in an epoch, shape (rows,); 0 for one that is not the
-        decoder's
+    times : how often SFT reads a row in an epoch, or at an evaluation, shape (rows,); 0 for one
+        that it does not read
     """
     answers = dict(zip(experiment.labels, map(encoder.answer_text, encoder.options), strict=True))
-    shortened = neutralised = 0
+    rows = read = shortened = neutralised = 0
     with ExitStack() as stack:
         files = [
             stack.enter_context(atomic_open(experiment.data_folder / f"{split}.jsonl"))
@@ -179,8 +180,7 @@ def write_rows(
             if chosen[number] == UNUSED:
                 continue
             files[chosen[number]].write(line)
-            is_validation = SPLITS[chosen[number]] == "validation"
-            if not times[number] and not is_validation:
+            if not times[number]:
                 continue
             row = json.loads(line)
             clean, fitted = encoder.neutralise(row["text"]), encoder.fit(row["text"])
@@ -189,30 +189,33 @@ def write_rows(
                 "input": "",
                 "output": answers[row["label"]],
             }
-            if is_validation:
-                validation.write(example)
+            several = [example] * int(times[number])
+            if SPLITS[chosen[number]] == "validation":
+                validation.write_all(several)
                 continue
             decoder.write(line)
-            train.write_all([example] * int(times[number]))
+            rows += 1
+            train.write_all(several)
+            read += len(several)
             neutralised += clean != row["text"]
             shortened += len(fitted) < len(clean)
     card["shared"] = {
-        "rows": int((times > 0).sum()),
-        "sft_rows": int(times.sum()),
+        "rows": rows,
+        "sft_rows": read,
         "cut_to_cutoff_len": shortened,
         "control_strings_broken_up": neutralised,
     }
 
 
 def sft_repeats(experiment: Experiment, classes: np.ndarray) -> np.ndarray:
-    """How often SFT reads each of its rows in an epoch. LLaMA-Factory's loss takes no weights, so
-    that these become rows, too.
+    """How often SFT reads each of its rows, of training or of validation. LLaMA-Factory's loss
+    takes no weights, so that these become rows, too.
 
     Parameters
     ----------
     classes : class numbers, shape (rows,)
     """
-    if experiment.balance == "none":
+    if experiment.balance == "none" or not len(classes):
         return np.ones(len(classes), int)
     return repeats(classes, experiment.data.seed)
 

@@ -34,7 +34,7 @@ from letterhead.config.experiment import load_experiment
 from letterhead.files import read_json, read_jsonl, sha256_file, write_json
 from letterhead.models.checkpoints import step_of
 from letterhead.runs.devices import device_name, machine
-from letterhead.runs.results import best_step, read_result
+from letterhead.runs.results import read_result
 from letterhead.runs.stage import telling
 from tests.conftest import ROOT, experiment_maker
 from tests.test_data import write_csv
@@ -473,7 +473,7 @@ def test_stages_end_to_end(drill, monkeypatch):
         int(path.name.split("-")[1])
         for path in Path("runs/mine/linear-head/checkpoints").glob("checkpoint-*")
     }
-    assert kept == {best_step(by_step), 18}
+    assert kept == {min(by_step, key=lambda step: by_step[step].log_loss), 18}
     state = read_json("runs/mine/linear-head/checkpoints/checkpoint-18/trainer_state.json")
     logged = {line["step"]: line["loss"] for line in state["log_history"] if "loss" in line}
     mean = (logged[8] + 2 * logged[10] + 2 * logged[12] + 2 * logged[14]) / 7  # of steps 8 to 14

@@ -16,9 +16,7 @@ if __name__ == "__main__":
     begin_worker()
 
 import numpy as np
-import torch
 from scipy.special import softmax
-from sklearn.metrics import log_loss
 
 from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head
@@ -34,8 +32,10 @@ from letterhead.rows.balance import class_weights, training_rows
 from letterhead.runs import results
 from letterhead.runs.devices import process_count, share_batch
 from letterhead.runs.stage import run
+from letterhead.stats.metrics import choosing_losses
 
 CLOCK = "clock.json"  # step → seconds trained
+CHOOSING = "choosing_loss"  # the Trainer's metric, on validation rows, that says which step is best
 
 
 def main(experiment: Experiment, method: str, inputs_sha256: str, resume: str, rate: str) -> None:
@@ -77,12 +77,13 @@ def fit(
             before + time.perf_counter() - begin - evaluating - trainer.saving_seconds, 1
         )
         write_json(clock_file, {"training_seconds": clock})
+        probabilities = softmax(logits.astype(np.float64), axis=-1)
         result = results.write_result(
             experiment,
             f"{method}@{step}",
             split,
             splits[split],
-            probabilities=torch.from_numpy(logits).double().softmax(-1).numpy(),
+            probabilities=probabilities,
             train_loss=mean_loss(trainer.state.log_history, step),
             training_seconds=clock[str(step)],
             seconds=round(seconds, 3),
@@ -92,7 +93,10 @@ def fit(
             model=str(folder / f"checkpoint-{step}"),
             inputs_sha256=inputs_sha256,
         )
-        return {key: getattr(result, key) for key in ("accuracy", "f1_macro", "log_loss", "ece")}
+        truth = results.class_numbers(experiment, splits[split])
+        figures = {key: getattr(result, key) for key in ("accuracy", "f1_macro", "log_loss", "ece")}
+        losses = choosing_losses(truth, probabilities, experiment.balance)
+        return figures | {CHOOSING: float(losses.mean())}
 
     trainer = new_trainer(experiment, trained, head, splits, write, folder, resume)
     multiplied = checkpoints.parameters_per_token(trainer.model)
@@ -130,7 +134,7 @@ def new_trainer(
     batch, accumulation = share_batch(
         head.per_device_train_batch_size, head.gradient_accumulation_steps, process_count(), key
     )
-    best = "validation_log_loss" if "validation" in splits else None
+    best = f"validation_{CHOOSING}" if "validation" in splits else None
     dtype = precision(experiment.decoder.dtype, source)
     # A resuming Trainer ignores weights that are saved under BERT's old names (LayerNorm.gamma), so
     # they are loaded here.
@@ -177,11 +181,11 @@ def new_trainer(
 
 
 def trial_loss(experiment: Experiment, method: str, rate: float, trial) -> float:
-    """Train at a rate without leaving anything; the lowest log loss on validation rows.
+    """Train at a rate without leaving anything; the lowest loss on validation rows.
 
     Parameters
     ----------
-    trial : Optuna's, which is told the log loss of each evaluation
+    trial : Optuna's, which is told the loss of each evaluation
 
     Raises
     ------
@@ -196,11 +200,11 @@ def trial_loss(experiment: Experiment, method: str, rate: float, trial) -> float
 
     def report(split: str, logits: np.ndarray, seconds: float, tokens: int) -> dict[str, float]:
         probabilities = softmax(logits.astype(np.float64), axis=-1)
-        losses.append(float(log_loss(truth, probabilities, labels=range(logits.shape[1]))))
+        losses.append(float(choosing_losses(truth, probabilities, experiment.balance).mean()))
         trial.report(losses[-1], trainer.state.global_step)
         if trial.should_prune():
             raise optuna.TrialPruned
-        return {"log_loss": losses[-1]}
+        return {CHOOSING: losses[-1]}
 
     splits, nowhere = {"validation": validation}, trained.checkpoints(experiment)
     trainer = new_trainer(experiment, trained, head, splits, report, nowhere, keep=False)
@@ -232,7 +236,7 @@ def score_checkpoint(
         f"{method}@{step}",
         split,
         rows,
-        probabilities=torch.from_numpy(logits).double().softmax(-1).numpy(),
+        probabilities=softmax(logits.astype(np.float64), axis=-1),
         train_loss=mean_loss(log, step),
         training_seconds=clock.get(str(step), 0.0),
         seconds=round(time.perf_counter() - start, 3),

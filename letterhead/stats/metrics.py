@@ -21,6 +21,7 @@ from sklearn.metrics import (
     log_loss,
     precision_recall_fscore_support,
 )
+from sklearn.utils.class_weight import compute_sample_weight
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -379,6 +380,33 @@ def tempered(probabilities: np.ndarray, at: float) -> np.ndarray:
     [[0.75, 0.25]]
     """
     return softmax(np.log(np.clip(probabilities, 1e-12, None)) / at, axis=1)
+
+
+def choosing_losses(truth: np.ndarray, probabilities: np.ndarray, balance: str) -> np.ndarray:
+    """The log loss of each row, by whose mean a step, a rate and the end of a training are chosen.
+    Where `balance` brings rare classes up, each class has the same share of it: by the plain loss a
+    training that leans to the rare classes looks the worse, the more it has learnt of them.
+
+    Parameters
+    ----------
+    truth : class numbers, shape (rows,)
+    probabilities : shape (rows, classes)
+    balance : as in an experiment
+
+    Returns
+    -------
+    array of float, shape (rows,); nats
+
+    Examples
+    --------
+    >>> truth, half = np.array([0, 0, 0, 1]), np.full((4, 2), 0.5)
+    >>> choosing_losses(truth, half, "none").round(3).tolist()
+    [0.693, 0.693, 0.693, 0.693]
+    >>> choosing_losses(truth, half, "weights").round(3).tolist()
+    [0.462, 0.462, 0.462, 1.386]
+    """
+    losses = -np.log(np.clip(probabilities[np.arange(len(truth)), truth], 1e-12, None))
+    return losses if balance == "none" else losses * compute_sample_weight("balanced", truth)
 
 
 def mcnemar_p(a_right: np.ndarray, b_right: np.ndarray) -> float:
