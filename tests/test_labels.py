@@ -192,7 +192,7 @@ def predict_all(experiment, truth: dict[str, str], method: str) -> dict[str, str
     return {row["text"]: row["prediction"] for row in answers}
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(*CASES)
 def test_training_predict_and_page_have_the_label_that_the_file_gave(
     make_experiment, form, numbering, order, classes, seed, published

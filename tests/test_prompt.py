@@ -49,8 +49,14 @@ THINKING = {
 }
 
 
-@pytest.mark.parametrize("options", ["letters", "names"])
-@pytest.mark.parametrize("thinking", THINKING)
+@pytest.mark.parametrize(
+    ("thinking", "options"),
+    [
+        *((thinking, "letters") for thinking in THINKING),
+        ("think block in the answer", "names"),
+        ("no think block", "names"),
+    ],
+)
 @pytest.mark.parametrize("decoder", ["smollm2", "qwen3"])
 def test_scored_ids_are_the_ids_llamafactory_trains_on(make_experiment, decoder, thinking, options):
     write_csv("rows.csv", nasty_rows(126))

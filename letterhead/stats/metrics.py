@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import log_softmax, softmax
-from scipy.stats import norm, t
+from scipy.special import log_softmax, ndtr, ndtri, softmax, stdtrit
 from sklearn.metrics import (
     accuracy_score,
     confusion_matrix,
@@ -91,10 +90,10 @@ class Estimate:
         sigma, rows : in place of the estimate's own
         """
         sigma, rows = self.sigma if sigma is None else sigma, rows or self.rows
-        of_rows = norm.ppf(1 - alpha) ** 2 * sigma**2 / rows
+        of_rows = ndtri(alpha) ** 2 * sigma**2 / rows
         if not self.training_variance:
             return math.sqrt(of_rows)
-        quantile = t.ppf(1 - alpha, self.training_df)
+        quantile = stdtrit(self.training_df, alpha)
         return math.sqrt(of_rows + quantile**2 * self.training_variance)
 
     def _sigma_if(self, shift: float) -> float:
@@ -103,8 +102,12 @@ class Estimate:
         end = self.parts.max() if shift > 0 else self.parts.min()
         shift = math.copysign(min(abs(shift), 0.95 * abs(end)), end)
 
+        logs = np.log(self.shares)
+
         def tilted(by: float) -> np.ndarray:
-            return softmax(np.log(self.shares) + by * self.parts)
+            exponents = logs + by * self.parts
+            weights = np.exp(exponents - exponents.max())
+            return weights / weights.sum()
 
         low, high = 0.0, shift / self.sigma**2
         while abs(tilted(high) @ self.parts) < abs(shift):
@@ -116,7 +119,7 @@ class Estimate:
     def p(self) -> float:
         """The two-sided p-value of the figure being 0."""
         if not self.training_variance:
-            return float(2 * norm.sf(abs(self.value) / self.se))
+            return float(2 * ndtr(-abs(self.value) / self.se))
 
         def beyond(log_alpha: float) -> float:
             return self.reach(math.exp(log_alpha)) - abs(self.value)
