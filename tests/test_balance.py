@@ -7,15 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from letterhead.files import read_json, read_jsonl
 from letterhead.models import heads
-from letterhead.models.fitted import fit_regression
 from letterhead.models.llamafactory import sft_plan
 from letterhead.pipeline import STAGES, inputs_sha256
 from letterhead.rows.balance import class_weights, repeats, training_rows
@@ -87,29 +84,6 @@ def test_what_is_chosen_by_is_scikit_learns_loss_with_scikit_learns_weights():
         expected = log_loss(truth, probabilities, sample_weight=own)
         losses = choosing_losses(truth, probabilities, balance)
         assert losses.mean() == pytest.approx(expected)
-
-
-def test_c_is_chosen_by_the_weights_of_the_fit():
-    """By scikit-learn without our scorer: where a class is rare, the strength that is best for it
-    is not the one that is best for the rows as they are."""
-    rng = np.random.default_rng(2)
-    truth = np.array(["common"] * 180 + ["rare"] * 20)
-    features = rng.normal(size=(200, 10)) + 0.5 * (truth == "rare")[:, None]
-    strengths = [1e-2, 0.1, 1.0, 10.0]
-
-    def loss(strength: float, weighted: bool) -> float:
-        total = 0.0
-        for train, held in StratifiedKFold(5, shuffle=True, random_state=1).split(features, truth):
-            model = LogisticRegression(
-                C=strength, class_weight="balanced", solver="newton-cg", max_iter=1000
-            ).fit(features[train], truth[train])
-            weights = compute_sample_weight("balanced", truth[held]) if weighted else None
-            probabilities = model.predict_proba(features[held])
-            total += log_loss(truth[held], probabilities, sample_weight=weights)
-        return total
-
-    best, plain = (min(strengths, key=lambda one: loss(one, by)) for by in (True, False))
-    assert fit_regression(features, truth, strengths, 1, "balanced").C == best != plain
 
 
 @pytest.mark.parametrize("balance", ["none", "weights", "oversample"])

@@ -341,7 +341,9 @@ def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_p
     requests = [[i, 5] for i in range(12)]
     with running(Stub) as url:
         tally = asyncio.run(
-            bench_soak.soak(url, service.classify_route(), requests, 3.0, lambda: (100.0, 10, 4))
+            bench_soak.soak(
+                url, service.classify_route(), requests, 3.0, lambda: (100.0, 10, 4), 1e-3
+            )
         )
     found = bench_soak.figures(tally)
     assert found["requests"] > 10 and found["memory_mib"] == [100.0, 100.0]

@@ -3,14 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss, make_scorer
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.utils.class_weight import compute_sample_weight
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import LetterheadError
@@ -110,26 +107,10 @@ def fit_regression(
     search = GridSearchCV(
         model,
         {"C": list(strengths)},
-        scoring=make_scorer(
-            partial(fold_loss, weight=weight),
-            response_method="predict_proba",
-            greater_is_better=False,
-        ),
+        scoring="neg_log_loss",
         cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
     )
     return search.fit(features, truth).best_estimator_
-
-
-def fold_loss(truth: np.ndarray, probabilities: np.ndarray, weight: str | None) -> float:
-    """The log loss by which C is chosen, its rows weighted as in the fit; nats a row.
-
-    Parameters
-    ----------
-    truth : the classes' names, shape (rows,), each at least once
-    probabilities : shape (rows, classes), of two classes (rows,) for the second
-    weight : scikit-learn's `class_weight`
-    """
-    return log_loss(truth, probabilities, sample_weight=compute_sample_weight(weight, truth))
 
 
 def last_layer(
