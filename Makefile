@@ -46,8 +46,9 @@ VERBOSE ?=
 # Libraries draw no bars into a stage's log.
 QUIET := $(if $(VERBOSE),,TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1)
 RUN = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
-# What runs for long gives back what it frees.
-KEEPS_LITTLE = env -u GLIBC_TUNABLES
+# What runs for long gives back what it frees, and keeps few of oneDNN's kernels: there is one for each shape of a batch, and of
+# the 1,024 that are kept otherwise a server's memory grows for an hour.
+KEEPS_LITTLE = env -u GLIBC_TUNABLES ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 LRU_CACHE_CAPACITY=64
 SERVICE = $(KEEPS_LITTLE) $(RUN)
 BY_RAY = $(KEEPS_LITTLE) $(QUIET) .venv-ray/bin/python -m serve.predict_by_ray --workers "$(if $(filter command,$(origin NPROC)),$(NPROC))"
 STAGE = --experiment "$$EXP" --set "$$SET"

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import psutil
+import torch
 from tqdm import tqdm
 
 from bench.contenders import Row, asked_of_vllm, draw, model_length
@@ -99,7 +100,7 @@ def main(experiment: Experiment, source: str, overrides: str, model: str) -> Non
                 requests,
                 experiment.bench.soak_seconds,
                 lambda: held(server.pid),
-                near=NEAR[dtype],
+                near=NEAR["float32" if in_vllm and not torch.cuda.is_available() else dtype],
             )
         )
     left = [process.pid for process in psutil.wait_procs(family, timeout=ENDING_S)[1]]
