@@ -48,7 +48,8 @@ QUIET := $(if $(VERBOSE),,TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATAS
 RUN = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
 # What runs for long gives back what it frees, and keeps few of oneDNN's kernels: there is one for each shape of a batch, and of
 # the 1,024 that are kept otherwise a server's memory grows for an hour.
-KEEPS_LITTLE = env -u GLIBC_TUNABLES ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 LRU_CACHE_CAPACITY=64
+FEW_KERNELS = ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 LRU_CACHE_CAPACITY=64
+KEEPS_LITTLE = env -u GLIBC_TUNABLES $(FEW_KERNELS)
 SERVICE = $(KEEPS_LITTLE) $(RUN)
 BY_RAY = $(KEEPS_LITTLE) $(QUIET) .venv-ray/bin/python -m serve.predict_by_ray --workers "$(if $(filter command,$(origin NPROC)),$(NPROC))"
 STAGE = --experiment "$$EXP" --set "$$SET"
@@ -164,7 +165,7 @@ serve: $(READY) ## serve a method on 127.0.0.1, a decoder with vLLM: make serve 
 	@$(SERVICE) serve.start $(STAGE) --model "$$MODEL" --port "$$PORT" --error "$$ERROR"
 
 bench: $(READY_SERVE) preflight-on-gpu compare ## requests per second of every method in HF, ONNX Runtime and vLLM; then the choice and the report anew
-	@$(RUN) bench.rps $(STAGE)
+	@$(FEW_KERNELS) $(RUN) bench.rps $(STAGE)
 	@$(RUN) eval.decide $(STAGE)
 	@$(RUN) report.build $(STAGE)
 

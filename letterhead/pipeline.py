@@ -290,7 +290,7 @@ _STAGES = (
         "score every SFT checkpoint",
         "eval.checkpoints",
         needs=(Need("sft"), Need("data", (f"{SHARED}.jsonl", *SPLIT_FILES))),
-        keys=(*SCORING_KEYS, "eval.untrained"),
+        keys=(*SCORING_KEYS, "eval.untrained", "balance"),
         version=FIGURES,
         retrained=True,
     ),
@@ -393,7 +393,7 @@ _STAGES = (
         "compare",
         "compare the methods, pair by pair",
         "eval.compare",
-        keys=("data.labels", "data.near_duplicates", "seed", "seeds"),
+        keys=("data.labels", "data.near_duplicates", "balance", "seed", "seeds"),
         code=(
             "eval.compare",
             "letterhead.stats.metrics",

@@ -235,7 +235,8 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "searched": [
             sentence
             for entry in by_name.values()
-            if (sentence := searched(entry, stages.get(METHODS[entry["method"]].trained_by)))
+            for record in [stages.get(METHODS[entry["method"]].trained_by)]
+            if (sentence := searched(experiment, entry, record))
         ],
         "trained": trained,
         **hard_rows(experiment, trained),
@@ -264,7 +265,7 @@ def history(experiment: Experiment, method: str, split: str) -> dict[int, result
     }
 
 
-def searched(entry: dict, record: dict | None) -> str | None:
+def searched(experiment: Experiment, entry: dict, record: dict | None) -> str | None:
     """What the search of a method's learning rate took and brought, in words; None without one."""
     found = (record or {}).get("search")
     if not found:
@@ -275,6 +276,8 @@ def searched(entry: dict, record: dict | None) -> str | None:
         f"{found['loss']:.3f} on validation rows"
         f"{' (nats a token of the answer)' if entry['method'] == SFT.name else ''}"
     )
+    if experiment.balance != "none":
+        sentence += ", each class with the same share"
     before = found["loss_before"]
     if before is None or before == found["loss"]:
         return sentence + "."

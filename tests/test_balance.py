@@ -1,6 +1,7 @@
 """Rare classes brought up by weights or by rows: what is weighed, and what it does."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from letterhead.files import read_json, read_jsonl
 from letterhead.models import heads
+from letterhead.models.checkpoints import step_of
 from letterhead.models.llamafactory import sft_plan
 from letterhead.pipeline import STAGES, inputs_sha256
 from letterhead.rows.balance import class_weights, repeats, training_rows
@@ -21,6 +23,9 @@ from letterhead.stats.metrics import choosing_losses
 from prep import data
 from tests.test_data import write_csv
 from train import fitted
+from train.heads import collect
+from train.heads import main as train_head
+from train.heads_worker import trial_loss
 from train.sft import sft_rows
 
 LABELS = ["common", "rare"]
@@ -117,6 +122,48 @@ def test_the_rare_class_is_found_more_often_and_f1_is_no_lower(make_experiment):
         recall = {kind: result.per_class["rare"]["recall"] for kind, result in reached.items()}
         assert recall["weights"] > recall["none"]
         assert reached["weights"].f1_macro >= reached["none"].f1_macro
+
+
+def test_a_head_is_kept_and_searched_by_weighted_losses_of_whole_predictions(
+    make_experiment, tiny_models
+):
+    """The loss is held against scikit-learn's on the predictions; a middle step whose predictions
+    are cut off, and whose checkpoint is gone, leaves a gap and no crash."""
+    head = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "eval_steps": 0.2}
+    keys = {"model": str(tiny_models["bert"]), "head": head | {"learning_rate": 3e-3}}
+    experiment = make(make_experiment, "weights", encoder_keys=keys)
+    data.main(experiment)
+    train_head(experiment, "bert")
+    folder = experiment.run_folder / "bert/checkpoints"
+    state = read_json(max(folder.glob("*"), key=step_of) / "trainer_state.json")
+    losses, plain = {}, {}
+    for line in state["log_history"]:
+        if "eval_validation_choosing_loss" not in line:
+            continue
+        rows = results.read_predictions(experiment, f"bert@{line['step']}", "validation")
+        truth = results.class_numbers(experiment, rows)
+        probabilities = [[row["probabilities"][label] for label in LABELS] for row in rows]
+        weights = compute_sample_weight("balanced", truth)
+        losses[line["step"]] = line["eval_validation_choosing_loss"]
+        plain[line["step"]] = line["eval_validation_log_loss"]
+        assert losses[line["step"]] == pytest.approx(
+            log_loss(truth, probabilities, sample_weight=weights)
+        )
+    best = min(losses, key=losses.get)
+    assert state["best_global_step"] == best and state["best_metric"] == losses[best]
+    assert all(abs(losses[step] - plain[step]) > 1e-3 for step in losses)
+    trial = SimpleNamespace(report=lambda loss, step: None, should_prune=lambda: False)
+    assert trial_loss(experiment, "bert", 3e-3, trial) == pytest.approx(losses[best], abs=1e-3)
+
+    pruned = next(step for step in losses if not (folder / f"checkpoint-{step}").exists())
+    name = f"bert@{pruned}"
+    hashed = results.read_result(experiment, name, "test").inputs_sha256
+    _, predictions = results.result_files(experiment, name, "validation")
+    predictions.write_bytes(predictions.read_bytes()[:-40])
+    kept, _ = collect(experiment, "bert", hashed)
+    assert (pruned, "validation") not in kept and not predictions.exists()
+    validation = {step: found for (step, split), found in kept.items() if split == "validation"}
+    assert results.chosen_step(experiment, validation) in validation
 
 
 def test_balance_makes_every_trained_method_anew(make_experiment):

@@ -180,7 +180,8 @@ def test_vllm_on_a_gpu_compiles_no_sampler_leaves_memory_and_projects_in_float32
         and "--enforce-eager" not in options
     )
     assert json.loads(options[options.index("--hf-overrides") + 1]) == {"head_dtype": "float32"}
-    tunable = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "LRU_CACHE_CAPACITY": "64"}
+    caches = dict.fromkeys(["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"], "64")
+    tunable = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | caches
     assert not any(tunable.keys() & service.server_environment(of, tunable) for of in (0, 1))
     assert "--no-enable-prefix-caching" in options
     kept = service.device_options(True, "bfloat16", 0.8, 2, keeps_prefixes=True)

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,24 +295,26 @@ def test_the_last_checkpoint_is_taken_unless_validation_shows_another_to_be_bett
 def test_what_a_search_took_and_brought_is_said():
     found = {"rate": 2e-4, "loss": 0.25, "loss_before": 0.5, "trials": 6, "pruned": 2}
     record = {"search": found | {"seconds": 600.0}}
-    said = build.searched({"title": "BERT", "method": "bert"}, record)
+    plain, weighted = SimpleNamespace(balance="none"), SimpleNamespace(balance="weights")
+    bert, sft = ({"title": title, "method": title.lower()} for title in ("BERT", "SFT"))
+    said = build.searched(plain, bert, record)
     assert said.startswith("BERT: 6 trials, 2 of them given up early, in 10.0 min.")
     assert said.endswith("0.250 on validation rows; the one that the experiment names, 0.500.")
     record["search"]["loss_before"] = None
-    assert build.searched({"title": "SFT", "method": "sft"}, record).endswith(
-        "0.250 on validation rows (nats a token of the answer)."
-    )
-    assert build.searched({"title": "SFT", "method": "sft"}, {"search": None}) is None
+    said = build.searched(plain, sft, record)
+    assert said.endswith("0.250 on validation rows (nats a token of the answer).")
+    assert build.searched(weighted, bert, record).endswith("each class with the same share.")
+    assert build.searched(plain, sft, {"search": None}) is None
 
 
-@pytest.mark.parametrize(("balance", "chosen"), [("none", 20), ("weights", 30), ("oversample", 30)])
+@pytest.mark.parametrize(("balance", "chosen"), [("none", 20), ("weights", 10), ("oversample", 10)])
 def test_where_rare_classes_are_brought_up_the_step_is_chosen_so(compared, balance, chosen):
-    """Step 30 is surer of the rare class, and less sure of the others."""
+    """Step 10 is surer of the rare class, and less sure of the others, than step 20."""
     validation = {s: results.read_result(compared, f"bert@{s}", "validation") for s in (10, 20, 30)}
     _, file = results.result_files(compared, "bert@20", "validation")
     whole, rare = read_jsonl(file), compared.labels[0]
     lines = [line for i, line in enumerate(whole) if line["label"] != rare or i % 10 == 0]
-    for step, of_rare, of_others in ((10, 0.1, 0.1), (20, 0.3, 0.9), (30, 0.8, 0.7)):
+    for step, of_rare, of_others in ((10, 0.8, 0.7), (20, 0.3, 0.9), (30, 0.1, 0.1)):
         written = []
         for line in lines:
             right = of_rare if line["label"] == rare else of_others

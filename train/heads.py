@@ -171,15 +171,16 @@ def lost_results(
 
 
 def collect(experiment: Experiment, method: str, inputs_sha256: str) -> tuple[dict, list[Path]]:
-    """This training's results by (step, split), and their files; those of an earlier one are
-    deleted."""
+    """This training's results by (step, split), and their files; those of an earlier one, and what
+    is not whole, are deleted."""
     kept, files = {}, []
     for path in experiment.results_folder.glob(f"{method}@*.json"):
         result = results.parse_result(path)
         if result is None:
             continue
-        both = results.result_files(experiment, f"{method}@{result.step}", result.split)
-        if result.inputs_sha256 != inputs_sha256:
+        name = f"{method}@{result.step}"
+        both = results.result_files(experiment, name, result.split)
+        if not results.kept_result(experiment, name, result.split, inputs_sha256):
             for file in both:
                 file.unlink(missing_ok=True)
             continue

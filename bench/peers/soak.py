@@ -84,10 +84,8 @@ def main(experiment: Experiment, source: str, overrides: str, model: str) -> Non
     log = stage.folder / "server.log"
     texts = [row["text"] for row in draw(experiment, ROWS, 0)]
     in_vllm = runs_in_vllm(experiment, name)
-    model = experiment.decoder if in_vllm else experiment.encoder
-    dtype = precision(experiment.decoder.dtype, model.folder)
     at_work, route, requests = (
-        by_vllm(experiment, name, texts, log, dtype)
+        by_vllm(experiment, name, texts, log)
         if in_vllm
         else by_small_server(source, overrides, name, texts, log)
     )
@@ -100,7 +98,7 @@ def main(experiment: Experiment, source: str, overrides: str, model: str) -> Non
                 requests,
                 experiment.bench.soak_seconds,
                 lambda: held(server.pid),
-                near=NEAR["float32" if in_vllm and not torch.cuda.is_available() else dtype],
+                near=NEAR[dtype_of(experiment, name, in_vllm)],
             )
         )
     left = [process.pid for process in psutil.wait_procs(family, timeout=ENDING_S)[1]]
@@ -135,8 +133,23 @@ def runs_in_vllm(experiment: Experiment, name: str) -> bool:
     return bool(method and method.runner)
 
 
+def dtype_of(experiment: Experiment, name: str, in_vllm: bool) -> str:
+    """What a method computes in: bfloat16 where a part of it may. vLLM on a CPU and what is fitted
+    compute in float32."""
+    if in_vllm and not torch.cuda.is_available():
+        return "float32"
+    method = find_method(name)
+    if method and method.fitter:
+        return "float32"
+    sections = [experiment.decoder, experiment.encoder]
+    if method and method.model:
+        sections = [method.section(experiment)]
+    dtypes = {precision(experiment.decoder.dtype, section.folder) for section in sections}
+    return min(dtypes)  # "bfloat16" comes before "float32"
+
+
 def by_vllm(
-    experiment: Experiment, name: str, texts: Sequence[str], log: Path, dtype: str
+    experiment: Experiment, name: str, texts: Sequence[str], log: Path
 ) -> tuple[ServerProcess, Route, list]:
     """A server, the route that is asked, and what it is asked about each text.
 
@@ -157,7 +170,7 @@ def by_vllm(
         method.runner,
         model_length(experiment, row),
         log,
-        dtype=dtype,
+        dtype=precision(experiment.decoder.dtype, folder),
         gpu_memory=experiment.serve.gpu_memory_utilization,
     )
     return server, route, [encode(text) for text in texts]

@@ -44,7 +44,8 @@ class Experiment(Section):
         "none",
         description=(
             "What brings up rare classes: weights in the loss, or rows that stand more than once. "
-            "SFT's loss takes no weights; there both are rows."
+            "SFT's loss takes no weights; there both are rows. The loss that chooses steps and "
+            "rates on validation rows counts every class alike then."
         ),
     )
     data: Data

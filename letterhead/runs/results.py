@@ -300,7 +300,9 @@ def checkpoint_table(
     """
     test = {step: result for (step, split), result in results.items() if split == "test"}
     validation = {
-        step: result for (step, split), result in results.items() if split == "validation"
+        step: result
+        for (step, split), result in results.items()
+        if split == "validation" and step in test
     }
     if not test:
         raise LetterheadError(
@@ -342,8 +344,9 @@ def checkpoint_table(
     )
     if validation:
         step = chosen_step(experiment, validation)
+        alike = "" if experiment.balance == "none" else " (each class with the same share)"
         lines.append(
-            f"Chosen on validation, by log loss: step {step}, F1 "
+            f"Chosen on validation, by log loss{alike}: step {step}, F1 "
             f"{test[step].f1_macro:.4f} on test (the honest figure)."
         )
     else:

@@ -246,8 +246,9 @@ def server_environment(gpu: bool, environment: Mapping[str, str]) -> dict[str, s
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-    for of_others in ("GLIBC_TUNABLES", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        variables.pop(of_others, None)  # for trainings on a CPU, and for the small server
+    # Those are for trainings on a CPU, and for the small server.
+    for name in ("GLIBC_TUNABLES", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        variables.pop(name, None)
     if gpu:
         # FlashInfer's sampler is compiled when it is first used, with ninja and nvcc. No request
         # needs it: the bench asks greedily, and PyTorch samples too. What is compiled all the same

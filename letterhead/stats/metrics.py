@@ -101,7 +101,6 @@ class Estimate:
         `shift`."""
         end = self.parts.max() if shift > 0 else self.parts.min()
         shift = math.copysign(min(abs(shift), 0.95 * abs(end)), end)
-
         logs = np.log(self.shares)
 
         def tilted(by: float) -> np.ndarray:
