@@ -47,7 +47,7 @@ VERBOSE ?=
 QUIET := $(if $(VERBOSE),,TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1)
 RUN = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(ONLINE)
 # What runs for long gives back what it frees, and keeps few of oneDNN's kernels: there is one for each shape of a batch, and of
-# the 1,024 that are kept otherwise a server's memory grows for an hour.
+# the 1,024 that are kept otherwise a server's memory grows for long.
 FEW_KERNELS = ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 LRU_CACHE_CAPACITY=64
 KEEPS_LITTLE = env -u GLIBC_TUNABLES $(FEW_KERNELS)
 SERVICE = $(KEEPS_LITTLE) $(RUN)
