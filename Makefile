@@ -13,6 +13,7 @@ DATA ?=
 TEXT ?=
 LABEL ?=
 SHEET ?=
+HOURS ?= 1
 ROWS ?= 1000000
 PYTHON ?= python3
 # How many GPUs (or, without one, processes) a stage uses; one, whatever is visible. Only `make … NPROC=2` changes it.
@@ -53,12 +54,12 @@ KEEPS_LITTLE = env -u GLIBC_TUNABLES $(FEW_KERNELS)
 SERVICE = $(KEEPS_LITTLE) $(RUN)
 BY_RAY = $(KEEPS_LITTLE) $(QUIET) .venv-ray/bin/python -m serve.predict_by_ray --workers "$(if $(filter command,$(origin NPROC)),$(NPROC))"
 STAGE = --experiment "$$EXP" --set "$$SET"
-export EXP SET IN OUT MODEL FORMAT ERROR ENGINE PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC
+export EXP SET IN OUT MODEL FORMAT ERROR ENGINE PORT STUDY DATA TEXT LABEL SHEET HOURS ROWS NPROC
 # What the user asked for by name; a stage that only another needs says less.
 export ASKED := $(MAKECMDGOALS)
 
 # A misspelt variable would be ignored without a word, and so would a path that tools split at its spaces.
-KNOWN := EXP SET IN OUT MODEL FORMAT ERROR ENGINE PORT STUDY DATA TEXT LABEL SHEET ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
+KNOWN := EXP SET IN OUT MODEL FORMAT ERROR ENGINE PORT STUDY DATA TEXT LABEL SHEET HOURS ROWS NPROC VERBOSE PREFLIGHT PYTHON GLIBC_TUNABLES
 GIVEN := $(strip $(foreach of,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(of)))),$(of))))
 OTHERS := HF_% CUDA_% OMP_% PIP_% %_API_KEY CC SHELL MAKEFLAGS MAKEOVERRIDES
 UNKNOWN := $(firstword $(filter-out $(KNOWN) $(OTHERS),$(GIVEN)))
@@ -71,7 +72,7 @@ $(if $(filter-out ray,$(ENGINE)),$(error ENGINE=$(ENGINE): no such engine; write
 TARGETS := help setup setup-serve setup-ray licenses new preflight preflight-on-gpu data audit rank distill sft eval-ckpts sft-think grpo zero-shot endpoint tfidf embedding setfit bert bert-all linear-head sft-options cascade compare decide seeds status tensorboard report try predict export serve bench bench-precision bench-scoring bench-sft bench-shape bench-training soak growth study curve demo smoke test test-slow drill lint keys clean
 NO_TARGET := $(firstword $(filter-out $(TARGETS) $(READY) $(READY_SBOM) $(READY_SERVE) $(READY_RAY),$(MAKECMDGOALS)))
 $(if $(NO_TARGET),$(error no target $(NO_TARGET); $(or $(patsubst %,did you mean make %?,$(call nearest,$(NO_TARGET),$(TARGETS))),make help lists them)))
-ONLY_NEW := $(firstword $(filter DATA TEXT LABEL SHEET,$(GIVEN)))
+ONLY_NEW := $(firstword $(filter DATA TEXT LABEL SHEET HOURS,$(GIVEN)))
 $(if $(ONLY_NEW),$(if $(filter-out new,$(MAKECMDGOALS)),$(error $(ONLY_NEW)= is for make new; here its experiment is read, edit that: EXP=name)))
 $(if $(word 2,$(CURDIR)),$(error the path of this folder has spaces ($(CURDIR)), which Python's environments do not bear; move it))
 override EXP := $(patsubst experiments/%,%,$(EXP))
@@ -89,8 +90,8 @@ help: ## print this list
 
 demo: report ## BBC News end to end, everything but the bench
 
-new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv (TEXT=title,body LABEL=stars SHEET=name where its guess is wrong)
-	@$(ONLINE) prep.new --data "$$DATA" --text "$$TEXT" --label "$$LABEL" --sheet "$$SHEET"
+new: $(READY) ## write an experiment for your own data: make new DATA=reviews.csv (TEXT=title,body LABEL=stars SHEET=name where its guess is wrong; HOURS=8: more contenders)
+	@$(ONLINE) prep.new --data "$$DATA" --text "$$TEXT" --label "$$LABEL" --sheet "$$SHEET" --hours "$$HOURS"
 
 report: preflight-on-gpu data status decide ## report.html (opens from disk) and REPORT.md, with pictures
 	@$(RUN) report.build $(STAGE)

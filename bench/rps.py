@@ -13,7 +13,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.files import atomic_open, read_json, write_json
 from letterhead.models.classifier import named_method
 from letterhead.models.precision import precision
-from letterhead.pipeline import CASCADE, METHODS, Method, cascades_file
+from letterhead.pipeline import CASCADE, Method, cascades_file, compared_methods
 from letterhead.runs.devices import device_name, machine
 from letterhead.runs.results import bench_made_from
 from letterhead.runs.stage import StageRun, run
@@ -44,7 +44,7 @@ RATIOS = {
 def main(experiment: Experiment) -> None:
     methods = [
         method
-        for method in METHODS.values()
+        for method in compared_methods(experiment)
         if method is not CASCADE or read_json(cascades_file(experiment))
     ]
     # Each row is of the checkpoint that stands for its method.

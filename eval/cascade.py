@@ -19,15 +19,14 @@ from letterhead.pipeline import (
 )
 from letterhead.runs import contenders, results
 from letterhead.runs.contenders import Chosen
-from letterhead.runs.stage import StageRun, run, tell_absent
+from letterhead.runs.stage import StageRun, is_absent, run
 from letterhead.stats import cascade
 from letterhead.stats.cascade import Cascade, Member
 from letterhead.stats.metrics import NO_ANSWER
 
 
 def main(experiment: Experiment) -> None:
-    if not CASCADES.when(experiment):
-        tell_absent(CASCADES, "too few validation rows to choose a cascade")
+    if is_absent(CASCADES, experiment, "too few validation rows to choose a cascade"):
         return
     stage = StageRun(experiment, CASCADES)
     if stage.is_current():

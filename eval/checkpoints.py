@@ -12,10 +12,12 @@ from letterhead.models import checkpoints
 from letterhead.models.callbacks import has_ended
 from letterhead.pipeline import DATA, EVAL_CKPTS, SFT, SFT_TRAINING, outputs
 from letterhead.runs import results
-from letterhead.runs.stage import StageRun, run
+from letterhead.runs.stage import StageRun, is_absent, run
 
 
 def main(experiment: Experiment) -> None:
+    if is_absent(EVAL_CKPTS, experiment):
+        return
     stage_files = outputs(SFT_TRAINING, experiment) | outputs(DATA, experiment)
     stage = StageRun(experiment, EVAL_CKPTS)
     table = experiment.results_folder / "sft_checkpoints.md"

@@ -19,7 +19,7 @@ from letterhead.files import LetterheadError, sha256_json, whole_lines
 from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.pipeline import HOSTED, HOSTED_LLM
 from letterhead.runs import results
-from letterhead.runs.stage import StageRun, run, tell_absent
+from letterhead.runs.stage import StageRun, is_absent, run
 from letterhead.runs.terminal import progress
 from letterhead.serving.endpoint import Reply
 from letterhead.serving.hosted import ALONE, ask_about, hosted_llm, read
@@ -31,8 +31,7 @@ Question = tuple[str, str, int]
 
 
 def main(experiment: Experiment) -> None:
-    if experiment.endpoint is None:
-        tell_absent(HOSTED, "no section endpoint, so no hosted LLM")
+    if is_absent(HOSTED, experiment, "no section endpoint, so no hosted LLM"):
         return
     stage = StageRun(experiment, HOSTED)
     if stage.is_current():

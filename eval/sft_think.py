@@ -12,12 +12,11 @@ from letterhead.runs import results
 from letterhead.runs.contenders import choose
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import Workers
-from letterhead.runs.stage import StageRun, run, tell_absent
+from letterhead.runs.stage import StageRun, is_absent, run
 
 
 def main(experiment: Experiment) -> None:
-    if not SFT_THINK.when(experiment):
-        tell_absent(SFT_THINKING, "no section distill, so no thoughts were learnt")
+    if is_absent(SFT_THINKING, experiment, "no section distill, so no thoughts were learnt"):
         return
     from eval.thinking import think
     from letterhead.models.scoring import load_decoder

@@ -197,6 +197,15 @@ class Stage:
     def make_target(self) -> str:
         return self.target or self.name
 
+    def is_in(self, experiment: Experiment) -> bool:
+        """Whether a report of the experiment needs it.
+
+        Raises
+        ------
+        LetterheadError : that hangs on rows, and none were made yet
+        """
+        return self.name not in stages_left_out(experiment) and self.when(experiment)
+
     def main(self) -> Callable[..., None]:
         """The function that makes it."""
         return import_module(self.module).main
@@ -517,9 +526,23 @@ class Method:
     priced_as: tuple[str, ...] = ()
     when: Callable[[Experiment], bool] = always
 
+    def is_in(self, experiment: Experiment) -> bool:
+        """Whether an experiment compares it.
+
+        Raises
+        ------
+        LetterheadError : that hangs on rows, and none were made yet
+        """
+        return self not in left_out(experiment) and self.when(experiment)
+
     @property
     def is_trained(self) -> bool:
         return self.trained_by is not None
+
+    @property
+    def may_be_left_out(self) -> bool:
+        """Whether it takes minutes or hours to train."""
+        return (self.has_steps or self.is_saved) and self.when is not never
 
     @property
     def family(self) -> str:
@@ -773,7 +796,29 @@ def find_method(name: str) -> Method | None:
 
 def compared_methods(experiment: Experiment) -> list[Method]:
     """The methods that an experiment compares, in their order."""
-    return [method for method in METHODS.values() if method.when(experiment)]
+    return [method for method in METHODS.values() if method.is_in(experiment)]
+
+
+def left_out(experiment: Experiment) -> list[Method]:
+    """The methods that an experiment leaves out.
+
+    Raises
+    ------
+    LetterheadError : no such method, or one that takes seconds
+    """
+    known = {name: method for name, method in METHODS.items() if method.may_be_left_out}
+    for name in experiment.leave_out:
+        if name not in known:
+            raise LetterheadError(
+                f"leave_out: {name!r} can't be left out; choose of {', '.join(known)}"
+            )
+    return [known[name] for name in experiment.leave_out]
+
+
+def stages_left_out(experiment: Experiment) -> set[str]:
+    """The names of the stages that only a method that is left out needs."""
+    methods = left_out(experiment)
+    return {name for method in methods for name in (method.stage, method.trained_by)}
 
 
 def cascade_members(experiment: Experiment) -> list[Method]:
@@ -794,7 +839,7 @@ def arguments_of(module: str) -> list[str]:
 
 def stages_of(experiment: Experiment) -> list[Stage]:
     """The stages that a report of the experiment is made of, in their order."""
-    return [stage for stage in STAGES.values() if stage.when(experiment)]
+    return [stage for stage in STAGES.values() if stage.is_in(experiment)]
 
 
 def stage_needs(stage: Stage, experiment: Experiment) -> list[str]:
@@ -871,6 +916,10 @@ def record_of(stage: str, experiment: Experiment) -> dict[str, Any]:
     """
     folder = experiment.run_folder / stage
     record = read_json(folder / "stage.json")
+    if record is None and stage in stages_left_out(experiment):
+        raise LetterheadError(
+            f"{stage}: {experiment.name} leaves it out; edit leave_out, or say SET=leave_out=[]"
+        )
     if record is None:
         raise LetterheadError(
             f"{folder}: not made yet; run: make {STAGES[stage].make_target} EXP={experiment.name}"

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from letterhead.config.models import E5, Head
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import tfidf
 from letterhead.models.prompt import WORD, keep_words
+from letterhead.pipeline import BERT, BERT_ALL, LINEAR_HEAD, SETFIT, SFT, SFT_OPTIONS
 from letterhead.plan.evidence import contenders, margin_finder
 from letterhead.plan.time import stage_bytes, stage_seconds
 from letterhead.rows import tables
@@ -103,6 +105,10 @@ STEPS_A_CLASS, ENCODER_STEPS = 20, 200
 # Three epochs of BERT were too few for twenty newsgroups and enough for the demo
 # (docs/findings.md).
 PATIENCE, MOST_ENCODER_STEPS = 3, 6000
+BERT_SHARE = 1 / 3  # of the report's time, at most
+# What is left out where time is short, in this order: SFT, since the loss on the options learns the
+# same in fewer steps; SetFit, which is for few rows; then the LLM, which takes longest.
+LEFT_OUT_FIRST = (SFT, SETFIT, SFT_OPTIONS, LINEAR_HEAD, BERT, BERT_ALL)
 HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
 FEW_ROWS, ROWS_A_CLASS, BATCH = 400, 10, 4  # for the LLM
@@ -244,7 +250,7 @@ class Column:
         return rank(self.name, TITLE_NAMES) < len(TITLE_NAMES)
 
 
-def main(path: str, text: str = "", label: str = "", sheet: str = "") -> None:
+def main(path: str, text: str = "", label: str = "", sheet: str = "", hours: float = 1) -> None:
     """Read a data set, write its experiment, and say what was chosen and why; then make its rows,
     and say how long it takes.
 
@@ -253,6 +259,7 @@ def main(path: str, text: str = "", label: str = "", sheet: str = "") -> None:
     text, label : columns of the text (several with commas between) and of the label; where empty
         they are guessed
     sheet : of a workbook; where empty the first
+    hours : that the report may take on this machine
 
     Raises
     ------
@@ -293,16 +300,16 @@ def main(path: str, text: str = "", label: str = "", sheet: str = "") -> None:
     print("\n".join(reasons), flush=True)
     experiment = load_experiment(name)
     data.main(experiment, with_evidence=False)
-    margin, reason = choose_margin(experiment)
-    more, reasons_of_more = {"compare": {"margin": margin}}, [reason]
-    if found := choose_balance(experiment):
-        more["balance"] = found[0]
-        reasons_of_more.append(found[1])
-    print("\n".join(reasons_of_more), flush=True)
-    write_experiment(target, values | more, path, [*reasons, *reasons_of_more])
-    if more.get("balance", experiment.balance) != experiment.balance:
+    for choose in (choose_balance, partial(choose_contenders, hours=hours), choose_margin):
+        more, reason = choose(experiment)
+        if not more:
+            continue
+        print(reason, flush=True)
+        values, reasons = values | more, [*reasons, reason]
+        write_experiment(target, values, path, reasons)
         experiment = load_experiment(name)
-        data.main(experiment, with_evidence=False)
+        if "balance" in more:
+            data.main(experiment, with_evidence=False)
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     print(f"make report EXP={name}: {foretell(experiment)} on this machine")
 
@@ -317,8 +324,8 @@ def write_experiment(target: Path, values: dict[str, Any], path: str, reasons: l
         file.write(text)
 
 
-def choose_margin(experiment: Experiment) -> tuple[float, str]:
-    """A margin that the test rows can bear, and the reason."""
+def choose_margin(experiment: Experiment) -> tuple[dict[str, Any], str]:
+    """The key of a margin that the test rows can bear, and the reason."""
     card = read_json(experiment.data_folder / "data_card.json")
     rows, methods = card["rows"]["test"], contenders(experiment)
     find = margin_finder(experiment, card)
@@ -328,17 +335,18 @@ def choose_margin(experiment: Experiment) -> tuple[float, str]:
         f"compare.margin: {margin:g}; {rows:,} test rows and {methods} methods can show none "
         f"below {least:.3f}, even for a method that answers as the best does. "
     )
+    keys = {"compare": {"margin": margin}}
     if margin < least:
-        return margin, (
+        return keys, (
             f"{reason}So the report will decide nothing, and its figures have wide intervals: "
             f"label more rows, for more than {rows_for_margin(margin, methods, find):,} test rows"
         )
-    return margin, f"{reason}Set another before you look at a test row"
+    return keys, f"{reason}Set another before you look at a test row"
 
 
-def choose_balance(experiment: Experiment) -> tuple[str, str] | None:
-    """The value of `balance` with which TF-IDF on the shared rows has the higher macro F1 on
-    validation rows, and the reason; None where no class is rare, or no row is for validation."""
+def choose_balance(experiment: Experiment) -> tuple[dict[str, Any], str]:
+    """The key `balance` with which TF-IDF on the shared rows has the higher macro F1 on validation
+    rows, and the reason; none where no class is rare, or no row is for validation."""
     rows = results.read_rows(experiment, "decoder_train")
     counts = Counter(row["label"] for row in rows)
     validation = results.read_rows(experiment, "validation")
@@ -347,18 +355,56 @@ def choose_balance(experiment: Experiment) -> tuple[str, str] | None:
         or max(counts.values()) <= IMBALANCED * min(counts.values())
         or not validation
     ):
-        return None
+        return {}, ""
     truth, reached = results.class_numbers(experiment, validation), {}
     for balance in ("none", "weights"):
         fitted = tfidf.fit(experiment.model_copy(update={"balance": balance}), rows)
         answers = fitted.score([row["text"] for row in validation]).probabilities.argmax(axis=1)
         reached[balance] = plain_f1(truth, answers[None], len(experiment.labels))
     better = "weights" if reached["weights"] > reached["none"] else "none"
-    return better, (
+    return {"balance": better}, (
         f"balance: {better}; the largest class has {max(counts.values())} of {len(rows):,} rows "
         f"and the smallest {min(counts.values())}, and TF-IDF's macro F1 on {len(truth):,} "
         f"validation rows is {reached['weights']:.3f} with weights for the rare classes, "
         f"{reached['none']:.3f} without"
+    )
+
+
+def choose_contenders(experiment: Experiment, hours: float) -> tuple[dict[str, Any], str]:
+    """The keys with which the report takes no more than so many hours on this machine, and the
+    reason; none where it takes no more, or where that is not known.
+
+    BERT's epochs, of which there are many for rows that take long to learn, may take a share of the
+    time. Then one contender after another is left out, until the rest fits.
+    """
+    card, most = read_json(experiment.data_folder / "data_card.json"), 3600 * hours
+    seconds = stage_seconds(experiment, card)
+    if (whole := sum(seconds.values())) <= most:
+        return {}, ""
+    said, keys, head = [], {}, experiment.encoder.head
+    longest = max(seconds.get(method.stage, 0.0) for method in (BERT, BERT_ALL))
+    epochs = max(HEAD_EPOCHS, int(head.num_train_epochs * BERT_SHARE * most / longest))
+    if epochs < head.num_train_epochs:
+        head = head.model_copy(update={"num_train_epochs": epochs})
+        encoder = experiment.encoder.model_copy(update={"head": head})
+        experiment = experiment.model_copy(update={"encoder": encoder})
+        keys["encoder"] = encoder.model_dump(exclude_unset=True)
+        said.append(f"BERT trains for at most {epochs} epochs")
+    left_out: list[str] = []
+    for method in LEFT_OUT_FIRST:
+        if sum(stage_seconds(experiment, card).values()) <= most:
+            break
+        if method.is_in(experiment):
+            left_out.append(method.name)
+            experiment = experiment.model_copy(update={"leave_out": left_out})
+    seconds = stage_seconds(experiment, card)
+    if left_out:
+        keys["leave_out"] = left_out
+        said.append(f"{' and '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out")
+    return keys, (
+        f"time: the report of all contenders would take {minutes(whole)} on this machine. So "
+        f"{', and '.join(said) or 'it does'}: {minutes(sum(seconds.values()))}. With more time, "
+        f"empty leave_out, or delete this file and say HOURS={math.ceil(whole / 3600)}"
     )
 
 
@@ -1078,8 +1124,12 @@ if __name__ == "__main__":
     )
     parser.add_argument("--label", default="", help="the column of the label; guessed")
     parser.add_argument("--sheet", default="", help="of a workbook; the first")
+    parser.add_argument("--hours", default="1", help="that the report may take here")
     arguments = parser.parse_args()
     with telling():
         if not arguments.data:
             raise LetterheadError(f"say DATA=, {KINDS}, or a folder")
-        main(arguments.data, arguments.text, arguments.label, arguments.sheet)
+        if not re.fullmatch(r"\d+(\.\d+)?", arguments.hours):
+            raise LetterheadError(f"HOURS={arguments.hours}: not a number; write HOURS=2 or 0.5")
+        hours = float(arguments.hours)
+        main(arguments.data, arguments.text, arguments.label, arguments.sheet, hours)

@@ -26,7 +26,16 @@ from letterhead.config.experiment import Experiment
 from letterhead.config.models import Head, in_packages, is_fetched
 from letterhead.files import LetterheadError, read_json, read_jsonl, write_json
 from letterhead.models import checkpoints
-from letterhead.pipeline import SFT_TRAINING, inputs_sha256, read_card
+from letterhead.pipeline import (
+    BERT,
+    BERT_ALL,
+    LINEAR_HEAD,
+    SFT,
+    SFT_OPTIONS,
+    SFT_TRAINING,
+    inputs_sha256,
+    read_card,
+)
 from letterhead.rows.balance import rows_read
 from letterhead.rows.fetch import is_there
 from letterhead.runs import devices
@@ -79,12 +88,13 @@ class Plan:
     def heads(self) -> dict[str, tuple[str, str, Head, str]]:
         """Title of each training by the heads' trainer → what it reads (as in `longest`), section,
         settings, their key."""
-        decoder = self.experiment.decoder
-        found = {
-            "BERT": ("encoder", "encoder", self.experiment.encoder.head, "encoder.head"),
-            "linear head": ("decoder", "decoder", decoder.head, "decoder.head"),
-        }
-        if decoder.sft_options:
+        decoder, left_out = self.experiment.decoder, self.experiment.leave_out
+        found = {}
+        if not {BERT.name, BERT_ALL.name} <= set(left_out):
+            found["BERT"] = ("encoder", "encoder", self.experiment.encoder.head, "encoder.head")
+        if LINEAR_HEAD.name not in left_out:
+            found["linear head"] = ("decoder", "decoder", decoder.head, "decoder.head")
+        if SFT_OPTIONS.is_in(self.experiment):
             found["SFT on the options"] = (
                 "sft",
                 "decoder",
@@ -378,8 +388,10 @@ def steps(plan: Plan) -> str:
 
     if not plan.n:
         return f"not known before the rows are made; run: make data EXP={plan.experiment.name}"
-    steps, at = sft_plan(plan.experiment, plan.card["shared"]["sft_rows"])
-    findings = [f"SFT {steps:,}, saved at {', '.join(f'{step:,}' for step in at)}"]
+    findings = []
+    if SFT.is_in(plan.experiment):
+        steps, at = sft_plan(plan.experiment, plan.card["shared"]["sft_rows"])
+        findings.append(f"SFT {steps:,}, saved at {', '.join(f'{step:,}' for step in at)}")
     for title, (_, name, head, _) in plan.heads().items():
         parts, _ = parts_of_texts(head, plan.card["token_lengths"][name])
         n = round(plan.n[name] * parts)
@@ -449,7 +461,9 @@ def memory(plan: Plan) -> str:
     checkpointing, n = not arguments.get(CHECKPOINTING), devices.process_count()
     batch, accumulation = step_of(arguments)
     key, lora = "decoder.sft.overrides", plan.experiment.decoder.sft.lora
-    trainings = {"SFT": ("sft", "decoder", batch, accumulation, None, checkpointing, key, lora)}
+    trainings = {}
+    if SFT.is_in(plan.experiment):
+        trainings["SFT"] = ("sft", "decoder", batch, accumulation, None, checkpointing, key, lora)
     for title, (inputs, name, head, key) in plan.heads().items():
         step = head.per_device_train_batch_size, head.gradient_accumulation_steps
         trainings[title] = (inputs, name, *step, classes, False, key, head.lora)
@@ -498,6 +512,8 @@ def memory(plan: Plan) -> str:
 
 def hours(plan: Plan) -> str:
     """How long SFT will take, from twenty steps of it on the device."""
+    if not SFT.is_in(plan.experiment):
+        return "not measured: SFT is left out"
     if not _gpu():
         return "not measured: no device"
     if not plan.card:

@@ -25,6 +25,7 @@ from letterhead.pipeline import (
     SFT,
     SHORT_TITLES,
     Stage,
+    compared_methods,
     record_of,
     source_of,
     stages_of,
@@ -57,6 +58,7 @@ WHAT_A_PICTURE_SHOWS = {
     "(broken off where it misses "
     "the objective, the dashed line)",
 }
+ALONG_THE_TRAINING = {"f1", "losses"}
 DECODES = {
     "generate": "whole answer",
     "one_token": "one token",
@@ -98,11 +100,11 @@ def shown_stages(experiment: Experiment) -> list[Stage]:
 def main(experiment: Experiment) -> None:
     stage = StageRun(experiment, REPORT)
     bench = results.read_bench(experiment)
-    paths = {
-        name: stage.folder / f"{name}.png"
-        for name in WHAT_A_PICTURE_SHOWS
-        if bench or name != "service"
-    }
+    absent = set() if bench else {"service"}
+    if not any(method.has_steps for method in compared_methods(experiment)):
+        absent |= ALONG_THE_TRAINING
+    drawn = {name: what for name, what in WHAT_A_PICTURE_SHOWS.items() if name not in absent}
+    paths = {name: stage.folder / f"{name}.png" for name in drawn}
     page, text = stage.folder / "report.html", stage.folder / "REPORT.md"
     if stage.is_current():
         stage.tell_current()
@@ -122,6 +124,7 @@ def main(experiment: Experiment) -> None:
             )
         context = gather(experiment, comparison) | {
             "bench": bench,
+            "pictures": drawn,
             "served": served,
             "headline": verdict.headline,
             "figure": figure,
@@ -250,7 +253,6 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
         "trained_on": "; ".join(
             sorted({f"{stages[name]['device']} ({stages[name]['machine']})" for name in trained_by})
         ),
-        "pictures": WHAT_A_PICTURE_SHOWS,
     }
 
 
@@ -286,7 +288,9 @@ def searched(experiment: Experiment, entry: dict, record: dict | None) -> str | 
 
 def overfitting(experiment: Experiment) -> str:
     """Whether BERT overfits after two epochs, as the article says it does: test loss, and a paired
-    test of F1, in words."""
+    test of F1, in words; none where BERT is left out."""
+    if not BERT.is_in(experiment):
+        return ""
     rows = read_json(experiment.data_folder / "data_card.json")["shared"]["rows"]
     planned = experiment.encoder.head.on(rows).num_train_epochs
     epochs = record_of(BERT.trained_by, experiment).get("epochs", planned)
@@ -428,8 +432,9 @@ def draw(experiment: Experiment, comparison: dict, paths: dict[str, Path]) -> No
             ),
             own: (list(test), [result.eval_loss for result in test.values()]),
         }
-    pictures.draw_curves(paths["f1"], caption, f1, "macro F1")
-    pictures.draw_curves(paths["losses"], caption, losses, "cross-entropy, nats", log=True)
+    if f1:
+        pictures.draw_curves(paths["f1"], caption, f1, "macro F1")
+        pictures.draw_curves(paths["losses"], caption, losses, "cross-entropy, nats", log=True)
     pictures.draw_confusions(paths["confusion"], caption, entries, experiment.labels)
     sure = {}
     for name, entry in methods:

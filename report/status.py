@@ -66,7 +66,12 @@ def main(experiment: Experiment) -> None:
 def usual_stages(experiment: Experiment) -> list[Stage]:
     """The stages of an experiment whose rows are not made yet: those that hang on nothing but its
     keys."""
-    return [stage for stage in STAGES.values() if stage.when is pipeline.always]
+    left_out = pipeline.stages_left_out(experiment)
+    return [
+        stage
+        for stage in STAGES.values()
+        if stage.when is pipeline.always and stage.name not in left_out
+    ]
 
 
 def to_do_again(training: Experiment, data: str, seconds: dict[str, float]) -> list[str]:

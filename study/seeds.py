@@ -13,7 +13,7 @@ from study.cells import make, seed_keys, settings
 def main(experiment: Experiment, name: str, overrides: str) -> None:
     # SFT is made by the scoring of its checkpoints, which needs it.
     again = [stage for stage in STAGES.values() if stage.retrained and stage is not SFT_TRAINING]
-    targets = [stage.make_target for stage in again if stage.when(experiment)]
+    targets = [stage.make_target for stage in again if stage.is_in(experiment)]
     for training in experiment.trainings()[1:]:
         make(name, settings(overrides, seed_keys(training, experiment)), targets)
 

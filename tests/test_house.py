@@ -42,6 +42,7 @@ STAGE_FOLDERS = ("prep", "train", "eval", "bench", "serve", "report", "study")
 # Keys that decide no result, and why
 DECIDE_NOTHING = {
     "name": "where files lie",
+    "leave_out": "which stages there are",
     "eval.batch_tokens": "how rows are batched",
     "eval.thinking.batch": "how rows are batched",
     "distill.key": "who pays",

@@ -11,6 +11,7 @@ from letterhead.config.experiment import load_experiment
 from letterhead.config.models import E5
 from letterhead.files import LetterheadError, read_json
 from letterhead.models.prompt import load_prompt_encoder
+from letterhead.pipeline import METHODS
 from letterhead.plan.evidence import contenders, evidence, margin_finder
 from letterhead.rows.sources import open_source
 from letterhead.stats.decision import smallest_margin
@@ -35,8 +36,8 @@ def written(place, monkeypatch):
     """Write an experiment for a source; its rows are not made."""
     monkeypatch.setattr(new.data, "main", lambda *_, **__: None)
     monkeypatch.setattr(new, "foretell", lambda _: "a while")
-    monkeypatch.setattr(new, "choose_balance", lambda _: None)
-    monkeypatch.setattr(new, "choose_margin", lambda _: (0.01, "a margin"))
+    for choose in ("choose_balance", "choose_contenders", "choose_margin"):
+        monkeypatch.setattr(new, choose, lambda *_, **__: ({}, ""))
 
     def write(source: str, **columns: str):
         new.main(source, **columns)
@@ -375,6 +376,45 @@ def test_more_classes_than_letters_are_names_that_fit_into_the_prompt(
     assert encoder.text_budget > 150
     said = "lists them before the text" if is_listed else "does not list them"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("hours", "left_out", "epochs"),
+    [
+        (8, [], 15),
+        (4, ["sft"], 15),
+        (2, ["sft", "setfit", "sft_options"], 8),
+        (1, ["sft", "setfit", "sft_options", "linear_head"], 4),
+        (0.1, ["sft", "setfit", "sft_options", "linear_head", "bert", "bert_all"], 2),
+    ],
+)
+def test_on_a_slow_machine_contenders_are_left_out_until_the_report_fits(
+    place, monkeypatch, capsys, hours, left_out, epochs
+):
+    takes = {"sft": 100, "setfit": 20, "sft_options": 60, "linear_head": 40, "bert": 2}
+    of_bert = 5  # minutes an epoch
+
+    def seconds(experiment, card):
+        kept = {name: n for name, n in takes.items() if name not in experiment.leave_out}
+        if "bert_all" not in experiment.leave_out:
+            kept["bert_all"] = of_bert * experiment.encoder.head.num_train_epochs
+        stages = {METHODS[name].stage: 60 * n for name, n in kept.items()}
+        return stages | {"embedding": 240}
+
+    monkeypatch.setattr(new, "stage_seconds", seconds)
+    rows = [(f"Row {i}: {words(i, 9)}", f"kind {'abcdefg'[i % 7]}") for i in range(900)]
+    write_csv("slow.csv", rows)
+    monkeypatch.setattr(new, "MOST_ENCODER_STEPS", 15 * 38)
+    new.main("slow.csv", hours=hours)
+    experiment, said = load_experiment("slow"), capsys.readouterr().out
+    assert experiment.leave_out == left_out
+    assert experiment.encoder.head.num_train_epochs == epochs
+    assert experiment.encoder.head.patience == 3  # what else was chosen stays
+    assert ("With more time, empty leave_out" in said) == bool(left_out)
+    assert ("HOURS=6" in said) == bool(left_out)
+    # What is in contention decides the margin that can be shown.
+    methods = contenders(experiment)
+    assert f"test rows and {methods} methods" in said
 
 
 @pytest.mark.parametrize(

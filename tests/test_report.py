@@ -18,7 +18,8 @@ from letterhead import pipeline
 from letterhead.config.experiment import load_experiment
 from letterhead.config.models import Parts
 from letterhead.files import LetterheadError, read_json, read_jsonl, write_json, write_jsonl
-from letterhead.pipeline import CASCADE, STAGES, Method, compared_methods
+from letterhead.models.classifier import named_method
+from letterhead.pipeline import CASCADE, STAGES, Method, compared_methods, record_of
 from letterhead.runs import results
 from letterhead.runs.stage import StageRun
 from letterhead.stats import verdict
@@ -274,6 +275,25 @@ def test_a_model_in_parts_is_named_and_thinking_on_fewer_rows_decides_nothing(ma
         in Path("runs/mine/report/report.html").read_text()
     )
     assert not article.is_the_articles(experiment)
+
+
+@pytest.mark.parametrize("left_out", [["sft"], ["bert", "linear_head", "sft"]])
+def test_what_is_left_out_is_in_no_table_and_asked_for_by_no_stage(make_experiment, left_out):
+    experiment = drawn(make_experiment, validation=60, train_rows=None, leave_out=left_out)
+    methods = {entry["method"] for entry in compared_and_decided()["methods"].values()}
+    kept = {"bert", "linear_head", "sft"} - set(left_out)
+    assert methods & {"bert", "linear_head", "sft"} == kept
+    text = Path("runs/mine/report/REPORT.md").read_text()
+    page = Path("runs/mine/report/report.html").read_text()
+    for said in (text, page):
+        assert ("Along the training" in said) == ("test loss is lowest" in said) == ("bert" in kept)
+        assert "The SFT training loss" not in said
+    assert Path("runs/mine/report/f1.png").exists() == bool(kept)
+    shutil.rmtree("runs/mine/sft")
+    with pytest.raises(LetterheadError, match="sft: mine leaves it out; edit leave_out"):
+        record_of("sft", experiment)
+    with pytest.raises(LetterheadError, match="mine has no such method"):
+        named_method(experiment, "sft")
 
 
 def test_the_last_checkpoint_is_taken_unless_validation_shows_another_to_be_better(compared):

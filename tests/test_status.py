@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from letterhead.files import read_json, write_json
+from eval import checkpoints
+from letterhead.files import LetterheadError, read_json, write_json
 from letterhead.pipeline import SFT_TRAINING
 from letterhead.plan import time as estimate
 from letterhead.runs import terminal
@@ -19,7 +20,7 @@ from prep import data
 from report import status
 from tests.conftest import ROOT
 from tests.test_data import write_csv
-from train import distill, fitted
+from train import distill, fitted, heads, sft
 
 LABELS = ["World", "Sports"]
 
@@ -140,6 +141,30 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
     assert slower["linear-head"] - estimate.START_S == pytest.approx(
         2 * (first["linear-head"] - estimate.START_S)
     )
+
+
+def test_what_is_left_out_takes_no_time_and_no_disk_and_tells_so(experiment, monkeypatch, capsys):
+    card = read_json("data/mine/data_card.json")
+    monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 4e11, 4e11))
+    first = estimate.stage_seconds(experiment, card)
+    less = experiment.model_copy(update={"leave_out": ["sft", "bert"]})
+    then = estimate.stage_seconds(less, card)
+    assert set(first) - set(then) == {"sft", "eval-ckpts", "bert"}
+    # Step 0, which is scored with the checkpoints where there are some, is left to zero-shot.
+    assert first["zero-shot"] < then["zero-shot"] < first["zero-shot"] + first["eval-ckpts"]
+    folders = {"decoder": experiment.decoder.folder, "encoder": experiment.encoder.folder}
+    assert set(estimate.stage_bytes(less, folders, 50)) == {"linear-head"}
+    assert set(estimate.stage_bytes(experiment, folders, 50)) == {"sft", "bert", "linear-head"}
+    shown = set(states(less, capsys))
+    assert shown & {"sft", "eval-ckpts", "bert", "linear-head"} == {"linear-head"}
+    monkeypatch.setenv("ASKED", "bert")
+    for stage, argument in ((sft, ()), (checkpoints, ()), (heads, ("bert",))):
+        stage.main(less, *argument)
+    assert capsys.readouterr().out == "bert: left out, as leave_out says\n"
+    with pytest.raises(
+        LetterheadError, match="leave_out: 'tfidf' can't be left out; choose of .*sft"
+    ):
+        status.main(experiment.model_copy(update={"leave_out": ["tfidf"]}))
 
 
 @pytest.mark.parametrize(("kept", "timed"), [(10.0, 150.0), (150.0, 10.0)])

@@ -27,7 +27,7 @@ from letterhead.models.answers import named_option
 from letterhead.models.prompt import PromptEncoder, load_prompt_encoder
 from letterhead.pipeline import DISTILL
 from letterhead.runs import results
-from letterhead.runs.stage import StageRun, run, tell_absent
+from letterhead.runs.stage import StageRun, is_absent, run
 from letterhead.runs.terminal import progress
 from letterhead.serving.endpoint import HostedLLM, Reply, user_turn
 
@@ -42,10 +42,9 @@ LIMITS = {"concurrency", "requests_per_minute", "price_of_prompts", "price_of_re
 
 
 def main(experiment: Experiment) -> None:
-    settings = experiment.distill
-    if settings is None:
-        tell_absent(DISTILL, "no section distill, so no teacher")
+    if is_absent(DISTILL, experiment, "no section distill, so no teacher"):
         return
+    settings = experiment.distill
     path = experiment.data_folder / "distilled.jsonl"
     if settings.of not in (None, experiment.name):
         copy(experiment, path)

@@ -13,13 +13,12 @@ from letterhead.files import atomic_folder
 from letterhead.models.fitted import Fitted, fit_method
 from letterhead.pipeline import METHODS, STAGES, arguments_of
 from letterhead.runs import results
-from letterhead.runs.stage import StageRun, run, tell_absent
+from letterhead.runs.stage import StageRun, is_absent, run
 
 
 def main(experiment: Experiment, method_name: str) -> None:
     method = METHODS[method_name]
-    if not method.when(experiment):
-        tell_absent(STAGES[method.stage], "not of this experiment, for the number of its rows")
+    if is_absent(STAGES[method.stage], experiment):
         return
     stage = StageRun(experiment, STAGES[method.stage])
     if stage.is_current():

@@ -20,15 +20,14 @@ from letterhead.pipeline import METHODS, STAGES, arguments_of
 from letterhead.runs import results
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import guarded, torchrun
-from letterhead.runs.stage import StageRun, run, tell_absent
+from letterhead.runs.stage import StageRun, is_absent, run
 from letterhead.runs.terminal import TERMINAL
 from train.search import require_validation, search
 
 
 def main(experiment: Experiment, method: str) -> None:
     trained = METHODS[method]
-    if not trained.when(experiment):
-        tell_absent(STAGES[trained.stage], "not of this experiment")
+    if is_absent(STAGES[trained.stage], experiment):
         return
     head = trained.head(experiment)
     stage = StageRun(experiment, STAGES[trained.stage])

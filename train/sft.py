@@ -19,7 +19,7 @@ from letterhead.models.callbacks import DIVERGED, Diverged, has_ended, is_stoppe
 from letterhead.models.llamafactory import command, environment, for_device, sft_plan, unquantisable
 from letterhead.pipeline import DISTILL, SFT_TRAINING, record_of
 from letterhead.runs.processes import guarded
-from letterhead.runs.stage import StageRun, run
+from letterhead.runs.stage import StageRun, is_absent, run
 from letterhead.runs.terminal import TERMINAL
 from train.search import require_validation, search
 
@@ -29,6 +29,8 @@ HF_RATE = 5e-5  # TrainingArguments' own, where the YAML names none
 
 
 def main(experiment: Experiment) -> None:
+    if is_absent(SFT_TRAINING, experiment):
+        return
     arguments, model = experiment.sft_arguments(), experiment.decoder.folder
     stage = StageRun(experiment, SFT_TRAINING)
     if stage.is_current():

@@ -48,6 +48,13 @@ class Experiment(Section):
             "rates on validation rows counts every class alike then."
         ),
     )
+    leave_out: list[str] = Field(
+        [],
+        description=(
+            "Methods that are not trained, for time, of those that take minutes or hours. With "
+            "`sft` its checkpoints are not scored either."
+        ),
+    )
     data: Data
     prompt: Prompt = Field(default_factory=Prompt)
     decoder: Decoder = Field(default_factory=Decoder)
@@ -121,6 +128,12 @@ class Experiment(Section):
                 "distill: enable_thinking is false, and LLaMA-Factory would take the thoughts "
                 "out; set it to true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_sft_is_taught(self) -> "Experiment":
+        if "sft" in self.leave_out and self.distill:
+            raise ValueError("leave_out: sft is what the section distill teaches; take out one")
         return self
 
     @model_validator(mode="after")

@@ -48,7 +48,7 @@ def named_method(experiment: Experiment, name: str) -> str:
         near = difflib.get_close_matches(name, known, 1)
         mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
         raise LetterheadError(f"{name}: no such method; {mend}")
-    if method and not method.when(experiment):
+    if method and not method.is_in(experiment):
         raise LetterheadError(
             f"{name}: {experiment.name} has no such method, for its rows or its keys"
         )

@@ -21,6 +21,7 @@ from letterhead.pipeline import (
     EVAL_CKPTS,
     METHODS,
     REPORT,
+    SFT,
     SFT_TRAINING,
     ZERO_SHOT,
     compared_methods,
@@ -101,13 +102,13 @@ def stage_seconds(
         * experiment.eval.thinking.tokens
     )
     sft = 2 * START_S + learnt * row_flop(experiment, card) / training
-    found = {
-        SFT_TRAINING.name: sft + searching(experiment.decoder.sft.search, sft),
-        EVAL_CKPTS.name: START_S
-        + 2 * parameters * prompt * to_score * (len(saves) + experiment.eval.untrained) / scoring,
-        ZERO_SHOT.name: START_S
-        + 2 * parameters * thinking / scoring,  # step 0 was scored with the checkpoints
-    }
+    once, untrained = 2 * parameters * prompt * to_score / scoring, experiment.eval.untrained
+    found = {ZERO_SHOT.name: START_S + 2 * parameters * thinking / scoring}
+    if SFT.is_in(experiment):
+        found[SFT_TRAINING.name] = sft + searching(experiment.decoder.sft.search, sft)
+        found[EVAL_CKPTS.name] = START_S + once * (len(saves) + untrained)
+    if not (SFT.is_in(experiment) and untrained):  # else step 0 was scored with the checkpoints
+        found[ZERO_SHOT.name] += once
     for method in compared_methods(experiment):
         n = rows["train"] if method.rows == ALL else shared
         if method.settings:
@@ -184,11 +185,14 @@ def stage_bytes(experiment: Experiment, folders: dict[str, Path], rows: int) -> 
         return adapter_parameters(folders[name], lora) if lora else whole[name]
 
     saves, lora = len(sft_plan(experiment, rows)[1]), experiment.decoder.sft.lora
-    peaks = {SFT_TRAINING.name: sft_disk(trained("decoder", lora), saves)}
-    if lora:  # and the whole model that the best of them makes, for export and service
-        peaks[SFT_TRAINING.name] += FLOAT * whole["decoder"]
+    peaks = {}
+    if SFT.is_in(experiment):
+        # With an adapter the best of them makes a whole model, too, for export and service.
+        merged = FLOAT * whole["decoder"] if lora else 0
+        peaks[SFT_TRAINING.name] = sft_disk(trained("decoder", lora), saves) + merged
     for method in METHODS.values():
         is_trained = experiment.decoder.train_rows is not None if method.rows == ALL else True
+        is_trained = is_trained and method.name not in experiment.leave_out
         if method.settings and (head := method.head(experiment)) and is_trained:
             peaks[method.trained_by] = head_disk(trained(method.model, head.lora))
     return peaks

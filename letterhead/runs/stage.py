@@ -264,10 +264,14 @@ def was_asked(target: str) -> bool:
     return target in os.environ.get("ASKED", target).split()
 
 
-def tell_absent(stage: Stage, why: str) -> None:
-    """Say, to who asked for a stage by name, that the experiment has none."""
+def is_absent(stage: Stage, experiment: Experiment, why: str = "not of this experiment") -> bool:
+    """Whether the experiment has no such stage; who asked for it by name is told why."""
+    if stage.is_in(experiment):
+        return False
     if was_asked(stage.make_target):
-        print(f"{stage.name}: {why}")
+        left_out = stage.name in pipeline.stages_left_out(experiment)
+        print(f"{stage.name}: {'left out, as leave_out says' if left_out else why}")
+    return True
 
 
 def told_of_thread(ended: threading.ExceptHookArgs) -> None:
