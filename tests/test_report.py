@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from sklearn import metrics
+from sklearn.utils.class_weight import compute_sample_weight
 
 from eval import cascade, compare, decide
 from letterhead import pipeline
@@ -19,8 +20,8 @@ from letterhead.config.experiment import load_experiment
 from letterhead.config.models import Parts
 from letterhead.files import LetterheadError, read_json, read_jsonl, write_json, write_jsonl
 from letterhead.models.classifier import named_method
-from letterhead.pipeline import CASCADE, STAGES, Method, compared_methods, record_of
-from letterhead.runs import results
+from letterhead.pipeline import BERT, CASCADE, STAGES, Method, compared_methods, record_of
+from letterhead.runs import contenders, results
 from letterhead.runs.stage import StageRun
 from letterhead.stats import verdict
 from letterhead.stats.metrics import NO_ANSWER
@@ -344,6 +345,14 @@ def test_where_rare_classes_are_brought_up_the_step_is_chosen_so(compared, balan
         write_jsonl(results.result_files(compared, f"bert@{step}", "validation")[1], written)
     experiment = compared.model_copy(update={"balance": balance})
     assert results.chosen_step(experiment, validation) == chosen
+    told_of = f"bert@{chosen}"
+    told = contenders.choose(experiment, BERT).log_loss_validation(experiment)
+    lines = list(read_jsonl(results.result_files(compared, told_of, "validation")[1]))
+    truth = [line["label"] for line in lines]
+    shares = [[p for _, p in sorted(line["probabilities"].items())] for line in lines]
+    weights = None if balance == "none" else compute_sample_weight("balanced", truth)
+    expected = metrics.log_loss(truth, shares, sample_weight=weights)
+    assert told == pytest.approx(expected)
 
 
 def test_checkpoints_that_tie_go_to_the_lower_loss():

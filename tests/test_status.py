@@ -12,6 +12,8 @@ import pytest
 
 from eval import checkpoints
 from letterhead.files import LetterheadError, read_json, write_json
+from letterhead.models import cpu
+from letterhead.models.llamafactory import sft_plan
 from letterhead.pipeline import SFT_TRAINING
 from letterhead.plan import time as estimate
 from letterhead.runs import terminal
@@ -136,6 +138,18 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
         of["sft"] - 2 * estimate.START_S for of in (first, estimate.stage_seconds(experiment, more))
     ]
     assert trained[1] == pytest.approx(10 * trained[0], rel=0.05)
+    sft = experiment.decoder.sft.model_copy(update={"patience": 1})
+    decoder = experiment.decoder.model_copy(update={"sft": sft})
+    patient = experiment.model_copy(update={"decoder": decoder})
+    looks = [
+        estimate.stage_seconds(patient.model_copy(update={"balance": balance}), card)["sft"]
+        for balance in ("none", "weights")
+    ]
+    saves = len(sft_plan(patient, card["shared"]["sft_rows"])[1])
+    tokens = estimate.prompt_tokens(card) + estimate.ANSWER_TOKENS
+    rows = card["rows"]["validation"]
+    assert looks[0] - first["sft"] == pytest.approx(saves * rows * 2 * 1e8 * tokens / 4e11)
+    assert looks[1] >= looks[0]
     monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 2e11, 2e11))
     slower = estimate.stage_seconds(experiment, card)
     assert slower["linear-head"] - estimate.START_S == pytest.approx(
@@ -167,21 +181,24 @@ def test_what_is_left_out_takes_no_time_and_no_disk_and_tells_so(experiment, mon
         status.main(experiment.model_copy(update={"leave_out": ["tfidf"]}))
 
 
-@pytest.mark.parametrize(("kept", "timed"), [(10.0, 150.0), (150.0, 10.0)])
-def test_a_rate_that_was_kept_from_a_busy_moment_does_not_stay(
-    experiment, monkeypatch, kept, timed
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rate_of_a_busy_moment_does_not_stay_and_changes_no_dtype(
+    experiment, monkeypatch, tmp_path, dtype
 ):
-    for dtype in ("float32", "bfloat16"):
-        monkeypatch.setattr("letterhead.models.precision.precision", lambda *_, of=dtype: of)
+    """What was measured fastest counts, also where it is measured again while much else runs."""
+    monkeypatch.setattr(cpu, "MEASURED", tmp_path / "precision.json")
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("letterhead.models.precision.precision", lambda *_: dtype)
+    folder, measured = experiment.encoder.folder, []
+    for now in (10.0, 150.0, 20.0):
         monkeypatch.setattr(
-            "letterhead.models.cpu.measured_rates", lambda _, of=dtype: {"float32": 1.0, of: kept}
+            cpu, "matmul_rates", lambda *_, now=now: dict.fromkeys(("float32", "bfloat16"), now)
         )
-        monkeypatch.setattr("letterhead.models.cpu.matmul_rates", lambda *_, of=dtype: {of: timed})
-        _, training, scoring = estimate.rate(experiment, experiment.encoder.folder)
-        assert (training, scoring) == (
-            150e9 * estimate.TRAINING[dtype],
-            150e9 * estimate.SCORING[dtype],
-        )
+        _, training, scoring = estimate.rate(experiment, folder)
+        measured.append(scoring / estimate.SCORING[dtype] / 1e9)
+        assert training / estimate.TRAINING[dtype] == pytest.approx(1e9 * measured[-1])
+    assert measured == pytest.approx([10.0, 150.0, 150.0])
+    assert cpu.measured_rates(folder) == dict.fromkeys(("float32", "bfloat16"), 10.0)
 
 
 def test_other_settings_are_said_to_replace_what_is_there(experiment, capsys):

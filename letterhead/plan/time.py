@@ -26,8 +26,9 @@ from letterhead.pipeline import (
     ZERO_SHOT,
     compared_methods,
     inputs_sha256,
+    reads_validation,
 )
-from letterhead.rows.balance import rows_read
+from letterhead.rows.balance import rows_read, sft_validation_rows
 from letterhead.runs.devices import device_name, process_count
 
 # Shares of the rate of bare matrix products that training and scoring reach, and seconds to start a
@@ -39,7 +40,6 @@ SCORING = {"bfloat16": 0.60, "float32": 0.70}
 START_S = 6.0
 # Of logistic regression with C by cross-validation, on two cores of an Intel Xeon with AMX
 FITTING_S, FITTED_ROWS_A_SECOND = 2.0, 230
-SECONDS = 0.3  # to time products for
 TRIAL = "trial.json"  # what preflight keeps of the steps that it times
 FRAMING = 2  # special tokens of a text, as BERT has
 ANSWER_TOKENS = 8  # a trained answer's, in round numbers
@@ -102,6 +102,9 @@ def stage_seconds(
         * experiment.eval.thinking.tokens
     )
     sft = 2 * START_S + learnt * row_flop(experiment, card) / training
+    if reads_validation(experiment):
+        looked_at = len(saves) * sft_validation_rows(experiment, card)
+        sft += looked_at * 2 * parameters * (prompt + ANSWER_TOKENS) / scoring
     once, untrained = 2 * parameters * prompt * to_score / scoring, experiment.eval.untrained
     found = {ZERO_SHOT.name: START_S + 2 * parameters * thinking / scoring}
     if SFT.is_in(experiment):
@@ -237,8 +240,7 @@ def rate(
     """A model's multiply-adds a token, and the FLOP a second that training and scoring reach:
     `reached`, or as measured on this CPU.
 
-    Products are timed anew, in the stages' dtype: what is kept may have been measured while the
-    machine was busy.
+    Products are timed anew, in the stages' dtype.
     """
     from letterhead.models import cpu
     from letterhead.models.precision import precision
@@ -248,7 +250,8 @@ def rate(
         return 0, 0.0, 0.0
     if reached is not None:
         return multiply_adds(folder), reached, reached
-    dtype, kept = precision(experiment.decoder.dtype, folder), cpu.measured_rates(folder)
-    dtype = dtype if dtype in kept else "float32"
-    flops = 1e9 * max(kept[dtype], cpu.matmul_rates(shapes, [dtype], SECONDS)[dtype])
+    dtype = precision(experiment.decoder.dtype, folder)
+    if dtype not in cpu.measured_rates(folder):
+        dtype = "float32"
+    flops = 1e9 * cpu.fastest_rate(folder, dtype)
     return multiply_adds(folder), flops * TRAINING[dtype], flops * SCORING[dtype]

@@ -51,8 +51,19 @@ def rows_read(experiment: Experiment, card: dict, is_all: bool) -> int:
     train."""
     if experiment.balance != "oversample":
         return card["rows"]["train"] if is_all else card["shared"]["rows"]
-    counts = [n for n in card["label_counts"]["train"].values() if n]
-    return len(counts) * max(counts) if is_all else card["shared"]["sft_rows"]
+    return brought_up(card, "train") if is_all else card["shared"]["sft_rows"]
+
+
+def sft_validation_rows(experiment: Experiment, card: dict) -> int:
+    """How many rows SFT reads where it looks at validation rows, by the data card."""
+    is_plain = experiment.balance == "none"
+    return card["rows"]["validation"] if is_plain else brought_up(card, "validation")
+
+
+def brought_up(card: dict, split: str) -> int:
+    """How many rows a split has where every class is brought up to the largest."""
+    counts = [n for n in card["label_counts"][split].values() if n]
+    return len(counts) * max(counts, default=0)
 
 
 def class_weights(experiment: Experiment, labels: Sequence[str]) -> list[float] | None:

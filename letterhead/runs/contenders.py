@@ -45,6 +45,13 @@ class Chosen:
     how: str
     highest: tuple[int, Result]
 
+    def log_loss_validation(self, experiment: Experiment) -> float | None:
+        """The mean log loss on validation rows, as it chooses; None without such rows, or without
+        probabilities."""
+        if self.validation is None or self.validation.log_loss is None:
+            return None
+        return float(results.validation_losses(experiment, self.validation).mean())
+
     def entry(self, experiment: Experiment) -> dict[str, Any]:
         """What the comparison says of it before anything is compared."""
         title = self.method.title
@@ -67,7 +74,7 @@ class Chosen:
             "best_on_test": {"step": step or None}
             | {"f1_macro": highest.f1_macro, "accuracy": highest.accuracy},
             "f1_macro_validation": self.validation and self.validation.f1_macro,
-            "log_loss_validation": self.validation and self.validation.log_loss,
+            "log_loss_validation": self.log_loss_validation(experiment),
         }
 
 

@@ -357,6 +357,17 @@ def checkpoint_table(
     return "\n".join(lines) + "\n"
 
 
+def validation_losses(experiment: Experiment, validation: Result) -> np.ndarray:
+    """The log loss of each validation row of a result, as it chooses (`choosing_losses`), shape
+    (rows,); nats."""
+    lines = read_predictions(experiment, validation.name, "validation")
+    probabilities = np.array(
+        [[line["probabilities"][label] for label in experiment.labels] for line in lines]
+    )
+    truth = class_numbers(experiment, lines)
+    return choosing_losses(truth, probabilities, experiment.balance)
+
+
 def chosen_step(experiment: Experiment, validation: dict[int, Result]) -> int:
     """The step to take of a method's training: the last, where the learning rate has come down,
     unless another has a lower log loss on validation rows (`choosing_losses`) by more than a
@@ -369,14 +380,9 @@ def chosen_step(experiment: Experiment, validation: dict[int, Result]) -> int:
     ----------
     validation : step → result on validation rows
     """
-    losses = {}
-    for step, result in sorted(validation.items()):
-        lines = read_predictions(experiment, result.name, "validation")
-        probabilities = np.array(
-            [[line["probabilities"][label] for label in experiment.labels] for line in lines]
-        )
-        truth = class_numbers(experiment, lines)
-        losses[step] = choosing_losses(truth, probabilities, experiment.balance)
+    losses = {
+        step: validation_losses(experiment, result) for step, result in sorted(validation.items())
+    }
     lowest, last = min(losses, key=lambda step: losses[step].mean()), max(losses)
     if lowest == last:
         return last
