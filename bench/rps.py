@@ -75,6 +75,19 @@ def main(experiment: Experiment) -> None:
         file.write(as_table(read_json(path)))
     stage.finish([path, table], rows=len(rows))
     print(table.read_text(encoding="utf-8"))
+    measured = {row["method"] for row in rows}
+    trained = [method for method in compared_methods(experiment) if method.is_trained]
+    if unpriced := [
+        method.name
+        for method in trained
+        if method is not CASCADE
+        and not method.thinks
+        and not {method.name, *method.priced_as} & measured
+    ]:
+        print(
+            f"no row has the price of {', '.join(unpriced)}, so multiply-adds go on deciding which "
+            "to ship"
+        )
 
 
 def ratios(rows: list[dict]) -> dict[str, float | None]:

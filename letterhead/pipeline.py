@@ -816,7 +816,7 @@ def left_out(experiment: Experiment) -> list[Method]:
 
 
 def stages_left_out(experiment: Experiment) -> set[str]:
-    """The names of the stages that only a method that is left out needs."""
+    """The names of the stages that score or train a method that is left out."""
     methods = left_out(experiment)
     return {name for method in methods for name in (method.stage, method.trained_by)}
 
@@ -912,14 +912,14 @@ def record_of(stage: str, experiment: Experiment) -> dict[str, Any]:
 
     Raises
     ------
-    LetterheadError : it has not been made
+    LetterheadError : it has not been made, or is left out
     """
     folder = experiment.run_folder / stage
-    record = read_json(folder / "stage.json")
-    if record is None and stage in stages_left_out(experiment):
+    if stage in stages_left_out(experiment):  # what an earlier run left may be of other rows
         raise LetterheadError(
-            f"{stage}: {experiment.name} leaves it out; edit leave_out, or say SET=leave_out=[]"
+            f"{stage}: {experiment.name} leaves it out; edit leave_out, or say SET='leave_out=[]'"
         )
+    record = read_json(folder / "stage.json")
     if record is None:
         raise LetterheadError(
             f"{folder}: not made yet; run: make {STAGES[stage].make_target} EXP={experiment.name}"

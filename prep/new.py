@@ -307,8 +307,8 @@ def main(path: str, text: str = "", label: str = "", sheet: str = "", hours: flo
         print(reason, flush=True)
         values, reasons = values | more, [*reasons, reason]
         write_experiment(target, values, path, reasons)
-        experiment = load_experiment(name)
-        if "balance" in more:
+        before, experiment = experiment.balance, load_experiment(name)
+        if experiment.balance != before:
             data.main(experiment, with_evidence=False)
     print(f"{target}: written; read it, then run: make report EXP={name}", flush=True)
     print(f"make report EXP={name}: {foretell(experiment)} on this machine")
@@ -374,37 +374,40 @@ def choose_contenders(experiment: Experiment, hours: float) -> tuple[dict[str, A
     """The keys with which the report takes no more than so many hours on this machine, and the
     reason; none where it takes no more, or where that is not known.
 
-    BERT's epochs, of which there are many for rows that take long to learn, may take a share of the
-    time. Then one contender after another is left out, until the rest fits.
+    BERT's epochs, of which there are many for rows that take long to learn, get a share of the
+    time, but two at least. Then one contender after another is left out, until the rest fits.
     """
     card, most = read_json(experiment.data_folder / "data_card.json"), 3600 * hours
     seconds = stage_seconds(experiment, card)
     if (whole := sum(seconds.values())) <= most:
         return {}, ""
-    said, keys, head = [], {}, experiment.encoder.head
-    longest = max(seconds.get(method.stage, 0.0) for method in (BERT, BERT_ALL))
-    epochs = max(HEAD_EPOCHS, int(head.num_train_epochs * BERT_SHARE * most / longest))
-    if epochs < head.num_train_epochs:
-        head = head.model_copy(update={"num_train_epochs": epochs})
-        encoder = experiment.encoder.model_copy(update={"head": head})
+    keys, said, encoder, both = {}, [], experiment.encoder, (BERT, BERT_ALL)
+    share = BERT_SHARE * most / sum(seconds.get(method.stage, 0.0) for method in both)
+    epochs = max(HEAD_EPOCHS, int(share * encoder.head.num_train_epochs))
+    is_cut = epochs < encoder.head.num_train_epochs
+    if is_cut:
+        head = encoder.head.model_copy(update={"num_train_epochs": epochs})
+        encoder = encoder.model_copy(update={"head": head})
         experiment = experiment.model_copy(update={"encoder": encoder})
-        keys["encoder"] = encoder.model_dump(exclude_unset=True)
-        said.append(f"BERT trains for at most {epochs} epochs")
-    left_out: list[str] = []
+    names: list[str] = []
     for method in LEFT_OUT_FIRST:
         if sum(stage_seconds(experiment, card).values()) <= most:
             break
         if method.is_in(experiment):
-            left_out.append(method.name)
-            experiment = experiment.model_copy(update={"leave_out": left_out})
-    seconds = stage_seconds(experiment, card)
-    if left_out:
-        keys["leave_out"] = left_out
-        said.append(f"{' and '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out")
+            names.append(method.name)
+            experiment = experiment.model_copy(update={"leave_out": names})
+    if is_cut and any(method.is_in(experiment) for method in both):
+        keys["encoder"] = encoder.model_dump(exclude_unset=True)
+        said.append(f"encoder.head.num_train_epochs is {epochs}")
+    if names:
+        keys["leave_out"] = names
+        said.append(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} left out")
+    left = sum(stage_seconds(experiment, card).values())
+    still = "" if left <= most else f", still more than HOURS={hours:g}"
     return keys, (
-        f"time: the report of all contenders would take {minutes(whole)} on this machine. So "
-        f"{', and '.join(said) or 'it does'}: {minutes(sum(seconds.values()))}. With more time, "
-        f"empty leave_out, or delete this file and say HOURS={math.ceil(whole / 3600)}"
+        f"time: all contenders would take {minutes(whole)} on this machine; so "
+        f"{', and '.join(said)}, which leaves {minutes(left)}{still}. For more, delete this file "
+        f"and say HOURS={math.ceil(whole / 3600)}"
     )
 
 
@@ -1129,7 +1132,7 @@ if __name__ == "__main__":
     with telling():
         if not arguments.data:
             raise LetterheadError(f"say DATA=, {KINDS}, or a folder")
-        if not re.fullmatch(r"\d+(\.\d+)?", arguments.hours):
+        if not re.fullmatch(r"\d+(\.\d+)?", arguments.hours) or not float(arguments.hours):
             raise LetterheadError(f"HOURS={arguments.hours}: not a number; write HOURS=2 or 0.5")
         hours = float(arguments.hours)
         main(arguments.data, arguments.text, arguments.label, arguments.sheet, hours)

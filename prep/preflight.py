@@ -90,7 +90,8 @@ class Plan:
         settings, their key."""
         decoder, left_out = self.experiment.decoder, self.experiment.leave_out
         found = {}
-        if not {BERT.name, BERT_ALL.name} <= set(left_out):
+        has_more = decoder.train_rows is not None and BERT_ALL.name not in left_out
+        if has_more or BERT.name not in left_out:
             found["BERT"] = ("encoder", "encoder", self.experiment.encoder.head, "encoder.head")
         if LINEAR_HEAD.name not in left_out:
             found["linear head"] = ("decoder", "decoder", decoder.head, "decoder.head")
@@ -513,7 +514,7 @@ def memory(plan: Plan) -> str:
 def hours(plan: Plan) -> str:
     """How long SFT will take, from twenty steps of it on the device."""
     if not SFT.is_in(plan.experiment):
-        return "not measured: SFT is left out"
+        return "not measured: SFT is left out, whose steps are timed; no stage is estimated"
     if not _gpu():
         return "not measured: no device"
     if not plan.card:

@@ -26,6 +26,7 @@ from letterhead.pipeline import (
     SHORT_TITLES,
     Stage,
     compared_methods,
+    left_out,
     record_of,
     source_of,
     stages_of,
@@ -116,6 +117,8 @@ def main(experiment: Experiment) -> None:
             | decided
             | {"best": decided["ship"]}
         )
+        for name in WHAT_A_PICTURE_SHOWS:
+            (stage.folder / f"{name}.png").unlink(missing_ok=True)
         draw(experiment, comparison, paths)
         if bench:
             in_service = {served(row): row for row in bench["rows"]}
@@ -234,6 +237,7 @@ def gather(experiment: Experiment, comparison: dict) -> dict:
             read_json(experiment.data_folder / "data_card.json"),
             round(decision.ALPHA / comparison["alpha"]) + 1,
         ),
+        "left_out": ", ".join(method.title for method in left_out(experiment)),
         "overfit": overfitting(experiment),
         "searched": [
             sentence

@@ -49,7 +49,7 @@ TRAINED = [
 ]
 # Sections and keys that decide nothing of a cell's results
 NO_MATTER = {
-    **dict.fromkeys(("bench", "serve", "title", "distill", COMPARE.name), True),
+    **dict.fromkeys(("bench", "serve", "title", "distill", COMPARE.name, "leave_out"), True),
     **{section: {"license"} for section in ("data", "decoder", "encoder")},
 }
 UNTRAINED = (ZERO_SHOT_LETTERS, ZERO_SHOT_CALIBRATED)
@@ -193,6 +193,7 @@ def said_of(
             [experiment.name, study_name, *filter(None, [cell, str(rows or "")]), f"seed{seed}"]
         ),
         "seed": seed,
+        "leave_out": [],  # a study names its methods itself
     }
     return settings(overrides, keys, under)
 
@@ -332,10 +333,12 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
     """
     answers: dict[str, list[dict]] = {}
     entries: dict[str, list[dict]] = {}
+    balances: dict[str, str] = {}
     for cell in study.all_cells:
         for method in study.methods_of(cell):
             arm = study.arm(cell, method)
             for one in done[rows, cell]:
+                balances[arm] = one.balance
                 chosen = contenders.choose(one, METHODS[method])
                 answers.setdefault(arm, []).append(
                     contenders.read_answers(one, chosen.name, chosen.result.n)
@@ -364,6 +367,7 @@ def gather(experiment: Experiment, study: Study, rows: int | None, done: Done) -
             "trainings": [
                 {"f1_macro": entry["f1_macro"], "step": entry["step"]} for entry in found_entries
             ],
+            "balance": balances[arm],
             "log_loss_validation": mean_or_none(
                 [entry["log_loss_validation"] for entry in found_entries]
             ),
@@ -447,7 +451,8 @@ def told_of_best(point: dict) -> str:
     for apart, how in ((True, "Told apart from it"), (False, "Not told apart from it")):
         sentence += f" {how}: {', '.join(behind[apart])}." if behind[apart] else ""
     losses = {arm: entry["log_loss_validation"] for arm, entry in point["arms"].items()}
-    if None not in losses.values():
+    balances = {entry["balance"] for entry in point["arms"].values()}
+    if None not in losses.values() and len(balances) == 1:  # else they are of two kinds
         chosen = min(losses, key=losses.get)
         sentence += (
             f" Validation rows, which alone may choose, have the lowest log loss with {chosen}."

@@ -332,6 +332,28 @@ def test_open_loops_count_the_wait_and_break_off_when_the_objective_is_missed():
     assert (fast.latencies > 0.3).sum() == 3  # 1 % of 200 may miss it, the third breaks it off
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_soaks_answers_may_differ_by_what_the_method_computes_in(
+    make_experiment, monkeypatch, dtype
+):
+    monkeypatch.setattr(bench_soak.torch.cuda, "is_available", lambda: False)
+    write_csv("rows.csv", [("a", "x"), ("b", "y")] * 20)
+    made = make_experiment("rows.csv", ["x", "y"], decoder_keys={"dtype": dtype})
+    computed = {
+        name: bench_soak.dtype_of(made, name, in_vllm=in_vllm)
+        for name, in_vllm in (
+            ("tfidf", False),
+            ("embedding", False),
+            ("bert", False),
+            ("cascade:bert", False),
+            ("runs/other/export", False),
+            ("linear_head", True),
+        )
+    }
+    fitted = {"tfidf": "float32", "embedding": "float32", "linear_head": "float32"}
+    assert computed == dict.fromkeys(computed, dtype) | fitted
+
+
 @pytest.mark.parametrize("wrong_every", [0, 20])
 def test_a_soak_counts_wrong_answers_and_what_bad_clients_got(monkeypatch, tmp_path, wrong_every):
     monkeypatch.setattr(Stub, "wrong_every", wrong_every)

@@ -141,15 +141,15 @@ def test_estimates_follow_rows_epochs_and_the_speed_of_the_machine(experiment, m
     sft = experiment.decoder.sft.model_copy(update={"patience": 1})
     decoder = experiment.decoder.model_copy(update={"sft": sft})
     patient = experiment.model_copy(update={"decoder": decoder})
-    looks = [
-        estimate.stage_seconds(patient.model_copy(update={"balance": balance}), card)["sft"]
-        for balance in ("none", "weights")
-    ]
+    looked = estimate.stage_seconds(patient, card)["sft"]
     saves = len(sft_plan(patient, card["shared"]["sft_rows"])[1])
     tokens = estimate.prompt_tokens(card) + estimate.ANSWER_TOKENS
     rows = card["rows"]["validation"]
-    assert looks[0] - first["sft"] == pytest.approx(saves * rows * 2 * 1e8 * tokens / 4e11)
-    assert looks[1] >= looks[0]
+    assert looked - first["sft"] == pytest.approx(saves * rows * 2 * 1e8 * tokens / 4e11)
+    counts = card["label_counts"] | {"validation": {"World": 9, "Sports": 1}}
+    uneven, weighted = card | {"label_counts": counts}, {"balance": "weights"}
+    looked = estimate.stage_seconds(patient.model_copy(update=weighted), uneven)["sft"]
+    assert looked - first["sft"] == pytest.approx(saves * 2 * 9 * 2 * 1e8 * tokens / 4e11)
     monkeypatch.setattr(estimate, "rate", lambda *_: (100_000_000, 2e11, 2e11))
     slower = estimate.stage_seconds(experiment, card)
     assert slower["linear-head"] - estimate.START_S == pytest.approx(
@@ -190,14 +190,15 @@ def test_a_rate_of_a_busy_moment_does_not_stay_and_changes_no_dtype(
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr("letterhead.models.precision.precision", lambda *_: dtype)
     folder, measured = experiment.encoder.folder, []
-    for now in (10.0, 150.0, 20.0):
-        monkeypatch.setattr(
-            cpu, "matmul_rates", lambda *_, now=now: dict.fromkeys(("float32", "bfloat16"), now)
-        )
+    for now in (10.0, 150.0, *[20.0] * 10):
+        cpu.recent_rate.cache_clear()
+        rates = dict.fromkeys(("float32", "bfloat16"), now)
+        monkeypatch.setattr(cpu, "matmul_rates", lambda *_, rates=rates: rates)
         _, training, scoring = estimate.rate(experiment, folder)
         measured.append(scoring / estimate.SCORING[dtype] / 1e9)
         assert training / estimate.TRAINING[dtype] == pytest.approx(1e9 * measured[-1])
-    assert measured == pytest.approx([10.0, 150.0, 150.0])
+    assert measured == pytest.approx([10.0, *[150.0] * 10, 20.0])  # ten are kept
+    cpu.recent_rate.cache_clear()
     assert cpu.measured_rates(folder) == dict.fromkeys(("float32", "bfloat16"), 10.0)
 
 

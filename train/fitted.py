@@ -18,7 +18,7 @@ from letterhead.runs.stage import StageRun, is_absent, run
 
 def main(experiment: Experiment, method_name: str) -> None:
     method = METHODS[method_name]
-    if is_absent(STAGES[method.stage], experiment):
+    if is_absent(STAGES[method.stage], experiment, "not of this experiment, for its rows"):
         return
     stage = StageRun(experiment, STAGES[method.stage])
     if stage.is_current():

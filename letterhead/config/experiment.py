@@ -51,8 +51,8 @@ class Experiment(Section):
     leave_out: list[str] = Field(
         [],
         description=(
-            "Methods that are not trained, for time, of those that take minutes or hours. With "
-            "`sft` its checkpoints are not scored either."
+            "Methods that are not trained, for time, of `setfit`, `bert`, `bert_all`, "
+            "`linear_head`, `sft` (whose checkpoints are then not scored) and `sft_options`."
         ),
     )
     data: Data

@@ -50,7 +50,8 @@ def named_method(experiment: Experiment, name: str) -> str:
         raise LetterheadError(f"{name}: no such method; {mend}")
     if method and not method.is_in(experiment):
         raise LetterheadError(
-            f"{name}: {experiment.name} has no such method, for its rows or its keys"
+            f"{name}: {experiment.name} has no such method, for its rows or its keys (leave_out "
+            f"is one)"
         )
     if method and not method.has_steps and method is not CASCADE:
         return name

@@ -15,6 +15,7 @@ Memory is the Makefile's: it has glibc keep what is freed, in huge pages.
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from letterhead.runs.devices import machine
 # alike.
 MEASURED = Path(".cache/precision.json")
 ROWS = 1024
-AGAIN_SECONDS = 0.3  # to time products once more
+AGAIN_SECONDS, RECENT = 0.3, 10  # to time products once more, and how many times are kept
 SECONDS = 1.0
 
 
@@ -200,30 +201,29 @@ def measured_rates(folder: Path) -> dict[str, float]:
     return _measured(folder)["gflops"]
 
 
-def fastest_rate(folder: Path, dtype: str) -> float:
-    """GFLOP/s on matrices of a model's shapes, the highest that was ever measured here, now
-    included: each time the machine may be busy with something else."""
+@cache
+def recent_rate(folder: Path, dtype: str) -> float:
+    """GFLOP/s on matrices of a model's shapes, the highest of the last `RECENT` measurements here,
+    now included: a machine may be busy with something else."""
     now = matmul_rates(linear_shapes(folder), [dtype], AGAIN_SECONDS)[dtype]
-    return _measured(folder, {dtype: now})["fastest"][dtype]
+    return max(_measured(folder, {dtype: now})["recent"][dtype])
 
 
 def _measured(folder: Path, again: dict[str, float] | None = None) -> dict[str, Any]:
     """What is kept of a model's shapes on this machine: `gflops`, which decides the dtype and so
-    stays as it is, and the `fastest` rates."""
+    stays as it is, and the `recent` rates."""
     shapes = linear_shapes(folder)
     dtypes = ["float32", *(["bfloat16"] if multiplies_bfloat16() else [])]
     where = [machine(), dict(torch.cpu.get_capabilities()), torch.__version__]
     key = sha256_json([where, sorted([*shape, n] for shape, n in shapes.items())])
     with exclusive(MEASURED.with_suffix(".lock")):
         known = read_json(MEASURED) or {}
-        rates = known.get(key, {}).get("gflops") or matmul_rates(shapes, dtypes)
-        fastest = known.get(key, {}).get("fastest", rates)
-        found = {
-            "model": str(folder),
-            "machine": machine(),
-            "gflops": rates,
-            "fastest": {name: max(fastest[name], (again or rates).get(name, 0)) for name in rates},
-        }
+        kept = known.get(key) or {"gflops": matmul_rates(shapes, dtypes)}
+        rates, recent = kept["gflops"], kept.get("recent", {})
+        recent = {name: recent.get(name, [rate]) for name, rate in rates.items()}
+        for name, rate in (again or {}).items():
+            recent[name] = [*recent[name], rate][-RECENT:]
+        found = {"model": str(folder), "machine": machine(), "gflops": rates, "recent": recent}
         if found != known.get(key):
             write_json(MEASURED, known | {key: found})
     return found

@@ -237,10 +237,12 @@ def as_fitted(
     saved_seconds : what of the fit came from disk took when it was computed
     """
 
+    layer = last_layer(regression, experiment.labels)
+
     def score(texts: Sequence[str], keep: bool = False) -> Scores:
         start = time.perf_counter()
         read = embedder.embed(texts, keep and is_frozen)
-        probabilities = class_probabilities(regression, read.vectors, experiment.labels)
+        probabilities = class_probabilities(layer, read.vectors)
         seconds = time.perf_counter() - start + read.saved_seconds
         return Scores(probabilities, read.tokens, seconds)
 
@@ -250,25 +252,24 @@ def as_fitted(
         device_name(),
         "float32",
         title,
-        regression,
         saved_seconds,
-        lambda folder: save(embedder.model, regression, experiment.labels, folder),
+        lambda folder: save(embedder.model, layer, experiment.labels, folder),
     )
 
 
-def save(model, regression: LogisticRegression, labels: Sequence[str], folder: Path) -> None:
+def save(model, layer: tuple[np.ndarray, np.ndarray], labels: Sequence[str], folder: Path) -> None:
     """Write encoder and regression as one SentenceTransformer whose output is the classes' logits,
     shape (texts, classes); `id2label` in its config.json names them.
 
     Parameters
     ----------
     model : a SentenceTransformer
-    regression : on its normalised embeddings
+    layer : the regression on its normalised embeddings
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Normalize
 
-    weight, bias = last_layer(regression, labels)
+    weight, bias = layer
     dense = Dense(weight.shape[1], len(labels), activation_function=None)
     with torch.no_grad():
         dense.linear.weight.copy_(torch.from_numpy(weight))

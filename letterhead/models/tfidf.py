@@ -1,4 +1,4 @@
-"""TF-IDF with logistic regression."""
+"""TF-IDF with logistic regression, one a class."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from scipy.special import softmax
+from sklearn import config_context
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.utils.class_weight import compute_sample_weight
 
 from letterhead.config.experiment import Experiment
 from letterhead.files import read_json, write_json
@@ -17,7 +19,7 @@ from letterhead.models.fitted import (
     Scores,
     class_probabilities,
     class_weight,
-    fit_regression,
+    fit_chosen,
     last_layer,
     require_classes,
 )
@@ -27,7 +29,7 @@ MODEL_TYPE = "tf-idf"  # in an export's config.json
 TOKEN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
 MODEL = {
     "vectorizer": {"token_pattern": TOKEN, "ngram_range": (1, 2), "sublinear_tf": True},
-    "C": (10, 1, 3, 30, 100, 300),
+    "C": (1000, 10, 100, 10000),
 }
 
 
@@ -41,30 +43,42 @@ def fit(experiment: Experiment, rows: list[dict]) -> Fitted:
     require_classes(rows)
     vectorizer, truth = TfidfVectorizer(**MODEL["vectorizer"]), [row["label"] for row in rows]
     features = vectorizer.fit_transform([row["text"] for row in rows])
-    weight = class_weight(experiment)
-    regression = fit_regression(features, truth, MODEL["C"], experiment.seed, weight)
+    weights = None
+    if balanced := class_weight(experiment):
+        weights = compute_sample_weight(balanced, truth)
+    # By the dual, one class against the rest: on 5,089 rows of 62 classes 3 s a fit where one
+    # regression of all classes takes 14 to 52 s, with the lower loss on held-out rows.
+    one = LogisticRegression(
+        solver="liblinear", dual=True, max_iter=1000, random_state=experiment.seed
+    )
+    with config_context(enable_metadata_routing=True):  # for the weights of rows
+        model = OneVsRestClassifier(one.set_fit_request(sample_weight=weights is not None))
+        chosen = (model, "estimator__C", MODEL["C"])
+        regression = fit_chosen(*chosen, features, truth, experiment.seed, weights)
+    layer = last_layer(regression, experiment.labels)
 
     def score(texts: Sequence[str], keep: bool = False) -> Scores:
         start = time.perf_counter()
         features = vectorizer.transform(texts)
-        probabilities = class_probabilities(regression, features, experiment.labels)
+        probabilities = class_probabilities(layer, features)
         return Scores(probabilities, int(features.nnz), time.perf_counter() - start)
 
     def save_to(folder: Path) -> None:
-        save(vectorizer, regression, experiment.labels, folder)
+        save(vectorizer, layer, experiment.labels, folder)
 
-    title = f"TF-IDF of words and word pairs, logistic regression (C = {regression.C})"
-    return Fitted(score, len(experiment.labels), "cpu", "float64", title, regression, save=save_to)
+    strength = regression.estimators_[0].C
+    title = f"TF-IDF of words and word pairs, logistic regression (C = {strength})"
+    return Fitted(score, len(experiment.labels), "cpu", "float64", title, save=save_to)
 
 
 def save(
     vectorizer: TfidfVectorizer,
-    regression: LogisticRegression,
+    layer: tuple[np.ndarray, np.ndarray],
     labels: Sequence[str],
     folder: Path,
 ) -> None:
     """Write terms and weights to a folder: config.json and model.safetensors, no pickle."""
-    weight, bias = last_layer(regression, labels)
+    weight, bias = layer
     save_file({"linear.weight": weight, "linear.bias": bias}, folder / "model.safetensors")
     config = {
         "model_type": MODEL_TYPE,
@@ -88,8 +102,9 @@ def load_saved(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
     vectorizer = TfidfVectorizer(**settings, vocabulary=config["terms"])
     vectorizer.idf_ = np.array(config["idf"])
 
+    layer = weights["linear.weight"], weights["linear.bias"]
+
     def classify(texts: Sequence[str]) -> np.ndarray:
-        scores = vectorizer.transform(texts) @ weights["linear.weight"].T
-        return softmax(scores + weights["linear.bias"], axis=1)
+        return class_probabilities(layer, vectorizer.transform(texts))
 
     return classify

@@ -38,8 +38,9 @@ from letterhead.runs.devices import device_name, process_count
 TRAINING = {"bfloat16": 0.29, "float32": 0.50}
 SCORING = {"bfloat16": 0.60, "float32": 0.70}
 START_S = 6.0
-# Of logistic regression with C by cross-validation, on two cores of an Intel Xeon with AMX
-FITTING_S, FITTED_ROWS_A_SECOND = 2.0, 230
+# Of logistic regression with C by cross-validation: products of rows, words and classes a second of
+# TF-IDF, on two cores of Zen 3, and of rows and classes on embeddings, on an Intel Xeon with AMX
+FITTING_S, FITTED_WORDS_A_SECOND, FITTED_EMBEDDINGS_A_SECOND = 2.0, 140_000, 1_150
 TRIAL = "trial.json"  # what preflight keeps of the steps that it times
 FRAMING = 2  # special tokens of a text, as BERT has
 ANSWER_TOKENS = 8  # a trained answer's, in round numbers
@@ -105,7 +106,9 @@ def stage_seconds(
     if reads_validation(experiment):
         looked_at = len(saves) * sft_validation_rows(experiment, card)
         sft += looked_at * 2 * parameters * (prompt + ANSWER_TOKENS) / scoring
-    once, untrained = 2 * parameters * prompt * to_score / scoring, experiment.eval.untrained
+    options = lengths.get("options", 0)
+    of_row = parameters * (prompt + options) + projection_adds(decoder) * (1 + options)
+    once, untrained = 2 * of_row * to_score / scoring, experiment.eval.untrained
     found = {ZERO_SHOT.name: START_S + 2 * parameters * thinking / scoring}
     if SFT.is_in(experiment):
         found[SFT_TRAINING.name] = sft + searching(experiment.decoder.sft.search, sft)
@@ -122,11 +125,14 @@ def stage_seconds(
                 method.section(experiment).folder, settings, read, length, lengths[method.model]
             )
         elif method.fitter:
-            found[method.stage] = FITTING_S + n / FITTED_ROWS_A_SECOND
+            products, length = n * len(experiment.labels), lengths["encoder"]["p50"]
+            rate_of_fit = FITTED_EMBEDDINGS_A_SECOND
+            if not method.model:
+                products, rate_of_fit = products * length, FITTED_WORDS_A_SECOND
+            found[method.stage] = FITTING_S + products / rate_of_fit
             if method.model:
                 found[method.stage] += 2 * START_S  # to load sentence-transformers
                 parameters, training, scoring = rates[method.section(experiment).folder]
-                length = lengths[method.model]["p50"]
                 found[method.stage] += 2 * parameters * length * (n + to_score) / scoring
                 if method.is_saved:  # trained on pairs of two texts
                     setfit = experiment.encoder.setfit
@@ -194,7 +200,7 @@ def stage_bytes(experiment: Experiment, folders: dict[str, Path], rows: int) -> 
         merged = FLOAT * whole["decoder"] if lora else 0
         peaks[SFT_TRAINING.name] = sft_disk(trained("decoder", lora), saves) + merged
     for method in METHODS.values():
-        is_trained = experiment.decoder.train_rows is not None if method.rows == ALL else True
+        is_trained = method.rows != ALL or experiment.decoder.train_rows is not None
         is_trained = is_trained and method.name not in experiment.leave_out
         if method.settings and (head := method.head(experiment)) and is_trained:
             peaks[method.trained_by] = head_disk(trained(method.model, head.lora))
@@ -210,6 +216,13 @@ def row_flop(experiment: Experiment, card: dict[str, Any]) -> float:
     """The FLOP that SFT takes for a row."""
     tokens, lora = prompt_tokens(card) + ANSWER_TOKENS, experiment.decoder.sft.lora
     return passes(lora) * 2 * multiply_adds(experiment.decoder.folder) * tokens
+
+
+def projection_adds(folder: Path) -> int:
+    """Multiply-adds of a decoder's projection onto its vocabulary, for a token that is predicted
+    from."""
+    config = read_json(folder / "config.json")
+    return config["hidden_size"] * config["vocab_size"]
 
 
 def multiply_adds(folder: Path) -> int:
@@ -240,7 +253,7 @@ def rate(
     """A model's multiply-adds a token, and the FLOP a second that training and scoring reach:
     `reached`, or as measured on this CPU.
 
-    Products are timed anew, in the stages' dtype.
+    Products are timed anew, in the stages' dtype, once a process.
     """
     from letterhead.models import cpu
     from letterhead.models.precision import precision
@@ -253,5 +266,5 @@ def rate(
     dtype = precision(experiment.decoder.dtype, folder)
     if dtype not in cpu.measured_rates(folder):
         dtype = "float32"
-    flops = 1e9 * cpu.fastest_rate(folder, dtype)
+    flops = 1e9 * cpu.recent_rate(folder, dtype)
     return multiply_adds(folder), flops * TRAINING[dtype], flops * SCORING[dtype]

@@ -10,6 +10,7 @@ from letterhead.config.experiment import Experiment
 from letterhead.models.prompt import (
     PromptEncoder,
 )
+from letterhead.models.scoring import OptionTree
 from letterhead.rows.pool import SPLITS
 
 # Enough rows for percentiles of the token lengths; tokenising a million would take longer than all
@@ -19,7 +20,8 @@ LENGTH_SAMPLE = 5000
 
 def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
     """Percentiles of the texts' lengths in tokens, under the decoder's and the encoder's tokenizer,
-    on sampled rows; and `prompt`, how many tokens frame a text."""
+    on sampled rows; `prompt`, how many tokens frame a text; and `options`, how many more are run
+    through the decoder to score all options of a row."""
     from transformers import AutoTokenizer
 
     rng, sample = random.Random(experiment.seed), []
@@ -30,7 +32,9 @@ def token_lengths(experiment: Experiment, encoder: PromptEncoder) -> dict:
             elif (at := rng.randrange(seen + 1)) < LENGTH_SAMPLE:
                 sample[at] = row["text"]
     bert = AutoTokenizer.from_pretrained(experiment.encoder.folder, trust_remote_code=False)
+    options = OptionTree(encoder.answers, with_end=experiment.prompt.options == "names").tokens
     result = {"rows_sampled": len(sample), "prompt": len(encoder.encode(""))}
+    result["options"] = len(options)
     for name, tokenizer in (("decoder", encoder.tokenizer), ("encoder", bert)):
         lengths = [
             len(ids)

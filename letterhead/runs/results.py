@@ -157,7 +157,7 @@ def bench_made_from(experiment: Experiment) -> dict[str, str]:
         pipeline.DATA.name,
         *(
             method.trained_by
-            for method in pipeline.METHODS.values()
+            for method in pipeline.compared_methods(experiment)
             if method.bench and method is not pipeline.CASCADE  # its price is made of its halves'
         ),
     ]

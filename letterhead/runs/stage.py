@@ -253,6 +253,7 @@ def run(
     with telling():
         devices()
         experiment = load_experiment(arguments.experiment, arguments.set)
+        pipeline.left_out(experiment)  # a name that can't be is refused before anything is made
         command_line = [arguments.experiment, arguments.set] if with_arguments else []
         values += [getattr(arguments, name) for name in optional or ()]
         main(experiment, *([arguments.choice] if choices else []), *command_line, *values)
