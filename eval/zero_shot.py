@@ -20,7 +20,7 @@ from letterhead.pipeline import (
 from letterhead.runs import results
 from letterhead.runs.devices import process_count
 from letterhead.runs.processes import Workers
-from letterhead.runs.stage import StageRun, run
+from letterhead.runs.stage import StageRun, is_absent, run
 
 CONTENT_FREE = "N/A"  # Zhao et al. 2021, "Calibrate before use"
 
@@ -29,6 +29,8 @@ def main(experiment: Experiment) -> None:
     from eval.score import score_model, split_prompts
     from eval.thinking import think
 
+    if is_absent(ZERO_SHOT, experiment):
+        return
     stage_files, folder = outputs(DATA, experiment), experiment.decoder.folder
     stage = StageRun(experiment, ZERO_SHOT)
     if stage.is_current():

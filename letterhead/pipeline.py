@@ -541,8 +541,9 @@ class Method:
 
     @property
     def may_be_left_out(self) -> bool:
-        """Whether it takes minutes or hours to train."""
-        return (self.has_steps or self.is_saved) and self.when is not never
+        """Whether it may take minutes or hours: it is trained, or an LLM is asked."""
+        is_dear = self.has_steps or self.is_saved or self.stage == ZERO_SHOT.name
+        return is_dear and self.when is not never
 
     @property
     def family(self) -> str:
@@ -818,7 +819,9 @@ def left_out(experiment: Experiment) -> list[Method]:
 def stages_left_out(experiment: Experiment) -> set[str]:
     """The names of the stages that score or train a method that is left out."""
     methods = left_out(experiment)
-    return {name for method in methods for name in (method.stage, method.trained_by)}
+    kept = {method.stage for method in METHODS.values() if method not in methods}
+    trained_by = {method.trained_by for method in methods if method.is_trained}
+    return {method.stage for method in methods} - kept | trained_by
 
 
 def cascade_members(experiment: Experiment) -> list[Method]:

@@ -30,7 +30,17 @@ from letterhead.config.models import E5, Head
 from letterhead.files import LetterheadError, atomic_open, read_json
 from letterhead.models import tfidf
 from letterhead.models.prompt import WORD, keep_words
-from letterhead.pipeline import BERT, BERT_ALL, LINEAR_HEAD, SETFIT, SFT, SFT_OPTIONS
+from letterhead.pipeline import (
+    BERT,
+    BERT_ALL,
+    LINEAR_HEAD,
+    SETFIT,
+    SFT,
+    SFT_OPTIONS,
+    ZERO_SHOT_CALIBRATED,
+    ZERO_SHOT_LETTERS,
+    ZERO_SHOT_THINKING,
+)
 from letterhead.plan.evidence import contenders, margin_finder
 from letterhead.plan.time import stage_bytes, stage_seconds
 from letterhead.rows import tables
@@ -108,7 +118,17 @@ PATIENCE, MOST_ENCODER_STEPS = 3, 6000
 BERT_SHARE = 1 / 3  # of the report's time, at most
 # What is left out where time is short, in this order: SFT, since the loss on the options learns the
 # same in fewer steps; SetFit, which is for few rows; then the LLM, which takes longest.
-LEFT_OUT_FIRST = (SFT, SETFIT, SFT_OPTIONS, LINEAR_HEAD, BERT, BERT_ALL)
+UNTRAINED = (ZERO_SHOT_LETTERS, ZERO_SHOT_CALIBRATED, ZERO_SHOT_THINKING)
+LEFT_OUT_FIRST = (
+    (SFT,),
+    (SETFIT,),
+    UNTRAINED,
+    (SFT_OPTIONS,),
+    (LINEAR_HEAD,),
+    (BERT,),
+    (BERT_ALL,),
+)
+WORTH = 0.05  # of the report's time is what a contender takes that is left out
 HEAD_BATCH, HEAD_EPOCHS, MOST_EPOCHS = 16, 2, 20
 MAX_WORDS = 64
 FEW_ROWS, ROWS_A_CLASS, BATCH = 400, 10, 4  # for the LLM
@@ -390,23 +410,23 @@ def choose_contenders(experiment: Experiment, hours: float) -> tuple[dict[str, A
         encoder = encoder.model_copy(update={"head": head})
         experiment = experiment.model_copy(update={"encoder": encoder})
     names: list[str] = []
-    for method in LEFT_OUT_FIRST:
-        if sum(stage_seconds(experiment, card).values()) <= most:
-            break
-        if method.is_in(experiment):
-            names.append(method.name)
-            experiment = experiment.model_copy(update={"leave_out": names})
+    left = sum(stage_seconds(experiment, card).values())
+    for group in LEFT_OUT_FIRST:
+        more = [method.name for method in group if method.is_in(experiment)]
+        without = experiment.model_copy(update={"leave_out": [*names, *more]})
+        then = sum(stage_seconds(without, card).values())
+        if left > most and left - then >= WORTH * most:
+            names, experiment, left = [*names, *more], without, then
     if is_cut and any(method.is_in(experiment) for method in both):
         keys["encoder"] = encoder.model_dump(exclude_unset=True)
         said.append(f"encoder.head.num_train_epochs is {epochs}")
     if names:
         keys["leave_out"] = names
-        said.append(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} left out")
-    left = sum(stage_seconds(experiment, card).values())
+        said.append(f"left out: {', '.join(names)}")
     still = "" if left <= most else f", still more than HOURS={hours:g}"
     return keys, (
         f"time: all contenders would take {minutes(whole)} on this machine; so "
-        f"{', and '.join(said)}, which leaves {minutes(left)}{still}. For more, delete this file "
+        f"{'; '.join(said)}; that leaves {minutes(left)}{still}. For more, delete this file "
         f"and say HOURS={math.ceil(whole / 3600)}"
     )
 

@@ -61,6 +61,16 @@ def compared_and_decided() -> dict:
     )
 
 
+def drawn_answers(rng, truth: np.ndarray, skill: float, thinks: bool) -> tuple:
+    """Predicted classes (None where the probabilities say them) and probabilities. One that thinks
+    has no probabilities, and no answer to a fifth of the rows."""
+    score = rng.normal(size=(len(truth), 3))
+    score[np.arange(len(truth)), truth] += skill
+    if thinks:
+        return np.where(rng.random(len(truth)) < 0.2, NO_ANSWER, score.argmax(1)), None
+    return None, np.exp(score) / np.exp(score).sum(1, keepdims=True)
+
+
 def drawn(
     make_experiment,
     validation: int,
@@ -98,19 +108,13 @@ def drawn(
         if not rows:
             return
         truth = results.class_numbers(experiment, rows)
-        score = rng.normal(size=(len(rows), 3))
-        score[np.arange(len(rows)), truth] += skill
-        probabilities = np.exp(score) / np.exp(score).sum(1, keepdims=True)
-        if "thinking" in more:
-            more["predicted"], probabilities = (
-                np.where(rng.random(len(rows)) < 0.2, NO_ANSWER, score.argmax(1)),
-                None,
-            )
+        predicted, probabilities = drawn_answers(rng, truth, skill, "thinking" in more)
         results.write_result(
             experiment,
             name,
             split,
             rows,
+            predicted=predicted,
             probabilities=probabilities,
             train_loss=0.5,
             **made | more,
@@ -145,18 +149,9 @@ def drawn(
         "unfinished": 4,
         "unparsed": 2,
     }
-    write(
-        "zero-shot", "zero_shot_think", "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64}
-    )
-    if experiment.distill:
-        write(
-            "sft-think",
-            "sft_think@20",
-            "test",
-            1.0,
-            n=40,
-            thinking=thinking | {"budget_tokens": 64},
-        )
+    for stage, name in (("zero-shot", "zero_shot_think"), ("sft-think", "sft_think@20")):
+        if stage in files:
+            write(stage, name, "test", 1.0, n=40, thinking=thinking | {"budget_tokens": 64})
     first = experiment
     for experiment in first.trainings():
         if experiment is not first:
@@ -278,7 +273,10 @@ def test_a_model_in_parts_is_named_and_thinking_on_fewer_rows_decides_nothing(ma
     assert not article.is_the_articles(experiment)
 
 
-@pytest.mark.parametrize("left_out", [["sft"], ["bert", "linear_head", "sft"]])
+ZERO_SHOTS = ["zero_shot_no_think", "zero_shot_calibrated", "zero_shot_think"]
+
+
+@pytest.mark.parametrize("left_out", [["sft"], ["bert", "linear_head", "sft", *ZERO_SHOTS]])
 def test_what_is_left_out_is_in_no_table_and_asked_for_by_no_stage(make_experiment, left_out):
     experiment = drawn(make_experiment, validation=60, train_rows=None, leave_out=left_out)
     methods = {entry["method"] for entry in compared_and_decided()["methods"].values()}
@@ -289,8 +287,12 @@ def test_what_is_left_out_is_in_no_table_and_asked_for_by_no_stage(make_experime
     for said in (text, page):
         assert ("Along the training" in said) == ("test loss is lowest" in said) == ("bert" in kept)
         assert "The SFT training loss" not in said
-        assert "Not trained, for time" in said and METHODS["sft"].title.partition(" (")[0] in said
+        assert "Left out, for time" in said and METHODS["sft"].title.partition(" (")[0] in said
     assert Path("runs/mine/report/f1.png").exists() == bool(kept)
+    assert methods.isdisjoint(ZERO_SHOTS) == ("bert" in left_out)
+    stages = {stage.name for stage in pipeline.stages_of(experiment)}
+    assert ("zero-shot" in stages) == ("bert" not in left_out)
+    assert stages.isdisjoint({"sft", "eval-ckpts"})
     with pytest.raises(LetterheadError, match="sft: mine leaves it out; edit leave_out"):
         record_of("sft", experiment)
     with pytest.raises(LetterheadError, match="mine has no such method"):

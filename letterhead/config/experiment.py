@@ -51,8 +51,10 @@ class Experiment(Section):
     leave_out: list[str] = Field(
         [],
         description=(
-            "Methods that are not trained, for time, of `setfit`, `bert`, `bert_all`, "
-            "`linear_head`, `sft` (whose checkpoints are then not scored) and `sft_options`."
+            "Contenders that are left out, for time, of `setfit`, `bert`, `bert_all`, "
+            "`linear_head`, `sft` (whose checkpoints are then not scored), `sft_options`, and the "
+            "untrained LLM's three: `zero_shot_no_think`, `zero_shot_calibrated`, "
+            "`zero_shot_think`."
         ),
     )
     data: Data

@@ -109,12 +109,14 @@ def stage_seconds(
     options = lengths.get("options", 0)
     of_row = parameters * (prompt + options) + projection_adds(decoder) * (1 + options)
     once, untrained = 2 * of_row * to_score / scoring, experiment.eval.untrained
-    found = {ZERO_SHOT.name: START_S + 2 * parameters * thinking / scoring}
+    found = {}
+    if ZERO_SHOT.is_in(experiment):
+        found[ZERO_SHOT.name] = START_S + 2 * parameters * thinking / scoring
     if SFT.is_in(experiment):
         found[SFT_TRAINING.name] = sft + searching(experiment.decoder.sft.search, sft)
         found[EVAL_CKPTS.name] = START_S + once * (len(saves) + untrained)
-    if not (SFT.is_in(experiment) and untrained):  # else step 0 was scored with the checkpoints
-        found[ZERO_SHOT.name] += once
+    if ZERO_SHOT.name in found and not (SFT.is_in(experiment) and untrained):
+        found[ZERO_SHOT.name] += once  # else step 0 was scored with the checkpoints
     for method in compared_methods(experiment):
         n = rows["train"] if method.rows == ALL else shared
         if method.settings:

@@ -36,7 +36,7 @@ PHRASES = {
         "needs more. Price: {unit}, the cheapest is 1; of a cascade the upper end of its 95 % "
         "interval. Milliseconds: test rows scored at once on this machine, a cascade's computed "
         "from its halves'.",
-        "left out": "Not trained, for time (leave_out): {methods}.",
+        "left out": "Left out, for time (leave_out): {methods}.",
         PER_MILLION: "a million rows in service, in the currency of bench.price_per_hour",
         MULTIPLY_ADDS: "multiply-adds a row, tokenising left out",
         "price": "price ({unit})",
@@ -77,7 +77,7 @@ PHRASES = {
         "range": "{low} 至 {high}",
         "below": "训练样本：训练所需的标注条数，级联取所需较多的一半。价格：{unit}，最便宜者为 1；"
         "级联取其 95 % 区间的上端。毫秒：本机一次评完测试样本的平均，级联由其两半算得。",
-        "left out": "为省时间未训练（leave_out）：{methods}。",
+        "left out": "为省时间未参评（leave_out）：{methods}。",
         PER_MILLION: "上线后每百万条的费用，货币同 bench.price_per_hour",
         MULTIPLY_ADDS: "每条文本的乘加次数（不含分词）",
         "price": "价格（{unit}）",
